@@ -1,0 +1,87 @@
+// Python bindings: pointers, sizes and flags in, nothing out. Shapes, dtypes and devices are checked by the caller.
+#include <pybind11/pybind11.h>
+
+#include "common/kernels.h"
+
+namespace {
+
+using gci::DType;
+using gci::GateArgs;
+typedef uintptr_t Address;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+GateArgs gate_args(Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank,
+                   int top_k, double scaling) {
+  return {at<const void>(projected), ld, DType(projected_dtype), DType(dtype), tokens, experts, rank, top_k, scaling};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  namespace py = pybind11;
+  using gci::kernels;
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+
+  module.doc() = "CPU kernels of gci_kernels. Addresses are data_ptr()s; see csrc/common/kernels.h.";
+  module.attr("skinny_padding") = gci::skinny_padding;
+  module.def("isa", [] { return kernels().isa; });
+
+  module.def(
+      "gate_forward",
+      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank, int top_k,
+         double scaling, Address u, Address gates, int threads) {
+        kernels().gate_forward(
+            gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling), at<void>(u),
+            at<void>(gates), threads);
+      },
+      nogil);
+  module.def(
+      "gate_backward",
+      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank, int top_k,
+         double scaling, Address du, Address dgates, Address u, Address dprojected, int threads) {
+        kernels().gate_backward(
+            gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling), at<const void>(du),
+            at<const void>(dgates), at<void>(u), at<void>(dprojected), threads);
+      },
+      nogil);
+  module.def(
+      "dropout",
+      [](Address x, Address out, int dtype, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate,
+         int threads) {
+        kernels().dropout(at<const void>(x), at<void>(out), DType(dtype), rows, cols, p, seed, accumulate, threads);
+      },
+      nogil);
+  module.def(
+      "project",
+      [](Address x, int64_t ld_x, Address panel, Address out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n,
+         int threads) {
+        kernels().project(at<const float>(x), ld_x, at<const float>(panel), at<float>(out), ld_out, tokens, k, n,
+                          threads);
+      },
+      nogil);
+  module.def(
+      "pack_panel",
+      [](Address source, int64_t stride_i, int64_t stride_j, Address panel, int64_t k, int64_t n) {
+        kernels().pack_panel(at<const float>(source), stride_i, stride_j, at<float>(panel), k, n);
+      },
+      nogil);
+  module.def(
+      "expand",
+      [](Address u, int64_t ld_u, Address b, int64_t ld_b, Address y, int64_t ld_y, int64_t tokens, int64_t r, int64_t n,
+         int threads) {
+        kernels().expand(at<const float>(u), ld_u, at<const float>(b), ld_b, at<float>(y), ld_y, tokens, r, n, threads);
+      },
+      nogil);
+  module.def(
+      "reduce",
+      [](Address u, int64_t ld_u, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens, int64_t r,
+         int64_t n, int threads) {
+        kernels().reduce(at<const float>(u), ld_u, at<const float>(y), ld_y, at<float>(out), at<float>(partial), tokens,
+                         r, n, threads);
+      },
+      nogil);
+}

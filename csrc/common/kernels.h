@@ -1,0 +1,57 @@
+// The table of CPU kernels. Every instruction set fills one (namespace GCI_ISA); dispatch.cpp chooses.
+//
+// Conventions: row-major tensors given as pointer and leading dimension (elements between rows); no allocation inside,
+// workspaces come from the caller; `threads` is the team size; results do not depend on scheduling.
+#pragma once
+
+#include <cstdint>
+
+namespace gci {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float64 = 2 };
+
+struct GateArgs {
+  const void* projected;  // [tokens, experts * rank + experts]: x @ A.T, then the router's logits
+  int64_t ld_projected;
+  DType projected_dtype;
+  DType dtype;  // of u, du, dprojected; gates and dgates are float64 where it is float64, else float32
+  int64_t tokens;
+  int experts;
+  int rank;
+  int top_k;  // experts where dense
+  double scaling;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // gates = softmax(logits) over the top_k largest; u[t, n*rank + j] = scaling * gates[t, n] * h[t, n*rank + j].
+  void (*gate_forward)(const GateArgs&, void* u, void* gates, int threads);
+
+  // From du = d(loss)/du and dgates (may be null) to dprojected [tokens, experts * rank + experts], contiguous; u is
+  // computed again on the way, for the gradient of B.
+  void (*gate_backward)(const GateArgs&, const void* du, const void* dgates, void* u, void* dprojected, int threads);
+
+  // out = keep ? x / (1 - p) : 0, or out += that; element [row, col] is kept by Philox4x32-10, see dropout.cpp.
+  void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate,
+                  int threads);
+
+  // float32 products with one small side, n <= max_skinny.
+  // project: out[tokens, n] = x[tokens, k] @ panel[k, n_padded]; the panel is packed by pack_panel.
+  void (*project)(const float* x, int64_t ld_x, const float* panel, float* out, int64_t ld_out, int64_t tokens,
+                  int64_t k, int64_t n, int threads);
+  // panel[i, j] = source[i * stride_i + j * stride_j] for j < n, else 0; rows padded to skinny_padding.
+  void (*pack_panel)(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n);
+  // expand: y[tokens, n] += u[tokens, r] @ b[r, n].
+  void (*expand)(const float* u, int64_t ld_u, const float* b, int64_t ld_b, float* y, int64_t ld_y, int64_t tokens,
+                 int64_t r, int64_t n, int threads);
+  // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds threads * r * n floats, summed in order.
+  void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial,
+                 int64_t tokens, int64_t r, int64_t n, int threads);
+};
+
+constexpr int64_t skinny_padding = 16;  // columns of a packed panel are a multiple of this on every instruction set
+
+const Kernels& kernels();  // the best table this processor runs, or the one named by GCI_CPU_ISA
+
+}  // namespace gci

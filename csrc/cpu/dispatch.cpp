@@ -1,0 +1,47 @@
+// Chooses the kernel table once, by what the processor offers.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "common/kernels.h"
+
+namespace gci {
+
+namespace baseline {
+extern const Kernels table;
+}
+#ifdef GCI_HAS_AVX2
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+const Kernels& choose() {
+  const char* name = std::getenv("GCI_CPU_ISA");
+  const std::string wanted = name ? name : "";
+#ifdef GCI_HAS_AVX2
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (wanted.empty() || wanted == "avx512")) return avx512::table;
+  if (has_avx2 && (wanted.empty() || wanted == "avx2")) return avx2::table;
+#endif
+  if (wanted.empty() || wanted == "baseline") return baseline::table;
+  throw std::runtime_error("GCI_CPU_ISA=" + wanted + ": this build or processor has no such instruction set; allowed: " +
+                           "baseline, and on x86-64 avx2 and avx512 where the processor has them");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& table = choose();
+  return table;
+}
+
+}  // namespace gci

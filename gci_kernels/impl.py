@@ -1,0 +1,51 @@
+"""Names of implementations, and the plan: which implementation runs each stage of an operation."""
+
+import functools
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from gci_kernels import native
+
+#: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one.
+IMPLS = ("auto", "reference", "aten", "native")
+
+
+def check_impl(impl: str) -> None:
+    """ValueError unless `impl` is one of :data:`IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is unknown; allowed: {', '.join(map(repr, IMPLS))}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One implementation ("aten" or "native") for each stage; printable, hashable, and a string where an op needs one."""
+
+    project: str  # x @ [A; router].T and dY @ B
+    mix: str  # the mixer, forward and backward
+    expand: str  # y += u @ B.T and dX += dh @ [A; router]
+    reduce: str  # dA = dh.T @ x and dB.T = u.T @ dY
+    dropout: str
+
+    @property
+    def key(self) -> str:
+        return "/".join(astuple(self))
+
+    @staticmethod
+    @functools.cache
+    def from_key(key: str) -> "Plan":
+        return Plan(*key.split("/"))
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def native_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why impl="native" cannot run on such tensors, or None where it can."""
+    if device_type != "cpu":
+        return f"its kernels run on CPU tensors, not {device_type}"
+    if dtype not in native.DTYPE_CODES:
+        return f"its kernels take float32, bfloat16 and float64, not {str(dtype).removeprefix('torch.')}"
+    if not native.available():
+        return f"the extension could not be loaded: {native.why_unavailable()}"
+    return None

@@ -1,0 +1,45 @@
+"""The door to csrc/: loads the extension and says what it can run.
+
+torch is imported first on purpose: the extension then shares torch's OpenMP runtime, and with it one pool of threads.
+"""
+
+import functools
+
+import torch
+
+try:
+    from gci_kernels import _native as _extension
+except ImportError as failure:
+    _extension = None
+    _failure: ImportError | None = failure
+else:
+    _failure = None
+
+# The order of csrc/common/kernels.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+def available() -> bool:
+    """Whether the compiled extension could be loaded."""
+    return _extension is not None
+
+
+def why_unavailable() -> str:
+    """The loader's own words where :func:`available` is false, else an empty string."""
+    return "" if _failure is None else str(_failure)
+
+
+def extension():
+    """The compiled extension, or ImportError with the reason and the cure."""
+    if _extension is None:
+        raise ImportError(
+            f"gci_kernels._native could not be loaded ({_failure}); it is built by `pip install`, which needs a C++17 "
+            "compiler with OpenMP"
+        )
+    return _extension
+
+
+@functools.cache
+def isa() -> str:
+    """The CPU instruction set in use: "avx512", "avx2" or "baseline"; "none" without the extension."""
+    return _extension.isa() if _extension is not None else "none"

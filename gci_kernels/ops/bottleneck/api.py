@@ -1,0 +1,145 @@
+"""The public bottleneck operations: what they take, what they check, and the one place that picks an implementation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gci_kernels.impl import check_impl
+from gci_kernels.ops.bottleneck import philox, reference
+from gci_kernels.ops.bottleneck.autograd import bottleneck
+from gci_kernels.ops.bottleneck.plan import choose_plan
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor,
+    *, scaling: float, dropout_p: float = 0.0, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """A linear layer with a LoRA adapter: y = x @ W.T + b + scaling * dropout(x) @ A.T @ B.T (arXiv 2106.09685).
+
+    Differentiable once in x, weight, bias, A and B; a gradient is formed only for what needs one. Under autocast x,
+    weight and bias are cast as torch.nn.functional.linear casts them. Deterministic for a given number of threads.
+
+    Args:
+        x: [..., in], any floating dtype and device. Rows that are not contiguous are copied once.
+        weight: [out, in] in x's dtype and on its device; None: the adapter's update alone is returned.
+        bias: [out] in x's dtype, or None.
+        A: [r, in], any floating dtype; used in x's.
+        B: [out, r], any floating dtype; used in x's.
+        scaling: a finite number; lora_alpha / r in the paper.
+        dropout_p: probability in [0, 1) with which an element of the adapter's x is dropped, the rest being scaled by
+            1 / (1 - dropout_p). Applied whenever it is not 0: pass 0 in evaluation. Drawn from a counter-based
+            generator whose seed comes from torch's; no mask is stored.
+        impl: "auto", "reference", "aten" or "native"; an explicit one that cannot run raises.
+
+    Returns:
+        [..., out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    check_impl(impl)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
+    seed = philox.draw_seed(x.device) if dropout_p else None
+    if impl == "reference":
+        return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
+    plan = choose_plan(impl, device_type=x.device.type, dtype=x.dtype)
+    return bottleneck(x, weight, bias, A, B, None, seed, scaling, 0, dropout_p, plan.key)[0]
+
+
+def loramoe_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, router: Tensor,
+    *, scaling: float, top_k: int | None = None, dropout_p: float = 0.0, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A linear layer with N LoRA experts and a router (LoRAMoE, arXiv 2312.09979).
+
+    gates = softmax(x @ router.T) over the experts; y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T, where
+    each gate multiplies its expert's r values. Experts are stacked expert-major in A and B. One dropout mask is shared
+    by the experts (the published code draws one for each); the router sees x before dropout.
+
+    Args:
+        x, weight, bias, scaling, dropout_p, impl: as in :func:`lora_linear`.
+        A: [N*r, in], any floating dtype; used in x's.
+        B: [out, N*r], any floating dtype; used in x's.
+        router: [N, in], any floating dtype; used in x's. N at most 256.
+        top_k: keep each token's top_k largest gates, renormalised to sum 1 (of equal ones the lower expert's);
+            None keeps all.
+
+    Returns:
+        y [..., out] in x's dtype, and gates [..., N] in float32 (float64 for float64 x), differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    check_impl(impl)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
+    _check_experts(x, A, router, top_k)
+    top_k = router.shape[0] if top_k is None else top_k
+    seed = philox.draw_seed(x.device) if dropout_p else None
+    if impl == "reference":
+        return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
+    plan = choose_plan(impl, device_type=x.device.type, dtype=x.dtype)
+    y, _, gates = bottleneck(x, weight, bias, A, B, router, seed, scaling, top_k, dropout_p, plan.key)
+    return y, gates
+
+
+def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Under autocast the operands of a linear layer in autocast's dtype; float64 stays, as it does in torch."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor, same_dtype: bool) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be [{wanted}], got {list(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    if same_dtype and value.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout_p: float
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be [..., in] with in >= 1, got {list(x.shape)}")
+    _check_tensor("A", A, (None, x.shape[-1]), x, same_dtype=False)
+    if A.shape[0] < 1:
+        raise ValueError(f"A must have r >= 1 rows, got {list(A.shape)}")
+    _check_tensor("B", B, (None, A.shape[0]), x, same_dtype=False)
+    if weight is not None:
+        _check_tensor("weight", weight, (B.shape[0], x.shape[-1]), x, same_dtype=True)
+    if bias is not None:
+        if weight is None:
+            raise ValueError("bias must be None where weight is None: the adapter's update alone has no bias")
+        _check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _check_experts(x: Tensor, A: Tensor, router: Tensor, top_k: int | None) -> None:
+    _check_tensor("router", router, (None, x.shape[-1]), x, same_dtype=False)
+    experts = router.shape[0]
+    if not 1 <= experts <= 256:
+        raise ValueError(f"router must have 1 to 256 rows (num_experts), got {list(router.shape)}")
+    if A.shape[0] % experts:
+        raise ValueError(f"A must have num_experts*r rows: {A.shape[0]} is not a multiple of num_experts={experts}")
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= experts):
+        raise ValueError(f"top_k must be None or an integer in [1, num_experts={experts}], got {top_k}")

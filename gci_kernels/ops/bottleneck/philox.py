@@ -1,0 +1,30 @@
+"""The counter-based generator behind dropout, in torch operations: the definition that every kernel reproduces.
+
+Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high) and
+the counter (col // 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
+"""
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and this seed keeps."""
+    row = torch.arange(rows, device=device).unsqueeze(1)
+    c0 = torch.arange((cols + 3) // 4, device=device).expand(rows, -1)
+    c1, c2, c3 = (row & _WORD).expand_as(c0), (row >> 32).expand_as(c0), torch.zeros_like(c0)
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        # A product of two 32-bit words can pass 2^63 and wrap to a negative int64; the masks undo the sign extension.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ key0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ key1, a & _WORD
+        key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
+    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :cols]
+    return words >= int(p * 2**32)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """An int64 scalar from `device`'s own generator, so that torch.manual_seed and gradient checkpointing govern it."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)

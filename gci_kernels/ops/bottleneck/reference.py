@@ -1,0 +1,37 @@
+"""The bottleneck adapters as their formulas, in plain PyTorch: the oracle of every test, in any floating dtype."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gci_kernels.ops.bottleneck import philox
+from gci_kernels.ops.gate.reference import gate
+
+
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | float:
+    return 0.0 if weight is None else F.linear(x, weight, bias)
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if seed is None:
+        return x
+    keep = philox.keep_mask(x.numel() // x.shape[-1], x.shape[-1], p, int(seed), x.device)
+    return x * keep.view(x.shape) / (1 - p)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor,
+    scaling: float, dropout_p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y = x @ W.T + b + scaling * dropout(x) @ A.T @ B.T (LoRA, arXiv 2106.09685)."""
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    return _base(x, weight, bias) + scaling * F.linear(F.linear(_dropped(x, dropout_p, seed), A), B)
+
+
+def loramoe_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, router: Tensor,
+    scaling: float, top_k: int, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T, gates = softmax(x @ router.T) (arXiv 2312.09979)."""
+    A, B, router = A.to(x.dtype), B.to(x.dtype), router.to(x.dtype)
+    u, gates = gate(F.linear(_dropped(x, dropout_p, seed), A), F.linear(x, router), top_k)
+    return _base(x, weight, bias) + scaling * F.linear(u, B), gates

@@ -1,0 +1,82 @@
+"""Builds csrc/ into gci_kernels._native: plain C++17 and OpenMP, no libtorch, one binary for every x86-64 and for Arm.
+
+Each kernel source is compiled once per instruction set, into a namespace of its own (macro GCI_ISA);
+csrc/cpu/dispatch.cpp picks one when the extension is loaded.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+KERNEL_SOURCES = ["csrc/cpu/gate.cpp", "csrc/cpu/dropout.cpp", "csrc/cpu/skinny.cpp"]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+
+ISAS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+NO_COMPILER = """
+gci_kernels could not build its C++ kernels: no working C++17 compiler with OpenMP was found.
+Tried: {command}
+It said: {error}
+Install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) or
+name one in the environment variable CXX, then run pip install again.
+"""
+
+
+def check_compiler(compiler) -> None:
+    """End the build with one readable message, instead of a page of distutils output, where nothing can be compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <omp.h>\n#include <optional>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [*compiler.compiler_cxx, "-std=c++17", "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+            error = done.stderr.strip() if done.returncode else None
+        except OSError as failure:
+            error = str(failure)
+    if error is not None:
+        sys.exit(NO_COMPILER.format(command=" ".join(command[:3]), error="\n".join(error.splitlines()[:5])))
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext) -> None:
+        if "CXX" in os.environ:
+            self.compiler.compiler_cxx = os.environ["CXX"].split()
+        check_compiler(self.compiler)
+        for isa, flags in ISAS.items():
+            ext.extra_objects += self.compiler.compile(
+                KERNEL_SOURCES,
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[("GCI_ISA", isa)],
+                include_dirs=["csrc"],
+                extra_postargs=FLAGS + flags,
+                depends=HEADERS,
+            )
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "gci_kernels._native",
+            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"],
+            include_dirs=["csrc"],
+            define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+            depends=HEADERS + KERNEL_SOURCES,
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
