@@ -1,6 +1,12 @@
-"""Fused kernels for adapters that keep a language model's general abilities."""
+"""Fused kernels for adapters that keep a language model's general abilities.
+
+    model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8))   # a PeftModel
+    print(gci_kernels.report(model))
+"""
 
 from gci_kernels import ops
+from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
+from gci_kernels.tuners import LoRAMoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["ops"]
+__all__ = ["LayerReport", "LoRAMoEConfig", "Report", "ops", "patch", "report", "unpatch"]

@@ -1,0 +1,82 @@
+"""Carries the gates of all LoRAMoE layers to the model's loss: the localized balancing constraint in training."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gci_kernels.ops import balance_loss
+
+
+@dataclass
+class _Pass:
+    """One forward pass of the model with `task_types` in its batch."""
+
+    task_types: Tensor
+    attention_mask: Tensor | None
+    losses: list[Tensor] = field(default_factory=list)
+
+
+class BalanceCollector:
+    """One for each model; its layers hand in their gates, its two hooks on the model begin and end a pass.
+
+    `task_types` is always taken out of the batch, for the model does not know it. Outside of training nothing else
+    happens. In training the sum over layers of weight * balance_loss is added to the output's loss, and also given as
+    output["balance_loss"], for loops that compute their loss themselves.
+    """
+
+    def __init__(self) -> None:
+        self._pass: _Pass | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether gates are wanted now."""
+        return self._pass is not None
+
+    def record(self, gates: Tensor, *, weight: float, delta: float, include_padding: bool, trained: bool) -> None:
+        """Takes one layer's gates [batch, time, num_experts]; `trained`: whether they should carry a gradient."""
+        if trained and not gates.requires_grad:
+            raise RuntimeError(
+                "the balance loss would get no gradient: reentrant gradient checkpointing runs this layer without one; "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        loss = balance_loss(
+            gates,
+            self._pass.task_types.to(gates.device),
+            delta=delta,
+            attention_mask=None if include_padding else self._pass.attention_mask,
+            num_experts=gates.shape[-1],
+        )
+        self._pass.losses.append(weight * loss)
+
+    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of the model."""
+        task_types = kwargs.pop("task_types", None)
+        self._pass = None
+        if task_types is not None and model.training:
+            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            self._pass = _Pass(torch.as_tensor(task_types), given.get("attention_mask"))
+        return args, kwargs
+
+    def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output):
+        """Forward hook of the model; called with output None where the forward raised."""
+        done, self._pass = self._pass, None
+        if done is None or not done.losses or output is None:
+            return None
+        total = torch.stack([loss.to(done.losses[0].device) for loss in done.losses]).sum()
+        if isinstance(output, tuple):
+            if "labels" not in kwargs:
+                raise TypeError("task_types needs the model's dict output, or labels in the batch (return_dict=False)")
+            return (output[0] + total.to(output[0]), *output[1:])
+        if output.get("loss") is not None:
+            output["loss"] = output["loss"] + total.to(output["loss"])
+        output["balance_loss"] = total
+        return output
+
+    def attach(self, model: nn.Module) -> list:
+        """Puts the two hooks on `model`; returns their handles."""
+        return [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+        ]

@@ -1,0 +1,44 @@
+"""When an adapter may take over its base layer's product, and what both tuners do with the answer."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+# What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why `module`'s product must stay its own call, or None where a kernel may read its weight and bias instead."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is not torch.nn.Linear"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if any(getattr(module, name) for name in _HOOKS):
+        return "it has hooks"
+    if type(module.weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(module.weight).__name__}"
+    return None
+
+
+def combine(
+    base: nn.Module, x: Tensor, names: Iterable[str], update: Callable[[str, Tensor | None, Tensor | None], Tensor]
+) -> Tensor:
+    """base(x) plus the updates of all named adapters; `update(name, weight, bias)` includes the base where it can.
+
+    The first adapter is fused with the base product if nothing stands against it, the others are added.
+    """
+    y = None if obstacle(base) is None else base(x)
+    for name in names:
+        if y is None:
+            y = update(name, base.weight, base.bias)
+        else:
+            y = y + update(name, None, None).to(y.dtype)
+    return base(x) if y is None else y
+
+
+def matmul_dtype(module: nn.Module) -> torch.dtype | None:
+    """The floating dtype of the layer's weight, or None where it has none (quantised)."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
