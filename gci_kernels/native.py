@@ -3,8 +3,6 @@
 torch is imported first on purpose: the extension then shares torch's OpenMP runtime, and with it one pool of threads.
 """
 
-import functools
-
 import torch
 
 try:
@@ -39,7 +37,6 @@ def extension():
     return _extension
 
 
-@functools.cache
-def isa() -> str:
-    """The CPU instruction set in use: "avx512", "avx2" or "baseline"; "none" without the extension."""
-    return _extension.isa() if _extension is not None else "none"
+#: The CPU instruction set in use: "avx512", "avx2" or "baseline"; "none" without the extension. A constant, so that
+#: torch.compile traces through plans.
+ISA: str = _extension.isa() if _extension is not None else "none"

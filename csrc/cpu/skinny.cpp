@@ -10,6 +10,7 @@ namespace {
 constexpr int tile_columns = tile_vectors * lanes;
 
 // c[rows, columns] (+)= sum over k of a[m * stride_m + k * stride_k] * b[k * ld_b + column], accumulators in registers.
+// They start at zero and c is added last: a long sum made of blocks rounds less than one running sum.
 // Part: the last vector holds fewer than `lanes` columns of memory that exists; `columns` says how many in all.
 template <int Rows, int Vectors, bool Part>
 inline void tile(const float* a, int64_t stride_m, int64_t stride_k, const float* b, int64_t ld_b, float* c,
@@ -22,7 +23,7 @@ inline void tile(const float* a, int64_t stride_m, int64_t stride_k, const float
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[m][j] = accumulate ? fetch(c + m * ld_c, j) : Vec{};
+    for (int j = 0; j < Vectors; ++j) sum[m][j] = Vec{};
   for (int64_t i = 0; i < k; ++i) {
     Vec operand[Vectors];
 #pragma GCC unroll 4
@@ -39,6 +40,7 @@ inline void tile(const float* a, int64_t stride_m, int64_t stride_k, const float
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       float* target = c + m * ld_c + j * lanes;
+      if (accumulate) sum[m][j] += fetch(c + m * ld_c, j);
       if (Part && j == Vectors - 1)
         store_part(target, sum[m][j], last);
       else
@@ -94,7 +96,7 @@ void pack_panel(const float* source, int64_t stride_i, int64_t stride_j, float* 
 void project(const float* x, int64_t ld_x, const float* panel, float* out, int64_t ld_out, int64_t tokens, int64_t k,
              int64_t n, int threads) {
   const int64_t padded = (n + skinny_padding - 1) / skinny_padding * skinny_padding;
-  constexpr int64_t depth = 1024;  // rows of the panel that stay in the second-level cache
+  constexpr int64_t depth = 512;  // rows of the panel that stay in the second-level cache
   const int64_t blocks = (tokens + tile_rows - 1) / tile_rows;
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));

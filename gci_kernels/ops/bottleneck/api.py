@@ -87,6 +87,8 @@ def loramoe_linear(
 
 def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Under autocast the operands of a linear layer in autocast's dtype; float64 stays, as it does in torch."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -110,8 +112,6 @@ def _check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Te
 def _check_linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout_p: float
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] < 1:

@@ -16,7 +16,7 @@ def choose_plan(impl: str, *, device_type: str, dtype: torch.dtype, isa: str | N
         raise ValueError(f"impl='native' cannot run here: {obstacle}")
     if impl == "aten" or obstacle:
         return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
-    isa = native.isa() if isa is None else isa
+    isa = native.ISA if isa is None else isa
     # Measured at T=2048, 2048x2048, R=40: with AVX-512 the skinny kernels take half the library's time, with AVX2 only
     # `project` wins. bfloat16 products stay with the library, which has the processor's bfloat16 instructions.
     wins = {"avx512": ("project", "expand", "reduce"), "avx2": ("project",)}.get(isa, ())
