@@ -2,70 +2,115 @@
 //
 // Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high)
 // and the counter (col / 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/isa.h"
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two 32-bit words are stored as one 64-bit value");
 
 namespace gci::GCI_ISA {
 namespace {
 
-constexpr int batch = 16;  // counters advanced side by side, so that the rounds vectorise
+constexpr int batch = 16;  // counters advanced side by side
+constexpr int wide_lanes = lanes / 2, groups = batch / wide_lanes;
+typedef uint64_t Wide __attribute__((vector_size(wide_lanes * sizeof(uint64_t))));
 
-// words[w][i] = word w of counter first + i.
-inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t words[4][batch]) {
-  uint32_t* c0 = words[0];
-  uint32_t* c1 = words[1];
-  uint32_t* c2 = words[2];
-  uint32_t* c3 = words[3];
-  for (int i = 0; i < batch; ++i) {
-    c0[i] = first + i;
-    c1[i] = uint32_t(row);
-    c2[i] = uint32_t(row >> 32);
-    c3[i] = 0;
+// The 64-bit products of the low halves, lane by lane. High halves are ignored, so callers may leave anything there.
+inline Wide multiply_low(Wide a, uint32_t factor) {
+  const Wide b = Wide{} + factor;
+#if defined(__AVX512F__)
+  return Wide(_mm512_mul_epu32(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return Wide(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+  return Wide(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+// words[4 * i + w] = word w of counter first + i. Each 32-bit word lives in a 64-bit lane: a round is then two multiplies,
+// two shifts and four xors, and nothing has to be taken apart.
+inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words) {
+  Wide c0[groups], c1[groups], c2[groups], c3[groups];
+  for (int g = 0; g < groups; ++g) {
+    for (int i = 0; i < wide_lanes; ++i) c0[g][i] = first + uint32_t(g * wide_lanes + i);
+    c1[g] = Wide{} + uint32_t(row);
+    c2[g] = Wide{} + uint32_t(row >> 32);
+    c3[g] = Wide{};
   }
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < batch; ++i) {
-      uint64_t a = uint64_t(0xD2511F53u) * c0[i], b = uint64_t(0xCD9E8D57u) * c2[i];
-      uint32_t left = uint32_t(b >> 32) ^ c1[i] ^ key0, right = uint32_t(a >> 32) ^ c3[i] ^ key1;
-      c1[i] = uint32_t(b);
-      c3[i] = uint32_t(a);
-      c0[i] = left;
-      c2[i] = right;
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; ++g) {
+      const Wide a = multiply_low(c0[g], 0xD2511F53u), b = multiply_low(c2[g], 0xCD9E8D57u);
+      c0[g] = (b >> 32) ^ c1[g] ^ key0;
+      c2[g] = (a >> 32) ^ c3[g] ^ key1;
+      c1[g] = b;
+      c3[g] = a;
     }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
+  uint64_t low[batch], high[batch];  // words 0 and 1, words 2 and 3 of each counter, in a form whose interleaving vectorises
+  for (int g = 0; g < groups; ++g) {
+    const Wide first_pair = (c0[g] & 0xffffffffu) | (c1[g] << 32), second_pair = (c2[g] & 0xffffffffu) | (c3[g] << 32);
+    __builtin_memcpy(low + g * wide_lanes, &first_pair, sizeof first_pair);
+    __builtin_memcpy(high + g * wide_lanes, &second_pair, sizeof second_pair);
+  }
+  for (int i = 0; i < batch; ++i) {
+    __builtin_memcpy(words + 4 * i, low + i, sizeof low[i]);
+    __builtin_memcpy(words + 4 * i + 2, high + i, sizeof high[i]);
+  }
 }
 
-template <typename T>
-void run(const T* x, T* out, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate, int threads) {
+template <bool Accumulate, typename T, typename Acc>
+inline void apply(const T* x, T* out, const uint32_t* words, uint32_t threshold, Acc scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    Acc kept = words[i] >= threshold ? Acc(widen(x[i])) * scale : Acc(0);
+    out[i] = narrow<T>(Accumulate ? Acc(widen(out[i])) + kept : kept);
+  }
+}
+
+template <bool Accumulate, typename T>
+void run(const T* x, T* out, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
   typedef typename Accumulator<T>::type Acc;
   const uint32_t threshold = uint32_t(p * 4294967296.0);
   const Acc scale = Acc(1.0 / (1.0 - p));
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; ++row) {
-    uint32_t words[4][batch];
-    for (int64_t start = 0; start < cols; start += 4 * batch) {
+    uint32_t words[4 * batch];
+    const T* from = x + row * cols;
+    T* to = out + row * cols;
+    int64_t start = 0;
+    for (; start + 4 * batch <= cols; start += 4 * batch) {
       philox(uint32_t(start / 4), uint64_t(row), seed, words);
-      const int64_t count = min_of(4 * batch, cols - start);
-      const T* in_row = x + row * cols + start;
-      T* out_row = out + row * cols + start;
-      for (int64_t i = 0; i < count; ++i) {
-        Acc kept = words[i % 4][i / 4] >= threshold ? Acc(widen(in_row[i])) * scale : Acc(0);
-        out_row[i] = narrow<T>(accumulate ? Acc(widen(out_row[i])) + kept : kept);
-      }
+      apply<Accumulate, T, Acc>(from + start, to + start, words, threshold, scale, 4 * batch);
+    }
+    if (start < cols) {
+      philox(uint32_t(start / 4), uint64_t(row), seed, words);
+      apply<Accumulate, T, Acc>(from + start, to + start, words, threshold, scale, cols - start);
     }
   }
+}
+
+template <typename T>
+void run(const void* x, void* out, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate, int threads) {
+  if (accumulate)
+    run<true>(static_cast<const T*>(x), static_cast<T*>(out), rows, cols, p, seed, threads);
+  else
+    run<false>(static_cast<const T*>(x), static_cast<T*>(out), rows, cols, p, seed, threads);
 }
 
 }  // namespace
 
 void dropout(const void* x, void* out, DType dtype, int64_t rows, int64_t cols, double p, uint64_t seed,
              bool accumulate, int threads) {
-  if (dtype == DType::float64)
-    return run(static_cast<const double*>(x), static_cast<double*>(out), rows, cols, p, seed, accumulate, threads);
-  if (dtype == DType::float32)
-    return run(static_cast<const float*>(x), static_cast<float*>(out), rows, cols, p, seed, accumulate, threads);
-  run(static_cast<const bfloat16*>(x), static_cast<bfloat16*>(out), rows, cols, p, seed, accumulate, threads);
+  if (dtype == DType::float64) return run<double>(x, out, rows, cols, p, seed, accumulate, threads);
+  if (dtype == DType::float32) return run<float>(x, out, rows, cols, p, seed, accumulate, threads);
+  run<bfloat16>(x, out, rows, cols, p, seed, accumulate, threads);
 }
 
 }  // namespace gci::GCI_ISA
