@@ -15,7 +15,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-KERNEL_SOURCES = ["csrc/cpu/gate.cpp", "csrc/cpu/dropout.cpp", "csrc/cpu/skinny.cpp"]
+KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("gate", "dropout", "skinny", "skinny_bf16", "table")]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 
@@ -23,6 +23,7 @@ ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 NO_COMPILER = """
 gci_kernels could not build its C++ kernels: no working C++17 compiler with OpenMP was found.

@@ -84,4 +84,34 @@ PYBIND11_MODULE(_native, module) {
                          r, n, threads);
       },
       nogil);
+  module.def(
+      "pack_pairs",
+      [](Address source, int dtype, int64_t stride_i, int64_t stride_j, Address panel, int64_t k, int64_t n) {
+        kernels().pack_pairs(at<const void>(source), DType(dtype), stride_i, stride_j, at<void>(panel), k, n);
+      },
+      nogil);
+  module.def("has_bf16_products", [] { return kernels().project_bf16 != nullptr; });
+  module.def(
+      "project_bf16",
+      [](Address x, int64_t ld_x, Address panel, Address out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n,
+         int threads) {
+        kernels().project_bf16(at<const void>(x), ld_x, at<const void>(panel), at<float>(out), ld_out, tokens, k, n,
+                               threads);
+      },
+      nogil);
+  module.def(
+      "expand_bf16",
+      [](Address u, int64_t ld_u, Address panel, Address y, int64_t ld_y, int64_t tokens, int64_t r, int64_t n,
+         int threads) {
+        kernels().expand_bf16(at<const void>(u), ld_u, at<const void>(panel), at<void>(y), ld_y, tokens, r, n, threads);
+      },
+      nogil);
+  module.def(
+      "reduce_bf16",
+      [](Address u_pairs, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens, int64_t r, int64_t n,
+         int threads) {
+        kernels().reduce_bf16(at<const void>(u_pairs), at<const void>(y), ld_y, at<float>(out), at<float>(partial),
+                              tokens, r, n, threads);
+      },
+      nogil);
 }

@@ -1,7 +1,7 @@
 """Names of implementations, and the plan: which implementation runs each stage of an operation."""
 
 import functools
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -29,7 +29,7 @@ class Plan:
 
     @property
     def key(self) -> str:
-        return "/".join(astuple(self))
+        return "/".join((self.project, self.mix, self.expand, self.reduce, self.dropout))
 
     @staticmethod
     @functools.cache

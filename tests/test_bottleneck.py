@@ -12,6 +12,8 @@ from safetensors import safe_open
 from gci_kernels import ops
 from gci_kernels.testing import error_bound, relative_error
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 FUSED = ("aten", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

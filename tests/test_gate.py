@@ -6,6 +6,8 @@ import torch
 from gci_kernels.ops.gate import aten, native, reference
 from gci_kernels.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 IMPLS = {"aten": aten, "native": native}
 
 
@@ -37,10 +39,10 @@ def truth(projected, du, dgates, experts, top_k, scaling):
 @pytest.mark.parametrize(("tokens", "experts", "r", "top_k"), [(130, 8, 4, 8), (1, 1, 16, 1), (7, 5, 3, 2), (33, 64, 1, 7)])
 def test_forward_and_backward(impl, projected_dtype, dtype, tolerance, tokens, experts, r, top_k):
     projected, du, dgates = draw(tokens, experts, r, projected_dtype)
-    du, dgates = du.to(dtype), dgates.to(torch.promote_types(dtype, torch.float32))
+    du, dgates = du.to(projected_dtype), dgates.to(torch.promote_types(dtype, torch.float32))
     expected_u, expected_gates, expected_d = truth(projected, du, dgates, experts, top_k, 2.0)
     u, gates = IMPLS[impl].forward(projected, experts, top_k, 2.0, dtype)
-    dprojected, u_again = IMPLS[impl].backward(du, dgates, projected, experts, top_k, 2.0)
+    dprojected, u_again = IMPLS[impl].backward(du, dgates, projected, experts, top_k, 2.0, dtype)
     assert u.dtype == dtype and dprojected.dtype == dtype and gates.dtype == torch.promote_types(dtype, torch.float32)
     assert relative_error(gates, expected_gates) < min(tolerance, 1e-6)
     assert torch.equal(u, u_again)
@@ -52,7 +54,7 @@ def test_forward_and_backward(impl, projected_dtype, dtype, tolerance, tokens, e
 def test_without_gradient_of_the_gates(impl):
     projected, du, dgates = draw(20, 4, 2, torch.float64)
     expected = truth(projected, du, torch.zeros_like(dgates), 4, 4, 1.0)[2]
-    assert relative_error(IMPLS[impl].backward(du, None, projected, 4, 4, 1.0)[0], expected) < 1e-13
+    assert relative_error(IMPLS[impl].backward(du, None, projected, 4, 4, 1.0, torch.float64)[0], expected) < 1e-13
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -69,7 +71,7 @@ def test_extreme_logits_stay_finite(impl, dtype):
     projected = torch.cat((torch.ones(3, 4, dtype=dtype), logits), dim=1)
     u, gates = IMPLS[impl].forward(projected, 4, 4, 1.0, dtype)
     assert relative_error(gates, logits.double().softmax(-1)) < 1e-6
-    dprojected, _ = IMPLS[impl].backward(torch.ones_like(u), torch.ones_like(gates), projected, 4, 4, 1.0)
+    dprojected, _ = IMPLS[impl].backward(torch.ones_like(u), torch.ones_like(gates), projected, 4, 4, 1.0, dtype)
     assert dprojected.isfinite().all()
 
 

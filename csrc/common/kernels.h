@@ -13,8 +13,8 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float64 = 2 };
 struct GateArgs {
   const void* projected;  // [tokens, experts * rank + experts]: x @ A.T, then the router's logits
   int64_t ld_projected;
-  DType projected_dtype;
-  DType dtype;  // of u, du, dprojected; gates and dgates are float64 where it is float64, else float32
+  DType projected_dtype;  // of projected and du: dtype, or float32 where that is bfloat16
+  DType dtype;            // of u and dprojected; gates and dgates are float64 where it is float64, else float32
   int64_t tokens;
   int experts;
   int rank;
@@ -48,6 +48,16 @@ struct Kernels {
   // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds threads * r * n floats, summed in order.
   void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial,
                  int64_t tokens, int64_t r, int64_t n, int threads);
+
+  // The same for bfloat16 x, u and y with float32 sums and results; null without AVX512_BF16. The small operand comes
+  // in pairs along the summed dimension, [ceil(k / 2), n_padded, 2] bfloat16: pack_pairs, from float32 or bfloat16.
+  void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
+  void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,
+                       int64_t k, int64_t n, int threads);
+  void (*expand_bf16)(const void* u, int64_t ld_u, const void* panel, void* y, int64_t ld_y, int64_t tokens, int64_t r,
+                      int64_t n, int threads);
+  void (*reduce_bf16)(const void* u_pairs, const void* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
+                      int64_t r, int64_t n, int threads);
 };
 
 constexpr int64_t skinny_padding = 16;  // columns of a packed panel are a multiple of this on every instruction set

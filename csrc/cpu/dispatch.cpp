@@ -17,6 +17,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -29,12 +32,14 @@ const Kernels& choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_avx512bf16 && (wanted.empty() || wanted == "avx512bf16")) return avx512bf16::table;
   if (has_avx512 && (wanted.empty() || wanted == "avx512")) return avx512::table;
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return avx2::table;
 #endif
   if (wanted.empty() || wanted == "baseline") return baseline::table;
   throw std::runtime_error("GCI_CPU_ISA=" + wanted + ": this build or processor has no such instruction set; allowed: " +
-                           "baseline, and on x86-64 avx2 and avx512 where the processor has them");
+                           "baseline, and on x86-64 avx2, avx512 and avx512bf16 where the processor has them");
 }
 
 }  // namespace

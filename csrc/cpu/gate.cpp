@@ -83,7 +83,7 @@ void backward(const GateArgs& a, const void* du_in, const void* dgates_in, void*
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < a.tokens; ++t) {
     const H* h = static_cast<const H*>(a.projected) + t * a.ld_projected;
-    const U* du = static_cast<const U*>(du_in) + t * width;
+    const H* du = static_cast<const H*>(du_in) + t * width;
     const Acc* dgates = dgates_in ? static_cast<const Acc*>(dgates_in) + t * experts : nullptr;
     U* u = static_cast<U*>(u_out) + t * width;
     U* dh = static_cast<U*>(dprojected_out) + t * (width + experts);
@@ -105,7 +105,7 @@ void backward(const GateArgs& a, const void* du_in, const void* dgates_in, void*
 
 }  // namespace
 
-// The projected values come in the dtype of the rest, or in float32 where that is bfloat16.
+// The projected values and du come in the dtype of the rest, or in float32 where that is bfloat16.
 void gate_forward(const GateArgs& a, void* u, void* gates, int threads) {
   if (a.dtype == DType::float64) return forward<double, double>(a, u, gates, threads);
   if (a.dtype == DType::float32) return forward<float, float>(a, u, gates, threads);

@@ -56,17 +56,16 @@ inline float widen(bfloat16 v) {
   return result;
 }
 
-template <typename T>
-inline T narrow(double v) {
+template <typename T, typename Acc>
+inline T narrow(Acc v) {
   return T(v);
 }
 template <>
-inline bfloat16 narrow<bfloat16>(double value) {
-  float v = float(value);
+inline bfloat16 narrow<bfloat16, float>(float v) {
   uint32_t bits;
   __builtin_memcpy(&bits, &v, sizeof bits);
-  if (v != v) return {uint16_t(0x7fc0)};
-  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // round to nearest, ties to even
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return {uint16_t(v != v ? 0x7fc0 : rounded)};
 }
 
 // The type sums are kept in.

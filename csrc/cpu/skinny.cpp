@@ -153,14 +153,4 @@ void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* o
   }
 }
 
-// The table lives in the last of the kernel sources, so that each instruction set has exactly one.
-void gate_forward(const GateArgs&, void*, void*, int);
-void gate_backward(const GateArgs&, const void*, const void*, void*, void*, int);
-void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, bool, int);
-
-#define GCI_NAME(isa) #isa
-#define GCI_STRING(isa) GCI_NAME(isa)
-extern const Kernels table;
-const Kernels table = {GCI_STRING(GCI_ISA), gate_forward, gate_backward, dropout, project, pack_panel, expand, reduce};
-
 }  // namespace gci::GCI_ISA

@@ -1,6 +1,7 @@
 """The stages as library products; any device, any floating dtype.
 
-project(x, m) = x @ m;  expand_(y, u, m): y += u @ m;  reduce(u, y) = u.T @ y;  m is any two-dimensional view.
+project(x, m) = x @ m;  expand_(y, u, m): y += u @ m;  reduce(u, y) = u.T @ y;  m is any two-dimensional view, in any
+floating dtype, and converted to the other operand's.
 """
 
 import torch
@@ -10,11 +11,11 @@ from gci_kernels.ops.bottleneck import philox
 
 
 def project(x: Tensor, m: Tensor) -> Tensor:
-    return torch.mm(x, m)
+    return torch.mm(x, m.to(x.dtype))
 
 
 def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
-    y.addmm_(u, m)
+    y.addmm_(u, m.to(y.dtype))
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:

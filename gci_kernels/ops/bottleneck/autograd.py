@@ -32,9 +32,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _stack(A: Tensor, router: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[A; router] in x's dtype: what `project` multiplies with."""
-    return (A if router is None else torch.cat((A, router))).to(dtype)
+def _stack(A: Tensor, router: Tensor | None) -> Tensor:
+    """[A; router], what `project` multiplies with."""
+    return A if router is None else torch.cat((A, router))
+
+
+def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
+    """What `project` and `reduce` return for operands of `dtype`: the native products leave their sums unrounded."""
+    return torch.float32 if stage == "native" and dtype == torch.bfloat16 else dtype
 
 
 def _bottleneck(
@@ -44,20 +49,19 @@ def _bottleneck(
     stages, rows = Plan.from_key(plan), _rows(x)
     project = _STAGES[stages.project].project
     if seed is None:
-        projected = project(rows, _stack(A, router, x.dtype).t())
+        projected = project(rows, _stack(A, router).t())
     else:
         dropped = _STAGES[stages.dropout].dropout(rows, dropout_p, int(seed))
-        projected = project(dropped, A.to(x.dtype).t())
+        projected = project(dropped, A.t())
         if router is not None:  # the router sees x before dropout
-            projected = torch.cat((projected, project(rows, router.to(x.dtype).t())), dim=1)
+            projected = torch.cat((projected, project(rows, router.t())), dim=1)
     experts = 0 if router is None else router.shape[0]
     u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
-    b = B.to(x.dtype).t()
     if weight is None:
-        y = u @ b
+        y = F.linear(u, B.to(x.dtype))
     else:
         y = F.linear(rows, weight, bias)
-        _STAGES[stages.expand].expand_(y, u, b)
+        _STAGES[stages.expand].expand_(y, u, B.t())
     shape = x.shape[:-1]
     return y.view(*shape, B.shape[0]), projected, gates.view(*shape, experts) if experts else gates
 
@@ -68,7 +72,7 @@ def _bottleneck_fake(x, weight, bias, A, B, router, seed, scaling, top_k, dropou
     gates_dtype = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*x.shape[:-1], B.shape[0]),
-        x.new_empty(tokens, A.shape[0] + experts),
+        x.new_empty(tokens, A.shape[0] + experts, dtype=_sum_dtype(Plan.from_key(plan).project, x.dtype)),
         x.new_empty(*x.shape[:-1], experts, dtype=gates_dtype) if experts else x.new_empty(0),
     )
 
@@ -77,25 +81,25 @@ def _bottleneck_backward(
     dy: Tensor, dgates: Tensor | None, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, router: Tensor | None,
     seed: Tensor | None, projected: Tensor, scaling: float, top_k: int, dropout_p: float, plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of [dx, dweight, dbias, d[A; router], dB], in this order; the last two as stacked and in x's dtype."""
+    """The needed ones of [dx, dweight, dbias, d[A; router], dB], in this order."""
     needs_x, needs_weight, needs_bias, needs_stack, needs_B = needs
     stages, rows, dy = Plan.from_key(plan), _rows(x), _rows(dy)
     experts, rank = 0 if router is None else router.shape[0], A.shape[0]
     if needs_x or needs_stack or needs_B:
-        du = _STAGES[stages.project].project(dy, B.to(x.dtype))
+        du = _STAGES[stages.project].project(dy, B)
         if dgates is not None:
             dgates = dgates.reshape(-1, experts)
-        dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, stages.mix)
+        dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, x.dtype, stages.mix)
     gradients = []
     if needs_x:
         dx = torch.mm(dy, weight) if weight is not None else torch.zeros_like(rows)
         if seed is None:
-            _STAGES[stages.expand].expand_(dx, dprojected, _stack(A, router, x.dtype))
+            _STAGES[stages.expand].expand_(dx, dprojected, _stack(A, router))
         else:
             through_dropout = torch.mm(dprojected[:, :rank], A.to(x.dtype))
             _STAGES[stages.dropout].dropout_add_(dx, through_dropout, dropout_p, int(seed))
             if router is not None:
-                _STAGES[stages.expand].expand_(dx, dprojected[:, rank:], router.to(x.dtype))
+                _STAGES[stages.expand].expand_(dx, dprojected[:, rank:], router)
         gradients.append(dx.view(x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), rows))
@@ -122,7 +126,9 @@ def _bottleneck_backward_fake(
     out, width = B.shape[0], x.shape[-1]
     stack_rows = A.shape[0] + (0 if router is None else router.shape[0])
     shapes = [tuple(x.shape), (out, width), (out,), (stack_rows, width), (out, A.shape[0])]
-    return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+    sums = _sum_dtype(Plan.from_key(plan).reduce, x.dtype)
+    dtypes = [x.dtype, x.dtype, x.dtype, sums, sums]
+    return [x.new_empty(s, dtype=d) for s, d, needed in zip(shapes, dtypes, needs, strict=True) if needed]
 
 
 def _setup_context(ctx, inputs, output) -> None:

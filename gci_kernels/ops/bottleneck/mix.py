@@ -19,9 +19,10 @@ def forward(
 
 
 def backward(
-    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    """(dprojected, u): the gradient of everything `project` made, and u once more, for the gradient of B."""
+    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
+    dtype: torch.dtype, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dprojected, u) in `dtype`: the gradient of everything `project` made, and u once more, for the gradient of B."""
     if num_experts == 0:
-        return du * scaling, (projected * scaling).to(du.dtype)
-    return _GATE[impl].backward(du, dgates, projected, num_experts, top_k, scaling)
+        return (du * scaling).to(dtype), (projected * scaling).to(dtype)
+    return _GATE[impl].backward(du, dgates, projected, num_experts, top_k, scaling, dtype)

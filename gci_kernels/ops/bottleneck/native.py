@@ -1,6 +1,7 @@
-"""The stages in C++ (csrc/cpu/skinny.cpp, dropout.cpp): CPU tensors; the products for float32 alone.
+"""The stages in C++ (csrc/cpu/skinny*.cpp, dropout.cpp): CPU tensors; the products for float32 and bfloat16.
 
-Same functions as aten.py. Rows of x, y and u are contiguous (the caller sees to it); m is any two-dimensional view.
+Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and u
+are contiguous (the caller sees to it); m is any two-dimensional view in any floating dtype.
 """
 
 import torch
@@ -9,35 +10,59 @@ from torch import Tensor
 from gci_kernels.native import DTYPE_CODES, extension
 
 
+def _panel(m: Tensor, pairs: bool) -> Tensor:
+    """m [depth, width] as the kernels read it: rows padded to a vector; for bfloat16, in pairs of rows."""
+    (depth, width), lib = m.shape, extension()
+    padded = -(-width // lib.skinny_padding) * lib.skinny_padding
+    if pairs:
+        m = m if m.dtype in (torch.float32, torch.bfloat16) else m.float()
+        panel = torch.empty((depth + 1) // 2, padded, 2, dtype=torch.bfloat16)
+        lib.pack_pairs(m.data_ptr(), DTYPE_CODES[m.dtype], *m.stride(), panel.data_ptr(), depth, width)
+    else:
+        panel, m = torch.empty(depth, padded), m.float()
+        lib.pack_panel(m.data_ptr(), *m.stride(), panel.data_ptr(), depth, width)
+    return panel
+
+
 def project(x: Tensor, m: Tensor) -> Tensor:
-    (tokens, depth), width = x.shape, m.shape[1]
-    lib, threads = extension(), torch.get_num_threads()
-    out = torch.empty(tokens, width)
-    panel = torch.empty(depth, -(-width // lib.skinny_padding) * lib.skinny_padding)
-    lib.pack_panel(m.data_ptr(), m.stride(0), m.stride(1), panel.data_ptr(), depth, width)
-    lib.project(
-        x.data_ptr(), x.stride(0), panel.data_ptr(), out.data_ptr(), out.stride(0), tokens, depth, width, threads
-    )
+    (tokens, depth), width, lib = x.shape, m.shape[1], extension()
+    half = x.dtype == torch.bfloat16
+    out, panel = torch.empty(tokens, width), _panel(m, pairs=half)
+    (lib.project_bf16 if half else lib.project)(
+        x.data_ptr(), x.stride(0), panel.data_ptr(), out.data_ptr(), width,
+        tokens, depth, width, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
 def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
-    m = m.contiguous()
-    rank, width = m.shape
-    extension().expand(
-        u.data_ptr(), u.stride(0), m.data_ptr(), m.stride(0), y.data_ptr(), y.stride(0),
-        y.shape[0], rank, width, torch.get_num_threads(),
-    )  # fmt: skip
+    (rank, width), lib, threads = m.shape, extension(), torch.get_num_threads()
+    tokens = y.shape[0]
+    if y.dtype == torch.bfloat16:
+        panel = _panel(m, pairs=True)
+        lib.expand_bf16(
+            u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0), tokens, rank, width, threads
+        )
+    else:
+        m = m.float().contiguous()
+        lib.expand(
+            u.data_ptr(), u.stride(0), m.data_ptr(), width, y.data_ptr(), y.stride(0), tokens, rank, width, threads
+        )
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
-    (tokens, rank), width, threads = u.shape, y.shape[1], torch.get_num_threads()
-    out = torch.empty(rank, width)
-    partial = torch.empty(threads, rank, width)
-    extension().reduce(
-        u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
-        tokens, rank, width, threads,
-    )  # fmt: skip
+    (tokens, rank), width, lib, threads = u.shape, y.shape[1], extension(), torch.get_num_threads()
+    out, partial = torch.empty(rank, width), torch.empty(threads, rank, width)
+    if y.dtype == torch.bfloat16:
+        pairs = _panel(u, pairs=True)
+        lib.reduce_bf16(
+            pairs.data_ptr(), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(), tokens, rank, width, threads
+        )
+    else:
+        lib.reduce(
+            u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
+            tokens, rank, width, threads,
+        )  # fmt: skip
     return out
 
 

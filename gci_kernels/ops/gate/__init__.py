@@ -4,8 +4,8 @@
 is a module with
 
     forward(projected, num_experts, top_k, scaling, dtype) -> u, gates
-    backward(du, dgates, projected, num_experts, top_k, scaling) -> dprojected, u
+    backward(du, dgates, projected, num_experts, top_k, scaling, dtype) -> dprojected, u
 
-u and du [tokens, num_experts*r] in `dtype`; gates and dgates [tokens, num_experts] float32, or float64 where dtype is
-float64; dprojected in du's dtype. Equal logits at the edge of top_k: the lower expert is kept.
+u [tokens, num_experts*r] and dprojected in `dtype`; du in projected's, which is `dtype` or float32 where that is
+bfloat16; gates and dgates [tokens, num_experts] float32, or float64 where dtype is float64. Equal logits at the edge of top_k: the lower expert is kept.
 """

@@ -23,8 +23,9 @@ def forward(
 
 
 def backward(
-    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float
-) -> tuple[Tensor, Tensor]:
+    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     h, logits = _split(projected, num_experts)
     gates = reference.gates(logits, top_k)
     wide_du = du.to(h.dtype).view_as(h)
@@ -34,4 +35,4 @@ def backward(
         dgate += dgates
     dlogits = gates * (dgate - (gates * dgate).sum(-1, keepdim=True))
     dprojected = torch.cat(((factor * wide_du).flatten(1), dlogits), dim=1)
-    return dprojected.to(du.dtype), (factor * h).flatten(1).to(du.dtype)
+    return dprojected.to(dtype), (factor * h).flatten(1).to(dtype)

@@ -21,14 +21,15 @@ def forward(
 
 
 def backward(
-    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float
-) -> tuple[Tensor, Tensor]:
+    du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, width = du.shape
-    dgates = None if dgates is None else dgates.contiguous()
-    u = torch.empty_like(du)
-    dprojected = torch.empty(tokens, width + num_experts, dtype=du.dtype)
+    du, dgates = du.to(projected.dtype).contiguous(), None if dgates is None else dgates.contiguous()
+    u = torch.empty(tokens, width, dtype=dtype)
+    dprojected = torch.empty(tokens, width + num_experts, dtype=dtype)
     extension().gate_backward(
-        projected.data_ptr(), projected.stride(0), DTYPE_CODES[projected.dtype], DTYPE_CODES[du.dtype],
+        projected.data_ptr(), projected.stride(0), DTYPE_CODES[projected.dtype], DTYPE_CODES[dtype],
         tokens, num_experts, width // num_experts, top_k, scaling,
         du.data_ptr(), 0 if dgates is None else dgates.data_ptr(), u.data_ptr(), dprojected.data_ptr(),
         torch.get_num_threads(),

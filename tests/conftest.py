@@ -1,0 +1,14 @@
+"""Fixtures shared by the op tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned():
+    """Fills every fresh torch.empty with NaN (integers: the largest value), so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,139 @@
+"""The C++ stages against library products, on every instruction set this processor has, and how the extension is loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gci_kernels import native
+from gci_kernels.cli import openmp_runtimes
+from gci_kernels.impl import Plan
+from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.bottleneck import native as stages
+from gci_kernels.testing import error_bound, relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# tokens, the long side, the skinny side: below, at and above a tile, a vector and a cache block
+SHAPES = [
+    (1, 1, 1), (1, 2048, 40), (7, 33, 3), (8, 16, 16), (9, 17, 17), (130, 67, 48), (65, 1100, 49), (64, 512, 100),
+    (200, 513, 8), (0, 20, 4),
+]  # fmt: skip
+
+
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16) if native.extension().has_bf16_products() else (torch.float32,)
+
+
+def check(actual, left, right):
+    """`actual` holds float32 sums, whatever the operands: no worse than the library's product of the same numbers."""
+    truth, plain = left.double() @ right.double(), left.float() @ right.float()
+    assert actual.shape == truth.shape and actual.dtype == torch.float32
+    assert relative_error(actual, truth) <= error_bound(relative_error(plain, truth), torch.float32)
+
+
+@pytest.mark.parametrize(("tokens", "long", "skinny"), SHAPES)
+@pytest.mark.parametrize("threads", (1, 2, 5))
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_products(tokens, long, skinny, threads, dtype):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wide = torch.randn(tokens, long + 3, dtype=dtype)
+        x, m = wide[:, 3:], torch.randn(skinny, long).t()  # rows with a gap, and a transposed float32 view
+        rounded = m.to(dtype)
+        check(stages.project(x, m), x, rounded)
+        check(stages.project(x, rounded.contiguous()), x, rounded)
+        u = torch.randn(tokens, skinny + 2, dtype=dtype)[:, :skinny]
+        check(stages.reduce(u, x), u.t(), x)
+        gap = torch.randn(tokens, long + 5, dtype=dtype)
+        y, before_y = gap[:, :long], gap.clone()
+        stages.expand_(y, u, m.t())
+        expected = before_y[:, :long].double() + u.double() @ rounded.t().double()
+        assert relative_error(y, expected) <= (1e-6 if dtype == torch.float32 else 4e-3)
+        assert torch.equal(gap[:, long:], before_y[:, long:]), "written beyond the row"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_long_sums_round_no_more_than_the_library(dtype):
+    """14,336 products a sum, as in the widest layer of an 8B model; all of one sign, where running sums lose most."""
+    x, m = torch.rand(16, 14336).to(dtype), torch.rand(14336, 40).to(dtype)
+    check(stages.project(x, m), x, m)
+    u = torch.rand(14336, 8).to(dtype)
+    check(stages.reduce(u, m), u.t(), m)
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_neighbouring_memory_is_not_read_into_the_result(dtype):
+    """Odd sizes inside a tensor of NaN: what lies beside a row must not leak in, not even multiplied by zero."""
+    x = torch.full((9, 40), float("nan"), dtype=dtype)
+    x[:, :35] = 1
+    view, m = x[:, :35], torch.ones(35, 3)
+    assert (stages.project(view, m) == 35).all()
+    assert (stages.reduce(torch.ones(9, 3, dtype=dtype), view) == 9).all()
+    y = torch.zeros(9, 33, dtype=dtype)
+    stages.expand_(y, view[:, :7], torch.ones(7, 33))
+    assert (y == 7).all()
+
+
+def test_empty_sum():
+    assert stages.project(torch.empty(3, 0), torch.empty(0, 4)).abs().sum() == 0
+
+
+def test_same_bits_twice_and_for_any_schedule():
+    u, y = torch.randn(1000, 40), torch.randn(1000, 300)
+    first = stages.reduce(u, y)
+    for _ in range(5):
+        assert torch.equal(first, stages.reduce(u, y))
+
+
+def test_one_openmp_runtime():
+    """The extension shares torch's pool of threads: a second one would fight it for the cores."""
+    stages.project(torch.randn(64, 64), torch.randn(64, 8))
+    assert len(openmp_runtimes()) == 1, openmp_runtimes()
+
+
+def _runs(isa: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], env=os.environ | {"GCI_CPU_ISA": isa}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif("GCI_CPU_ISA" in os.environ, reason="this is the inner run")
+@pytest.mark.parametrize("isa", [isa for isa in ("baseline", "avx2", "avx512") if isa != native.ISA])
+def test_lesser_instruction_sets(isa):
+    done = _runs(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
+    unavailable = "no such instruction set" in done.stdout + done.stderr
+    assert done.returncode == 0 or unavailable, done.stdout[-3000:]
+    if unavailable:
+        assert native.ISA == "baseline"
+
+
+def test_unknown_instruction_set_is_named():
+    done = _runs("mmx", "-c", "import gci_kernels")
+    assert done.returncode != 0 and "GCI_CPU_ISA=mmx" in done.stderr and "baseline" in done.stderr
+
+
+def test_plan_is_pure_and_printable():
+    plan = choose_plan("auto", device_type="cpu", dtype=torch.float32, isa="avx512")
+    assert plan == Plan("native", "native", "native", "native", "native") == Plan.from_key(plan.key)
+    assert str(plan) == "project=native mix=native expand=native reduce=native dropout=native"
+    assert choose_plan("auto", device_type="cpu", dtype=torch.float32, isa="avx2").expand == "aten"
+    assert choose_plan("auto", device_type="cpu", dtype=torch.bfloat16, isa="avx512").mix == "native"
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float16)):
+        assert set(choose_plan("auto", device_type=device, dtype=dtype).key.split("/")) == {"aten"}
+    with pytest.raises(ValueError, match="impl='native' cannot run here: its kernels run on CPU tensors, not cuda"):
+        choose_plan("native", device_type="cuda", dtype=torch.float32)
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(native, "_extension", None)
+    monkeypatch.setattr(native, "_failure", ImportError("no such file"))
+    assert choose_plan("auto", device_type="cpu", dtype=torch.float32).mix == "aten"
+    with pytest.raises(ValueError, match="no such file"):
+        choose_plan("native", device_type="cpu", dtype=torch.float32)
+    with pytest.raises(ImportError, match="C\\+\\+17 compiler"):
+        native.extension()
