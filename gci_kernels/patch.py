@@ -16,28 +16,64 @@ from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.tuners import FusedLoraLinear, LoRAMoEConfig, LoRAMoELinear, fusion
 from gci_kernels.tuners.lora import is_plain_lora, lora_obstacle
 
-# Set on the tuner of a model that patch() made from a plain one: the names of the parameters that were trainable.
-_TRAINABLE_BEFORE = "_gci_trainable_before"
+# Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
+_UNDO = "_gci_undo"
+
+
+class _Absent:
+    """Stands for an attribute or key that was not there."""
+
+
+class _Undo:
+    """What was changed in a module tree, and the way back: (module, attribute, key or None, old value) each."""
+
+    def __init__(self, changes: list[tuple[nn.Module, str, object, object]], trainable: set[str]) -> None:
+        self.changes, self.trainable = changes, trainable
+
+    def apply(self, model: nn.Module) -> None:
+        for module, attribute, key, old in self.changes:
+            if attribute == "__class__":
+                module.__class__ = old
+                continue
+            # Dictionaries are changed in place: hook handles hold on to them.
+            container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)
+            if old is _Absent:
+                container.pop(key, None)
+            else:
+                container[key] = old
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
 
 
 class _Snapshot:
-    """The state of a module tree; restoring it undoes whatever was done to modules, hooks and requires_grad since."""
+    """The state of a module tree: classes, attributes, children, hooks and requires_grad, but not tensors' values."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [(module, type(module), self._copy(module)) for module in model.modules()]
-        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.states = [(module, type(module), self._copy(module)) for module in model.modules()]
+        self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     @staticmethod
     def _copy(module: nn.Module) -> dict:
-        return {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
 
-    def restore(self) -> None:
-        for module, cls, state in self.modules:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(state)
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
+    def undo(self) -> _Undo:
+        """The way back from the present state to this one."""
+        changes: list[tuple] = []
+        for module, cls, before in self.states:
+            if type(module) is not cls:
+                changes.append((module, "__class__", None, cls))
+            now = vars(module)
+            for attribute in before.keys() | now.keys():
+                old, new = before.get(attribute, _Absent), now.get(attribute, _Absent)
+                if isinstance(old, dict) and isinstance(new, dict):
+                    changes += [
+                        (module, attribute, key, old.get(key, _Absent))
+                        for key in old.keys() | new.keys()
+                        if old.get(key, _Absent) is not new.get(key, _Absent)
+                    ]
+                elif old is not new:
+                    changes.append((module, attribute, None, old))
+        return _Undo(changes, self.trainable)
 
 
 def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default") -> nn.Module:
@@ -62,10 +98,12 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
         if config is None:
             _fuse_lora(model)
             return model
-        return _add_adapter(model, config, adapter_name)
+        peft_model = _add_adapter(model, config, adapter_name)
     except BaseException:
-        snapshot.restore()
+        snapshot.undo().apply(model)
         raise
+    setattr(peft_model.base_model, _UNDO, snapshot.undo())
+    return peft_model
 
 
 def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
@@ -74,9 +112,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
     _check_targets(model, config)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name)
-    setattr(peft_model.base_model, _TRAINABLE_BEFORE, trainable)
     if isinstance(config, LoraConfig):
         _fuse_lora(peft_model)
     return peft_model
@@ -95,29 +131,27 @@ def _check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 def _fuse_lora(model: nn.Module) -> None:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if any(isinstance(module, (FusedLoraLinear, LoRAMoELinear)) for _, module in adapted):
-        declined = {}
-    else:
-        declined = {name: _decline(module) for name, module in adapted}
-        if all(declined.values()):
-            found = "; ".join(f"{name}: {reason}" for name, reason in declined.items()) or "no adapter layers at all"
-            raise ValueError(
-                "nothing to patch: looked for peft.tuners.lora.Linear layers whose adapters are plain LoRA, found "
-                f"{found}. Pass a config to add an adapter"
-            )
+    obstacles = {name: _obstacle(module) for name, module in adapted}
+    if all(obstacles.values()):
+        found = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "no adapter layers at all"
+        raise ValueError(
+            "nothing to patch: looked for peft.tuners.lora.Linear layers with an adapter that is plain LoRA, found "
+            f"{found}. Pass a config to add an adapter"
+        )
     for _, module in adapted:
         if is_plain_lora(module):
             module.__class__ = FusedLoraLinear
 
 
-def _decline(module: BaseTunerLayer) -> str | None:
-    """Why an adapted layer stays PEFT's, or None where it is, or can be, fused."""
+def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
+    """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
     if isinstance(module, LoRAMoELinear):
         return None
     if not isinstance(module, FusedLoraLinear) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
-    reasons = (lora_obstacle(module, name) for name in module.active_adapters if name in module.lora_A)
-    return next((reason for reason in reasons if reason is not None), None)
+    names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
+    reasons = [reason for name in names if (reason := lora_obstacle(module, name)) is not None]
+    return reasons[0] if reasons and (active_only or len(reasons) == len(names)) else None
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -129,18 +163,17 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was not patched.
     """
-    fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
-    for module in fused:
-        module.__class__ = lora.Linear
     tuner = model.base_model if isinstance(model, PeftModel) else None
-    trainable = getattr(tuner, _TRAINABLE_BEFORE, None)
-    if trainable is not None:
-        plain = tuner.unload()
-        for name, parameter in plain.named_parameters():
-            parameter.requires_grad_(name in trainable)
+    undo = getattr(tuner, _UNDO, None)
+    if undo is not None:
+        plain = tuner.model
+        undo.apply(plain)
         return plain
+    fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
     if not fused:
         raise ValueError("nothing to unpatch: the model was not made by gci_kernels.patch; PEFT's unload() removes adapters")
+    for module in fused:
+        module.__class__ = lora.Linear
     return model
 
 
@@ -187,7 +220,7 @@ def report(model: nn.Module) -> Report:
 
 def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
     base = module.base_layer
-    dtype, declined = fusion.matmul_dtype(base), _decline(module)
+    dtype, declined = fusion.matmul_dtype(base), _obstacle(module, active_only=True)
     if declined is None and is_plain_lora(module):
         declined = "not patched: call gci_kernels.patch(model)"
     obstacle = fusion.obstacle(base)

@@ -10,12 +10,41 @@ from gci_kernels.ops import balance_loss
 
 
 @dataclass
+class _Recorded:
+    """One layer's gates and the settings of its adapter."""
+
+    gates: Tensor
+    weight: float
+    delta: float
+    include_padding: bool
+
+
+@dataclass
 class _Pass:
     """One forward pass of the model with `task_types` in its batch."""
 
     task_types: Tensor
     attention_mask: Tensor | None
-    losses: list[Tensor] = field(default_factory=list)
+    has_labels: bool
+    grad_enabled: bool
+    recorded: list[_Recorded] = field(default_factory=list)
+
+    def total(self) -> Tensor:
+        """The sum over layers of weight * balance_loss. Computed after the layers: under gradient checkpointing their
+        forward runs again without a pass, and must do the same operations."""
+        device = self.recorded[0].gates.device
+        losses = [
+            layer.weight
+            * balance_loss(
+                layer.gates,
+                self.task_types.to(layer.gates.device),
+                delta=layer.delta,
+                attention_mask=None if layer.include_padding else self.attention_mask,
+                num_experts=layer.gates.shape[-1],
+            ).to(device)
+            for layer in self.recorded
+        ]
+        return torch.stack(losses).sum()
 
 
 class BalanceCollector:
@@ -36,39 +65,36 @@ class BalanceCollector:
 
     def record(self, gates: Tensor, *, weight: float, delta: float, include_padding: bool, trained: bool) -> None:
         """Takes one layer's gates [batch, time, num_experts]; `trained`: whether they should carry a gradient."""
-        if trained and not gates.requires_grad:
+        if trained and self._pass.grad_enabled and not gates.requires_grad:
             raise RuntimeError(
                 "the balance loss would get no gradient: reentrant gradient checkpointing runs this layer without one; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        loss = balance_loss(
-            gates,
-            self._pass.task_types.to(gates.device),
-            delta=delta,
-            attention_mask=None if include_padding else self._pass.attention_mask,
-            num_experts=gates.shape[-1],
-        )
-        self._pass.losses.append(weight * loss)
+        self._pass.recorded.append(_Recorded(gates, weight, delta, include_padding))
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the model."""
         task_types = kwargs.pop("task_types", None)
-        self._pass = None
         if task_types is not None and model.training:
             given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-            self._pass = _Pass(torch.as_tensor(task_types), given.get("attention_mask"))
+            self._pass = _Pass(
+                torch.as_tensor(task_types),
+                given.get("attention_mask"),
+                has_labels=given.get("labels") is not None,
+                grad_enabled=torch.is_grad_enabled(),
+            )
         return args, kwargs
 
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output):
         """Forward hook of the model; called with output None where the forward raised."""
         done, self._pass = self._pass, None
-        if done is None or not done.losses or output is None:
+        if done is None or not done.recorded or output is None:
             return None
-        total = torch.stack([loss.to(done.losses[0].device) for loss in done.losses]).sum()
         if isinstance(output, tuple):
-            if "labels" not in kwargs:
+            if not done.has_labels:
                 raise TypeError("task_types needs the model's dict output, or labels in the batch (return_dict=False)")
-            return (output[0] + total.to(output[0]), *output[1:])
+            return (output[0] + done.total().to(output[0]), *output[1:])
+        total = done.total()
         if output.get("loss") is not None:
             output["loss"] = output["loss"] + total.to(output["loss"])
         output["balance_loss"] = total

@@ -1,5 +1,6 @@
 """LoRAMoE (arXiv 2312.09979) as the PEFT method GCI_LORAMOE."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -25,8 +26,10 @@ def _check_integer(name: str, value: int, low: int, high: int | None = None) -> 
         raise ValueError(f"{name} must be at least {low}{'' if high is None else f' and at most {high}'}, got {value}")
 
 
-def _check_number(name: str, value: float, allowed: str, fits: bool) -> None:
-    if not (math.isfinite(value) and fits):
+def _check_number(name: str, value: float, allowed: str, low: float = -math.inf, high: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
@@ -71,10 +74,10 @@ class LoRAMoEConfig(PeftConfig):
         _check_integer("num_experts", self.num_experts, 1, 256)
         if self.top_k is not None:
             _check_integer("top_k", self.top_k, 1, self.num_experts)
-        _check_number("lora_alpha", self.lora_alpha, "a finite number", True)
-        _check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0 <= self.lora_dropout < 1)
-        _check_number("balance_weight", self.balance_weight, "at least 0", self.balance_weight >= 0)
-        _check_number("balance_delta", self.balance_delta, "in [0, 1]", 0 <= self.balance_delta <= 1)
+        _check_number("lora_alpha", self.lora_alpha, "a finite number")
+        _check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
+        _check_number("balance_weight", self.balance_weight, "at least 0", 0)
+        _check_number("balance_delta", self.balance_delta, "in [0, 1]", 0, 1)
         if self.balance_weight and self.num_experts % 2:
             raise ValueError(f"num_experts must be even where balance_weight is not 0, got {self.num_experts}")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and (
@@ -210,13 +213,15 @@ class LoRAMoEModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; LoRAMoE adapts torch.nn.Linear, layers "
                 "derived from it, and transformers' Conv1D"
             )
-        layer = LoRAMoELinear(target, adapter_name, peft_config, self.collector)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
+        layer = LoRAMoELinear(target, adapter_name, peft_config, self.collector).train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """PEFT's way into mixed batches; without it PEFT would drop the argument."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: LoRAMoE does not run several adapters in one batch; use set_adapter")
+        yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
