@@ -1,7 +1,7 @@
 """Fused kernels for adapters that keep a language model's general abilities.
 
-    model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8))   # a PeftModel
-    print(gci_kernels.report(model))
+model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8))   # a PeftModel
+print(gci_kernels.report(model))
 """
 
 from gci_kernels import ops

@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries in this process (Linux). More than one means two pools of threads that fight for the cores."""
+    """The OpenMP libraries in this process (Linux). Two of them are two pools of threads that fight for the cores."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
@@ -58,8 +58,8 @@ def info(_: argparse.Namespace) -> int:
     console.print(facts)
     console.print(plans)
     console.print(
-        'Kernels by hardware: "native" is proved on CPUs by `gci-kernels verify`. There are no GPU kernels of our own in '
-        'this version; on a GPU every stage is "aten", the library\'s products.'
+        'Kernels by hardware: "native" is proved on CPUs by `gci-kernels verify`. This version has no GPU kernels of '
+        'its own; on a GPU every stage is "aten", the library\'s products.'
     )
     return 0
 

@@ -19,7 +19,7 @@ def check_impl(impl: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One implementation ("aten" or "native") for each stage; printable, hashable, and a string where an op needs one."""
+    """One implementation ("aten" or "native") for each stage; printable, hashable, and a string for the op's schema."""
 
     project: str  # x @ [A; router].T and dY @ B
     mix: str  # the mixer, forward and backward

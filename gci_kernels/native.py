@@ -37,6 +37,6 @@ def extension():
     return _extension
 
 
-#: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension. A constant, so that
-#: torch.compile traces through plans.
+#: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension.
+#: A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"

@@ -85,11 +85,11 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
         adapter_name: the new adapter's name in PEFT.
 
     Returns:
-        With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused keeps
-        PEFT's own computation and stands in :func:`report` with the reason. Patching twice changes nothing.
+        With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused
+        keeps PEFT's own computation and stands in :func:`report` with the reason. Patching twice changes nothing.
 
     Raises:
-        ValueError, TypeError: the model has nothing to patch, or the config does not fit it. The model is then as it was.
+        ValueError, TypeError: the model has nothing to patch, or the config does not fit. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -171,7 +171,9 @@ def unpatch(model: nn.Module) -> nn.Module:
         return plain
     fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
     if not fused:
-        raise ValueError("nothing to unpatch: the model was not made by gci_kernels.patch; PEFT's unload() removes adapters")
+        raise ValueError(
+            "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
+        )
     for module in fused:
         module.__class__ = lora.Linear
     return model
@@ -198,7 +200,8 @@ class Report(list[LayerReport]):
         groups: dict[tuple, list[str]] = {}
         for layer in self:
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
-            row = (pattern, layer.method, layer.shape, layer.dtype, layer.base, layer.plan or f"declined: {layer.declined}")
+            plan = layer.plan or f"declined: {layer.declined}"
+            row = (pattern, layer.method, layer.shape, layer.dtype, layer.base, plan)
             groups.setdefault(row, []).append(layer.name)
         for row, names in groups.items():
             table.add_row(f"{row[0]} x {len(names)}", *row[1:])

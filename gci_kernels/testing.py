@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN anywhere gives inf; 0 for two tensors of zeros or no elements."""
+    """||actual - expected|| / ||expected|| in float64; NaN gives inf; 0 for two tensors of zeros or no elements."""
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"actual must be {list(expected.shape)} like expected, got {list(actual.shape)}")

@@ -1,4 +1,4 @@
-"""lora_linear and loramoe_linear: every implementation against float64, against the published code, and under torch.compile."""
+"""lora_linear, loramoe_linear: every implementation against float64, the published code, and under torch.compile."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def make(tokens=(130,), in_features=67, out_features=45, r=4, experts=8, dtype=torch.float64, bias=True, seed=0):
-    """Arguments of loramoe_linear (experts > 0) or lora_linear (experts = 0), at a scale where no term drowns another."""
+    """Arguments of loramoe_linear (experts > 0) or lora_linear (experts = 0); no term drowns another."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):

@@ -24,7 +24,8 @@ def source(tmp_path_factory) -> Path:
 
 
 def build(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 

@@ -1,4 +1,4 @@
-"""The C++ stages against library products, on every instruction set this processor has, and how the extension is loaded."""
+"""The C++ stages against library products, on every instruction set of this processor; loading the extension."""
 
 import os
 import subprocess

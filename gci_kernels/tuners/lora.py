@@ -26,8 +26,8 @@ class FusedLoraLinear(lora.Linear):
     """peft.tuners.lora.Linear whose forward is :func:`gci_kernels.ops.lora_linear`.
 
     Merged, disabled and mixed-batch calls, and adapters that PEFT computes by another formula (DoRA and its kin), run
-    PEFT's own forward; `gci_kernels.report` names them. The adapter's products run in x's dtype with wider accumulation,
-    where PEFT converts x to the adapter's dtype first.
+    PEFT's own forward; `gci_kernels.report` names them. The adapter's products take x as it is and sum in a wider
+    dtype, where PEFT converts x to the adapter's dtype first.
     """
 
     def obstacle(self) -> str | None:
@@ -64,5 +64,3 @@ class FusedLoraLinear(lora.Linear):
 def is_plain_lora(module: nn.Module) -> bool:
     """Whether `module` is exactly PEFT's linear LoRA layer, the class that :class:`FusedLoraLinear` stands in for."""
     return type(module) is lora.Linear
-
-

@@ -80,8 +80,10 @@ class LoRAMoEConfig(PeftConfig):
         _check_number("balance_delta", self.balance_delta, "in [0, 1]", 0, 1)
         if self.balance_weight and self.num_experts % 2:
             raise ValueError(f"num_experts must be even where balance_weight is not 0, got {self.num_experts}")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and (
-            self.layers_to_transform is not None or self.layers_pattern is not None
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and (self.layers_to_transform is not None or self.layers_pattern is not None)
         ):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list of names")
         if isinstance(self.target_modules, list):
@@ -179,9 +181,7 @@ class LoRAMoELinear(nn.Module, LoRAMoELayer):
         return y
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}: {self.num_experts[name]} experts of rank {self.r[name]}" for name in self.loramoe_A
-        )
+        return ", ".join(f"{name}: {self.num_experts[name]} experts of rank {self.r[name]}" for name in self.loramoe_A)
 
 
 class LoRAMoEModel(BaseTuner):

@@ -54,9 +54,11 @@ def loramoe_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A linear layer with N LoRA experts and a router (LoRAMoE, arXiv 2312.09979).
 
-    gates = softmax(x @ router.T) over the experts; y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T, where
-    each gate multiplies its expert's r values. Experts are stacked expert-major in A and B. One dropout mask is shared
-    by the experts (the published code draws one for each); the router sees x before dropout.
+    gates = softmax(x @ router.T) over the experts;
+    y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T, each gate multiplying its expert's r values.
+
+    Experts are stacked expert-major in A and B. One dropout mask is shared by the experts (the published code draws one
+    for each); the router sees x before dropout.
 
     Args:
         x, weight, bias, scaling, dropout_p, impl: as in :func:`lora_linear`.
@@ -98,7 +100,10 @@ def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Te
 def _check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor, same_dtype: bool) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+    fits = value.dim() == len(shape) and all(
+        size in (None, have) for size, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must be [{wanted}], got {list(value.shape)}")
     if value.device != x.device:

@@ -168,7 +168,5 @@ _library.impl("bottleneck_backward", _bottleneck_backward, "CompositeExplicitAut
 torch.library.register_fake("gci_kernels::bottleneck", _bottleneck_fake, lib=_library)
 torch.library.register_fake("gci_kernels::bottleneck_backward", _bottleneck_backward_fake, lib=_library)
 torch.library.register_autograd("gci_kernels::bottleneck", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "gci_kernels::bottleneck_backward", _no_double_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
-)
+torch.library.register_autograd("gci_kernels::bottleneck_backward", _no_double_backward, lib=_library)
 bottleneck = torch.ops.gci_kernels.bottleneck.default

@@ -11,8 +11,8 @@ def balance_loss(
 ) -> Tensor:
     """The localized balancing constraint of LoRAMoE (arXiv 2312.09979, section 3.2), before its weight.
 
-    Q[b, n] is the gate mass that sample b gives to expert n; I[b, n] = 1 + delta for the first half of the experts where
-    task_types[b] is 1 and for the second half where it is 0, else 1 - delta; Z = I * Q. The loss is
+    Q[b, n] is the gate mass that sample b gives to expert n; I[b, n] = 1 + delta for the first half of the experts
+    where task_types[b] is 1 and for the second half where it is 0, else 1 - delta; Z = I * Q. The loss is
     var(Z, unbiased) / (mean(Z)^2 + 1e-10), over all b and n.
 
     Args:
@@ -41,7 +41,8 @@ def balance_loss(
         raise TypeError(f"task_types must be integer or bool (0 or 1), got {task_types.dtype}")
     if attention_mask is not None:
         if attention_mask.shape != gates.shape[:2]:
-            raise ValueError(f"attention_mask must be {list(gates.shape[:2])} like gates, got {list(attention_mask.shape)}")
+            wanted, given = list(gates.shape[:2]), list(attention_mask.shape)
+            raise ValueError(f"attention_mask must be [batch, time] = {wanted} like gates, got {given}")
         gates = gates * attention_mask.to(gates.dtype).unsqueeze(-1)
     first_half = torch.arange(num_experts, device=gates.device) < num_experts // 2
     favoured = first_half == task_types.bool().unsqueeze(1)

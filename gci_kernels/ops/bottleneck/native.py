@@ -1,7 +1,7 @@
 """The stages in C++ (csrc/cpu/skinny*.cpp, dropout.cpp): CPU tensors; the products for float32 and bfloat16.
 
-Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and u
-are contiguous (the caller sees to it); m is any two-dimensional view in any floating dtype.
+Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y
+and u are contiguous (the caller sees to it); m is any two-dimensional view in any floating dtype.
 """
 
 import torch
@@ -56,7 +56,15 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     if y.dtype == torch.bfloat16:
         pairs = _panel(u, pairs=True)
         lib.reduce_bf16(
-            pairs.data_ptr(), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(), tokens, rank, width, threads
+            pairs.data_ptr(),
+            y.data_ptr(),
+            y.stride(0),
+            out.data_ptr(),
+            partial.data_ptr(),
+            tokens,
+            rank,
+            width,
+            threads,
         )
     else:
         lib.reduce(

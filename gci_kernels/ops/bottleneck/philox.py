@@ -1,7 +1,7 @@
 """The counter-based generator behind dropout, in torch operations: the definition that every kernel reproduces.
 
-Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high) and
-the counter (col // 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
+Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high)
+and the counter (col // 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
 """
 
 import torch

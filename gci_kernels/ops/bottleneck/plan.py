@@ -5,7 +5,6 @@ import torch
 from gci_kernels import native
 from gci_kernels.impl import Plan, native_obstacle
 
-
 # Where the skinny kernels beat the library's products, measured at T=2048, 2048x2048, R=40. With AVX-512 they take less
 # than half its time in float32. In bfloat16 they are as fast and their float32 sums are not rounded on the way, but
 # `expand`, which rounds in the end, is the library's.

@@ -31,7 +31,10 @@ def loramoe_linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, router: Tensor,
     scaling: float, top_k: int, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T, gates = softmax(x @ router.T) (arXiv 2312.09979)."""
+    """y = x @ W.T + b + scaling * (gates * (dropout(x) @ A.T)) @ B.T; gates = softmax(x @ router.T) (arXiv 2312.09979)
+
+    with the top_k largest gates kept, and each multiplying its expert's r values.
+    """
     A, B, router = A.to(x.dtype), B.to(x.dtype), router.to(x.dtype)
     u, gates = gate(F.linear(_dropped(x, dropout_p, seed), A), F.linear(x, router), top_k)
     return _base(x, weight, bias) + scaling * F.linear(u, B), gates

@@ -1,4 +1,4 @@
-"""The gate in library calls, any device: forward and a hand-written backward (signatures in the package's docstring)."""
+"""The gate in library calls, any device: forward and a hand-written backward (signatures: the package's docstring)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The gate in C++ (csrc/cpu/gate.cpp), one pass each way, for CPU tensors (signatures in the package's docstring)."""
+"""The gate in C++ (csrc/cpu/gate.cpp), one pass each way, for CPU tensors (signatures: the package's docstring)."""
 
 import torch
 from torch import Tensor

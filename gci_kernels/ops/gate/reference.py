@@ -14,7 +14,7 @@ def gates(logits: Tensor, top_k: int) -> Tensor:
 
 
 def gate(h: Tensor, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """u = gates, repeated over each expert's r values, times h [..., num_experts*r]; and the gates [..., num_experts]."""
+    """u = gates, repeated over each expert's r values, times h [..., num_experts*r]; and the gates [..., experts]."""
     weights = gates(logits, top_k)
     experts = weights.shape[-1]
     u = h.unflatten(-1, (experts, h.shape[-1] // experts)) * weights.to(h.dtype).unsqueeze(-1)
