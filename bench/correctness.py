@@ -1,0 +1,125 @@
+"""The gate in front of every time: the fused computation may err at most about twice as much as eager PyTorch.
+
+Errors are norm-wise, relative, and against float64: ||actual - truth|| / ||truth||.
+"""
+
+import copy
+import math
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+from gci_kernels.testing import error_bound, relative_error
+
+from .baselines import collect_grads
+from .cases import LayerInputs, LayerVariant
+
+Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error, "bound": largest error allowed}
+
+
+class CorrectnessError(AssertionError):
+    """A computation that is further from the truth than its working dtype explains. Its times mean nothing."""
+
+
+def check_layer(inputs: LayerInputs, variants: dict[str, LayerVariant]) -> Errors:
+    """Compare y and every gradient of the variants "eager" and "gci" with a float64 restatement of the layer.
+
+    Bound for gci: twice eager's error, plus rounding. Eager must keep half its digits, for a wrong baseline would make
+    the bound meaningless.
+    """
+    truth = _layer_truth(inputs)
+    eager, gci = (_errors(variants[name].results(), truth) for name in ("eager", "gci"))
+    dtype = inputs.x.dtype
+    for name, error in eager.items():
+        _require("eager", name, error, math.sqrt(torch.finfo(dtype).eps), "half the digits of its dtype")
+    return _judge(
+        {name: {"eager": eager[name], "gci": gci[name], "bound": error_bound(eager[name], dtype)} for name in truth}
+    )
+
+
+def check_model(variants: dict[str, nn.Module], ids: Tensor) -> Errors:
+    """Compare each token's loss and every adapter gradient of the variants "eager" and "gci" with a float64 model.
+
+    A gradient that came through many layers has an error that is partly luck: real models have tokens whose
+    activations are a thousand times the others', and one number of theirs can decide the error of a whole tensor. So a
+    tensor's bound is twice eager's error for it or twice eager's median error over all gradients, whichever is larger,
+    plus rounding; and every sequence is a trial of its own, of which a tensor must pass one. What is computed wrongly
+    passes none.
+
+    Args:
+        variants: two models with the same adapter values around the same base weights; `check_layer` vouches for the
+            layers that the float64 model, a copy of the eager one, is made of.
+        ids: [trials, seq] int64, the tokens to predict.
+
+    Returns:
+        For each tensor the errors of its best trial.
+    """
+    exact = copy.deepcopy(variants["eager"]).double()
+    trials = [_trial(exact, variants, row.unsqueeze(0)) for row in ids]
+    return _judge(
+        {
+            name: min((trial[name] for trial in trials), key=lambda errors: errors["gci"] / errors["bound"])
+            for name in trials[0]
+        }
+    )
+
+
+def _trial(exact: nn.Module, variants: dict[str, nn.Module], ids: Tensor) -> Errors:
+    truth = _loss_and_grads(exact, ids)
+    eager, gci = (_errors(_loss_and_grads(variants[name], ids), truth) for name in ("eager", "gci"))
+    dtype = next(variants["eager"].parameters()).dtype
+    typical = statistics.median(error for name, error in eager.items() if name != "loss")
+    bounds = {
+        name: error_bound(error if name == "loss" else max(error, typical), dtype) for name, error in eager.items()
+    }
+    return {name: {"eager": eager[name], "gci": gci[name], "bound": bounds[name]} for name in truth}
+
+
+def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    if results.keys() != truth.keys():
+        raise CorrectnessError(f"these results have no counterpart: {sorted(results.keys() ^ truth.keys())}")
+    return {name: relative_error(value, truth[name]) for name, value in results.items()}
+
+
+def _judge(errors: Errors) -> Errors:
+    for name, error in errors.items():
+        _require("eager", name, error["eager"], math.inf, "it is not finite")
+        _require("gci_kernels", name, error["gci"], error["bound"], f"eager PyTorch has {error['eager']:.2e}")
+    return errors
+
+
+def _require(variant: str, name: str, error: float, bound: float, why: str) -> None:
+    if math.isinf(error) or error > bound:  # relative_error makes an infinite error of NaN
+        raise CorrectnessError(
+            f"{variant}: {name} differs from float64 by {error:.2e} (relative), more than {bound:.2e} ({why})"
+        )
+
+
+def _layer_truth(inputs: LayerInputs) -> dict[str, Tensor]:
+    """The layer in float64 as its definition reads, LoRA being one expert whose gate is 1; y and every gradient."""
+    x, A, B = (_leaf(tensor) for tensor in (inputs.x, inputs.A, inputs.B))
+    leaves = {"x": x, "A": A, "B": B}
+    gates = torch.ones_like(x[:, :1])
+    if inputs.router is not None:
+        leaves["router"] = _leaf(inputs.router)
+        gates = torch.softmax(x @ leaves["router"].T, dim=-1)
+    u = gates.unsqueeze(-1) * (x @ A.T).unflatten(-1, (gates.shape[-1], -1))
+    y = x @ inputs.weight.double().T + inputs.scaling * u.flatten(-2) @ B.T
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double())
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True).requires_grad_()
+
+
+def _loss_and_grads(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The loss of every predicted token (their mean alone could be right by luck), and the adapters' gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    losses.mean().backward()
+    return {"loss": losses.detach(), **collect_grads(model)}

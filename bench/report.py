@@ -1,0 +1,182 @@
+"""The results of a run as tables for a terminal and as a picture. Both read the JSON form alone."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+COLUMNS = {"frozen": "frozen base", "eager": "eager PyTorch", "gci": "gci_kernels"}
+COLORS = {"frozen": "#9aa5b1", "eager": "#e0914a", "gci": "#2a6fbb"}
+DOUBTFUL_SPREAD = 0.2
+METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE"}
+
+
+def print_tables(result: dict, console: Console) -> None:
+    """Print one table of layers, one of each dtype's model, and where they were measured."""
+    if result["layers"]:
+        console.print(layer_table(result))
+    for model in result["models"]:
+        console.print(model_table(result, model))
+        console.print(_agreement(model["generate"]), markup=False, highlight=False)
+    if _widest_spread(result) > DOUBTFUL_SPREAD:
+        console.print(
+            f"[yellow]Some times vary by more than ±{DOUBTFUL_SPREAD:.0%}: was the machine busy with other work?[/]"
+        )
+    console.print(f"[dim]{escape(provenance(result))}[/]", highlight=False)
+
+
+def _widest_spread(result: dict) -> float:
+    parts = [*result["layers"], *(model[part] for model in result["models"] for part in ("train", "generate"))]
+    return max(_half_span(timing) for part in parts for timing in part["seconds"].values())
+
+
+def layer_table(result: dict) -> Table:
+    case = result["layers"][0]["case"]
+    experts = f"{case['num_experts']} experts of " if case["method"] == "loramoe" else ""
+    table = _table(
+        f"One {METHODS[case['method']]} layer, {experts}rank {case['rank']}, {case['in_features']} to "
+        f"{case['out_features']}, {case['tokens']} tokens: forward and backward"
+    )
+    for layer in result["layers"]:
+        _row(table, f"{layer['case']['dtype']}, ms", _cells(layer["seconds"], unit=1000))
+        _ratio_rows(table, layer)
+        table.add_section()
+    return table
+
+
+def model_table(result: dict, model: dict) -> Table:
+    settings, train, generate = result["settings"], model["train"], model["generate"]
+    table = _table(
+        f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {METHODS[settings['method']]} "
+        f"({model['trainable'] / 1e6:.1f}M trained), {model['dtype']}, batch {settings['batch']}x{settings['seq']}"
+    )
+    _row(table, "train step, tokens/s", _cells(train["tokens_per_second"]))
+    _ratio_rows(table, train)
+    table.add_section()
+    _row(table, "generation, tokens/s", _cells(generate["tokens_per_second"]))
+    _ratio_rows(table, generate)
+    table.add_section()
+    _row(table, "peak memory of a train step", {name: _bytes(size) for name, size in train["peak_memory"].items()})
+    _row(table, "saved for backward, a token", {name: _bytes(size) for name, size in train["saved"].items()})
+    _row(table, "  by the adapters alone", {name: _bytes(size) for name, size in train["saved_by_adapters"].items()})
+    return table
+
+
+def provenance(result: dict) -> str:
+    """One paragraph: what the numbers are, and the machine, versions and commit they belong to."""
+    machine, versions, commit = result["machine"], result["versions"], result["commit"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
+    named = ", ".join(f"{name} {versions[name]}" for name in ("gci_kernels", "torch", "transformers", "peft"))
+    at = f", commit {commit['sha'][:10]}{' with changes' if commit['changed'] else ''}" if commit else ""
+    return (
+        f"Medians of {result['settings']['rounds']} interleaved rounds; ± is half the span of the middle 80%. Adapter "
+        "tax: time over the frozen base's, which carries the gradient to its input as well. A train step is forward "
+        f"and backward, without the optimizer; adapters are float32.\n{where}; {named}{at}"
+    )
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for header in COLUMNS.values():
+        table.add_column(header, justify="right")
+    return table
+
+
+def _row(table: Table, label: str, cells: dict[str, str]) -> None:
+    table.add_row(label, *(cells.get(name, "") for name in COLUMNS))
+
+
+def _ratio_rows(table: Table, timed: dict) -> None:
+    _row(table, "  adapter tax", _cells(timed["tax"]))
+    _row(table, "  speed-up over eager", _cells({"gci": timed["speedup"]}))
+
+
+def _cells(timings: dict[str, dict], unit: float = 1) -> dict[str, str]:
+    return {name: _spread(timing, unit) for name, timing in timings.items()}
+
+
+def _spread(timing: dict, unit: float) -> str:
+    return f"{_number(timing['median'] * unit)} [dim]±{_half_span(timing):.0%}[/]"
+
+
+def _half_span(timing: dict) -> float:
+    """Half the way from the 10th to the 90th percentile, relative to the median."""
+    return (timing["high"] - timing["low"]) / 2 / timing["median"]
+
+
+def _number(value: float) -> str:
+    """A positive number to three digits, or to as many as its whole part has."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _bytes(size: float | None) -> str:
+    if size is None:
+        return "not known here"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _agreement(generate: dict) -> str:
+    line = f"greedy tokens: the first {generate['same_tokens']} of {generate['of']} are eager's as well"
+    return f"{line}\ngci_kernels wrote: {generate['texts']['gci']!r}" if generate["texts"] else line
+
+
+def draw(result: dict, path: Path) -> None:
+    """A picture, 1200 x 420 pixels: train and generation tokens/s, and what the adapters keep for backward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("Training, tokens/s", ["frozen", "eager", "gci"], lambda model: _medians(model["train"])),
+        ("Generation, tokens/s", ["frozen", "eager", "gci"], lambda model: _medians(model["generate"])),
+        ("Adapters keep for backward, KiB a token", ["eager", "gci"], _adapter_kib),
+    ]
+    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), dpi=100)
+        for axis, (title, names, values) in zip(axes, panels, strict=True):
+            _bars(axis, [(model["dtype"], values(model)) for model in result["models"]], names)
+            axis.set_title(title, fontsize=11.5, pad=12)
+        model, method = result["models"][0]["name"], METHODS[result["settings"]["method"]]
+        where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
+        figure.suptitle(f"{model} with {method}, on {where}", fontsize=13, fontweight="bold", y=0.98)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
+        figure.tight_layout(rect=(0, 0.07, 1, 0.98), w_pad=3)
+        figure.savefig(path, format="png")
+        plt.close(figure)
+
+
+def _medians(timed: dict) -> dict[str, float]:
+    return {name: timing["median"] for name, timing in timed["tokens_per_second"].items()}
+
+
+def _adapter_kib(model: dict) -> dict[str, float]:
+    return {name: size / 1024 for name, size in model["train"]["saved_by_adapters"].items()}
+
+
+def _bars(axis, groups: list[tuple[str, dict[str, float]]], names: list[str]) -> None:
+    """Bars of `names`, labelled with their values, for each group (a dtype and its values)."""
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        offset = (index - (len(names) - 1) / 2) * width
+        heights = [values[name] for _, values in groups]
+        bars = axis.bar(
+            [group + offset for group in range(len(groups))],
+            heights,
+            width * 0.94,
+            color=COLORS[name],
+            label=COLUMNS[name],
+        )
+        axis.bar_label(bars, [_number(height) for height in heights], padding=2, fontsize=9.5)
+    axis.set_xticks(range(len(groups)), [dtype for dtype, _ in groups])
+    axis.tick_params(axis="x", length=0)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.margins(y=0.12)

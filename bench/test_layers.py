@@ -1,0 +1,28 @@
+"""The layer cases for pytest-benchmark: `pytest bench --benchmark-only`. Each is checked before it is timed."""
+
+import pytest
+import torch
+
+from gci_kernels.bench.cases import CASES, LayerVariant, layer_variants, make_inputs
+from gci_kernels.bench.correctness import check_layer
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
+def variants(request: pytest.FixtureRequest) -> dict[str, LayerVariant]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = make_inputs(request.param, device)
+    made = layer_variants(inputs)
+    check_layer(inputs, made)
+    return made
+
+
+@pytest.mark.parametrize("column", ["frozen", "eager", "gci"])
+def test_layer(benchmark, variants: dict[str, LayerVariant], column: str, request: pytest.FixtureRequest) -> None:
+    benchmark.group = request.node.callspec.params["variants"].name
+
+    def step() -> None:
+        variants[column].step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    benchmark(step)

@@ -1,0 +1,135 @@
+"""Interleaved timing, peak memory, and the bytes that autograd keeps for backward."""
+
+import ctypes
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one quantity (seconds, or a ratio), with their median and their 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> "Timing":
+        samples = tuple(samples)
+        low, median, high = (float(value) for value in np.percentile(samples, [10, 50, 90]))
+        return cls(median, low, high, samples)
+
+    def __truediv__(self, other: "Timing") -> "Timing":
+        """The ratio of two variants: round by round, so that what slowed a whole round cancels out."""
+        return Timing.of(a / b for a, b in zip(self.samples, other.samples, strict=True))
+
+    def rate(self, amount: float) -> "Timing":
+        """`amount` per second, of samples that are seconds."""
+        return Timing.of(amount / seconds for seconds in self.samples)
+
+
+def interleave(
+    fns: dict[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int,
+    warmup: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every function once a round. The order rotates by one each round, so that none always runs first.
+
+    Args:
+        device: where the functions work; on CUDA the time is that between two events on the stream.
+        warmup: rounds that run first and are not counted.
+        advance: called after every round, warm-up rounds included.
+
+    Returns:
+        name -> seconds for one call.
+    """
+    names = list(fns)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = _seconds(fns[name], device)
+            if number >= warmup:
+                samples[name].append(seconds)
+        advance()
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _seconds(fn: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def peak_memory(fn: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that `fn` needed at its peak, above what was in use before it.
+
+    On CUDA, of torch's allocator. On a CPU, of the process, from the high-water mark that Linux keeps and resets on
+    request. None where the system keeps no such mark.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return None
+    # Freed memory that malloc still holds would be used again without raising the mark.
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:  # a kernel or a container without this file
+        return None
+    before = _status_bytes("VmRSS")
+    fn()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def saved_bytes(fn: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of the storages that autograd keeps alive for backward while `fn` runs.
+
+    A storage counts once, and whole, however many views of it are saved. `model`'s parameters and buffers are alive
+    anyway and don't count.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage  # held, so that its address isn't given to another one meanwhile
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fn()
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,0 +1,131 @@
+"""A whole model as the frozen base, in eager PyTorch and in gci_kernels, and what is measured of it."""
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import gci_kernels
+
+from .baselines import adapter_leaves, shared_copy, to_eager
+from .cases import LORA_ALPHA, RANKS
+from .models import ModelError, seeded
+from .timing import Timing, interleave, peak_memory, saved_bytes
+
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+QUESTION = "Explain in one sentence why the sky is blue."
+
+
+def model_variants(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """The columns of the table: "frozen", "eager" and "gci", around the same base weights, in training mode.
+
+    `model` itself becomes the frozen one. Both adapted ones hold the same values, B being random: a zero B, which
+    adapters start from, would make most gradients zero and every comparison pass.
+    """
+    model.requires_grad_(False)
+    rank, num_experts = RANKS[method]
+    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS)
+    try:
+        with seeded(model.device):
+            if method == "loramoe":
+                config = gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape)
+                gci = gci_kernels.patch(shared_copy(model), config)
+                _randomise(gci)
+                eager = to_eager(gci)
+            else:
+                eager = get_peft_model(shared_copy(model), LoraConfig(**shape))
+                _randomise(eager)
+                gci = gci_kernels.patch(shared_copy(eager))
+    except ValueError as error:
+        raise ModelError(f"this model can't be adapted: {error}") from error
+    return {"frozen": model.train(), "eager": eager.train(), "gci": gci.train()}
+
+
+def _randomise(model: nn.Module) -> None:
+    for layer in model.modules():
+        for parameter in adapter_leaves(layer).get("B", []):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def random_ids(model: nn.Module, batch: int, seq: int) -> Tensor:
+    """[batch, seq] int64 token ids on the model's device, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
+
+
+def training_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The language model's loss, from embeddings that ask for a gradient.
+
+    They ask for one in every variant, so that the frozen base carries dX through all its layers as an adapted model
+    does.
+    """
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    return model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
+
+
+def train_step(model: nn.Module, ids: Tensor) -> None:
+    """Forward and backward. No optimizer step: it is the same for both adapted variants, and the base has none."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    training_loss(model, ids).backward()
+
+
+def measure_training(
+    variants: dict[str, nn.Module], *, batch: int, seq: int, rounds: int, advance: Callable[[], None]
+) -> tuple[dict[str, Timing], dict[str, dict]]:
+    """Times of a train step by variant, and what it needs: "peak_memory" in bytes, "saved" in bytes a token."""
+    ids = random_ids(variants["frozen"], batch, seq)
+    steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
+    saved = {
+        name: saved_bytes(lambda model=model: training_loss(model, ids), model) / ids.numel()
+        for name, model in variants.items()
+    }
+    # This runs every step once, so nothing is cold when the clock starts.
+    peak = {name: peak_memory(step, ids.device) for name, step in steps.items()}
+    seconds = interleave(steps, device=ids.device, rounds=rounds, warmup=0, advance=advance)
+    return seconds, {"peak_memory": peak, "saved": saved}
+
+
+def make_prompt(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
+    """One question to a model that has words, in its chat format if it has one; 32 random tokens to one that hasn't."""
+    if tokenizer is None:
+        ids = random_ids(model, 1, 32)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text = QUESTION
+    if tokenizer.chat_template:
+        message = {"role": "user", "content": QUESTION}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device))
+
+
+def generate(model: nn.Module, prompt: dict[str, Tensor], new_tokens: int) -> Tensor:
+    """Exactly `new_tokens` greedy tokens after `prompt`: [new_tokens] int64."""
+    output = model.generate(**prompt, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+    return output[0, prompt["input_ids"].shape[1] :]
+
+
+def measure_generation(
+    variants: dict[str, nn.Module],
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    *,
+    new_tokens: int,
+    rounds: int,
+    advance: Callable[[], None],
+) -> tuple[dict[str, Timing], dict]:
+    """Times of a generation (batch of one, prefill included) by variant; and the agreement of what they wrote.
+
+    "same_tokens" counts the tokens before the first that gci and eager choose differently: after it they answer
+    different prompts.
+    """
+    frozen = variants["frozen"]
+    prompt = make_prompt(frozen, tokenizer)
+    calls = {name: lambda model=model: generate(model.eval(), prompt, new_tokens) for name, model in variants.items()}
+    written = {name: call() for name, call in calls.items()}
+    agreement = {
+        "same_tokens": int((written["gci"] == written["eager"]).cumprod(0).sum()),
+        "of": new_tokens,
+        "texts": {name: tokenizer.decode(ids) for name, ids in written.items()} if tokenizer else None,
+    }
+    return interleave(calls, device=frozen.device, rounds=rounds, warmup=0, advance=advance), agreement

@@ -1,0 +1,48 @@
+"""The real model: same greedy tokens, same training, a tenth of the memory. Fetches SmolLM2-135M-Instruct once."""
+
+import pytest
+import torch
+
+from gci_kernels.bench.models import load_model
+from gci_kernels.bench.timing import saved_bytes
+from gci_kernels.bench.variants import generate, make_prompt, model_variants, random_ids, train_step
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["loramoe", "lora"])
+def smollm2(request):
+    model, tokenizer = load_model("smollm2", torch.float32, CPU)
+    return request.param, model_variants(model, request.param), tokenizer
+
+
+def test_same_greedy_tokens_as_eager(smollm2):
+    _, variants, tokenizer = smollm2
+    prompt = make_prompt(variants["frozen"], tokenizer)
+    eager, fused = (generate(variants[name].eval(), prompt, 48) for name in ("eager", "gci"))
+    assert tokenizer.decode(fused) == tokenizer.decode(eager)
+
+
+def test_same_losses_while_training(smollm2):
+    _, variants, _ = smollm2
+    ids = random_ids(variants["frozen"], 2, 64)
+    losses = {}
+    for name in ("eager", "gci"):
+        model = variants[name].train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses[name] = []
+        for _ in range(5):
+            losses[name].append(train_step(model, ids))
+            optimizer.step()
+    eager, fused = (torch.stack(losses[name]) for name in ("eager", "gci"))
+    assert fused[-1] < fused[0]
+    assert torch.allclose(eager, fused, rtol=1e-3)
+
+
+def test_adapters_keep_a_tenth_of_eagers_bytes(smollm2):
+    method, variants, _ = smollm2
+    ids = random_ids(variants["frozen"], 2, 64)
+    saved = {name: saved_bytes(lambda m=m: train_step(m.train(), ids), m) for name, m in variants.items()}
+    ratio = (saved["gci"] - saved["frozen"]) / (saved["eager"] - saved["frozen"])
+    assert ratio <= (0.1 if method == "loramoe" else 1.0)
