@@ -17,7 +17,7 @@ RANKS = {"lora": (16, 1), "loramoe": (4, 8)}  # method -> rank, number of expert
 
 @dataclass(frozen=True)
 class LayerCase:
-    """The shape of a layer benchmark. Adapters are float32 whatever `dtype` is, which is what PEFT makes them."""
+    """The shape of a layer benchmark."""
 
     method: str  # "lora" or "loramoe"
     tokens: int
@@ -26,6 +26,7 @@ class LayerCase:
     rank: int
     num_experts: int  # 1 for LoRA
     dtype: torch.dtype  # of x, of the base weight and of the output
+    adapter_dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -34,10 +35,12 @@ class LayerCase:
         return f"{self.method} {rank} {shape} {str(self.dtype).removeprefix('torch.')}"
 
 
-def layer_case(method: str, dtype: torch.dtype, *, quick: bool = False) -> LayerCase:
-    """The case of a method: T=2048 over 2048x2048; `quick`: a quarter of the tokens over 1024x1024."""
-    tokens, width = (512, 1024) if quick else (2048, 2048)
-    return LayerCase(method, tokens, width, width, *RANKS[method], dtype)
+def layer_case(
+    method: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, *, quick: bool = False
+) -> LayerCase:
+    """The case of a method: T=2048 over 2048x2048; `quick`: half the tokens over 1024x1024. Adapters in `dtype` too."""
+    tokens, width = (1024, 1024) if quick else (2048, 2048)
+    return LayerCase(method, tokens, width, width, *RANKS[method], dtype, adapter_dtype or dtype)
 
 
 CASES = [layer_case(method, dtype) for method in RANKS for dtype in (torch.float32, torch.bfloat16)]
@@ -49,9 +52,9 @@ class LayerInputs:
 
     x: Tensor  # [T, in], dtype
     weight: Tensor  # [out, in], dtype
-    A: Tensor  # [N*r, in], float32
-    B: Tensor  # [out, N*r], float32
-    router: Tensor | None  # [N, in], float32; None for LoRA
+    A: Tensor  # [N*r, in], adapter_dtype
+    B: Tensor  # [out, N*r], adapter_dtype
+    router: Tensor | None  # [N, in], adapter_dtype; None for LoRA
     dy: Tensor  # [T, out], dtype
     scaling: float
 
@@ -60,7 +63,7 @@ def make_inputs(case: LayerCase, device: torch.device, seed: int = 0) -> LayerIn
     """Random tensors of the sizes that a trained layer has; B isn't zero, so no gradient is trivially zero."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(rows: int, columns: int, std: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(rows: int, columns: int, std: float, dtype: torch.dtype = case.adapter_dtype) -> Tensor:
         return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
 
     stacked = case.num_experts * case.rank

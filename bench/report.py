@@ -72,8 +72,12 @@ def provenance(result: dict) -> str:
     return (
         f"Medians of {result['settings']['rounds']} interleaved rounds; ± is half the span of the middle 80%. Adapter "
         "tax: time over the frozen base's, which carries the gradient to its input as well. A train step is forward "
-        f"and backward, without the optimizer; adapters are float32.\n{where}; {named}{at}"
+        f"and backward, without the optimizer; adapters in {_adapters(result)}.\n{where}; {named}{at}"
     )
+
+
+def _adapters(result: dict) -> str:
+    return "float32" if result["settings"]["adapter_dtype"] == "float32" else "the model's dtype"
 
 
 def _table(title: str) -> Table:

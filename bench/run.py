@@ -36,9 +36,14 @@ class Settings:
     seq: int
     new_tokens: int
     rounds: int
+    adapter_dtype: str
     quick: bool
     layers: bool
     models: bool
+
+    def adapter(self, dtype: torch.dtype) -> torch.dtype:
+        """The adapters' dtype in a model of `dtype`."""
+        return torch.float32 if self.adapter_dtype == "float32" else dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=list(RANKS), default="loramoe")
     parser.add_argument(
         "--dtype", choices=DTYPES, nargs="+", help="default: float32 and bfloat16; on CUDA, float16 as well"
+    )
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=["model", "float32"],
+        default="model",
+        help="model (default): adapters in the model's dtype; float32: PEFT's default, slower in eager PyTorch",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--batch", type=_positive, default=2, help="sequences in a train step (default: %(default)s)")
@@ -105,6 +116,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         seq=args.seq or (128 if args.quick else 256),
         new_tokens=args.new_tokens or (16 if args.quick else 32),
         rounds=args.rounds or (3 if args.quick else 10),
+        adapter_dtype=args.adapter_dtype,
         quick=args.quick,
         layers=not args.model_only,
         models=not args.layers_only,
@@ -159,11 +171,14 @@ def _run(settings: Settings, stderr: Console) -> dict:
 
 def _layer(settings: Settings, dtype: torch.dtype, device: torch.device, step: Callable) -> dict:
     """The gate, which the model's gate builds on; and the times, where they are asked for."""
-    case = layer_case(settings.method, dtype, quick=settings.quick)
+    case = layer_case(settings.method, dtype, settings.adapter(dtype), quick=settings.quick)
     inputs = make_inputs(case, device)
     variants = layer_variants(inputs)
     step("checking one layer")
-    result = {"case": {**asdict(case), "dtype": str(dtype).removeprefix("torch.")}, "name": case.name}
+    result = {
+        "case": {k: str(v).removeprefix("torch.") if "dtype" in k else v for k, v in asdict(case).items()},
+        "name": case.name,
+    }
     result["errors"] = check_layer(inputs, variants)
     if settings.layers:
         fns = {name: variant.step for name, variant in variants.items()}
@@ -175,7 +190,7 @@ def _layer(settings: Settings, dtype: torch.dtype, device: torch.device, step: C
 def _model(settings: Settings, dtype: str, device: torch.device, step: Callable, tell: Callable) -> dict:
     step(f"loading {settings.model}")
     model, tokenizer = load_model(settings.model, getattr(torch, dtype), device, tell=tell)
-    variants = model_variants(model, settings.method)
+    variants = model_variants(model, settings.method, settings.adapter(model.dtype))
     step("checking the model's loss and gradients")
     errors = check_model(variants, random_ids(model, *GATE_SHAPE))
     seconds, needs = measure_training(

@@ -18,13 +18,15 @@ TARGETS = ["gate_proj", "up_proj", "down_proj"]
 QUESTION = "Explain in one sentence why the sky is blue."
 
 
-def model_variants(model: nn.Module, method: str) -> dict[str, nn.Module]:
+def model_variants(model: nn.Module, method: str, adapter_dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
     """The columns of the table: "frozen", "eager" and "gci", around the same base weights, in training mode.
 
     `model` itself becomes the frozen one. Both adapted ones hold the same values, B being random: a zero B, which
-    adapters start from, would make most gradients zero and every comparison pass.
+    adapters start from, would make most gradients zero and every comparison pass. `adapter_dtype`: None for the
+    model's own, in which the published code trains and eager PyTorch is fastest; PEFT's default is float32.
     """
     model.requires_grad_(False)
+    adapter_dtype = adapter_dtype or model.dtype
     rank, num_experts = RANKS[method]
     shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS)
     try:
@@ -32,21 +34,24 @@ def model_variants(model: nn.Module, method: str) -> dict[str, nn.Module]:
             if method == "loramoe":
                 config = gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape)
                 gci = gci_kernels.patch(shared_copy(model), config)
-                _randomise(gci)
+                _prepare(gci, adapter_dtype)
                 eager = to_eager(gci)
             else:
                 eager = get_peft_model(shared_copy(model), LoraConfig(**shape))
-                _randomise(eager)
+                _prepare(eager, adapter_dtype)
                 gci = gci_kernels.patch(shared_copy(eager))
     except ValueError as error:
         raise ModelError(f"this model can't be adapted: {error}") from error
     return {"frozen": model.train(), "eager": eager.train(), "gci": gci.train()}
 
 
-def _randomise(model: nn.Module) -> None:
+def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
-        for parameter in adapter_leaves(layer).get("B", []):
-            nn.init.normal_(parameter, std=0.02)
+        for role, parameters in adapter_leaves(layer).items():
+            for parameter in parameters:
+                if role == "B":
+                    nn.init.normal_(parameter, std=0.02)
+                parameter.data = parameter.data.to(dtype)
 
 
 def random_ids(model: nn.Module, batch: int, seq: int) -> Tensor:

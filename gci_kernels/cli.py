@@ -49,11 +49,12 @@ def info(_: argparse.Namespace) -> int:
     facts.add_row("GPUs", ", ".join(devices) or "none")
     facts.add_row("cache folder", str(cache_dir()))
 
-    plans = Table("device", "dtype", "plan of lora_linear and loramoe_linear", title='What impl="auto" runs')
+    plans = Table("device", "dtype", "tokens", "plan of lora_linear and loramoe_linear", title='What impl="auto" runs')
     for device in ["cpu"] + (["cuda"] if devices else []):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            plan = choose_plan("auto", device_type=device, dtype=dtype)
-            plans.add_row(device, str(dtype).removeprefix("torch."), str(plan))
+            for tokens in (1, 2048):
+                plan = choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device)
+                plans.add_row(device, str(dtype).removeprefix("torch."), str(tokens), str(plan))
     console = Console()
     console.print(facts)
     console.print(plans)

@@ -214,7 +214,7 @@ class Report(list[LayerReport]):
 def report(model: nn.Module) -> Report:
     """What runs where: one :class:`LayerReport` for each adapted layer of `model`, as it is now.
 
-    The plan is the one for x in the base weight's dtype; under autocast x has another.
+    The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another.
     """
     return Report(
         _layer_report(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -236,7 +236,7 @@ def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
     plan = None
     if declined is None:
         device = next(module.parameters()).device.type
-        plan = str(choose_plan("auto", device_type=device, dtype=dtype or next(module.parameters()).dtype))
+        plan = str(choose_plan("auto", tokens=2048, dtype=dtype or next(module.parameters()).dtype, device_type=device))
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"
     return LayerReport(

@@ -114,7 +114,7 @@ def test_eager_layer_is_the_published_one(path: Path) -> None:
 
 
 def small_case(method: str, dtype: torch.dtype) -> LayerCase:
-    return LayerCase(method, 33, 48, 40, *cases.RANKS[method], dtype)
+    return LayerCase(method, 33, 48, 40, *cases.RANKS[method], dtype, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

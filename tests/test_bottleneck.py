@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from gci_kernels import ops
+from gci_kernels import native, ops
 from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -311,32 +311,36 @@ def test_second_derivative_raises(impl):
         dx.sum().backward()
 
 
-PLANS = ("aten/aten/aten/aten/aten", "native/native/native/native/native")
+ATEN, NATIVE = "aten/aten/aten/aten/aten", "native/native/native/native/native"
+PLANS = [(ATEN, torch.float32), (NATIVE, torch.float32), ("aten/native/aten/aten/native", torch.float64)]
+if native.extension().has_bf16_products():  # whose sums leave in another dtype than x's
+    PLANS += [(NATIVE, torch.bfloat16), ("native/native/aten/native/native", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "dtype"), PLANS)
 @pytest.mark.parametrize("experts", (0, 8))
 @pytest.mark.parametrize("with_weight", (True, False))
 @pytest.mark.parametrize("with_dropout", (True, False))
 @pytest.mark.parametrize("needs_grad", (True, False))
-def test_opcheck_forward(plan, experts, with_weight, with_dropout, needs_grad):
-    a = make((5,), in_features=12, out_features=9, experts=experts, dtype=torch.float32)
+def test_opcheck_forward(plan, dtype, experts, with_weight, with_dropout, needs_grad):
+    a = make((5,), in_features=12, out_features=9, experts=experts, dtype=dtype)
     tensors = [a["x"], a["weight"] if with_weight else None, a["bias"] if with_weight else None, a["A"], a["B"]]
     tensors = [None if t is None else t.requires_grad_(needs_grad) for t in [*tensors, a.get("router")]]
     seed, p = (torch.tensor(3), 0.5) if with_dropout else (None, 0.0)
     torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (*tensors, seed, 2.0, experts, p, plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "dtype"), PLANS)
 @pytest.mark.parametrize("experts", (0, 8))
 @pytest.mark.parametrize("seed", (None, torch.tensor(3)))
 @pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, False, False], [False, False, False, True, True]])
-def test_opcheck_backward(plan, experts, seed, needs):
-    a = make((5,), in_features=12, out_features=9, experts=experts, dtype=torch.float32)
-    projected = torch.randn(5, a["A"].shape[0] + experts)
-    dgates = torch.randn(5, experts) if experts else None
+def test_opcheck_backward(plan, dtype, experts, seed, needs):
+    a = make((5,), in_features=12, out_features=9, experts=experts, dtype=dtype)
+    unrounded = plan.startswith("native") and experts and dtype == torch.bfloat16
+    projected = torch.randn(5, a["A"].shape[0] + experts, dtype=torch.float32 if unrounded else dtype)
+    dgates = torch.randn(5, experts, dtype=torch.promote_types(dtype, torch.float32)) if experts else None
     arguments = (
-        torch.randn(5, 9), dgates, a["x"], a["weight"], a["A"], a["B"], a.get("router"), seed, projected,
+        torch.randn(5, 9, dtype=dtype), dgates, a["x"], a["weight"], a["A"], a["B"], a.get("router"), seed, projected,
         2.0, experts, 0.0 if seed is None else 0.5, plan, needs,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gci_kernels.bottleneck_backward.default, arguments)

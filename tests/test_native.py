@@ -118,22 +118,30 @@ def test_unknown_instruction_set_is_named():
 
 
 def test_plan_is_pure_and_printable():
-    plan = choose_plan("auto", device_type="cpu", dtype=torch.float32, isa="avx512")
-    assert plan == Plan("native", "native", "native", "native", "native") == Plan.from_key(plan.key)
-    assert str(plan) == "project=native mix=native expand=native reduce=native dropout=native"
-    assert choose_plan("auto", device_type="cpu", dtype=torch.float32, isa="avx2").expand == "aten"
-    assert choose_plan("auto", device_type="cpu", dtype=torch.bfloat16, isa="avx512").mix == "native"
-    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float16)):
-        assert set(choose_plan("auto", device_type=device, dtype=dtype).key.split("/")) == {"aten"}
+    def plan(dtype, tokens=2048, device_type="cpu", isa="avx512bf16", impl="auto"):
+        return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, isa=isa)
+
+    whole = plan(torch.float32, isa="avx512")
+    assert whole == Plan("native", "native", "native", "native", "native") == Plan.from_key(whole.key)
+    assert str(whole) == "project=native mix=native expand=native reduce=native dropout=native"
+    assert plan(torch.float32, isa="avx2").key == "native/native/aten/aten/native"
+    assert plan(torch.float32, tokens=1).key == "aten/native/aten/aten/native"
+    assert plan(torch.bfloat16).key == "native/native/aten/native/native"
+    assert plan(torch.bfloat16, tokens=1).expand == "native"
+    assert plan(torch.bfloat16, isa="avx512").key == "aten/native/aten/aten/native"
+    assert plan(torch.float32, tokens=1, isa="baseline", impl="native") == whole
+    assert plan(torch.bfloat16, impl="native") == whole
+    assert plan(torch.float64, impl="native").key == "aten/native/aten/aten/native"
+    assert plan(torch.bfloat16, device_type="cuda").key == plan(torch.float16).key == "aten/aten/aten/aten/aten"
     with pytest.raises(ValueError, match="impl='native' cannot run here: its kernels run on CPU tensors, not cuda"):
-        choose_plan("native", device_type="cuda", dtype=torch.float32)
+        plan(torch.float32, device_type="cuda", impl="native")
 
 
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_extension", None)
     monkeypatch.setattr(native, "_failure", ImportError("no such file"))
-    assert choose_plan("auto", device_type="cpu", dtype=torch.float32).mix == "aten"
+    assert choose_plan("auto", tokens=9, dtype=torch.float32, device_type="cpu").mix == "aten"
     with pytest.raises(ValueError, match="no such file"):
-        choose_plan("native", device_type="cpu", dtype=torch.float32)
+        choose_plan("native", tokens=9, dtype=torch.float32, device_type="cpu")
     with pytest.raises(ImportError, match="C\\+\\+17 compiler"):
         native.extension()

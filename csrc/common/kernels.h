@@ -45,7 +45,7 @@ struct Kernels {
   // expand: y[tokens, n] += u[tokens, r] @ b[r, n].
   void (*expand)(const float* u, int64_t ld_u, const float* b, int64_t ld_b, float* y, int64_t ld_y, int64_t tokens,
                  int64_t r, int64_t n, int threads);
-  // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds threads * r * n floats, summed in order.
+  // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds (threads - 1) * r * n floats.
   void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial,
                  int64_t tokens, int64_t r, int64_t n, int threads);
 

@@ -126,7 +126,7 @@ void expand(const float* u, int64_t ld_u, const float* b, int64_t ld_b, float* y
   }
 }
 
-// Each thread sums its share of the tokens into a partial of its own; the partials are added in thread order, so the
+// Each thread sums its share of the tokens into a partial of its own, the first one into out; the partials are added in thread order, so the
 // same inputs and the same number of threads give the same bits.
 void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
             int64_t r, int64_t n, int threads) {
@@ -135,7 +135,7 @@ void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* o
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t first = tokens * me / team, end = tokens * (me + 1) / team;
-    float* mine = partial + me * r * n;
+    float* mine = me ? partial + (me - 1) * r * n : out;
     if (first == end) memset(mine, 0, r * n * sizeof(float));
     for (int64_t t = first; t < end; t += block_rows) {
       const int64_t rows = min_of(block_rows, end - t);
@@ -145,11 +145,8 @@ void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* o
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < r * n; ++i) {
-      float sum = partial[i];
-      for (int64_t other = 1; other < team; ++other) sum += partial[other * r * n + i];
-      out[i] = sum;
-    }
+    for (int64_t i = 0; i < r * n; ++i)
+      for (int64_t other = 0; other < team - 1; ++other) out[i] += partial[other * r * n + i];
   }
 }
 

@@ -214,7 +214,7 @@ void reduce_bf16(const void* pairs_in, const void* y_in, int64_t ld_y, float* ou
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t first = blocks * me / team, end = blocks * (me + 1) / team;
-    float* mine = partial + me * r * n;
+    float* mine = me ? partial + (me - 1) * r * n : out;
     if (first == end) memset(mine, 0, r * n * sizeof(float));
     alignas(64) bfloat16 buffer[block_rows * tile_columns] = {};
     for (int64_t block = first; block < end; ++block) {
@@ -228,11 +228,8 @@ void reduce_bf16(const void* pairs_in, const void* y_in, int64_t ld_y, float* ou
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < r * n; ++i) {
-      float sum = partial[i];
-      for (int64_t other = 1; other < team; ++other) sum += partial[other * r * n + i];
-      out[i] = sum;
-    }
+    for (int64_t i = 0; i < r * n; ++i)
+      for (int64_t other = 0; other < team - 1; ++other) out[i] += partial[other * r * n + i];
   }
 }
 

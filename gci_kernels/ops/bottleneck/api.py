@@ -44,7 +44,7 @@ def lora_linear(
     seed = philox.draw_seed(x.device) if dropout_p else None
     if impl == "reference":
         return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
-    plan = choose_plan(impl, device_type=x.device.type, dtype=x.dtype)
+    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
     return bottleneck(x, weight, bias, A, B, None, seed, scaling, 0, dropout_p, plan.key)[0]
 
 
@@ -82,7 +82,7 @@ def loramoe_linear(
     seed = philox.draw_seed(x.device) if dropout_p else None
     if impl == "reference":
         return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
-    plan = choose_plan(impl, device_type=x.device.type, dtype=x.dtype)
+    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
     y, _, gates = bottleneck(x, weight, bias, A, B, router, seed, scaling, top_k, dropout_p, plan.key)
     return y, gates
 

@@ -37,6 +37,11 @@ def _stack(A: Tensor, router: Tensor | None) -> Tensor:
     return A if router is None else torch.cat((A, router))
 
 
+def _saved_dtype(plan: Plan, router: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """What `projected` is saved in: a router's logits as `project` summed them, without one just x's dtype."""
+    return dtype if router is None else _sum_dtype(plan.project, dtype)
+
+
 def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     """What `project` and `reduce` return for operands of `dtype`: the native products leave their sums unrounded."""
     return torch.float32 if stage == "native" and dtype == torch.bfloat16 else dtype
@@ -56,6 +61,7 @@ def _bottleneck(
         if router is not None:  # the router sees x before dropout
             projected = torch.cat((projected, project(rows, router.t())), dim=1)
     experts = 0 if router is None else router.shape[0]
+    projected = projected.to(_saved_dtype(stages, router, x.dtype))
     u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
     if weight is None:
         y = F.linear(u, B.to(x.dtype))
@@ -72,7 +78,7 @@ def _bottleneck_fake(x, weight, bias, A, B, router, seed, scaling, top_k, dropou
     gates_dtype = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*x.shape[:-1], B.shape[0]),
-        x.new_empty(tokens, A.shape[0] + experts, dtype=_sum_dtype(Plan.from_key(plan).project, x.dtype)),
+        x.new_empty(tokens, A.shape[0] + experts, dtype=_saved_dtype(Plan.from_key(plan), router, x.dtype)),
         x.new_empty(*x.shape[:-1], experts, dtype=gates_dtype) if experts else x.new_empty(0),
     )
 

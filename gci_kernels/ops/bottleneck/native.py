@@ -10,6 +10,13 @@ from torch import Tensor
 from gci_kernels.native import DTYPE_CODES, extension
 
 
+def _is_half(x: Tensor) -> bool:
+    """Whether x takes the bfloat16 kernels; RuntimeError where a plan names them on a processor without them."""
+    if x.dtype == torch.bfloat16 and not extension().has_bf16_products():
+        raise RuntimeError("the plan wants bfloat16 products in C++, which need a processor with AVX512_BF16")
+    return x.dtype == torch.bfloat16
+
+
 def _panel(m: Tensor, pairs: bool) -> Tensor:
     """m [depth, width] as the kernels read it: rows padded to a vector; for bfloat16, in pairs of rows."""
     (depth, width), lib = m.shape, extension()
@@ -26,7 +33,7 @@ def _panel(m: Tensor, pairs: bool) -> Tensor:
 
 def project(x: Tensor, m: Tensor) -> Tensor:
     (tokens, depth), width, lib = x.shape, m.shape[1], extension()
-    half = x.dtype == torch.bfloat16
+    half = _is_half(x)
     out, panel = torch.empty(tokens, width), _panel(m, pairs=half)
     (lib.project_bf16 if half else lib.project)(
         x.data_ptr(), x.stride(0), panel.data_ptr(), out.data_ptr(), width,
@@ -38,7 +45,7 @@ def project(x: Tensor, m: Tensor) -> Tensor:
 def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
     (rank, width), lib, threads = m.shape, extension(), torch.get_num_threads()
     tokens = y.shape[0]
-    if y.dtype == torch.bfloat16:
+    if _is_half(y):
         panel = _panel(m, pairs=True)
         lib.expand_bf16(
             u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0), tokens, rank, width, threads
@@ -52,8 +59,8 @@ def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
     (tokens, rank), width, lib, threads = u.shape, y.shape[1], extension(), torch.get_num_threads()
-    out, partial = torch.empty(rank, width), torch.empty(threads, rank, width)
-    if y.dtype == torch.bfloat16:
+    out, partial = torch.empty(rank, width), torch.empty(threads - 1, rank, width)
+    if _is_half(y):
         pairs = _panel(u, pairs=True)
         lib.reduce_bf16(
             pairs.data_ptr(),

@@ -1,25 +1,29 @@
-"""Which implementation runs each stage of the bottleneck: a pure function of dtype, device and instruction set."""
+"""Which implementation runs each stage of the bottleneck: a pure function of tokens, dtype, device, instruction set."""
 
 import torch
 
 from gci_kernels import native
 from gci_kernels.impl import Plan, native_obstacle
 
-# Where the skinny kernels beat the library's products, measured at T=2048, 2048x2048, R=40. With AVX-512 they take less
-# than half its time in float32. In bfloat16 they are as fast and their float32 sums are not rounded on the way, but
-# `expand`, which rounds in the end, is the library's.
+_ANY = 2**62
+# The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
+# 2048x2048 and 576x1536, R = 40. In float32 with AVX-512 the kernels take half the library's time or less, but packing
+# the small operand is too much for a few tokens. In bfloat16 they are as fast as the library and leave their sums
+# unrounded; `expand` rounds in the end either way.
+_FLOAT32_AVX512 = {"project": (64, _ANY), "expand": (128, _ANY), "reduce": (64, _ANY)}
 _WINS = {
-    ("avx512bf16", torch.float32): ("project", "expand", "reduce"),
-    ("avx512", torch.float32): ("project", "expand", "reduce"),
-    ("avx2", torch.float32): ("project",),
-    ("avx512bf16", torch.bfloat16): ("project", "reduce"),
+    ("avx512bf16", torch.float32): _FLOAT32_AVX512,
+    ("avx512", torch.float32): _FLOAT32_AVX512,
+    ("avx2", torch.float32): {"project": (64, _ANY)},
+    ("avx512bf16", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
 }
 
 
-def choose_plan(impl: str, *, device_type: str, dtype: torch.dtype, isa: str | None = None) -> Plan:
-    """The plan for tensors of `dtype` on `device_type`; `isa` is the CPU's instruction set (None: this machine's).
+def choose_plan(impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None) -> Plan:
+    """The plan for x [tokens, in] of `dtype` on `device_type`; `isa`: the CPU's instruction set, None for this one's.
 
-    Raises ValueError where impl="native" is asked for and cannot run.
+    "native" takes every C++ kernel that there is for `dtype`, "auto" those that are no slower than the library.
+    Raises ValueError where "native" is asked for and cannot run.
     """
     obstacle = native_obstacle(device_type, dtype)
     if impl == "native" and obstacle:
@@ -27,6 +31,13 @@ def choose_plan(impl: str, *, device_type: str, dtype: torch.dtype, isa: str | N
     if impl == "aten" or obstacle:
         return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
     isa = native.ISA if isa is None else isa
-    wins = _WINS.get((isa, dtype), ())
-    stages = {name: "native" if name in wins else "aten" for name in ("project", "expand", "reduce")}
-    return Plan(**stages, mix="native", dropout="native")
+    wins = _WINS.get((isa, dtype), {})
+    exists = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512bf16")
+
+    def choice(stage: str) -> str:
+        low, high = wins.get(stage, (1, 0))
+        return "native" if exists and (impl == "native" or low <= tokens <= high) else "aten"
+
+    return Plan(
+        project=choice("project"), mix="native", expand=choice("expand"), reduce=choice("reduce"), dropout="native"
+    )
