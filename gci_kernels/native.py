@@ -32,7 +32,7 @@ def extension():
     if _extension is None:
         raise ImportError(
             f"gci_kernels._native could not be loaded ({_failure}); it is built by `pip install`, which needs a C++17 "
-            "compiler with OpenMP"
+            "compiler with OpenMP. In a source checkout use `pip install -e .`, or run from another folder"
         )
     return _extension
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,24 +97,24 @@ def test_one_openmp_runtime():
     assert len(openmp_runtimes()) == 1, openmp_runtimes()
 
 
-def _runs(isa: str, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], env=os.environ | {"GCI_CPU_ISA": isa}, capture_output=True, text=True
-    )
+def _runs(isa: str, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """Runs Python in an empty folder, where the installed package is found and not the source tree."""
+    environment = os.environ | {"GCI_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.skipif("GCI_CPU_ISA" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("isa", [isa for isa in ("baseline", "avx2", "avx512") if isa != native.ISA])
-def test_lesser_instruction_sets(isa):
-    done = _runs(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
+def test_lesser_instruction_sets(isa, tmp_path):
+    done = _runs(isa, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
     unavailable = "no such instruction set" in done.stdout + done.stderr
     assert done.returncode == 0 or unavailable, done.stdout[-3000:]
     if unavailable:
         assert native.ISA == "baseline"
 
 
-def test_unknown_instruction_set_is_named():
-    done = _runs("mmx", "-c", "import gci_kernels")
+def test_unknown_instruction_set_is_named(tmp_path):
+    done = _runs("mmx", tmp_path, "-c", "import gci_kernels")
     assert done.returncode != 0 and "GCI_CPU_ISA=mmx" in done.stderr and "baseline" in done.stderr
 
 
