@@ -50,9 +50,8 @@ PYBIND11_MODULE(_native, module) {
       nogil);
   module.def(
       "dropout",
-      [](Address x, Address out, int dtype, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate,
-         int threads) {
-        kernels().dropout(at<const void>(x), at<void>(out), DType(dtype), rows, cols, p, seed, accumulate, threads);
+      [](Address x, Address out, int dtype, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
+        kernels().dropout(at<const void>(x), at<void>(out), DType(dtype), rows, cols, p, seed, threads);
       },
       nogil);
   module.def(
@@ -67,13 +66,6 @@ PYBIND11_MODULE(_native, module) {
       "pack_panel",
       [](Address source, int64_t stride_i, int64_t stride_j, Address panel, int64_t k, int64_t n) {
         kernels().pack_panel(at<const float>(source), stride_i, stride_j, at<float>(panel), k, n);
-      },
-      nogil);
-  module.def(
-      "expand",
-      [](Address u, int64_t ld_u, Address b, int64_t ld_b, Address y, int64_t ld_y, int64_t tokens, int64_t r, int64_t n,
-         int threads) {
-        kernels().expand(at<const float>(u), ld_u, at<const float>(b), ld_b, at<float>(y), ld_y, tokens, r, n, threads);
       },
       nogil);
   module.def(

@@ -23,7 +23,7 @@ class Plan:
 
     project: str  # x @ [A; router].T and dY @ B
     mix: str  # the mixer, forward and backward
-    expand: str  # y += u @ B.T and dX += dh @ [A; router]
+    expand: str  # y = u @ B.T + x @ W.T and dX = dh @ [A; router] + dY @ W
     reduce: str  # dA = dh.T @ x and dB.T = u.T @ dY
     dropout: str
 

@@ -311,10 +311,14 @@ def test_second_derivative_raises(impl):
         dx.sum().backward()
 
 
-ATEN, NATIVE = "aten/aten/aten/aten/aten", "native/native/native/native/native"
-PLANS = [(ATEN, torch.float32), (NATIVE, torch.float32), ("aten/native/aten/aten/native", torch.float64)]
+ATEN, MIXED, NATIVE = (
+    "aten/aten/aten/aten/aten",
+    "native/native/aten/native/native",
+    "native/native/native/native/native",
+)
+PLANS = [(ATEN, torch.float32), (MIXED, torch.float32), ("aten/native/aten/aten/native", torch.float64)]
 if native.extension().has_bf16_products():  # whose sums leave in another dtype than x's
-    PLANS += [(NATIVE, torch.bfloat16), ("native/native/aten/native/native", torch.bfloat16)]
+    PLANS += [(NATIVE, torch.bfloat16), (MIXED, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("plan", "dtype"), PLANS)

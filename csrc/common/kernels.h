@@ -32,9 +32,8 @@ struct Kernels {
   // computed again on the way, for the gradient of B.
   void (*gate_backward)(const GateArgs&, const void* du, const void* dgates, void* u, void* dprojected, int threads);
 
-  // out = keep ? x / (1 - p) : 0, or out += that; element [row, col] is kept by Philox4x32-10, see dropout.cpp.
-  void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate,
-                  int threads);
+  // out = keep ? x / (1 - p) : 0; element [row, col] is kept by Philox4x32-10, see dropout.cpp. out may be x.
+  void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, int threads);
 
   // float32 products with one small side, n <= max_skinny.
   // project: out[tokens, n] = x[tokens, k] @ panel[k, n_padded]; the panel is packed by pack_panel.
@@ -42,15 +41,13 @@ struct Kernels {
                   int64_t k, int64_t n, int threads);
   // panel[i, j] = source[i * stride_i + j * stride_j] for j < n, else 0; rows padded to skinny_padding.
   void (*pack_panel)(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n);
-  // expand: y[tokens, n] += u[tokens, r] @ b[r, n].
-  void (*expand)(const float* u, int64_t ld_u, const float* b, int64_t ld_b, float* y, int64_t ld_y, int64_t tokens,
-                 int64_t r, int64_t n, int threads);
   // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds (threads - 1) * r * n floats.
   void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial,
                  int64_t tokens, int64_t r, int64_t n, int threads);
 
-  // The same for bfloat16 x, u and y with float32 sums and results; null without AVX512_BF16. The small operand comes
-  // in pairs along the summed dimension, [ceil(k / 2), n_padded, 2] bfloat16: pack_pairs, from float32 or bfloat16.
+  // The same for bfloat16 x, u and y with float32 sums and results, and expand: y[tokens, n] += u[tokens, r] @ panel.
+  // Null without AVX512_BF16. The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2]
+  // bfloat16: pack_pairs, from float32 or bfloat16.
   void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
   void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,
                        int64_t k, int64_t n, int threads);

@@ -66,51 +66,39 @@ inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words)
   }
 }
 
-template <bool Accumulate, typename T, typename Acc>
+template <typename T, typename Acc>
 inline void apply(const T* x, T* out, const uint32_t* words, uint32_t threshold, Acc scale, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    Acc kept = words[i] >= threshold ? Acc(widen(x[i])) * scale : Acc(0);
-    out[i] = narrow<T>(Accumulate ? Acc(widen(out[i])) + kept : kept);
-  }
+  for (int64_t i = 0; i < count; ++i) out[i] = narrow<T>(words[i] >= threshold ? Acc(widen(x[i])) * scale : Acc(0));
 }
 
-template <bool Accumulate, typename T>
-void run(const T* x, T* out, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
+template <typename T>
+void run(const void* x, void* out, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
   typedef typename Accumulator<T>::type Acc;
   const uint32_t threshold = uint32_t(p * 4294967296.0);
   const Acc scale = Acc(1.0 / (1.0 - p));
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; ++row) {
     uint32_t words[4 * batch];
-    const T* from = x + row * cols;
-    T* to = out + row * cols;
+    const T* from = static_cast<const T*>(x) + row * cols;
+    T* to = static_cast<T*>(out) + row * cols;
     int64_t start = 0;
     for (; start + 4 * batch <= cols; start += 4 * batch) {
       philox(uint32_t(start / 4), uint64_t(row), seed, words);
-      apply<Accumulate, T, Acc>(from + start, to + start, words, threshold, scale, 4 * batch);
+      apply<T, Acc>(from + start, to + start, words, threshold, scale, 4 * batch);
     }
     if (start < cols) {
       philox(uint32_t(start / 4), uint64_t(row), seed, words);
-      apply<Accumulate, T, Acc>(from + start, to + start, words, threshold, scale, cols - start);
+      apply<T, Acc>(from + start, to + start, words, threshold, scale, cols - start);
     }
   }
 }
 
-template <typename T>
-void run(const void* x, void* out, int64_t rows, int64_t cols, double p, uint64_t seed, bool accumulate, int threads) {
-  if (accumulate)
-    run<true>(static_cast<const T*>(x), static_cast<T*>(out), rows, cols, p, seed, threads);
-  else
-    run<false>(static_cast<const T*>(x), static_cast<T*>(out), rows, cols, p, seed, threads);
-}
-
 }  // namespace
 
-void dropout(const void* x, void* out, DType dtype, int64_t rows, int64_t cols, double p, uint64_t seed,
-             bool accumulate, int threads) {
-  if (dtype == DType::float64) return run<double>(x, out, rows, cols, p, seed, accumulate, threads);
-  if (dtype == DType::float32) return run<float>(x, out, rows, cols, p, seed, accumulate, threads);
-  run<bfloat16>(x, out, rows, cols, p, seed, accumulate, threads);
+void dropout(const void* x, void* out, DType dtype, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
+  if (dtype == DType::float64) return run<double>(x, out, rows, cols, p, seed, threads);
+  if (dtype == DType::float32) return run<float>(x, out, rows, cols, p, seed, threads);
+  run<bfloat16>(x, out, rows, cols, p, seed, threads);
 }
 
 }  // namespace gci::GCI_ISA

@@ -113,19 +113,6 @@ void project(const float* x, int64_t ld_x, const float* panel, float* out, int64
   }
 }
 
-void expand(const float* u, int64_t ld_u, const float* b, int64_t ld_b, float* y, int64_t ld_y, int64_t tokens,
-            int64_t r, int64_t n, int threads) {
-  constexpr int64_t block_rows = 64;  // their u stays in the first-level cache while b streams from the second
-  const int64_t blocks = (tokens + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t t = block * block_rows, rows = min_of(block_rows, tokens - t);
-    for (int64_t column = 0; column < n; column += tile_columns)
-      column_block(u + t * ld_u, ld_u, 1, b + column, ld_b, y + t * ld_y + column, ld_y, rows, r, true,
-                   min_of(tile_columns, n - column));
-  }
-}
-
 // Each thread sums its share of the tokens into a partial of its own, the first one into out; the partials are added in thread order, so the
 // same inputs and the same number of threads give the same bits.
 void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial, int64_t tokens,

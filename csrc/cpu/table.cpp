@@ -5,10 +5,9 @@ namespace gci::GCI_ISA {
 
 void gate_forward(const GateArgs&, void*, void*, int);
 void gate_backward(const GateArgs&, const void*, const void*, void*, void*, int);
-void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, bool, int);
+void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, int);
 void project(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, int64_t, int);
 void pack_panel(const float*, int64_t, int64_t, float*, int64_t, int64_t);
-void expand(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, int);
 void reduce(const float*, int64_t, const float*, int64_t, float*, float*, int64_t, int64_t, int64_t, int);
 void pack_pairs(const void*, DType, int64_t, int64_t, void*, int64_t, int64_t);
 #if defined(__AVX512BF16__)
@@ -24,7 +23,7 @@ constexpr decltype(Kernels::reduce_bf16) reduce_bf16 = nullptr;
 #define GCI_NAME(isa) #isa
 #define GCI_STRING(isa) GCI_NAME(isa)
 extern const Kernels table;
-const Kernels table = {GCI_STRING(GCI_ISA), gate_forward, gate_backward, dropout,    project,     pack_panel,
-                       expand,              reduce,       pack_pairs,    project_bf16, expand_bf16, reduce_bf16};
+const Kernels table = {GCI_STRING(GCI_ISA), gate_forward, gate_backward, dropout,     project,    pack_panel,
+                       reduce,              pack_pairs,   project_bf16,  expand_bf16, reduce_bf16};
 
 }  // namespace gci::GCI_ISA

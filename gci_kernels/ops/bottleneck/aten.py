@@ -1,10 +1,11 @@
 """The stages as library products; any device, any floating dtype.
 
-project(x, m) = x @ m;  expand_(y, u, m): y += u @ m;  reduce(u, y) = u.T @ y;  m is any two-dimensional view, in any
-floating dtype, and converted to the other operand's.
+project(x, m) = x @ m;  expand(u, m, x, w, bias) = u @ m + x @ w + bias;  reduce(u, y) = u.T @ y. The matrices m and w
+are any two-dimensional views; m comes in any floating dtype and is converted to the other operand's.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.ops.bottleneck import philox
@@ -14,17 +15,25 @@ def project(x: Tensor, m: Tensor) -> Tensor:
     return torch.mm(x, m.to(x.dtype))
 
 
-def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
-    y.addmm_(u, m.to(y.dtype))
+def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    m = m.to(u.dtype)
+    if w is None:
+        return torch.mm(u, m)
+    # The second product is accumulated onto the first. With the adapter's first, the base product's own accumulation
+    # hides the reading of y; in 16 bits it would add to a rounded sum at a lower rate, so there it goes first.
+    if u.dtype in (torch.float32, torch.float64):
+        return F.linear(u, m.t(), bias).addmm_(x, w)
+    return F.linear(x, w.t(), bias).addmm_(u, m)
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
     return torch.mm(u.t(), y)
 
 
+def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    keep = philox.keep_mask(x.shape[0], x.shape[1], p, seed, x.device)
+    return x.mul_(1 / (1 - p)).masked_fill_(~keep, 0)
+
+
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    return torch.where(philox.keep_mask(x.shape[0], x.shape[1], p, seed, x.device), x * (1 / (1 - p)), 0)
-
-
-def dropout_add_(out: Tensor, x: Tensor, p: float, seed: int) -> None:
-    out += dropout(x, p, seed)
+    return dropout_(x.clone(memory_format=torch.contiguous_format), p, seed)

@@ -7,7 +7,6 @@ none of them written to. Dropout is made again from its seed.
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.impl import Plan
@@ -63,11 +62,7 @@ def _bottleneck(
     experts = 0 if router is None else router.shape[0]
     projected = projected.to(_saved_dtype(stages, router, x.dtype))
     u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
-    if weight is None:
-        y = F.linear(u, B.to(x.dtype))
-    else:
-        y = F.linear(rows, weight, bias)
-        _STAGES[stages.expand].expand_(y, u, B.t())
+    y = _STAGES[stages.expand].expand(u, B.t(), rows, None if weight is None else weight.t(), bias)
     shape = x.shape[:-1]
     return y.view(*shape, B.shape[0]), projected, gates.view(*shape, experts) if experts else gates
 
@@ -98,14 +93,15 @@ def _bottleneck_backward(
         dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, x.dtype, stages.mix)
     gradients = []
     if needs_x:
-        dx = torch.mm(dy, weight) if weight is not None else torch.zeros_like(rows)
         if seed is None:
-            _STAGES[stages.expand].expand_(dx, dprojected, _stack(A, router))
+            dx = _STAGES[stages.expand].expand(dprojected, _stack(A, router), dy, weight, None)
         else:
-            through_dropout = torch.mm(dprojected[:, :rank], A.to(x.dtype))
-            _STAGES[stages.dropout].dropout_add_(dx, through_dropout, dropout_p, int(seed))
+            dx = torch.mm(dprojected[:, :rank], A.to(x.dtype))
+            _STAGES[stages.dropout].dropout_(dx, dropout_p, int(seed))
             if router is not None:
-                _STAGES[stages.expand].expand_(dx, dprojected[:, rank:], router)
+                dx.addmm_(dprojected[:, rank:], router.to(x.dtype))
+            if weight is not None:
+                dx.addmm_(dy, weight)
         gradients.append(dx.view(x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), rows))

@@ -1,10 +1,11 @@
 """The stages in C++ (csrc/cpu/skinny*.cpp, dropout.cpp): CPU tensors; the products for float32 and bfloat16.
 
-Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y
-and u are contiguous (the caller sees to it); m is any two-dimensional view in any floating dtype.
+Same functions as aten.py, but expand is for bfloat16 alone, and project and reduce return float32 sums of bfloat16
+operands, unrounded. Rows of x, y and u are contiguous: the caller sees to it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.native import DTYPE_CODES, extension
@@ -42,19 +43,16 @@ def project(x: Tensor, m: Tensor) -> Tensor:
     return out
 
 
-def expand_(y: Tensor, u: Tensor, m: Tensor) -> None:
-    (rank, width), lib, threads = m.shape, extension(), torch.get_num_threads()
-    tokens = y.shape[0]
-    if _is_half(y):
-        panel = _panel(m, pairs=True)
-        lib.expand_bf16(
-            u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0), tokens, rank, width, threads
-        )
-    else:
-        m = m.float().contiguous()
-        lib.expand(
-            u.data_ptr(), u.stride(0), m.data_ptr(), width, y.data_ptr(), y.stride(0), tokens, rank, width, threads
-        )
+def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    if w is None:
+        return torch.mm(u, m.to(u.dtype))
+    _is_half(u)
+    y, panel, (rank, width) = F.linear(x, w.t(), bias), _panel(m, pairs=True), m.shape
+    extension().expand_bf16(
+        u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0),
+        y.shape[0], rank, width, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
@@ -81,19 +79,15 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def _dropout(x: Tensor, out: Tensor, p: float, seed: int, accumulate: bool) -> None:
-    # The kernel walks [rows, cols] with no gaps.
-    x = x.contiguous()
-    extension().dropout(
-        x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, seed, accumulate, torch.get_num_threads()
-    )
-
-
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _dropout(x, out, p, seed, accumulate=False)
+def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
+    extension().dropout(x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, seed, torch.get_num_threads())
     return out
 
 
-def dropout_add_(out: Tensor, x: Tensor, p: float, seed: int) -> None:
-    _dropout(x, out, p, seed, accumulate=True)
+def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    return _dropout(x, x, p, seed)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    x = x.contiguous()  # the kernel walks [rows, cols] with no gaps
+    return _dropout(x, torch.empty_like(x), p, seed)
