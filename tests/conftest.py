@@ -1,4 +1,4 @@
-"""Fixtures shared by the op tests."""
+"""Fixtures shared by several files."""
 
 import pytest
 import torch
@@ -12,3 +12,12 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from more threads, and wait for them where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

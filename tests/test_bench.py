@@ -20,17 +20,10 @@ from gci_kernels.bench.cases import LayerCase, layer_variants, make_inputs
 from gci_kernels.bench.correctness import CorrectnessError, check_layer, check_model
 from gci_kernels.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 GOLDEN = sorted((Path(__file__).parents[1].parent / "shared" / "golden").glob("loramoe_linear_*.safetensors"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from more, and wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The clock and the byte counts

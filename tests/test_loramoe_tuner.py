@@ -16,6 +16,8 @@ from gci_kernels import LoRAMoEConfig, patch
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import LoRAMoELinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DELTA, WEIGHT = 0.3, 0.7
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 77], [1, 1, 1, 62, 8, 30, 21], [1, 44, 2, 96, 55, 13, 70]])
 # Padding is token 1, whose embedding is zero: the gates of the first layer tie there.
@@ -23,15 +25,6 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 
 TASKS = torch.tensor([1, 0, 0])
 LABELS = IDS.masked_fill(MASK == 0, -100)
 TRAINING_BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS, "task_types": TASKS}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:

@@ -16,6 +16,8 @@ from gci_kernels import LoRAMoEConfig, patch, report, unpatch
 from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.tuners import FusedLoraLinear, LoRAMoELinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = ["gate_proj", "down_proj", "q_proj"]
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 77], [1, 1, 1, 62, 8, 30, 21], [1, 44, 2, 96, 55, 13, 70]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
@@ -30,15 +32,6 @@ FUSED_LORA = {
     "patterns": {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
     "dropout": {"lora_dropout": 0.5},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def lora_linear(
     check_impl(impl)
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
-    seed = philox.draw_seed(x.device) if dropout_p else None
+    seed = philox.draw_seed() if dropout_p else None
     if impl == "reference":
         return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
@@ -79,7 +79,7 @@ def loramoe_linear(
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     _check_experts(x, A, router, top_k)
     top_k = router.shape[0] if top_k is None else top_k
-    seed = philox.draw_seed(x.device) if dropout_p else None
+    seed = philox.draw_seed() if dropout_p else None
     if impl == "reference":
         return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)

@@ -138,7 +138,6 @@ def _setup_context(ctx, inputs, output) -> None:
     _, projected, gates = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(projected, *([gates] if router is None else []))
-    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, A, B, router, seed, projected)
 
 

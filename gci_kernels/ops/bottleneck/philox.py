@@ -25,6 +25,9 @@ def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -
     return words >= int(p * 2**32)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """An int64 scalar from `device`'s own generator, so that torch.manual_seed and gradient checkpointing govern it."""
-    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+def draw_seed() -> Tensor:
+    """An int64 scalar from torch's default generator, so that torch.manual_seed and gradient checkpointing govern it.
+
+    On the CPU for every device: reading it then waits for nothing.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64)
