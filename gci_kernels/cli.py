@@ -59,8 +59,9 @@ def info(_: argparse.Namespace) -> int:
     console.print(facts)
     console.print(plans)
     console.print(
-        'Kernels by hardware: "native" is proved on CPUs by `gci-kernels verify`. This version has no GPU kernels of '
-        'its own; on a GPU every stage is "aten", the library\'s products.'
+        'Kernels by hardware: "native" is proved on CPUs by `gci-kernels verify`. The Triton kernels are proved by '
+        'their interpreter and have never run on a GPU: there "auto" is "aten", the library\'s products, and '
+        'impl="triton" asks for them.'
     )
     return 0
 
@@ -72,7 +73,7 @@ def verify(args: argparse.Namespace) -> int:
 
     groups = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verify", total=len(CASES) * len(DTYPES) * 2)
+        task = progress.add_task("verify", total=len(CASES) * len(DTYPES) * 3)
         for checks in run(args.device):
             groups.append(checks)
             progress.advance(task)

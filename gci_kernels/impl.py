@@ -1,6 +1,8 @@
 """Names of implementations, and the plan: which implementation runs each stage of an operation."""
 
 import functools
+import importlib.util
+import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -8,7 +10,7 @@ import torch
 from gci_kernels import native
 
 #: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one.
-IMPLS = ("auto", "reference", "aten", "native")
+IMPLS = ("auto", "reference", "aten", "native", "triton")
 
 
 def check_impl(impl: str) -> None:
@@ -19,7 +21,7 @@ def check_impl(impl: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One implementation ("aten" or "native") for each stage; printable, hashable, and a string for the op's schema."""
+    """One implementation ("aten", "native" or "triton") for each stage; printable, and a string for the op's schema."""
 
     project: str  # x @ [A; router].T and dY @ B
     mix: str  # the mixer, forward and backward
@@ -48,4 +50,17 @@ def native_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         return f"its kernels take float32, bfloat16 and float64, not {str(dtype).removeprefix('torch.')}"
     if not native.available():
         return f"the extension could not be loaded: {native.why_unavailable()}"
+    return None
+
+
+def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why impl="triton" cannot run on such tensors, or None where it can."""
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"its kernels run on GPU tensors, not {device_type} (TRITON_INTERPRET=1 interprets them, slowly)"
+    if device_type != "cuda" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     return None

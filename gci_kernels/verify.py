@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels import ops
-from gci_kernels.impl import native_obstacle
+from gci_kernels.impl import native_obstacle, triton_obstacle
 from gci_kernels.testing import error_bound, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ class Check:
         return self.error <= self.bound
 
 
-def _inputs(case: tuple, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def make_inputs(case: tuple, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     tokens, in_features, out_features, r, experts, _, _ = case
     generator = torch.Generator().manual_seed(0)
     width = r * max(experts, 1)
@@ -82,10 +82,11 @@ def verify(device: str = "cpu") -> Iterator[list[Check]]:
     Truth is the reference in float64 on the same rounded inputs; the bound is twice the error that the reference itself
     makes at the working dtype, plus that dtype's rounding.
     """
-    for case, dtype, impl in itertools.product(CASES, DTYPES, ("aten", "native")):
-        if impl == "native" and native_obstacle(device, dtype):
+    for case, dtype, impl in itertools.product(CASES, DTYPES, ("aten", "native", "triton")):
+        obstacle = {"native": native_obstacle, "triton": triton_obstacle}.get(impl)
+        if obstacle is not None and obstacle(device, dtype):
             continue
-        tensors = _inputs(case, dtype, device)
+        tensors = make_inputs(case, dtype, device)
         truth = run_case(case, {name: t.double() for name, t in tensors.items()}, "reference")
         plain, actual = run_case(case, tensors, "reference"), run_case(case, tensors, impl)
         tokens, in_features, out_features, r, experts, top_k, dropout_p = case

@@ -426,7 +426,7 @@ BAD = [
     (dict(top_k=0), ValueError, r"top_k must be None or an integer in \[1, num_experts=8\]"),
     (dict(top_k=9), ValueError, "top_k"),
     (dict(top_k=1.5), ValueError, "top_k"),
-    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'native'"),
+    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'native', 'triton'"),
 ]
 
 

@@ -79,10 +79,12 @@ def test_extreme_logits_stay_finite(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("where", (0, 3, 8, 11))
-def test_nan_is_carried_not_hidden(impl, where):
+@pytest.mark.parametrize("top_k", (4, 2))
+def test_nan_is_carried_not_hidden(impl, where, top_k):
     projected = torch.ones(2, 12)
+    projected[:, 8:10] = 2  # with top_k = 2, the first two experts
     projected[0, where] = float("nan")
-    u, gates = IMPLS[impl].forward(projected, 4, 4, 1.0, torch.float32)
+    u, gates = IMPLS[impl].forward(projected, 4, top_k, 1.0, torch.float32)
     assert u[0].isnan().any() and not u[1].isnan().any()
     assert gates[0].isnan().any() == (where >= 8)
 

@@ -28,6 +28,12 @@ inline float exponential(float x) {
   return p * power;
 }
 
+// Whether a sorts before b, largest first; NaN before every number, so that top_k cannot drop it.
+template <typename Acc>
+inline bool precedes(Acc a, Acc b) {
+  return a > b || (a != a && b == b);
+}
+
 // keep[n] = whether logits[n] is among the k largest; equal logits: the lower index first.
 template <typename Acc>
 void choose(const Acc* logits, bool* keep, int experts, int k) {
@@ -35,7 +41,7 @@ void choose(const Acc* logits, bool* keep, int experts, int k) {
   for (int round = 0; round < k; ++round) {
     int best = -1;
     for (int n = 0; n < experts; ++n)
-      if (!keep[n] && (best < 0 || logits[n] > logits[best])) best = n;
+      if (!keep[n] && (best < 0 || precedes(logits[n], logits[best]))) best = n;
     keep[best] = true;
   }
 }

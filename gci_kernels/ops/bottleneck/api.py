@@ -30,7 +30,7 @@ def lora_linear(
         dropout_p: probability in [0, 1) with which an element of the adapter's x is dropped, the rest being scaled by
             1 / (1 - dropout_p). Applied whenever it is not 0: pass 0 in evaluation. Drawn from a counter-based
             generator whose seed comes from torch's; no mask is stored.
-        impl: "auto", "reference", "aten" or "native"; an explicit one that cannot run raises.
+        impl: "auto", "reference", "aten", "native" (C++) or "triton"; an explicit one that cannot run raises.
 
     Returns:
         [..., out], x's dtype.

@@ -4,15 +4,15 @@ One forward and one backward serve every mixer and every plan. Saved for backwar
 none of them written to. Dropout is made again from its seed.
 """
 
+import functools
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
-from gci_kernels.ops.bottleneck import aten, mix, native
-
-_STAGES: dict[str, ModuleType] = {"aten": aten, "native": native}
+from gci_kernels.ops.bottleneck import mix
 
 _library = torch.library.Library("gci_kernels", "DEF")
 _library.define(
@@ -23,6 +23,12 @@ _library.define(
     "bottleneck_backward(Tensor dy, Tensor? dgates, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? router, "
     "Tensor? seed, Tensor projected, float scaling, int top_k, float dropout_p, str plan, bool[5] needs) -> Tensor[]"
 )
+
+
+@functools.cache
+def _stage(name: str) -> ModuleType:
+    """The module aten.py, native.py or triton.py beside this one; loaded when a plan first names it."""
+    return importlib.import_module(f"gci_kernels.ops.bottleneck.{name}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -42,8 +48,8 @@ def _saved_dtype(plan: Plan, router: Tensor | None, dtype: torch.dtype) -> torch
 
 
 def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
-    """What `project` and `reduce` return for operands of `dtype`: the native products leave their sums unrounded."""
-    return torch.float32 if stage == "native" and dtype == torch.bfloat16 else dtype
+    """What `project` and `reduce` return for operands of `dtype`: our own products leave their sums unrounded."""
+    return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _bottleneck(
@@ -51,18 +57,18 @@ def _bottleneck(
     seed: Tensor | None, scaling: float, top_k: int, dropout_p: float, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stages, rows = Plan.from_key(plan), _rows(x)
-    project = _STAGES[stages.project].project
+    project = _stage(stages.project).project
     if seed is None:
         projected = project(rows, _stack(A, router).t())
     else:
-        dropped = _STAGES[stages.dropout].dropout(rows, dropout_p, int(seed))
+        dropped = _stage(stages.dropout).dropout(rows, dropout_p, int(seed))
         projected = project(dropped, A.t())
         if router is not None:  # the router sees x before dropout
             projected = torch.cat((projected, project(rows, router.t())), dim=1)
     experts = 0 if router is None else router.shape[0]
     projected = projected.to(_saved_dtype(stages, router, x.dtype))
     u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
-    y = _STAGES[stages.expand].expand(u, B.t(), rows, None if weight is None else weight.t(), bias)
+    y = _stage(stages.expand).expand(u, B.t(), rows, None if weight is None else weight.t(), bias)
     shape = x.shape[:-1]
     return y.view(*shape, B.shape[0]), projected, gates.view(*shape, experts) if experts else gates
 
@@ -87,17 +93,17 @@ def _bottleneck_backward(
     stages, rows, dy = Plan.from_key(plan), _rows(x), _rows(dy)
     experts, rank = 0 if router is None else router.shape[0], A.shape[0]
     if needs_x or needs_stack or needs_B:
-        du = _STAGES[stages.project].project(dy, B)
+        du = _stage(stages.project).project(dy, B)
         if dgates is not None:
             dgates = dgates.reshape(-1, experts)
         dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, x.dtype, stages.mix)
     gradients = []
     if needs_x:
         if seed is None:
-            dx = _STAGES[stages.expand].expand(dprojected, _stack(A, router), dy, weight, None)
+            dx = _stage(stages.expand).expand(dprojected, _stack(A, router), dy, weight, None)
         else:
             dx = torch.mm(dprojected[:, :rank], A.to(x.dtype))
-            _STAGES[stages.dropout].dropout_(dx, dropout_p, int(seed))
+            _stage(stages.dropout).dropout_(dx, dropout_p, int(seed))
             if router is not None:
                 dx.addmm_(dprojected[:, rank:], router.to(x.dtype))
             if weight is not None:
@@ -107,12 +113,12 @@ def _bottleneck_backward(
         gradients.append(torch.mm(dy.t(), rows))
     if needs_bias:
         gradients.append(dy.sum(0))
-    reduce = _STAGES[stages.reduce].reduce
+    reduce = _stage(stages.reduce).reduce
     if needs_stack:
         if seed is None:
             gradients.append(reduce(dprojected, rows))
         else:
-            dropped = _STAGES[stages.dropout].dropout(rows, dropout_p, int(seed))
+            dropped = _stage(stages.dropout).dropout(rows, dropout_p, int(seed))
             parts = [reduce(dprojected[:, :rank], dropped)]
             if router is not None:
                 parts.append(reduce(dprojected[:, rank:], rows))

@@ -1,12 +1,17 @@
 """The mixers: what stands between `project` and `expand`. An adapter of this family is a mixer and nothing else."""
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.gate import aten as gate_aten
-from gci_kernels.ops.gate import native as gate_native
 
-_GATE = {"aten": gate_aten, "native": gate_native}
+@functools.cache
+def _gate(impl: str) -> ModuleType:
+    """The gate's module aten.py, native.py or triton.py; loaded when a plan first names it."""
+    return importlib.import_module(f"gci_kernels.ops.gate.{impl}")
 
 
 def forward(
@@ -15,7 +20,7 @@ def forward(
     """u [tokens, R] in `dtype`, with the scaling in it, and the gates; num_experts = 0: the identity, no gates."""
     if num_experts == 0:
         return (projected * scaling).to(dtype), projected.new_empty(0)
-    return _GATE[impl].forward(projected, num_experts, top_k, scaling, dtype)
+    return _gate(impl).forward(projected, num_experts, top_k, scaling, dtype)
 
 
 def backward(
@@ -25,4 +30,4 @@ def backward(
     """(dprojected, u) in `dtype`: the gradient of everything `project` made, and u once more, for the gradient of B."""
     if num_experts == 0:
         return (du * scaling).to(dtype), (projected * scaling).to(dtype)
-    return _GATE[impl].backward(du, dgates, projected, num_experts, top_k, scaling, dtype)
+    return _gate(impl).backward(du, dgates, projected, num_experts, top_k, scaling, dtype)

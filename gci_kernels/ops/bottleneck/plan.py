@@ -3,7 +3,7 @@
 import torch
 
 from gci_kernels import native
-from gci_kernels.impl import Plan, native_obstacle
+from gci_kernels.impl import Plan, native_obstacle, triton_obstacle
 
 _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
@@ -21,12 +21,18 @@ _WINS = {
 def choose_plan(impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None) -> Plan:
     """The plan for x [tokens, in] of `dtype` on `device_type`; `isa`: the CPU's instruction set, None for this one's.
 
-    "native" takes every C++ kernel that there is for `dtype`, "auto" those that are no slower than the library.
-    Raises ValueError where "native" is asked for and cannot run.
+    "native" takes every C++ kernel that there is for `dtype`, "auto" those that are no slower than the library. The
+    Triton kernels have not run on real hardware yet: "auto" leaves them out until they have, "triton" takes them.
+    Raises ValueError where an implementation is asked for and cannot run.
     """
-    obstacle = native_obstacle(device_type, dtype)
-    if impl == "native" and obstacle:
-        raise ValueError(f"impl='native' cannot run here: {obstacle}")
+    if impl == "triton":
+        obstacle = triton_obstacle(device_type, dtype)
+    else:
+        obstacle = native_obstacle(device_type, dtype)
+    if impl in ("native", "triton") and obstacle:
+        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
+    if impl == "triton":
+        return Plan(project=impl, mix=impl, expand=impl, reduce=impl, dropout=impl)
     if impl == "aten" or obstacle:
         return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
     isa = native.ISA if isa is None else isa

@@ -1,0 +1,94 @@
+"""The Triton kernels compiled for real chips without one: every launch of a training step at the shapes of two models.
+
+What the compiler made is read back: no spills, shared memory within the chip's, and Hopper's own matrix instructions.
+"""
+
+import pytest
+import torch
+
+from gci_kernels.bench import resources
+from gci_kernels.bench.resources import CASES, CHIPS, Case, compile_kernel, launches
+from gci_kernels.ops.bottleneck import config
+
+KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "sum_splits", "dropout_fwd", "gate_fwd", "gate_bwd"}
+# In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.
+ADAPTERS = (torch.float32, torch.bfloat16)
+ODD_CASES = [Case(tokens, 4096, 4096, 160, 0) for tokens in (1, 16, 100)] + [Case(8192, 4097, 4099, 17, 0)]
+# Triton makes a constant of an argument that is 1.
+ONES = [Case(1, 1, 1, 1, 0), Case(1, 16, 1, 1, 1), Case(1, 1, 16, 2, 2)]
+
+
+def check(cases, chip, dtype, adapter_dtype):
+    """Compiles each different launch once; the names of the kernels seen."""
+    seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, dtype, adapter_dtype))
+    for launch in seen:
+        used, assembly = compile_kernel(launch, chip)
+        assert used.shared <= config.chip(chip).shared, f"{launch.name} {launch}: {used}"
+        assert used.stack == used.spills == 0, f"{launch.name} {launch}: {used}"
+        assert used.registers > 0 and used.occupancy > 0, f"{launch.name} {launch}: {used}"
+        if chip == "sm_90" and launch.name == "expand_fwd" and dtype == torch.bfloat16:
+            assert "wgmma" in assembly or dict(launch.constants)["BLOCK_T"] < 64, str(launch)
+    return {launch.name for launch in seen}
+
+
+@pytest.mark.parametrize("adapter_dtype", ADAPTERS, ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_training_in_bfloat16(chip, adapter_dtype):
+    assert check(CASES, chip, torch.bfloat16, adapter_dtype) == KERNELS
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_sizes_of_one(chip):
+    check(ONES, chip, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_odd_sizes_and_other_dtypes(chip, dtype):
+    check(ODD_CASES + CASES[:4], chip, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("capability", (*CHIPS, "sm_86", "gfx1100"))
+@pytest.mark.parametrize("dtype", config.DTYPES, ids=str)
+def test_choices_are_pure_and_within_bounds(capability, dtype):
+    for tokens in (1, 15, 64, 513, 8192, config.MAX_SIZE):
+        for depth, width, rank in ((1, 1, 1), (896, 4864, 16), (4097, 33, 40), (14336, 4096, 513)):
+            arguments = (tokens, depth, width, rank, dtype, capability)
+            expand = config.choose_expand_config(*arguments)
+            assert expand == config.choose_expand_config(*arguments)
+            assert hash(expand) == hash(config.choose_expand_config(*arguments))
+            for block in (expand.block_t, expand.block_n, expand.block_k, expand.block_r):
+                assert 16 <= block <= 256 and block & (block - 1) == 0
+            project = config.choose_project_config(tokens, depth, rank, dtype, capability)
+            reduce = config.choose_reduce_config(tokens, rank, width, dtype, capability)
+            # Every program of a sum has something to add.
+            assert 1 <= project.splits <= max(1, depth // project.block_k)
+            assert 1 <= reduce.splits <= max(1, tokens // reduce.block_t)
+            assert rank > project.block_n or project.block_n < max(32, 2 * rank), "more padding than the rank"
+
+
+def test_unknown_chips_count_as_small():
+    arguments = (8192, 4096, 4096, 16, torch.bfloat16)
+    assert config.choose_expand_config(*arguments, "sm_86") == config.choose_expand_config(*arguments, "gfx1100")
+    assert config.choose_expand_config(*arguments, "sm_86") != config.choose_expand_config(*arguments, "sm_90")
+
+
+def test_launches_are_what_a_launcher_would_launch():
+    """The strides that are 1 and the arguments divisible by 16 are Triton's business, so they are part of a launch."""
+    case = Case(512, 896, 4864, 16, 0)
+    made = [each for each in launches(case, "sm_90", torch.bfloat16, torch.float32) if each.name == "expand_fwd"]
+    forward = next(each for each in made if not dict(each.constants)["HAS_BIAS"])
+    constants, types = dict(forward.constants), dict(forward.types)
+    assert constants["stride_xk"] == constants["stride_wk"] == 1 and "stride_wn" not in constants
+    assert types["x_ptr"] == "*bf16" and types["m_ptr"] == "*fp32" and types["tokens"] == "i32"
+    assert {"x_ptr", "tokens", "depth", "width"} <= set(forward.aligned)
+    assert len(set(made)) == len(made) == 3
+
+
+def test_table(monkeypatch, capsys):
+    monkeypatch.setattr(resources, "CASES", [Case(512, 896, 896, 16, 0)])
+    monkeypatch.setattr(resources, "CHIPS", {"sm_90": CHIPS["sm_90"]})
+    resources.main()
+    table = capsys.readouterr().out
+    assert "expand_fwd" in table and "sm_90" in table and "occupancy" in table

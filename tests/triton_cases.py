@@ -1,0 +1,220 @@
+"""The Triton kernels under the interpreter, on CPU tensors; run by test_triton.py with TRITON_INTERPRET=1.
+
+float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16 takes the same lines.
+"""
+
+import pytest
+import torch
+
+from gci_kernels import verify
+from gci_kernels.ops.bottleneck import aten, config, philox
+from gci_kernels.ops.bottleneck import triton as stages
+from gci_kernels.ops.gate import reference
+from gci_kernels.ops.gate import triton as gate
+from gci_kernels.testing import error_bound, relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DTYPES = (torch.float32, torch.float16)
+# tokens, depth, width, rank
+SHAPES = [
+    (1, 5, 1, 1), (7, 33, 20, 3), (130, 67, 50, 16), (130, 600, 259, 40), (64, 128, 128, 16), (3, 16, 300, 130),
+    (0, 20, 7, 4), (3, 0, 5, 2), (600, 21, 19, 3),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_the_interpreter_runs():
+    assert config.INTERPRETED
+
+
+def check(actual, truth, plain, dtype):
+    """No worse than the same computation in plain PyTorch, given as `plain`."""
+    assert actual.shape == truth.shape and actual.dtype == dtype
+    assert relative_error(actual, truth) <= error_bound(relative_error(plain, truth), dtype)
+
+
+def gapped(rows, cols, dtype):
+    """Rows inside a wider tensor of NaN: what is read beside them shows."""
+    wide = torch.full((rows, cols + 5), float("nan"), dtype=dtype)
+    wide[:, 2 : cols + 2] = torch.randn(rows, cols)
+    return wide[:, 2 : cols + 2]
+
+
+def transposed(rows, cols, dtype):
+    return gapped(cols, rows, dtype).t()
+
+
+def spread(rows, cols, dtype):
+    """No stride is 1."""
+    return torch.randn(rows, cols, 2).to(dtype)[..., 1]
+
+
+LAYOUTS = {"gapped": gapped, "transposed": transposed, "spread": spread}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
+def test_project(tokens, depth, width, rank, layout, dtype):
+    x = gapped(tokens, depth, dtype)
+    for m_dtype in {torch.float32, dtype}:
+        m = LAYOUTS[layout](depth, rank, m_dtype)
+        truth = x.double() @ m.to(dtype).double()
+        check(stages.project(x, m), truth, x.float() @ m.to(dtype).float(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
+def test_expand(tokens, depth, width, rank, layout, dtype):
+    x, w, u = gapped(tokens, depth, dtype), LAYOUTS[layout](depth, width, dtype), gapped(tokens, rank, dtype)
+    m, bias = LAYOUTS[layout](rank, width, torch.float32), torch.randn(2 * width)[::2]
+    adapter = u.double() @ m.to(dtype).double()
+    base = x.double() @ w.double()
+    check(stages.expand(u, m, x, w, None), adapter + base, aten.expand(u, m, x, w, None), dtype)
+    plain = aten.expand(u, m, x, w, bias.to(dtype))
+    check(stages.expand(u, m.to(dtype), x, w, bias.to(dtype)), adapter + base + bias.to(dtype).double(), plain, dtype)
+    check(stages.expand(u, m, x, None, None), adapter, aten.expand(u, m, x, None, None), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
+def test_reduce(tokens, depth, width, rank, layout, dtype):
+    u, y = LAYOUTS[layout](tokens, rank, dtype), gapped(tokens, width, dtype)
+    check(stages.reduce(u, y), u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
+
+
+@pytest.mark.parametrize("group", (1, 2, 8))
+@pytest.mark.parametrize(("tokens", "width", "depth"), [(40, 70, 48), (81, 33, 50)])
+def test_every_tile_of_expand_is_visited_once(monkeypatch, group, tokens, width, depth):
+    """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the rank."""
+    monkeypatch.setattr(config, "choose_expand_config", lambda *_: config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
+    u, m, x, w = (torch.randn(s) for s in ((tokens, 35), (35, width), (tokens, depth), (depth, width)))
+    truth = u.double() @ m.double() + x.double() @ w.double()
+    check(stages.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
+
+
+@pytest.mark.parametrize("splits", (1, 3, 8))
+def test_splits_cover_the_sum_once(monkeypatch, splits):
+    """Also where the last programs of a sum get nothing: 70 numbers in blocks of 16 are too few for 8."""
+    project_config = config.ProjectConfig(16, 16, 16, splits, 4, 1)
+    reduce_config = config.ReduceConfig(16, 16, 16, splits, 4, 1)
+    monkeypatch.setattr(config, "choose_project_config", lambda *_: project_config)
+    monkeypatch.setattr(config, "choose_reduce_config", lambda *_: reduce_config)
+    x, m = torch.randn(33, 70), torch.randn(70, 19)
+    check(stages.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
+    u, y = torch.randn(70, 19), torch.randn(70, 33)
+    check(stages.reduce(u, y), u.double().t() @ y.double(), u.t() @ y, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_twice(dtype):
+    u, m, x, w = (torch.randn(s).to(dtype) for s in ((300, 16), (16, 90), (300, 2100), (2100, 90)))
+    assert config.choose_project_config(300, 2100, 16, dtype, "sm_90").splits > 1
+    for call in (
+        lambda: stages.project(x, w),
+        lambda: stages.expand(u, m, x, w, None),
+        lambda: stages.reduce(u, x),
+        lambda: stages.dropout(x, 0.3, 5),
+    ):
+        assert torch.equal(call(), call())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 67), (130, 256), (3, 1030), (0, 5)])
+@pytest.mark.parametrize("seed", (0, 1, 2**31, 2**61 + 12345))
+@pytest.mark.parametrize("p", (0.05, 0.9))
+def test_dropout_is_the_definition(dtype, rows, cols, seed, p):
+    x = torch.rand(rows, cols).to(dtype) + 1  # no zeros of its own
+    keep = philox.keep_mask(rows, cols, p, seed, x.device)
+    out = stages.dropout(x, p, seed)
+    assert torch.equal(out != 0, keep)
+    assert torch.equal(out, aten.dropout(x, p, seed))
+    assert torch.equal(stages.dropout(torch.stack((x, x), -1)[..., 0], p, seed), out)
+    strided = x.t().contiguous().t()
+    assert torch.equal(stages.dropout_(strided, p, seed), out) and torch.equal(strided, out)
+
+
+def test_dropout_hides_what_it_drops():
+    x = torch.full((4, 64), float("nan"))
+    assert torch.equal(stages.dropout(x, 0.5, 3).isnan(), philox.keep_mask(4, 64, 0.5, 3, x.device))
+
+
+def gate_truth(projected, du, dgates, experts, top_k, scaling, dtype=torch.float64):
+    """u, gates, dprojected from autograd through the formula."""
+    leaf = projected.to(dtype).requires_grad_()
+    width = projected.shape[1] - experts
+    u, gates = reference.gate(leaf[:, :width], leaf[:, width:], top_k)
+    u = u * scaling
+    (dprojected,) = torch.autograd.grad((u, gates), leaf, (du.to(dtype), dgates.to(gates.dtype)))
+    return u.detach(), gates.detach(), dprojected
+
+
+@pytest.mark.parametrize(("projected_dtype", "dtype"), [
+    (torch.float32, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "experts", "r", "top_k"),
+    [(130, 8, 4, 8), (1, 1, 16, 1), (7, 5, 3, 2), (33, 64, 1, 7), (5, 256, 40, 256), (3, 200, 2, 1), (0, 4, 2, 4)],
+)
+def test_gate(projected_dtype, dtype, tokens, experts, r, top_k):
+    projected = gapped(tokens, experts * r + experts, projected_dtype)
+    du, dgates = gapped(tokens, experts * r, projected_dtype), gapped(tokens, experts, torch.float32)
+    truth = gate_truth(projected, du, dgates, experts, top_k, 2.0)
+    plain = gate_truth(projected, du, dgates, experts, top_k, 2.0, torch.float32)
+    u, gates = gate.forward(projected, experts, top_k, 2.0, dtype)
+    dprojected, u_again = gate.backward(du, dgates, projected, experts, top_k, 2.0, dtype)
+    check(u, truth[0], plain[0].to(dtype), dtype)
+    check(gates, truth[1], plain[1], torch.float32)
+    check(dprojected, truth[2], plain[2].to(dtype), dtype)
+    assert torch.equal(u, u_again)
+    without = gate_truth(projected, du, torch.zeros_like(dgates), experts, top_k, 2.0)[2]
+    actual = gate.backward(du, None, projected, experts, top_k, 2.0, dtype)[0]
+    assert relative_error(actual, without) <= 4 * torch.finfo(dtype).eps
+
+
+def test_gate_ties_go_to_the_lower_expert():
+    _, gates = gate.forward(torch.ones(3, 4 * 2 + 4), 4, 2, 1.0, torch.float32)
+    assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 3
+    logits = torch.randint(3, (40, 6)).float()  # many ties at the edge
+    projected = torch.cat((torch.ones(40, 6), logits), dim=1)
+    for top_k in range(1, 7):
+        _, gates = gate.forward(projected, 6, top_k, 1.0, torch.float32)
+        expected = reference.gates(logits, top_k)
+        assert torch.equal(gates != 0, expected != 0) and relative_error(gates, expected) < 1e-6
+
+
+def test_gate_of_extreme_logits_stays_finite():
+    logits = torch.tensor([[1e4, -1e4, 0, 1e4], [-3e38, 3e38, 0, 1], [-100, -101, -102, -90]])
+    projected = torch.cat((torch.ones(3, 4), logits), dim=1)
+    u, gates = gate.forward(projected, 4, 4, 1.0, torch.float32)
+    assert relative_error(gates, logits.double().softmax(-1)) < 1e-6
+    assert gate.backward(torch.ones_like(u), torch.ones_like(gates), projected, 4, 4, 1.0, u.dtype)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", (4, 2))
+@pytest.mark.parametrize("where", (0, 3, 8, 11))
+def test_gate_carries_nan(where, top_k):
+    projected = torch.ones(2, 12)
+    projected[:, 8:10] = 2  # with top_k = 2, the first two experts
+    projected[0, where] = float("nan")
+    u, gates = gate.forward(projected, 4, top_k, 1.0, torch.float32)
+    assert u[0].isnan().any() and not u[1].isnan().any()
+    assert gates[0].isnan().any() == (where >= 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", verify.CASES, ids=str)
+def test_whole_op(case, dtype):
+    """Forward and every gradient through impl="triton", dropout included."""
+    tensors = verify.make_inputs(case, dtype, "cpu")
+    truth = verify.run_case(case, {name: tensor.double() for name, tensor in tensors.items()}, "reference")
+    plain, actual = (verify.run_case(case, tensors, impl) for impl in ("reference", "triton"))
+    for name in truth:
+        assert relative_error(actual[name], truth[name]) <= error_bound(relative_error(plain[name], truth[name]), dtype)
