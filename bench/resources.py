@@ -216,9 +216,7 @@ def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> float:
 def rows(chips: list[str], cases: list[Case]) -> Iterator[tuple[str, Launch, Resources]]:
     """Each different launch of `cases` in bfloat16, adapters in float32, on each chip."""
     for chip in chips:
-        seen = dict.fromkeys(
-            launch for case in cases for launch in launches(case, chip, torch.bfloat16, torch.float32)
-        )  # fmt: skip
+        seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, torch.bfloat16, torch.float32))
         for launch in sorted(seen, key=lambda launch: (launch.name, str(launch))):
             yield chip, launch, compile_kernel(launch, chip)[0]
 

@@ -96,7 +96,7 @@ def choose_project_config(tokens: int, depth: int, rank: int, dtype: torch.dtype
     tiles = _blocks(tokens, block_t) * _blocks(rank, block_n)
     # Two programs a processor hide each other's start; four steps of the loop are what fills a pipeline.
     splits = _splits(2 * chip(capability).processors, tiles, _blocks(depth, 4 * block_k))
-    num_warps, num_stages = 8 if block_n >= 64 else 4, 3 if half else 2
+    num_warps, num_stages = 8 if block_n >= (64 if half else 32) else 4, 3 if half else 2
     return ProjectConfig(block_t, block_n, block_k, splits, num_warps, num_stages)
 
 
