@@ -44,8 +44,7 @@ def check_model(variants: dict[str, nn.Module], ids: Tensor) -> Errors:
     A gradient that came through many layers has an error that is partly luck: real models have tokens whose
     activations are a thousand times the others', and one number of theirs can decide the error of a whole tensor. So a
     tensor's bound is twice eager's error for it or twice eager's median error over all gradients, whichever is larger,
-    plus rounding; and every sequence is a trial of its own, of which a tensor must pass one. What is computed wrongly
-    passes none.
+    plus rounding; and every sequence is a trial of its own, of which a tensor must pass most: its median trial counts.
 
     Args:
         variants: two models with the same adapter values around the same base weights; `check_layer` vouches for the
@@ -53,13 +52,15 @@ def check_model(variants: dict[str, nn.Module], ids: Tensor) -> Errors:
         ids: [trials, seq] int64, the tokens to predict.
 
     Returns:
-        For each tensor the errors of its best trial.
+        For each tensor the errors of its median trial.
     """
     exact = copy.deepcopy(variants["eager"]).double()
     trials = [_trial(exact, variants, row.unsqueeze(0)) for row in ids]
     return _judge(
         {
-            name: min((trial[name] for trial in trials), key=lambda errors: errors["gci"] / errors["bound"])
+            name: sorted((trial[name] for trial in trials), key=lambda error: error["gci"] / error["bound"])[
+                len(trials) // 2
+            ]
             for name in trials[0]
         }
     )

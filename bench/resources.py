@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gci_kernels.ops.bottleneck import config
+from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import triton as gate
 

@@ -20,7 +20,8 @@ from .timing import Timing, interleave
 from .variants import measure_generation, measure_training, model_variants, random_ids
 
 SCHEMA = 1
-GATE_SHAPE = (3, 32)  # trials and tokens of the model's correctness gate
+# Trials and tokens of the model's correctness gate: enough tokens for the plan that a train step is timed with.
+GATE_SHAPE = (3, 64)
 DTYPES = ["float32", "bfloat16", "float16"]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from gci_kernels import native
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 #: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one.
 IMPLS = ("auto", "reference", "aten", "native", "triton")
 
@@ -61,6 +63,6 @@ def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         return "Triton's interpreter computes bfloat16 products wrongly"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     return None

@@ -18,6 +18,7 @@ from gci_kernels.bench import cases, models, report, run, timing, variants
 from gci_kernels.bench.baselines import EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
 from gci_kernels.bench.cases import LayerCase, layer_variants, make_inputs
 from gci_kernels.bench.correctness import CorrectnessError, check_layer, check_model
+from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -353,3 +354,11 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
     console = Console(width=80, record=True, quiet=True)
     console.print(report.model_table(result, model))
     assert "…" not in console.export_text()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_gate_checks_the_plan_that_is_timed(dtype):
+    checked, timed = (
+        choose_plan("auto", tokens=tokens, dtype=dtype, device_type="cpu") for tokens in (run.GATE_SHAPE[1], 2 * 128)
+    )
+    assert checked == timed

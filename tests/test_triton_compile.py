@@ -8,7 +8,7 @@ import torch
 
 from gci_kernels.bench import resources
 from gci_kernels.bench.resources import CASES, CHIPS, Case, compile_kernel, launches
-from gci_kernels.ops.bottleneck import config
+from gci_kernels.ops import triton_config as config
 
 KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "sum_splits", "dropout_fwd", "gate_fwd", "gate_bwd"}
 # In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gci_kernels import verify
-from gci_kernels.ops.bottleneck import aten, config, philox
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import aten, philox
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate

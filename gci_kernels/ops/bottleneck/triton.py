@@ -2,7 +2,7 @@
 
 Same functions as aten.py. Sums are kept in float32, and project and reduce return them unrounded. Any strides, any
 sizes up to 2^31: masks pad inside the kernels. What takes more than one program a sum takes two stages, in a fixed
-order, so that the same call gives the same bits. Blocks come from config.py.
+order, so that the same call gives the same bits. Blocks come from ops/triton_config.py.
 
 Row offsets are int64, for tokens * stride passes 2^31. float32 products ask for input_precision="ieee": the default,
 TF32, keeps 11 bits of each factor, a thousand times the error of the float32 that was asked for.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops.bottleneck import config
+from gci_kernels.ops import triton_config as config
 
 
 @triton.jit

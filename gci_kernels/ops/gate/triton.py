@@ -1,7 +1,7 @@
 """The gate as Triton kernels, one pass each way, for GPU tensors (signatures: the package's docstring).
 
 A program holds whole tokens: a tile [tokens, experts] of logits, and tiles [tokens, experts, part of r] of the rest.
-Blocks come from bottleneck/config.py; masks pad experts and r to powers of two.
+Blocks come from ops/triton_config.py; masks pad experts and r to powers of two.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops.bottleneck import config
+from gci_kernels.ops import triton_config as config
 
 _MAX_EXPERTS = 256
 
