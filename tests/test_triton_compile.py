@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from gci_kernels.bench import resources
-from gci_kernels.bench.resources import CASES, CHIPS, Case, compile_kernel, launches
+from gci_kernels.bench.launches import CASES, DROPOUT_CASES, Case, launches, record
+from gci_kernels.bench.resources import CHIPS, compile_kernel
 from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import triton as stages
 
-KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "sum_splits", "dropout_fwd", "gate_fwd", "gate_bwd"}
+KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "project_reduce_fwd", "sum_splits", "gate_fwd", "gate_bwd"}
 # In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.
 ADAPTERS = (torch.float32, torch.bfloat16)
 ODD_CASES = [Case(tokens, 4096, 4096, 160, 0) for tokens in (1, 16, 100)] + [Case(8192, 4097, 4099, 17, 0)]
@@ -35,6 +37,22 @@ def check(cases, chip, dtype, adapter_dtype):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_training_in_bfloat16(chip, adapter_dtype):
     assert check(CASES, chip, torch.bfloat16, adapter_dtype) == KERNELS
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dropout_inside_the_products(chip):
+    """The mask is made where x is read: nothing else is launched for it."""
+    assert check(DROPOUT_CASES, chip, torch.bfloat16, torch.float32) == KERNELS
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dropout_by_itself(chip):
+    def step():
+        stages.dropout(torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), 0.05, 2**61 + 1)
+
+    (call,) = record(step, chip)
+    used, _ = compile_kernel(call.launch, chip)
+    assert call.launch.name == "dropout_fwd" and used.stack == used.spills == 0
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -63,9 +81,23 @@ def test_choices_are_pure_and_within_bounds(capability, dtype):
             project = config.choose_project_config(tokens, depth, rank, dtype, capability)
             reduce = config.choose_reduce_config(tokens, rank, width, dtype, capability)
             # Every program of a sum has something to add.
-            assert 1 <= project.splits <= max(1, depth // project.block_k)
-            assert 1 <= reduce.splits <= max(1, tokens // reduce.block_t)
+            both = config.choose_project_reduce_config(tokens, width, rank, dtype, capability)
+            for length, block, splits in (
+                (depth, project.block_k, project.splits),
+                (tokens, reduce.block_t, reduce.splits),
+                *([(tokens, both.block_t, both.splits)] if both else []),
+            ):
+                steps = -(-length // block)
+                assert splits >= 1 and (splits - 1) * -(-steps // splits) < steps
             assert rank > project.block_n or project.block_n < max(32, 2 * rank), "more padding than the rank"
+
+
+def test_one_reading_of_dy_where_it_moves_fewer_bytes():
+    """Partial sums are written and read once more, in float32: at few tokens they are more than a second reading."""
+    for rank in (16, 32):
+        assert config.choose_project_reduce_config(8192, 4096, rank, torch.bfloat16, "sm_90") is not None
+        assert config.choose_project_reduce_config(256, 4096, rank, torch.bfloat16, "sm_90") is None
+    assert config.choose_project_reduce_config(8192, 4096, 16, torch.float32, "sm_90") is None
 
 
 def test_unknown_chips_count_as_small():
@@ -78,16 +110,19 @@ def test_launches_are_what_a_launcher_would_launch():
     """The strides that are 1 and the arguments divisible by 16 are Triton's business, so they are part of a launch."""
     case = Case(512, 896, 4864, 16, 0)
     made = [each for each in launches(case, "sm_90", torch.bfloat16, torch.float32) if each.name == "expand_fwd"]
-    forward = next(each for each in made if not dict(each.constants)["HAS_BIAS"])
+    forward = next(each for each in made if not dict(each.constants)["W_BY_ROWS"])
     constants, types = dict(forward.constants), dict(forward.types)
     assert constants["stride_xk"] == constants["stride_wk"] == 1 and "stride_wn" not in constants
-    assert types["x_ptr"] == "*bf16" and types["m_ptr"] == "*fp32" and types["tokens"] == "i32"
-    assert {"x_ptr", "tokens", "depth", "width"} <= set(forward.aligned)
+    assert types["x_ptr"] == "tensordesc<bf16[128, 64]>" and types["w_ptr"] == "tensordesc<bf16[128, 64]>"
+    assert types["u_ptr"] == "*bf16" and types["m_ptr"] == "*fp32" and types["tokens"] == "i32"
+    assert {"u_ptr", "tokens", "depth", "width"} <= set(forward.aligned)
     assert len(set(made)) == len(made) == 3
+    assert "seed" not in dict(forward.constants) and "seed" not in forward.aligned, "a new seed must not compile anew"
 
 
 def test_table(monkeypatch, capsys):
     monkeypatch.setattr(resources, "CASES", [Case(512, 896, 896, 16, 0)])
+    monkeypatch.setattr(resources, "DROPOUT_CASES", [])
     monkeypatch.setattr(resources, "CHIPS", {"sm_90": CHIPS["sm_90"]})
     resources.main()
     table = capsys.readouterr().out

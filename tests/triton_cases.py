@@ -3,17 +3,21 @@
 float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16 takes the same lines.
 """
 
+import importlib
+
 import pytest
 import torch
 
 from gci_kernels import verify
 from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.bottleneck import aten, philox
+from gci_kernels.ops.bottleneck import aten, philox, run
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.testing import error_bound, relative_error
 
+# The package's `expand` is the function.
+expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expand")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = (torch.float32, torch.float16)
@@ -89,6 +93,98 @@ def test_expand(tokens, depth, width, rank, layout, dtype):
 def test_reduce(tokens, depth, width, rank, layout, dtype):
     u, y = LAYOUTS[layout](tokens, rank, dtype), gapped(tokens, width, dtype)
     check(stages.reduce(u, y), u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
+
+
+def dropped(x, p, seed):
+    """x in float64 after dropout, and after it in x's own dtype, as a masked copy would hold it."""
+    keep = philox.keep_mask(*x.shape, p, seed, x.device)
+    scaled = x.float() / (1 - p)
+    return (x.double() / (1 - p)).where(keep, 0), scaled.where(keep, 0).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", (0.6, 1.0))
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
+def test_project_and_reduce_under_dropout(tokens, depth, width, rank, columns, dtype):
+    """The first columns see the masked operand, the others the operand itself; the mask is philox.py's to the bit."""
+    drop = philox.Dropout(0.3, 2**40 + 7, max(1, int(columns * rank)))
+    x, m = gapped(tokens, depth, dtype), transposed(depth, rank, torch.float32)
+    exact, rounded = dropped(x, drop.p, drop.seed)
+    m64, c = m.to(dtype).double(), drop.columns
+    truth = torch.cat((exact @ m64[:, :c], x.double() @ m64[:, c:]), 1)
+    plain = torch.cat((rounded.float() @ m64[:, :c].float(), x.float() @ m64[:, c:].float()), 1)
+    check(stages.project(x, m, drop), truth, plain, torch.float32)
+    u = gapped(tokens, rank, dtype)
+    truth = torch.cat((u.double().t()[:c] @ exact, u.double().t()[c:] @ x.double()))
+    plain = torch.cat((u.float().t()[:c] @ rounded.float(), u.float().t()[c:] @ x.float()))
+    check(stages.reduce(u, x, drop), truth, plain, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", (0.6, 1.0))
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
+def test_expand_under_dropout(tokens, depth, width, rank, columns, dtype):
+    drop = philox.Dropout(0.3, 2**40 + 7, max(1, int(columns * rank)))
+    x, w, u, m = (gapped(*shape, dtype) for shape in ((tokens, depth), (depth, width), (tokens, rank), (rank, width)))
+    c, keep = drop.columns, philox.keep_mask(tokens, width, drop.p, drop.seed, x.device)
+
+    def formula(u, m, x, w):
+        masked = torch.where(keep, (u[:, :c] @ m[:c]) * drop.scale, 0)
+        return masked + u[:, c:] @ m[c:] + x @ w
+
+    check(
+        stages.expand(u, m, x, w, None, drop), formula(*(t.double() for t in (u, m, x, w))), formula(u, m, x, w), dtype
+    )
+
+
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(130, 80, 3), (300, 1056, 16), (64, 32, 33), (1, 16, 1)])
+def test_project_reduce(monkeypatch, tokens, width, rank):
+    """Also for sizes at which two readings are fewer bytes, and with shares of the tokens that end inside a block."""
+    block_r = max(16, 1 << (rank - 1).bit_length())
+    config_ = config.ProjectReduceConfig(16, 64, block_r, splits=3, num_warps=4, num_stages=1)
+    monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
+    for layout in LAYOUTS.values():
+        y, u = gapped(tokens, width, torch.float16), layout(tokens, rank, torch.float16)
+        m = layout(width, rank, torch.float32)
+        du, dm = stages.project_reduce(y, m, u)
+        rounded = m.to(y.dtype)
+        check(du, y.double() @ rounded.double(), y.float() @ rounded.float(), torch.float32)
+        check(dm, u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
+
+
+def test_project_reduce_is_part_of_backward(monkeypatch):
+    """At a size where the configuration wants one reading of dY, forward and every gradient of the whole op."""
+    calls = []
+    project_reduce = run.project_reduce
+    monkeypatch.setattr(run, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
+    tensors = verify.make_inputs((600, 48, 1056, 2, 3, None, 0.0), torch.float16, "cpu")
+    case = (600, 48, 1056, 2, 3, None, 0.0)
+    truth = verify.run_case(case, {name: tensor.double() for name, tensor in tensors.items()}, "reference")
+    plain, actual = (verify.run_case(case, tensors, impl) for impl in ("reference", "triton"))
+    assert calls == [1]
+    for name in truth:
+        bound = error_bound(relative_error(plain[name], truth[name]), torch.float16)
+        assert relative_error(actual[name], truth[name]) <= bound, name
+
+
+@pytest.mark.parametrize("by_rows", (True, False))
+@pytest.mark.parametrize(("tokens", "depth", "width", "rank"), [(130, 96, 272, 3), (70, 208, 144, 40)])
+def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows):
+    """Aligned rows go through tensor descriptors, forward (w by columns) and dX (by rows), within wider tensors too."""
+    made, descriptors = [], expand_module._descriptors
+    monkeypatch.setattr(expand_module, "_descriptors", lambda *args: made.append(1) or descriptors(*args))
+    wide = torch.randn(tokens, depth + 24).half()
+    x = wide[:, 8 : depth + 8]
+    w = torch.randn(depth, width).half() if by_rows else torch.randn(width, depth).half().t()
+    u, m, bias = torch.randn(tokens, rank).half(), torch.randn(rank, width), torch.randn(width).half()
+    truth = u.double() @ m.half().double() + x.double() @ w.double() + bias.double()
+    assert config.choose_expand_config(tokens, depth, width, rank, x.dtype, "sm_90").descriptors
+    check(stages.expand(u, m, x, w, bias), truth, aten.expand(u, m, x, w, bias), torch.float16)
+    assert made == [1]
+    x = wide[:, 7 : depth + 7]  # rows that begin between multiples of 16 bytes
+    truth = u.double() @ m.half().double() + x.double() @ w.double()
+    check(stages.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float16)
+    assert made == [1]
 
 
 @pytest.mark.parametrize("group", (1, 2, 8))

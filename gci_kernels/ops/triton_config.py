@@ -55,6 +55,17 @@ class ExpandConfig:
     group: int  # rows of tiles that share their columns of w in L2
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # whole tiles by the copy engine, where the layout allows
+
+
+@dataclass(frozen=True)
+class ProjectReduceConfig:
+    block_t: int
+    block_n: int
+    block_r: int
+    splits: int  # of the tokens
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,9 @@ def chip(capability: str) -> Chip:
     return _CHIPS.get(capability, _SMALL_CHIP)
 
 
-def choose_project_config(tokens: int, depth: int, rank: int, dtype: torch.dtype, capability: str) -> ProjectConfig:
+def choose_project_config(
+    tokens: int, depth: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
+) -> ProjectConfig:
     """For [tokens, depth] @ [depth, rank]. All of the rank in one tile, up to 128, so that x is read once."""
     half = dtype != torch.float32
     block_t, block_n = _power(tokens, 16, 64 if half else 128), _power(rank, 16, 128 if half else 64)
@@ -94,41 +107,69 @@ def choose_project_config(tokens: int, depth: int, rank: int, dtype: torch.dtype
     if half and chip(capability).shared <= 64 * 1024:
         block_k //= 2
     tiles = _blocks(tokens, block_t) * _blocks(rank, block_n)
-    # Two programs a processor hide each other's start; four steps of the loop are what fills a pipeline.
-    splits = _splits(2 * chip(capability).processors, tiles, _blocks(depth, 4 * block_k))
-    num_warps, num_stages = 8 if block_n >= (64 if half else 32) else 4, 3 if half else 2
+    # Two programs a processor hide each other's start.
+    splits = _splits(2 * chip(capability).processors, tiles, _blocks(depth, block_k))
+    num_warps, num_stages = 8 if block_n >= (64 if half else 32) or dropout else 4, 3 if half else 2
     return ProjectConfig(block_t, block_n, block_k, splits, num_warps, num_stages)
 
 
 def choose_expand_config(
-    tokens: int, depth: int, width: int, rank: int, dtype: torch.dtype, capability: str
+    tokens: int, depth: int, width: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
 ) -> ExpandConfig:
-    """For [tokens, depth] @ [depth, width] + [tokens, rank] @ [rank, width]."""
+    """For [tokens, depth] @ [depth, width] + [tokens, rank] @ [rank, width], `dropout` on the second product."""
+    # A step of the rank holds its m in registers while it is rounded, beside all the sums: 16 rows are what fits.
     where, block_r = chip(capability), 16
     if dtype == torch.float32:  # no matrix units
         return ExpandConfig(_power(tokens, 16, 64), _power(width, 16, 128), 16, block_r, 8, num_warps=8, num_stages=2)
     if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
         return ExpandConfig(_power(tokens, 16, 64), _power(width, 16, 64), 32, block_r, 8, num_warps=4, num_stages=2)
-    if where.async_products:
-        # A step of the rank holds m in registers while it is rounded: more than 32 rows of 256 float32 would spill.
-        block_r = _power(rank, 16, 32)
-    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor.
-    if where.shared > 64 * 1024 and tokens > 64 and _blocks(tokens, 128) * _blocks(width, 256) >= where.processors:
+    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor. Its sums
+    # leave no registers for making a mask.
+    enough = _blocks(tokens, 128) * _blocks(width, 256) >= where.processors
+    if where.shared > 64 * 1024 and tokens > 64 and enough and not dropout:
         block_k, num_stages = (64, 3) if where.async_products else (32, 4)
-        return ExpandConfig(128, 256, block_k, block_r, 8, num_warps=8, num_stages=num_stages)
+        return ExpandConfig(128, 256, block_k, block_r, 8, 8, num_stages, descriptors=where.async_products)
     block_t, num_stages = _power(tokens, 16, 128), 4 if where.shared > 64 * 1024 else 2
     num_warps = 8 if block_t == 128 else 4
-    return ExpandConfig(block_t, _power(width, 16, 128), 64, block_r, 8, num_warps, num_stages)
+    descriptors = where.async_products and block_t >= 64
+    return ExpandConfig(block_t, _power(width, 16, 128), 64, block_r, 8, num_warps, num_stages, descriptors)
 
 
-def choose_reduce_config(tokens: int, rank: int, width: int, dtype: torch.dtype, capability: str) -> ReduceConfig:
+def choose_reduce_config(
+    tokens: int, rank: int, width: int, dtype: torch.dtype, capability: str, dropout: bool = False
+) -> ReduceConfig:
     """For [tokens, rank].T @ [tokens, width]. All of the rank in one tile, up to 128, so that y is read once."""
-    half = dtype != torch.float32
-    block_t = 16 if not half else 64 if chip(capability).async_products and width % 16 == 0 else 32
-    block_r, block_n = _power(rank, 16, 128 if half else 64), _power(width, 16, 128 if half else 64)
+    where, half = chip(capability), dtype != torch.float32
+    whole_rows = half and where.async_products and width % 16 == 0
+    block_t = 16 if not half else 64 if whole_rows else 32
+    block_r = _power(rank, 16, 128 if half else 64)
+    # A wide tile means few tiles, and so few partial sums for the second stage to read.
+    block_n = _power(width, 16, 256 if whole_rows and block_r <= 64 else 128 if half else 64)
     tiles = _blocks(width, block_n) * _blocks(rank, block_r)
-    splits = _splits(2 * chip(capability).processors, tiles, _blocks(tokens, 4 * block_t))
-    return ReduceConfig(block_t, block_r, block_n, splits, num_warps=8 if block_r >= 64 else 4, num_stages=3)
+    splits = _splits((1 if block_n == 256 else 2) * where.processors, tiles, _blocks(tokens, block_t))
+    num_warps = 8 if block_r >= 64 or dropout else 4
+    return ReduceConfig(block_t, block_r, block_n, splits, num_warps, num_stages=3)
+
+
+def choose_project_reduce_config(
+    tokens: int, width: int, rank: int, dtype: torch.dtype, capability: str
+) -> ProjectReduceConfig | None:
+    """For y @ m and u.T @ y, y [tokens, width], from one reading of y; None where two are faster."""
+    where, block_r = chip(capability), _power(rank, 16, 128)
+    if dtype == torch.float32 or rank > block_r or width % 16:
+        return None
+    if where.shared <= 64 * 1024 and rank > 16:  # m stays in registers from the first step to the last
+        return None
+    large = where.async_products and block_r <= 32
+    block_t = _power(tokens, 16, 64 if where.shared > 64 * 1024 else 32)
+    block_n = _power(width, 16, 512 if large else 256 if block_r <= 64 else 128)
+    tiles = _blocks(width, block_n)
+    splits = _splits(where.processors, tiles, _blocks(tokens, block_t))
+    # Partial sums are float32, written once and read once; y has two bytes a number.
+    more_bytes = 8 * rank * (tiles * tokens + splits * width) >= 2 * tokens * width
+    if more_bytes or 2 * tiles * splits < where.processors:
+        return None
+    return ProjectReduceConfig(block_t, block_n, block_r, splits, num_warps=8, num_stages=2)
 
 
 def choose_dropout_config(tokens: int, width: int) -> DropoutConfig:
@@ -181,9 +222,11 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _splits(wanted: int, tiles: int, most: int) -> int:
-    """How many programs share one tile's sum: a power of two, at most `most` and 64, for `wanted` programs in all."""
-    splits = 1
-    while splits < 64 and 2 * splits <= most and splits * tiles < wanted:
-        splits *= 2
-    return splits
+def _splits(wanted: int, tiles: int, steps: int) -> int:
+    """How many programs share one tile's sum of `steps` steps, for no more than about `wanted` programs in all.
+
+    Each takes four steps at least, what fills a pipeline, and none is left without any.
+    """
+    splits = max(min(wanted // max(tiles, 1), steps // 4, 64), 1)
+    share = _blocks(max(steps, 1), splits)
+    return _blocks(max(steps, 1), share)

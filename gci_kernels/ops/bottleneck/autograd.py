@@ -4,15 +4,12 @@ One forward and one backward serve every mixer and every plan. Saved for backwar
 none of them written to. Dropout is made again from its seed.
 """
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
-from gci_kernels.ops.bottleneck import mix
+from gci_kernels.ops.bottleneck import mix, run
+from gci_kernels.ops.bottleneck.philox import Dropout
 
 _library = torch.library.Library("gci_kernels", "DEF")
 _library.define(
@@ -23,12 +20,6 @@ _library.define(
     "bottleneck_backward(Tensor dy, Tensor? dgates, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? router, "
     "Tensor? seed, Tensor projected, float scaling, int top_k, float dropout_p, str plan, bool[5] needs) -> Tensor[]"
 )
-
-
-@functools.cache
-def _stage(name: str) -> ModuleType:
-    """The module aten.py, native.py or triton.py beside this one; loaded when a plan first names it."""
-    return importlib.import_module(f"gci_kernels.ops.bottleneck.{name}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -57,18 +48,13 @@ def _bottleneck(
     seed: Tensor | None, scaling: float, top_k: int, dropout_p: float, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stages, rows = Plan.from_key(plan), _rows(x)
-    project = _stage(stages.project).project
-    if seed is None:
-        projected = project(rows, _stack(A, router).t())
-    else:
-        dropped = _stage(stages.dropout).dropout(rows, dropout_p, int(seed))
-        projected = project(dropped, A.t())
-        if router is not None:  # the router sees x before dropout
-            projected = torch.cat((projected, project(rows, router.t())), dim=1)
+    # The router sees x before dropout.
+    drop = None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
+    projected = run.project(stages, rows, _stack(A, router).t(), drop)
     experts = 0 if router is None else router.shape[0]
     projected = projected.to(_saved_dtype(stages, router, x.dtype))
     u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
-    y = _stage(stages.expand).expand(u, B.t(), rows, None if weight is None else weight.t(), bias)
+    y = run.expand(stages, u, B.t(), rows, None if weight is None else weight.t(), bias)
     shape = x.shape[:-1]
     return y.view(*shape, B.shape[0]), projected, gates.view(*shape, experts) if experts else gates
 
@@ -91,40 +77,32 @@ def _bottleneck_backward(
     """The needed ones of [dx, dweight, dbias, d[A; router], dB], in this order."""
     needs_x, needs_weight, needs_bias, needs_stack, needs_B = needs
     stages, rows, dy = Plan.from_key(plan), _rows(x), _rows(dy)
-    experts, rank = 0 if router is None else router.shape[0], A.shape[0]
+    experts = 0 if router is None else router.shape[0]
+    drop = None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
     if needs_x or needs_stack or needs_B:
-        du = _stage(stages.project).project(dy, B)
+        dB = None
+        if needs_B and run.one_reading(stages, dy, B.shape[1]):
+            u, _ = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
+            du, dB = run.project_reduce(stages, dy, B, u)
+        else:
+            du = run.project(stages, dy, B)
         if dgates is not None:
             dgates = dgates.reshape(-1, experts)
         dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, x.dtype, stages.mix)
+        if needs_B and dB is None:
+            dB = run.reduce(stages, u, dy)
     gradients = []
     if needs_x:
-        if seed is None:
-            dx = _stage(stages.expand).expand(dprojected, _stack(A, router), dy, weight, None)
-        else:
-            dx = torch.mm(dprojected[:, :rank], A.to(x.dtype))
-            _stage(stages.dropout).dropout_(dx, dropout_p, int(seed))
-            if router is not None:
-                dx.addmm_(dprojected[:, rank:], router.to(x.dtype))
-            if weight is not None:
-                dx.addmm_(dy, weight)
+        dx = run.expand(stages, dprojected, _stack(A, router), dy, weight, None, drop)
         gradients.append(dx.view(x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), rows))
     if needs_bias:
         gradients.append(dy.sum(0))
-    reduce = _stage(stages.reduce).reduce
     if needs_stack:
-        if seed is None:
-            gradients.append(reduce(dprojected, rows))
-        else:
-            dropped = _stage(stages.dropout).dropout(rows, dropout_p, int(seed))
-            parts = [reduce(dprojected[:, :rank], dropped)]
-            if router is not None:
-                parts.append(reduce(dprojected[:, rank:], rows))
-            gradients.append(torch.cat(parts))
+        gradients.append(run.reduce(stages, dprojected, rows, drop))
     if needs_B:
-        gradients.append(reduce(u, dy).t().contiguous())
+        gradients.append(dB.t().contiguous())
     return gradients
 
 

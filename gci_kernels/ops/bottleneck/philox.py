@@ -4,10 +4,34 @@ Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 201
 and the counter (col // 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+
+
+class Dropout(NamedTuple):
+    """Dropout with probability `p` of an operand [tokens, width], seen by a product's first `columns` vectors."""
+
+    p: float
+    seed: int
+    columns: int
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept where its word is at least this."""
+        return int(self.p * 2**32)
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.p)
+
+    @staticmethod
+    def arguments(drop: "Dropout | None") -> tuple[int, int, int, float]:
+        """(columns, threshold, seed, scale), what a kernel takes; zeros where there is no dropout."""
+        return (0, 0, 0, 1.0) if drop is None else (drop.columns, drop.threshold, drop.seed, drop.scale)
 
 
 def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
@@ -22,7 +46,7 @@ def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -
         c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ key0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ key1, a & _WORD
         key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
     words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :cols]
-    return words >= int(p * 2**32)
+    return words >= Dropout(p, seed, cols).threshold
 
 
 def draw_seed() -> Tensor:

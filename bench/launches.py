@@ -1,0 +1,178 @@
+"""What a training step launches, recorded without a GPU: the launchers run on torch's "meta" device and nothing starts.
+
+What is recorded is what would be launched, by the rules Triton specializes with: the same blocks, the same alignment,
+the same strides that are 1. resources.py compiles it, roofline.py counts its bytes.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import autograd
+
+TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
+_KERNEL_MODULES = [
+    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout", "splits")),
+    "gci_kernels.ops.bottleneck.triton.project_reduce",
+    "gci_kernels.ops.gate.triton",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapted layer in training: x [tokens, features_in], `rank` columns of B, `experts` of them (0: LoRA)."""
+
+    tokens: int
+    features_in: int
+    features_out: int
+    rank: int
+    experts: int
+    dropout_p: float = 0.0
+
+
+LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
+QWEN_05B = [(896, 896), (896, 4864), (4864, 896)]
+CASES = [
+    Case(tokens, *shape, rank, experts)
+    for shape in LLAMA_8B + QWEN_05B
+    for tokens in (8192, 512)
+    for rank, experts in ((16, 0), (32, 8))
+]
+DROPOUT_CASES = [replace(case, dropout_p=0.05) for case in CASES]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way a launcher starts a kernel; equal launches compile to the same code."""
+
+    kernel: triton.JITFunction
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[str, ...]  # arguments divisible by 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_").removesuffix("_kernel")
+
+    def __str__(self) -> str:
+        """The blocks, the strides that are 1 and the options, short."""
+        parts = [f"{key.removeprefix('BLOCK_')}={value}" for key, value in self.constants if key.isupper()]
+        parts += [f"{key}=1" for key, _ in self.constants if key.startswith("stride_")]
+        return " ".join(parts + [f"{key.removeprefix('num_')}={value}" for key, value in self.options])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch with its grid and its arguments by name; tensors are on the meta device."""
+
+    launch: Launch
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+
+def record(step: Callable[[], object], capability: str) -> list[Call]:
+    """Everything that `step`, which works on meta tensors, launches on a chip of that name; in order."""
+    made: list[Call] = []
+    with ExitStack() as undo:
+        undo.enter_context(patch.object(config, "device_capability", lambda device: capability))
+        for module in map(importlib.import_module, _KERNEL_MODULES):
+            for name, kernel in vars(module).copy().items():
+                if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
+                    undo.enter_context(patch.object(module, name, _Recorder(kernel, made)))
+        step()
+    return made
+
+
+def launches(case: Case, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
+    """The different launches of forward and backward of `case`, with and without a bias, with gates used and not."""
+    calls = []
+    for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
+        step = training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
+        calls += record(step, capability)
+    return list(dict.fromkeys(call.launch for call in calls))
+
+
+def training_step(
+    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype,
+    *, plan: str = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward of the op, to x, A, B and the router, on meta tensors.
+
+    The op's own functions are called, below the dispatcher: it would ask a meta tensor for shapes alone.
+    """
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, dy = tensor(case.tokens, case.features_in), tensor(case.tokens, case.features_out)
+    weight = tensor(case.features_out, case.features_in)
+    b = tensor(case.features_out) if bias else None
+    A = tensor(case.rank, case.features_in, dtype=adapter_dtype)
+    B = tensor(case.features_out, case.rank, dtype=adapter_dtype)
+    router = tensor(case.experts, case.features_in, dtype=adapter_dtype) if case.experts else None
+    top_k = min(top_k or case.experts, case.experts)
+    seed = torch.tensor(2**61 + 1) if case.dropout_p else None
+    dgates = tensor(case.tokens, case.experts, dtype=torch.float32) if use_gates and case.experts else None
+
+    def step() -> None:
+        _, projected, _ = autograd._bottleneck(x, weight, b, A, B, router, seed, 1.0, top_k, case.dropout_p, plan)
+        autograd._bottleneck_backward(
+            dy, dgates, x, weight, A, B, router, seed, projected, 1.0, top_k, case.dropout_p, plan,
+            [True, False, False, True, True],
+        )  # fmt: skip
+
+    return step
+
+
+class _Recorder:
+    """Stands where a kernel stood: a launch becomes a Call."""
+
+    def __init__(self, kernel: triton.JITFunction, made: list[Call]):
+        self.kernel, self.made = kernel, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.made.append(self._call(grid, args, kwargs))
+
+    def _call(self, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Call:
+        names = self.kernel.arg_names
+        given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        types, constants, aligned = {}, {}, []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, given[parameter.name]
+            fixed = parameter.do_not_specialize
+            if parameter.is_constexpr or type(value) is int and value == 1 and not fixed:
+                types[name], constants[name] = "constexpr", value
+                continue
+            types[name] = _type(value)
+            if isinstance(value, Tensor) or type(value) is int and value % 16 == 0 and not fixed:
+                aligned.append(name)
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        frozen = (tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(options.items()))
+        return Call(Launch(self.kernel, *frozen), grid, given)
+
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _type(value: Tensor | TensorDescriptor | int | float) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, Tensor):
+        return f"*{_NAMES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

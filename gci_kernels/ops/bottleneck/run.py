@@ -1,0 +1,78 @@
+"""The stages, each by the implementation that a plan names, and dropout around those that do not make it themselves.
+
+`drop` None, or a :class:`~gci_kernels.ops.bottleneck.philox.Dropout`: what its first `columns` vectors see of the wide
+operand goes through the mask. The Triton products make the mask while they read. The others work on a masked copy.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gci_kernels.impl import Plan
+from gci_kernels.ops.bottleneck.philox import Dropout
+
+_MASKS_ITSELF = "triton"
+
+
+@functools.cache
+def _stage(name: str) -> ModuleType:
+    """The module aten.py, native.py or triton/ beside this one; loaded when a plan first names it."""
+    return importlib.import_module(f"gci_kernels.ops.bottleneck.{name}")
+
+
+def project(plan: Plan, x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
+    """x @ m; `drop` masks x for the first columns of m."""
+    stage = _stage(plan.project).project
+    if drop is None:
+        return stage(x, m)
+    if plan.project == _MASKS_ITSELF:
+        return stage(x, m, drop)
+    dropped = stage(_stage(plan.dropout).dropout(x, drop.p, drop.seed), m[:, : drop.columns])
+    if drop.columns == m.shape[1]:
+        return dropped
+    return torch.cat((dropped, stage(x, m[:, drop.columns :])), dim=1)
+
+
+def expand(
+    plan: Plan, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
+) -> Tensor:
+    """u @ m + x @ w + bias; `drop` masks what the first columns of u add."""
+    stage = _stage(plan.expand).expand
+    if drop is None:
+        return stage(u, m, x, w, bias)
+    if plan.expand == _MASKS_ITSELF:
+        return stage(u, m, x, w, bias, drop)
+    m = m.to(u.dtype)
+    y = torch.mm(u[:, : drop.columns], m[: drop.columns])
+    _stage(plan.dropout).dropout_(y, drop.p, drop.seed)
+    if drop.columns < u.shape[1]:
+        y.addmm_(u[:, drop.columns :], m[drop.columns :])
+    if w is not None:
+        y.addmm_(x, w)
+    return y if bias is None else y.add_(bias)
+
+
+def reduce(plan: Plan, u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
+    """u.T @ y; `drop` masks y for the first columns of u."""
+    stage = _stage(plan.reduce).reduce
+    if drop is None:
+        return stage(u, y)
+    if plan.reduce == _MASKS_ITSELF:
+        return stage(u, y, drop)
+    dropped = stage(u[:, : drop.columns], _stage(plan.dropout).dropout(y, drop.p, drop.seed))
+    if drop.columns == u.shape[1]:
+        return dropped
+    return torch.cat((dropped, stage(u[:, drop.columns :], y)))
+
+
+def one_reading(plan: Plan, y: Tensor, rank: int) -> bool:
+    """Whether :func:`project_reduce` is there for y; else project and reduce read it in turn."""
+    return plan.project == plan.reduce == "triton" and _stage("triton").one_reading(y, rank)
+
+
+def project_reduce(plan: Plan, y: Tensor, m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """y @ m and u.T @ y from one reading of y."""
+    return _stage(plan.project).project_reduce(y, m, u)

@@ -1,0 +1,145 @@
+"""expand: x @ w + u @ m + bias, the base product with the adapter as one more step of its loop; forward and dX."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+
+
+@triton.jit
+def _add_rank(
+    acc, u_ptr, m_ptr, row, col, in_t, in_n, first, stop, stride_ut, stride_ur, stride_mr, stride_mn,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + u[:, first:stop] @ m[first:stop]."""
+    r = tl.arange(0, BLOCK_R)
+    at_r = first + r.to(tl.int64)
+    u_ptrs = u_ptr + row * stride_ut + at_r[None, :] * stride_ur
+    m_ptrs = m_ptr + at_r[:, None] * stride_mr + col * stride_mn
+    # One step for most adapters: a pipeline would only take shared memory from the base product's loop.
+    for at in tl.range(first, stop, BLOCK_R, num_stages=1):
+        u = tl.load(u_ptrs, in_t & (r[None, :] < stop - at), 0.0)
+        m = tl.load(m_ptrs, in_n & (r[:, None] < stop - at), 0.0)
+        acc = tl.dot(u, m.to(u.dtype), acc, input_precision="ieee")
+        u_ptrs += tl.cast(stride_ur, tl.int64) * BLOCK_R
+        m_ptrs += tl.cast(stride_mr, tl.int64) * BLOCK_R
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold", "seed"])
+def _expand_fwd_kernel(
+    u_ptr, m_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, tokens, rank, depth, width,
+    stride_ut, stride_ur, stride_mr, stride_mn, stride_xt, stride_xk, stride_wk, stride_wn,
+    dropped, threshold, seed, scale,
+    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    W_BY_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y = x @ w + u @ m + bias, y [tokens, width].
+
+    DESCRIPTORS: x_ptr, w_ptr and y_ptr are tensor descriptors, w's of the transposed matrix unless W_BY_ROWS; the copy
+    engine then reads whole tiles, and no thread holds a pointer. DROPOUT: what the first `dropped` of the rank add
+    goes through the mask.
+    """
+    # Programs that run side by side share GROUP rows of tiles: w's columns are read from L2, not again from memory.
+    tiles_t, tiles_n, pid = tl.cdiv(tokens, BLOCK_T), tl.cdiv(width, BLOCK_N), tl.program_id(0)
+    first_t = pid // (GROUP * tiles_n) * GROUP
+    rows = tl.minimum(tiles_t - first_t, GROUP)
+    tile_t = first_t + pid % (GROUP * tiles_n) % rows
+    tile_n = pid % (GROUP * tiles_n) // rows
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = t.to(tl.int64)[:, None], n.to(tl.int64)[None, :]
+    in_t, in_n = t[:, None] < tokens, n[None, :] < width
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if DROPOUT:  # first of all, while nothing else is in the sum
+        acc = _add_rank(
+            acc, u_ptr, m_ptr, row, col, in_t, in_n, 0, dropped, stride_ut, stride_ur, stride_mr, stride_mn, BLOCK_R
+        )
+        acc = tl.where(keep_tile(t, tile_n * BLOCK_N, seed, threshold, BLOCK_N), acc * scale, 0.0)
+    if HAS_BASE:
+        if DESCRIPTORS:
+            for at in range(0, depth, BLOCK_K):
+                x = x_ptr.load([tile_t * BLOCK_T, at])
+                if W_BY_ROWS:
+                    w = w_ptr.load([at, tile_n * BLOCK_N])
+                else:
+                    w = w_ptr.load([tile_n * BLOCK_N, at]).T
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+        else:
+            k = tl.arange(0, BLOCK_K)
+            at_k = k.to(tl.int64)
+            x_ptrs = x_ptr + row * stride_xt + at_k[None, :] * stride_xk
+            w_ptrs = w_ptr + at_k[:, None] * stride_wk + col * stride_wn
+            for at in range(0, depth, BLOCK_K):
+                if EVEN_K:
+                    x, w = tl.load(x_ptrs, in_t, 0.0), tl.load(w_ptrs, in_n, 0.0)
+                else:
+                    x = tl.load(x_ptrs, in_t & (k[None, :] < depth - at), 0.0)
+                    w = tl.load(w_ptrs, in_n & (k[:, None] < depth - at), 0.0)
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+                x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
+                w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
+    acc = _add_rank(
+        acc, u_ptr, m_ptr, row, col, in_t, in_n, dropped, rank, stride_ut, stride_ur, stride_mr, stride_mn, BLOCK_R
+    )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, n < width, 0.0).to(tl.float32)[None, :]
+    if DESCRIPTORS:
+        y_ptr.store([tile_t * BLOCK_T, tile_n * BLOCK_N], acc.to(u_ptr.dtype.element_ty))
+    else:
+        tl.store(y_ptr + row * width + col, acc.to(y_ptr.dtype.element_ty), in_t & in_n)
+
+
+def expand(
+    u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
+) -> Tensor:
+    config.check_tensors(u=u, m=m)
+    has_base = w is not None
+    if has_base:
+        config.check_tensors(dtypes=(u.dtype,), x=x, w=w)
+        config.check_tensors(bias=bias)
+    (tokens, rank), width = u.shape, m.shape[1]
+    depth = w.shape[0] if has_base else 0
+    capability = config.device_capability(u.device)
+    c = config.choose_expand_config(tokens, depth, width, rank, u.dtype, capability, drop is not None)
+    y = u.new_empty(tokens, width)
+    if y.numel() == 0:
+        return y
+    has_bias = has_base and bias is not None
+    bias = bias.contiguous() if has_bias else u  # what is absent is never loaded, but a pointer has to be given
+    x, w = (x, w) if has_base else (u, m)
+    operands, by_rows = (x, w, y), w.stride(1) == 1
+    descriptors = c.descriptors and depth > 0 and all(map(_describable, (x, w if by_rows else w.t(), y)))
+    if descriptors:
+        operands = _descriptors(x, w, y, by_rows, c)
+    with torch.cuda.device_of(u):
+        _expand_fwd_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
+            u, m, operands[0], operands[1], bias, operands[2], tokens, rank, depth, width,
+            *u.stride(), *m.stride(), *x.stride(), *w.stride(), *Dropout.arguments(drop),
+            HAS_BASE=has_base, HAS_BIAS=has_bias, EVEN_K=depth % c.block_k == 0, DESCRIPTORS=descriptors,
+            W_BY_ROWS=by_rows, DROPOUT=drop is not None,
+            BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, GROUP=c.group,
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+    return y
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Whether the copy engine can read `matrix`: rows of adjacent numbers that begin at multiples of 16 bytes."""
+    bytes_apart = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and bytes_apart % 16 == 0 and bytes_apart > 0 and matrix.data_ptr() % 16 == 0
+
+
+def _descriptors(x: Tensor, w: Tensor, y: Tensor, by_rows: bool, c: config.ExpandConfig) -> tuple:
+    block_w = [c.block_k, c.block_n] if by_rows else [c.block_n, c.block_k]
+    return (
+        TensorDescriptor.from_tensor(x, [c.block_t, c.block_k]),
+        TensorDescriptor.from_tensor(w if by_rows else w.t(), block_w),
+        TensorDescriptor.from_tensor(y, [c.block_t, c.block_n]),
+    )

@@ -1,0 +1,69 @@
+"""project: x @ m for a narrow m."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.splits import sum_splits
+
+
+@triton.jit(do_not_specialize=["threshold", "seed"])
+def _project_fwd_kernel(
+    x_ptr, m_ptr, out_ptr, tokens, depth, width, share,
+    stride_xt, stride_xk, stride_mk, stride_mn, dropped, threshold, seed, scale,
+    DROPOUT: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[split] = x[:, its share] @ m[its share]; out [splits, tokens, width] float32.
+
+    DROPOUT: the first `dropped` columns of m see x through the mask; PLAIN: there are others, which see x.
+    """
+    split = tl.program_id(2)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    start = split * share
+    stop = tl.minimum(start + share, depth)
+    row, at_k = t.to(tl.int64)[:, None], start + k.to(tl.int64)
+    in_t, in_n = t[:, None] < tokens, n[None, :] < width
+    x_ptrs = x_ptr + row * stride_xt + at_k[None, :] * stride_xk
+    m_ptrs = m_ptr + at_k[:, None] * stride_mk + n.to(tl.int64)[None, :] * stride_mn
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for at in range(start, stop, BLOCK_K):
+        x = tl.load(x_ptrs, in_t & (k[None, :] < stop - at), 0.0)
+        m = tl.load(m_ptrs, in_n & (k[:, None] < stop - at), 0.0).to(x.dtype)
+        if DROPOUT:
+            if PLAIN:
+                # Two products with zeros in m share the sum and the reading of x; the matrix units have time for both.
+                acc = tl.dot(x, tl.where(n[None, :] < dropped, 0.0, m).to(x.dtype), acc, input_precision="ieee")
+                m = tl.where(n[None, :] < dropped, m, 0.0).to(x.dtype)
+            keep = keep_tile(t, at, seed, threshold, BLOCK_K)
+            x = tl.where(keep, x.to(tl.float32) * scale, 0.0).to(x.dtype)
+        acc = tl.dot(x, m, acc, input_precision="ieee")
+        x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        m_ptrs += tl.cast(stride_mk, tl.int64) * BLOCK_K
+    out_row = (tl.cast(split, tl.int64) * tokens + row) * width
+    tl.store(out_ptr + out_row + n[None, :], acc, in_t & in_n)
+
+
+def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
+    config.check_tensors(x=x, m=m)
+    (tokens, depth), width = x.shape, m.shape[1]
+    capability = config.device_capability(x.device)
+    c = config.choose_project_config(tokens, depth, width, x.dtype, capability, drop is not None)
+    sums = x.new_empty(c.splits, tokens, width, dtype=torch.float32)
+    if sums.numel() == 0:
+        return sums[0]
+    share = triton.cdiv(triton.cdiv(depth, c.splits), c.block_k) * c.block_k
+    grid = (triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_n), c.splits)
+    with torch.cuda.device_of(x):
+        _project_fwd_kernel[grid](
+            x, m, sums, tokens, depth, width, share, *x.stride(), *m.stride(), *Dropout.arguments(drop),
+            DROPOUT=drop is not None, PLAIN=drop is not None and drop.columns < width,
+            BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+        return sum_splits(sums)

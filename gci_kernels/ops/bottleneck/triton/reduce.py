@@ -1,0 +1,71 @@
+"""reduce: u.T @ y for a narrow u, a sum over the tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.splits import sum_splits
+
+
+@triton.jit(do_not_specialize=["threshold", "seed"])
+def _reduce_fwd_kernel(
+    u_ptr, y_ptr, out_ptr, tokens, rank, width, share,
+    stride_ut, stride_ur, stride_yt, stride_yn, dropped, threshold, seed, scale,
+    DROPOUT: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[split] = u[its share].T @ y[its share]; out [splits, rank, width] float32.
+
+    DROPOUT: the first `dropped` columns of u see y through the mask; PLAIN: there are others, which see y.
+    """
+    split = tl.program_id(2)
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK_T)
+    start = split * share
+    stop = tl.minimum(start + share, tokens)
+    row = (start + t.to(tl.int64))[:, None]
+    in_n, in_r = n[None, :] < width, r[None, :] < rank
+    u_ptrs = u_ptr + row * stride_ut + r.to(tl.int64)[None, :] * stride_ur
+    y_ptrs = y_ptr + row * stride_yt + n.to(tl.int64)[None, :] * stride_yn
+    # The wide side makes the rows of the product: matrix units take 64 of them, and the rank has often 16.
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for at in range(start, stop, BLOCK_T):
+        u = tl.load(u_ptrs, in_r & (t[:, None] < stop - at), 0.0)
+        y = tl.load(y_ptrs, in_n & (t[:, None] < stop - at), 0.0)
+        if DROPOUT:
+            if PLAIN:  # as in `project`: two products, one sum, one reading of y
+                plain = tl.where(r[None, :] < dropped, 0.0, u).to(u.dtype)
+                acc = tl.dot(tl.trans(y), plain, acc, input_precision="ieee")
+                u = tl.where(r[None, :] < dropped, u, 0.0).to(u.dtype)
+            y = tl.where(keep_tile(at + t, first, seed, threshold, BLOCK_N), y.to(tl.float32) * scale, 0.0).to(y.dtype)
+        acc = tl.dot(tl.trans(y), u, acc, input_precision="ieee")
+        u_ptrs += tl.cast(stride_ut, tl.int64) * BLOCK_T
+        y_ptrs += tl.cast(stride_yt, tl.int64) * BLOCK_T
+    out_row = (tl.cast(split, tl.int64) * rank + r.to(tl.int64)[None, :]) * width
+    tl.store(out_ptr + out_row + n[:, None], acc, in_r & (n[:, None] < width))
+
+
+def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
+    config.check_tensors(y=y)
+    config.check_tensors(dtypes=(y.dtype,), u=u)
+    (tokens, rank), width = u.shape, y.shape[1]
+    capability = config.device_capability(y.device)
+    c = config.choose_reduce_config(tokens, rank, width, y.dtype, capability, drop is not None)
+    sums = y.new_empty(c.splits, rank, width, dtype=torch.float32)
+    if sums.numel() == 0:
+        return sums[0]
+    share = triton.cdiv(triton.cdiv(tokens, c.splits), c.block_t) * c.block_t
+    grid = (triton.cdiv(width, c.block_n), triton.cdiv(rank, c.block_r), c.splits)
+    with torch.cuda.device_of(y):
+        _reduce_fwd_kernel[grid](
+            u, y, sums, tokens, rank, width, share, *u.stride(), *y.stride(), *Dropout.arguments(drop),
+            DROPOUT=drop is not None, PLAIN=drop is not None and drop.columns < rank,
+            BLOCK_T=c.block_t, BLOCK_R=c.block_r, BLOCK_N=c.block_n, num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+        return sum_splits(sums)
