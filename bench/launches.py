@@ -101,16 +101,16 @@ def launches(case: Case, capability: str, dtype: torch.dtype, adapter_dtype: tor
     """The different launches of forward and backward of `case`, with and without a bias, with gates used and not."""
     calls = []
     for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
-        step = training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
-        calls += record(step, capability)
+        for direction in training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates):
+            calls += record(direction, capability)
     return list(dict.fromkeys(call.launch for call in calls))
 
 
 def training_step(
     case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype,
     *, plan: str = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
-) -> Callable[[], None]:  # fmt: skip
-    """Forward and backward of the op, to x, A, B and the router, on meta tensors.
+) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
+    """Forward, and backward to x, A, B and the router, on meta tensors; to be called in this order.
 
     The op's own functions are called, below the dispatcher: it would ask a meta tensor for shapes alone.
     """
@@ -128,14 +128,18 @@ def training_step(
     seed = torch.tensor(2**61 + 1) if case.dropout_p else None
     dgates = tensor(case.tokens, case.experts, dtype=torch.float32) if use_gates and case.experts else None
 
-    def step() -> None:
-        _, projected, _ = autograd._bottleneck(x, weight, b, A, B, router, seed, 1.0, top_k, case.dropout_p, plan)
-        autograd._bottleneck_backward(
-            dy, dgates, x, weight, A, B, router, seed, projected, 1.0, top_k, case.dropout_p, plan,
-            [True, False, False, True, True],
-        )  # fmt: skip
+    settings = (1.0, top_k, case.dropout_p, plan)
+    saved: list[Tensor] = []
 
-    return step
+    def forward() -> None:
+        _, projected, _ = autograd._bottleneck(x, weight, b, A, B, router, seed, *settings)
+        saved.append(projected)
+
+    def backward() -> None:
+        needs = [True, False, False, True, True]
+        autograd._bottleneck_backward(dy, dgates, x, weight, A, B, router, seed, saved.pop(), *settings, needs)
+
+    return forward, backward
 
 
 class _Recorder:

@@ -1,0 +1,116 @@
+"""The count of bytes and operations: the issue's shape, hand-counted small cases, and the cache."""
+
+import pytest
+import torch
+
+from gci_kernels.bench import roofline
+from gci_kernels.bench.launches import Case, record
+from gci_kernels.bench.roofline import ATEN, CHIPS, TRITON, chip_of, count, floor, frozen_floor, seconds
+from gci_kernels.ops.bottleneck import triton as stages
+
+H200 = CHIPS["h200"]
+LORA, LORAMOE = Case(8192, 4096, 4096, 16, 0), Case(8192, 4096, 4096, 32, 8)
+
+
+def total(entries):
+    return sum(entry.moved for entry in entries)
+
+
+@pytest.mark.parametrize("adapter_dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("case", (LORA, LORAMOE), ids=("lora", "loramoe"))
+def test_the_plan_moves_at_most_1_15_of_the_floor(case, adapter_dtype):
+    entries, _ = count(case, torch.bfloat16, adapter_dtype, H200)
+    assert 1 <= total(entries) / total(floor(case, torch.bfloat16, adapter_dtype)) <= 1.15
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.05))
+@pytest.mark.parametrize("case", (LORA, LORAMOE), ids=("lora", "loramoe"))
+def test_no_temporary_of_tokens_by_features_but_y_and_dx(case, dropout_p):
+    case = Case(case.tokens, case.features_in, case.features_out, case.rank, case.experts, dropout_p)
+    _, allocated = count(case, torch.bfloat16, torch.bfloat16, H200)
+    y = 8192 * 4096 * 2
+    assert sorted(allocated)[-2:] == [y, y] and sorted(allocated)[-3] <= y / 4
+    _, allocated = count(Case(8192, 4096, 4096, 32, 8, 0.05), torch.bfloat16, torch.bfloat16, H200, plan=ATEN)
+    assert sum(size >= y for size in allocated) > 2, "the count sees the library plan's masked copies"
+
+
+def test_floor_by_hand():
+    """2 tokens, 3 to 5, two experts of rank 1, float32: every operand and result of every stage."""
+    entries = {entry.name: entry for entry in floor(Case(2, 3, 5, 2, 2), torch.float32, torch.float32)}
+    numbers = {name: entry.moved / 4 for name, entry in entries.items()}
+    assert numbers == {
+        "forward: project": 6 + 12 + 8,
+        "forward: mix": 8 + 4 + 4,
+        "forward: expand": 6 + 15 + 4 + 10 + 10,
+        "backward: dU, dB": 10 + 10 + 4 + 4 + 10,
+        "backward: mix": 4 + 8 + 8 + 4,
+        "backward: dX": 10 + 15 + 8 + 12 + 6,
+        "backward: dA": 6 + 8 + 12,
+    }
+    assert entries["forward: expand"].operations == 2 * 2 * 3 * 5 + 2 * 2 * 2 * 5
+    assert total(frozen_floor(Case(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
+
+
+def test_operations_do_not_depend_on_the_plan():
+    for case in (LORA, LORAMOE):
+        least = sum(entry.operations for entry in floor(case, torch.bfloat16, torch.bfloat16))
+        for plan in (TRITON, ATEN):
+            entries, _ = count(case, torch.bfloat16, torch.bfloat16, H200, plan=plan)
+            assert sum(entry.operations for entry in entries) == least
+
+
+def test_the_library_plan_reads_y_again():
+    """The library's product, then `addmm_`: y and dX are each written, read and written once more."""
+    triton, _ = count(LORAMOE, torch.bfloat16, torch.bfloat16, H200)
+    aten, _ = count(LORAMOE, torch.bfloat16, torch.bfloat16, H200, plan=ATEN)
+    assert total(aten) - total(triton) >= 3.5 * 8192 * 4096 * 2
+
+
+def product_reads(tokens, depth, width, chip):
+    def tensor(*shape):
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    u, m, x, w = tensor(tokens, 16), tensor(16, width), tensor(tokens, depth), tensor(depth, width)
+    (call,) = record(lambda: stages.expand(u, m, x, w, None), chip.capability)
+    sizes = {"x": tokens * depth * 2, "w": depth * width * 2}
+    return roofline._product_reads(call, sizes, chip), sizes
+
+
+def test_a_small_cache_makes_the_product_read_again():
+    reads, sizes = product_reads(8192, 4096, 4096, H200)
+    assert reads == sum(sizes.values())
+    tiny = roofline.Chip("sm_90", 132, 4.8e12, 1e6, 989e12, 67e12)
+    reads, sizes = product_reads(8192, 4096, 4096, tiny)
+    # 1,024 tiles in waves of 132, that is 8 rows by 16 columns: each wave reads all of w and its own rows of x.
+    assert reads >= sizes["x"] + 7 * sizes["w"]
+
+
+def test_every_tile_has_one_program():
+    for tiles_t, tiles_n, group in ((64, 16, 8), (5, 3, 8), (13, 7, 4), (1, 1, 8)):
+        tiles = [roofline._tile(pid, tiles_t, tiles_n, group) for pid in range(tiles_t * tiles_n)]
+        assert sorted(tiles) == [(t, n) for t in range(tiles_t) for n in range(tiles_n)]
+
+
+def test_time_is_the_larger_of_memory_and_arithmetic():
+    entries = [roofline.Entry("memory", 4.8e12), roofline.Entry("arithmetic", 1.0, 989e12)]
+    assert seconds(entries, H200, torch.bfloat16) == pytest.approx(2.0)
+    assert seconds(entries, H200, torch.float32) > 10
+
+
+def test_chip_of():
+    assert chip_of("NVIDIA H200") is H200 and chip_of("NVIDIA A100-SXM4-80GB") is CHIPS["a100"]
+    assert chip_of("NVIDIA GeForce RTX 4090") is None
+
+
+def test_unknown_kernels_are_refused(monkeypatch):
+    call = record(lambda: stages.dropout(torch.empty(4, 8, device="meta"), 0.5, 3), "sm_90")[0]
+    monkeypatch.setattr(type(call.launch), "name", "unheard_of")
+    with pytest.raises(ValueError, match="unheard_of has no count"):
+        roofline._entry("x", call, H200)
+
+
+def test_table(capsys):
+    roofline.main(["--chip", "h200", "--tokens", "512"])
+    out = capsys.readouterr().out
+    assert "backward: project_reduce_fwd" in out or "backward: reduce_fwd" in out
+    assert "of the floor's bytes" in " ".join(out.split())
