@@ -1,7 +1,7 @@
 """What a training step launches, recorded without a GPU: the launchers run on torch's "meta" device and nothing starts.
 
 What is recorded is what would be launched, by the rules Triton specializes with: the same blocks, the same alignment,
-the same strides that are 1. resources.py compiles it, roofline.py counts its bytes.
+the same strides that are 1. resources.py compiles it, traffic.py counts its bytes.
 """
 
 import importlib
@@ -19,24 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import autograd
 
+from .roofline import Case
+
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
 _KERNEL_MODULES = [
     *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout", "splits")),
     "gci_kernels.ops.bottleneck.triton.project_reduce",
     "gci_kernels.ops.gate.triton",
 ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One adapted layer in training: x [tokens, features_in], `rank` columns of B, `experts` of them (0: LoRA)."""
-
-    tokens: int
-    features_in: int
-    features_out: int
-    rank: int
-    experts: int
-    dropout_p: float = 0.0
 
 
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]

@@ -41,8 +41,16 @@ def layer_table(result: dict) -> Table:
     for layer in result["layers"]:
         _row(table, f"{layer['case']['dtype']}, ms", _cells(layer["seconds"], unit=1000))
         _ratio_rows(table, layer)
+        if layer["floor_seconds"]:
+            _row(table, "  per cent of the roofline", _of_floor(layer))
         table.add_section()
     return table
+
+
+def _of_floor(layer: dict) -> dict[str, str]:
+    """How near a time comes to the least that the chip's rates allow."""
+    floors, times = layer["floor_seconds"], layer["seconds"]
+    return {name: f"{floors[name] / times[name]['median']:.0%}" for name in floors}
 
 
 def model_table(result: dict, model: dict) -> Table:

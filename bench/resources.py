@@ -19,7 +19,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import CASES, DROPOUT_CASES, Case, Launch, launches
+from .launches import CASES, DROPOUT_CASES, Launch, launches
+from .roofline import Case
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,16 @@
-"""Bytes and operations of a training step's stages: the floor, and what the plan moves; and their time on a named chip.
+"""Bytes and operations of a training step's stages, the least there can be, and their time on a named chip.
 
     python -m bench.roofline [--chip h200] [--tokens 8192] [--features 4096 4096] [--plan triton|aten]
 
-The floor of a stage reads every operand once and writes every result once. What a plan moves is counted from the plan
-itself: the op runs on torch's "meta" device, and every kernel it launches and every torch operation it calls is an
-entry. The big product's tiles are walked through a cache of the chip's size; what is small enough to stay there, the
-adapter's own tensors, counts once.
+The floor of a stage reads every operand once and writes every result once. What a plan moves is counted by traffic.py.
 """
 
 import argparse
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from .launches import TRITON, Call, Case, record, training_step
-
-ATEN = "/".join(["aten"] * 5)
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,18 @@ def chip_of(device_name: str) -> Chip | None:
     """The chip of a GPU by the name its driver gives ("NVIDIA H200"); None for one whose rates are not listed."""
     words = device_name.lower().replace("-", " ").split()
     return next((chip for name, chip in CHIPS.items() if name in words), None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapted layer in training: x [tokens, features_in], `rank` columns of B, `experts` of them (0: LoRA)."""
+
+    tokens: int
+    features_in: int
+    features_out: int
+    rank: int
+    experts: int
+    dropout_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,125 +100,22 @@ def seconds(entries: list[Entry], chip: Chip, dtype: torch.dtype) -> float:
     return sum(chip.seconds(entry.moved, entry.operations, dtype) for entry in entries)
 
 
-def count(
-    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: str = TRITON
-) -> tuple[list[Entry], list[int]]:
-    """What forward and backward under `plan` move on `chip`, in order; and the bytes of each tensor they allocate."""
-    entries: list[Entry] = []
-    allocated: list[int] = []
-    directions = training_step(case, dtype, adapter_dtype, plan=plan)
-    for name, direction in zip(("forward", "backward"), directions, strict=True):
-        operations = _Operations(name)
-
-        def step(direction: Callable[[], None] = direction, operations: _Operations = operations) -> None:
-            with operations:
-                direction()
-
-        calls = record(step, chip.capability)
-        entries += [_entry(f"{name}: {call.launch.name}", call, chip) for call in calls]
-        entries += operations.entries
-        allocated += operations.allocated
-    return entries, allocated
-
-
-class _Operations(TorchDispatchMode):
-    """Every torch operation that computes, with the bytes of its operands and results; and what is allocated."""
-
-    def __init__(self, direction: str):
-        super().__init__()
-        self.direction = direction
-        self.entries: list[Entry] = []
-        self.allocated: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.is_view or not isinstance(result, Tensor):
-            return result
-        inputs = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(arg, Tensor)]
-        in_place = any(result is arg for arg in inputs)
-        if not in_place:
-            self.allocated.append(_bytes(result))
-        name = func._schema.name.removeprefix("aten::")
-        if "empty" not in name:
-            operations = 0
-            if name in ("mm", "addmm", "addmm_"):
-                left = inputs[-2]
-                operations = 2 * left.shape[0] * left.shape[1] * result.shape[1]
-            # What is added to in place is read as an input and written as the result.
-            self.entries.append(
-                Entry(f"{self.direction}: {name}", sum(map(_bytes, inputs)) + _bytes(result), operations)
-            )
-        return result
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _entry(name: str, call: Call, chip: Chip) -> Entry:
-    """Bytes and operations of one Triton launch."""
-    kernel, given = call.launch.name, call.arguments
-    tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
-    size = {key.removesuffix("_ptr"): _bytes(tensor) for key, tensor in tensors.items()}
-    if kernel == "expand_fwd":
-        moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]
-        moved += size["bias"] if given["HAS_BIAS"] else 0
-        operations = 2 * given["tokens"] * given["width"] * (given["depth"] + given["rank"])
-    elif kernel in ("project_fwd", "reduce_fwd"):
-        # Columns of the narrow side beyond one tile read the wide operand again.
-        wide, narrow, columns = ("x", "m", "width") if kernel == "project_fwd" else ("y", "u", "rank")
-        again = call.grid[1]
-        moved = again * size[wide] + size[narrow] + size["out"]
-        operations = 2 * (size[wide] // tensors[f"{wide}_ptr"].element_size()) * given[columns]
-    elif kernel == "project_reduce_fwd":
-        moved = sum(size.values())
-        operations = 4 * given["tokens"] * given["width"] * given["rank"]
-    elif kernel == "gate_bwd":
-        moved, operations = sum(size.values()) - (0 if given["HAS_DGATES"] else size["dgates"]), 0
-    elif kernel in ("gate_fwd", "sum_splits", "dropout_fwd"):
-        moved, operations = sum(size.values()), 0
-    else:
-        raise ValueError(f"{kernel} has no count of its bytes in roofline.py")
-    return Entry(name, moved, operations)
-
-
-def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:
-    """Bytes of x and w that the base product reads from memory: its tiles in launch order through a cache (LRU).
-
-    As many programs as the chip has processors run side by side and walk the depth in step, so each reads its rows of x
-    and its columns of w a slice at a time, and a slice is read from memory unless the cache still holds it.
-    """
-    given = call.arguments
-    if not given["HAS_BASE"]:
-        return 0
-    tiles_t, tiles_n = -(-given["tokens"] // given["BLOCK_T"]), -(-given["width"] // given["BLOCK_N"])
-    slices = 16
-    slice_x, slice_w = size["x"] / tiles_t / slices, size["w"] / tiles_n / slices
-    cache: OrderedDict[tuple, float] = OrderedDict()
-    held = moved = 0.0
-    for first in range(0, tiles_t * tiles_n, chip.processors):
-        wave = range(first, min(first + chip.processors, tiles_t * tiles_n))
-        tiles = [_tile(pid, tiles_t, tiles_n, given["GROUP"]) for pid in wave]
-        for depth in range(slices):
-            touched = {("x", t, depth): slice_x for t, _ in tiles} | {("w", n, depth): slice_w for _, n in tiles}
-            for key, amount in touched.items():
-                if key not in cache:
-                    moved, held = moved + amount, held + amount
-                cache[key] = amount
-                cache.move_to_end(key)
-            while held > chip.cache:
-                held -= cache.popitem(last=False)[1]
-    return moved
-
-
-def _tile(pid: int, tiles_t: int, tiles_n: int, group: int) -> tuple[int, int]:
-    """Row and column of a program's tile, the order of expand.py."""
-    first = pid // (group * tiles_n) * group
-    rows = min(tiles_t - first, group)
-    return first + pid % (group * tiles_n) % rows, pid % (group * tiles_n) // rows
+def floor_seconds(
+    tokens: int, features_in: int, features_out: int, rank: int, experts: int, dtype: torch.dtype,
+    adapter_dtype: torch.dtype, device: torch.device,
+) -> dict[str, float] | None:  # fmt: skip
+    """The least time of forward and backward: "frozen" and "gci"; None where the device's rates are not listed."""
+    chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if chip is None:
+        return None
+    case = Case(tokens, features_in, features_out, rank * max(experts, 1), experts)
+    least = {"frozen": frozen_floor(case, dtype), "gci": floor(case, dtype, adapter_dtype)}
+    return {name: seconds(entries, chip, dtype) for name, entries in least.items()}
 
 
 def table(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, chip_name: str, plan: str) -> Table:
+    from .traffic import PLANS, count  # needs triton, which the floor does not
+
     chip = CHIPS[chip_name]
     title = (
         f"{case.tokens} tokens, {case.features_in} to {case.features_out}, rank {case.rank}"
@@ -228,7 +126,7 @@ def table(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, chip_name:
     for column in ("", "MB", "GFLOP", "floor, us"):
         result.add_column(column, justify="left" if not column else "right")
     frozen, least = frozen_floor(case, dtype), floor(case, dtype, adapter_dtype)
-    moved, _ = count(case, dtype, adapter_dtype, chip, plan=plan)
+    moved, _ = count(case, dtype, adapter_dtype, chip, plan=PLANS[plan])
     for heading, entries in (("frozen layer", frozen), ("floor", least), ("plan", moved)):
         result.add_section()
         for entry in entries:
@@ -255,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     for rank, experts in ((16, 0), (32, 8)):
         case = Case(args.tokens, *args.features, rank, experts)
-        plan = TRITON if args.plan == "triton" else ATEN
-        console.print(table(case, torch.bfloat16, torch.bfloat16, args.chip, plan))
+        console.print(table(case, torch.bfloat16, torch.bfloat16, args.chip, args.plan))
 
 
 if __name__ == "__main__":

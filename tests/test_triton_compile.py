@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gci_kernels.bench import resources
-from gci_kernels.bench.launches import CASES, DROPOUT_CASES, Case, launches, record
+from gci_kernels.bench.launches import CASES, DROPOUT_CASES, launches, record
 from gci_kernels.bench.resources import CHIPS, compile_kernel
+from gci_kernels.bench.roofline import Case
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import triton as stages
 
