@@ -118,16 +118,17 @@ def training_step(
     seed = torch.tensor(2**61 + 1) if case.dropout_p else None
     dgates = tensor(case.tokens, case.experts, dtype=torch.float32) if use_gates and case.experts else None
 
-    settings = (1.0, top_k, case.dropout_p, plan)
+    settings = ("gate" if case.experts else "identity", [top_k], 2.0, case.dropout_p, plan)
     saved: list[Tensor] = []
 
     def forward() -> None:
-        _, projected, _ = autograd._bottleneck(x, weight, b, A, B, router, seed, *settings)
-        saved.append(projected)
+        _, *kept, _ = autograd._bottleneck(x, weight, b, A, B, router, None, None, seed, *settings)
+        saved.extend(kept)
 
     def backward() -> None:
-        needs = [True, False, False, True, True]
-        autograd._bottleneck_backward(dy, dgates, x, weight, A, B, router, seed, saved.pop(), *settings, needs)
+        needs = [True, False, False, True, True, False]
+        tensors = (dy, dgates, x, weight, A, B, router, None, None, seed)
+        autograd._bottleneck_backward(*tensors, *saved, *settings, needs)
 
     return forward, backward
 

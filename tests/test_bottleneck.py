@@ -280,7 +280,7 @@ def test_saved_for_backward_is_x_and_the_projection(dtype):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         ops.loramoe_linear(**leaves, scaling=2.0)
     inputs = {v.untyped_storage().data_ptr() for v in leaves.values()}
-    extra = [t for pointer, t in saved.items() if pointer not in inputs]
+    extra = [t for pointer, t in saved.items() if pointer not in inputs and t.numel()]
     assert [tuple(t.shape) for t in extra] == [(64, 8 * 4 + 8)]
 
 
@@ -331,22 +331,24 @@ def test_opcheck_forward(plan, dtype, experts, with_weight, with_dropout, needs_
     tensors = [a["x"], a["weight"] if with_weight else None, a["bias"] if with_weight else None, a["A"], a["B"]]
     tensors = [None if t is None else t.requires_grad_(needs_grad) for t in [*tensors, a.get("router")]]
     seed, p = (torch.tensor(3), 0.5) if with_dropout else (None, 0.0)
-    torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (*tensors, seed, 2.0, experts, p, plan))
+    name, settings = ("gate", [experts]) if experts else ("identity", [])
+    arguments = (*tensors, None, None, seed, name, settings, 2.0, p, plan)
+    torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, arguments)
 
 
 @pytest.mark.parametrize(("plan", "dtype"), PLANS)
 @pytest.mark.parametrize("experts", (0, 8))
 @pytest.mark.parametrize("seed", (None, torch.tensor(3)))
-@pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, False, False], [False, False, False, True, True]])
+@pytest.mark.parametrize("needs", [[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]])
 def test_opcheck_backward(plan, dtype, experts, seed, needs):
     a = make((5,), in_features=12, out_features=9, experts=experts, dtype=dtype)
-    unrounded = plan.startswith("native") and experts and dtype == torch.bfloat16
-    projected = torch.randn(5, a["A"].shape[0] + experts, dtype=torch.float32 if unrounded else dtype)
-    dgates = torch.randn(5, experts, dtype=torch.promote_types(dtype, torch.float32)) if experts else None
-    arguments = (
-        torch.randn(5, 9, dtype=dtype), dgates, a["x"], a["weight"], a["A"], a["B"], a.get("router"), seed, projected,
-        2.0, experts, 0.0 if seed is None else 0.5, plan, needs,
-    )  # fmt: skip
+    name, settings = ("gate", [experts]) if experts else ("identity", [])
+    p, tensors = 0.0 if seed is None else 0.5, (a["A"], a["B"], a.get("router"), None, None, seed)
+    options = (name, settings, 2.0, p, plan)
+    _, *kept, shown = torch.ops.gci_kernels.bottleneck(a["x"], a["weight"], None, *tensors, *options)
+    dshown = torch.randn_like(shown) if experts else None
+    dy, needs = torch.randn(5, 9, dtype=dtype), [bool(need) for need in needs]
+    arguments = (dy, dshown, a["x"], a["weight"], *tensors, *kept, *options, needs)
     torch.library.opcheck(torch.ops.gci_kernels.bottleneck_backward.default, arguments)
 
 

@@ -45,7 +45,8 @@ def lora_linear(
     if impl == "reference":
         return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
-    return bottleneck(x, weight, bias, A, B, None, seed, scaling, 0, dropout_p, plan.key)[0]
+    nothing = (None, None, None)
+    return bottleneck(x, weight, bias, A, B, *nothing, seed, "identity", [], scaling, dropout_p, plan.key)[0]
 
 
 def loramoe_linear(
@@ -83,7 +84,8 @@ def loramoe_linear(
     if impl == "reference":
         return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
-    y, _, gates = bottleneck(x, weight, bias, A, B, router, seed, scaling, top_k, dropout_p, plan.key)
+    tensors = (x, weight, bias, A, B, router, None, None, seed)
+    y, *_, gates = bottleneck(*tensors, "gate", [top_k], scaling, dropout_p, plan.key)
     return y, gates
 
 

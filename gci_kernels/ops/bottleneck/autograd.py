@@ -1,24 +1,28 @@
 """The registered operators gci_kernels::bottleneck and ::bottleneck_backward, and the derivative that joins them.
 
-One forward and one backward serve every mixer and every plan. Saved for backward: x, `projected` and the parameters,
-none of them written to. Dropout is made again from its seed.
+One forward and one backward serve every mixer and every plan. Saved for backward: x, the parameters and what the mixer
+keeps, a few numbers a token; none of them is written to. Dropout is made again from its seed.
 """
 
 import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
-from gci_kernels.ops.bottleneck import mix, run
+from gci_kernels.ops.bottleneck import run
+from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
 
 _library = torch.library.Library("gci_kernels", "DEF")
+_SETTINGS = "str name, int[] settings, float scaling, float dropout_p, str plan"
 _library.define(
-    "bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? router, Tensor? seed, "
-    "float scaling, int top_k, float dropout_p, str plan) -> (Tensor y, Tensor projected, Tensor gates)"
+    "bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? weights, Tensor? segments, "
+    f"Tensor? past, Tensor? seed, {_SETTINGS}) "
+    "-> (Tensor y, Tensor projected, Tensor mixed, Tensor stats, Tensor shown)"
 )
 _library.define(
-    "bottleneck_backward(Tensor dy, Tensor? dgates, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? router, "
-    "Tensor? seed, Tensor projected, float scaling, int top_k, float dropout_p, str plan, bool[5] needs) -> Tensor[]"
+    "bottleneck_backward(Tensor dy, Tensor? dshown, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? weights, "
+    "Tensor? segments, Tensor? past, Tensor? seed, Tensor projected, Tensor mixed, Tensor stats, "
+    f"{_SETTINGS}, bool[6] needs) -> Tensor[]"
 )
 
 
@@ -28,14 +32,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _stack(A: Tensor, router: Tensor | None) -> Tensor:
-    """[A; router], what `project` multiplies with."""
-    return A if router is None else torch.cat((A, router))
-
-
-def _saved_dtype(plan: Plan, router: Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    """What `projected` is saved in: a router's logits as `project` summed them, without one just x's dtype."""
-    return dtype if router is None else _sum_dtype(plan.project, dtype)
+def _stack(A: Tensor, weights: Tensor | None, joins: bool) -> Tensor:
+    """What `project` multiplies with: A, and the mixer's weights where they join it."""
+    return torch.cat((A, weights)) if joins else A
 
 
 def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
@@ -43,57 +42,58 @@ def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _call(x: Tensor, A: Tensor, settings: list[int], scaling: float, stages: Plan) -> Call:
+    sum_dtype = _sum_dtype(stages.project, x.dtype)
+    return Call(settings, scaling, tuple(x.shape[:-1]), A.shape[0], x.dtype, sum_dtype, stages.mix)
+
+
+def _drop(seed: Tensor | None, dropout_p: float, A: Tensor) -> Dropout | None:
+    """Dropout of what A's rows see of x; weights that join see x itself."""
+    return None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
+
+
 def _bottleneck(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, router: Tensor | None,
-    seed: Tensor | None, scaling: float, top_k: int, dropout_p: float, plan: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    stages, rows = Plan.from_key(plan), _rows(x)
-    # The router sees x before dropout.
-    drop = None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
-    projected = run.project(stages, rows, _stack(A, router).t(), drop)
-    experts = 0 if router is None else router.shape[0]
-    projected = projected.to(_saved_dtype(stages, router, x.dtype))
-    u, gates = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None,
+    segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
+    name: str, settings: list[int], scaling: float, dropout_p: float, plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    stages, rows, mix = Plan.from_key(plan), _rows(x), mixer(name)
+    stack = _stack(A, weights, mix.JOINS)
+    projected = run.project(stages, rows, stack.t(), _drop(seed, dropout_p, A))
+    u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, stages))
     y = run.expand(stages, u, B.t(), rows, None if weight is None else weight.t(), bias)
-    shape = x.shape[:-1]
-    return y.view(*shape, B.shape[0]), projected, gates.view(*shape, experts) if experts else gates
+    return y.view(*x.shape[:-1], B.shape[0]), *kept, shown
 
 
-def _bottleneck_fake(x, weight, bias, A, B, router, seed, scaling, top_k, dropout_p, plan):
-    experts = 0 if router is None else router.shape[0]
-    tokens = x.numel() // x.shape[-1]
-    gates_dtype = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(*x.shape[:-1], B.shape[0]),
-        x.new_empty(tokens, A.shape[0] + experts, dtype=_saved_dtype(Plan.from_key(plan), router, x.dtype)),
-        x.new_empty(*x.shape[:-1], experts, dtype=gates_dtype) if experts else x.new_empty(0),
-    )
+def _bottleneck_fake(x, weight, bias, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p, plan):
+    call = _call(x, A, settings, scaling, Plan.from_key(plan))
+    others = mixer(name).shapes(Inputs(weights, segments, past), call)
+    return x.new_empty(*x.shape[:-1], B.shape[0]), *(x.new_empty(shape, dtype=dtype) for shape, dtype in others)
 
 
 def _bottleneck_backward(
-    dy: Tensor, dgates: Tensor | None, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, router: Tensor | None,
-    seed: Tensor | None, projected: Tensor, scaling: float, top_k: int, dropout_p: float, plan: str, needs: list[bool],
+    dy: Tensor, dshown: Tensor | None, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor,
+    weights: Tensor | None, segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
+    projected: Tensor, mixed: Tensor, stats: Tensor,
+    name: str, settings: list[int], scaling: float, dropout_p: float, plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of [dx, dweight, dbias, d[A; router], dB], in this order."""
-    needs_x, needs_weight, needs_bias, needs_stack, needs_B = needs
-    stages, rows, dy = Plan.from_key(plan), _rows(x), _rows(dy)
-    experts = 0 if router is None else router.shape[0]
-    drop = None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
-    if needs_x or needs_stack or needs_B:
+    """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; see `_stack` and JOINS."""
+    needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
+    stages, rows, dy, mix = Plan.from_key(plan), _rows(x), _rows(dy), mixer(name)
+    inputs, kept = Inputs(weights, segments, past), Kept(projected, mixed, stats)
+    call, drop = _call(x, A, settings, scaling, stages), _drop(seed, dropout_p, A)
+    if needs_x or needs_stack or needs_B or needs_weights:
         dB = None
         if needs_B and run.one_reading(stages, dy, B.shape[1]):
-            u, _ = mix.forward(projected, experts, top_k, scaling, x.dtype, stages.mix)
-            du, dB = run.project_reduce(stages, dy, B, u)
+            du, dB = run.project_reduce(stages, dy, B, mix.again(inputs, kept, call))
         else:
             du = run.project(stages, dy, B)
-        if dgates is not None:
-            dgates = dgates.reshape(-1, experts)
-        dprojected, u = mix.backward(du, dgates, projected, experts, top_k, scaling, x.dtype, stages.mix)
+        dprojected, dweights, u = mix.backward(du, dshown, inputs, kept, call)
         if needs_B and dB is None:
             dB = run.reduce(stages, u, dy)
     gradients = []
     if needs_x:
-        dx = run.expand(stages, dprojected, _stack(A, router), dy, weight, None, drop)
+        dx = run.expand(stages, dprojected, _stack(A, weights, mix.JOINS), dy, weight, None, drop)
         gradients.append(dx.view(x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), rows))
@@ -103,45 +103,54 @@ def _bottleneck_backward(
         gradients.append(run.reduce(stages, dprojected, rows, drop))
     if needs_B:
         gradients.append(dB.t().contiguous())
+    if needs_weights:
+        gradients.append(dweights)
     return gradients
 
 
 def _bottleneck_backward_fake(
-    dy, dgates, x, weight, A, B, router, seed, projected, scaling, top_k, dropout_p, plan, needs
-):
-    out, width = B.shape[0], x.shape[-1]
-    stack_rows = A.shape[0] + (0 if router is None else router.shape[0])
+    dy, dshown, x, weight, A, B, weights, segments, past, seed, projected, mixed, stats,
+    name, settings, scaling, dropout_p, plan, needs,
+):  # fmt: skip
+    out, width, joins = B.shape[0], x.shape[-1], mixer(name).JOINS
+    stack_rows = A.shape[0] + (weights.shape[0] if joins else 0)
     shapes = [tuple(x.shape), (out, width), (out,), (stack_rows, width), (out, A.shape[0])]
     sums = _sum_dtype(Plan.from_key(plan).reduce, x.dtype)
     dtypes = [x.dtype, x.dtype, x.dtype, sums, sums]
-    return [x.new_empty(s, dtype=d) for s, d, needed in zip(shapes, dtypes, needs, strict=True) if needed]
+    if needs[5]:
+        shapes, dtypes = [*shapes, tuple(weights.shape)], [*dtypes, x.dtype]
+    needed = [(shape, dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=False) if need]
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in needed]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, A, B, router, seed, *ctx.settings = inputs
-    _, projected, gates = output
+    x, weight, bias, A, B, weights, segments, past, seed, *ctx.settings = inputs
+    _, projected, mixed, stats, shown = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(projected, *([gates] if router is None else []))
-    ctx.save_for_backward(x, weight, A, B, router, seed, projected)
+    # Gates have a gradient. What generation caches has none.
+    ctx.mark_non_differentiable(projected, mixed, stats, *([] if mixer(ctx.settings[0]).JOINS else [shown]))
+    ctx.save_for_backward(x, weight, A, B, weights, segments, past, seed, projected, mixed, stats)
 
 
-def _backward(ctx, dy, dprojected, dgates):
+def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     """Gradients of gci_kernels::bottleneck, formed only where something needs them."""
-    x, weight, A, B, router, seed, projected = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router = ctx.needs_input_grad[:6]
-    if dy is None:  # only the gates were used
+    x, weight, A, B, weights, *others = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_weights = ctx.needs_input_grad[:6]
+    if dy is None:  # only what is shown was used
         dy = x.new_zeros(*x.shape[:-1], B.shape[0])
-    needs = [needs_x, needs_weight, needs_bias, needs_A or needs_router, needs_B]
+    joins = mixer(ctx.settings[0]).JOINS
+    needs_stack = needs_A or joins and needs_weights
+    needs = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
     gradients = iter(
-        torch.ops.gci_kernels.bottleneck_backward(
-            dy, dgates, x, weight, A, B, router, seed, projected, *ctx.settings, needs
-        )
+        torch.ops.gci_kernels.bottleneck_backward(dy, dshown, x, weight, A, B, weights, *others, *ctx.settings, needs)
     )
-    dx, dweight, dbias, dstack, dB = (next(gradients) if needed else None for needed in needs)
+    dx, dweight, dbias, dstack, dB, dweights = (next(gradients) if needed else None for needed in needs)
     dA = dstack[: A.shape[0]].to(A.dtype) if needs_A else None
-    drouter = dstack[A.shape[0] :].to(router.dtype) if needs_router else None
+    if joins and needs_weights:
+        dweights = dstack[A.shape[0] :]
+    dweights = dweights.to(weights.dtype) if needs_weights else None
     dB = dB.to(B.dtype) if needs_B else None
-    return dx, dweight, dbias, dA, dB, drouter, None, None, None, None, None
+    return dx, dweight, dbias, dA, dB, dweights, *[None] * 8
 
 
 def _no_double_backward(ctx, *gradients):
