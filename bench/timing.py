@@ -44,6 +44,7 @@ def interleave(
     rounds: int,
     warmup: int = 1,
     advance: Callable[[], None] = lambda: None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time every function once a round. The order rotates by one each round, so that none always runs first.
 
@@ -51,6 +52,7 @@ def interleave(
         device: where the functions work; on CUDA the time is that between two events on the stream.
         warmup: rounds that run first and are not counted.
         advance: called after every round, warm-up rounds included.
+        prepare: called before every function and not timed; see :func:`cold_cache`.
 
     Returns:
         name -> seconds for one call.
@@ -60,22 +62,42 @@ def interleave(
     for number in range(warmup + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds = _seconds(fns[name], device)
+            seconds = _seconds(fns[name], device, prepare)
             if number >= warmup:
                 samples[name].append(seconds)
         advance()
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _seconds(fn: Callable[[], object], device: torch.device) -> float:
+def cold_cache(device: torch.device) -> Callable[[], None]:
+    """For `prepare` on a GPU: leaves nothing in its L2, and 2 ms of work queued in front of what is timed.
+
+    Launches are then made while the GPU is busy, and what is timed is its time alone. The last pass reads: lines that
+    were only written would have to be written back while the clock runs.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    buffer = torch.empty(1 << 28, dtype=torch.float32, device=device)  # 1 GiB
+
+    def prepare() -> None:
+        for _ in range(8):
+            buffer.zero_()
+        buffer.sum()
+
+    return prepare
+
+
+def _seconds(fn: Callable[[], object], device: torch.device, prepare: Callable[[], None]) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        prepare()
         start.record()
         fn()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
+    prepare()
     start = time.perf_counter()
     fn()
     return time.perf_counter() - start

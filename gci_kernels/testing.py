@@ -1,7 +1,25 @@
 """What right means, in numbers: error measures shared by the tests, `gci-kernels verify` and the benchmark's gate."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one case: its error and the most it may be."""
+
+    case: str
+    impl: str
+    dtype: str
+    tensor: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gci_kernels import ops
 from gci_kernels.impl import native_obstacle, triton_obstacle
-from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.testing import Check, error_bound, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # tokens, in, out, r, experts (0: LoRA), top_k, dropout: odd sizes, one token, one expert, larger than a tile
@@ -21,22 +20,6 @@ CASES = (
     (257, 1100, 96, 16, 1, None, 0.0),
     (64, 96, 80, 4, 6, None, 0.25),
 )
-
-
-@dataclass(frozen=True)
-class Check:
-    """One tensor of one case: its error and the most it may be."""
-
-    case: str
-    impl: str
-    dtype: str
-    tensor: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
 
 
 def make_inputs(case: tuple, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -76,27 +59,36 @@ def run_case(case: tuple, tensors: dict[str, Tensor], impl: str) -> dict[str, Te
     return {name: t.detach() for name, t in (outputs | gradients).items()}
 
 
-def verify(device: str = "cpu") -> Iterator[list[Check]]:
-    """One list of checks for each case, implementation and dtype that can run on `device`.
+def obstacle(impl: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run there, or None where it can."""
+    asked = {"native": native_obstacle, "triton": triton_obstacle}.get(impl)
+    return None if asked is None else asked(torch.device(device).type, dtype)
+
+
+def check_case(case: tuple, dtype: torch.dtype, impl: str, device: str) -> list[Check]:
+    """y, the gates and every gradient of one case.
 
     Truth is the reference in float64 on the same rounded inputs; the bound is twice the error that the reference itself
     makes at the working dtype, plus that dtype's rounding.
     """
+    tensors = make_inputs(case, dtype, device)
+    truth = run_case(case, {name: t.double() for name, t in tensors.items()}, "reference")
+    plain, actual = run_case(case, tensors, "reference"), run_case(case, tensors, impl)
+    tokens, in_features, out_features, r, experts, top_k, dropout_p = case
+    method = f"loramoe {experts}x{r}" if experts else f"lora r={r}"
+    label = f"{method} T={tokens} {in_features}->{out_features} top_k={top_k} p={dropout_p}"
+    return [
+        Check(
+            label, impl, str(dtype).removeprefix("torch."), name,
+            relative_error(actual[name], truth[name]),
+            error_bound(relative_error(plain[name], truth[name]), dtype),
+        )
+        for name in truth
+    ]  # fmt: skip
+
+
+def verify(device: str = "cpu") -> Iterator[list[Check]]:
+    """One list of checks for each case, dtype and implementation that can run on `device`."""
     for case, dtype, impl in itertools.product(CASES, DTYPES, ("aten", "native", "triton")):
-        obstacle = {"native": native_obstacle, "triton": triton_obstacle}.get(impl)
-        if obstacle is not None and obstacle(device, dtype):
-            continue
-        tensors = make_inputs(case, dtype, device)
-        truth = run_case(case, {name: t.double() for name, t in tensors.items()}, "reference")
-        plain, actual = run_case(case, tensors, "reference"), run_case(case, tensors, impl)
-        tokens, in_features, out_features, r, experts, top_k, dropout_p = case
-        method = f"loramoe {experts}x{r}" if experts else f"lora r={r}"
-        label = f"{method} T={tokens} {in_features}->{out_features} top_k={top_k} p={dropout_p}"
-        yield [
-            Check(
-                label, impl, str(dtype).removeprefix("torch."), name,
-                relative_error(actual[name], truth[name]),
-                error_bound(relative_error(plain[name], truth[name]), dtype),
-            )
-            for name in truth
-        ]  # fmt: skip
+        if obstacle(impl, device, dtype) is None:
+            yield check_case(case, dtype, impl, device)

@@ -38,6 +38,8 @@ def test_wheel(source, tmp_path):
         (extension,) = (name for name in names if name.startswith("gci_kernels/_native") and name.endswith(".so"))
         binary = archive.read(extension)
     assert {"gci_kernels/py.typed", "gci_kernels/bench/run.py", "gci_kernels/patch.py"} <= set(names)
+    results = {f"gci_kernels/bench/results/{path.name}" for path in (ROOT / "bench" / "results").glob("*.json")}
+    assert results and results <= set(names), "hardware.py reads which kernels are proved from them"
     packages = {str(Path(name).parent) for name in names if name.endswith(".py")}
     shipped = {str(p.parent.relative_to(ROOT)).replace("bench", "gci_kernels/bench") for top in ("gci_kernels", "bench")
                for p in (ROOT / top).rglob("__init__.py")}  # fmt: skip

@@ -1,23 +1,201 @@
-"""What needs a CUDA device: every implementation against float64 on it, and the same bits twice."""
+"""What needs a GPU. An id that names a kernel of hardware.KERNELS decides whether that kernel counts as proved there,
+one that names triton whether any does: bench/gpu.py reads them. test_gpu_interpreted.py runs all of it without a GPU.
+"""
+
+import dataclasses
 
 import pytest
 import torch
 
-from gci_kernels.verify import CASES, make_inputs, run_case, verify
+from gci_kernels import hardware, ops, self_check
+from gci_kernels.impl import Plan
+from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import api, aten
+from gci_kernels.ops.bottleneck import triton as stages
+from gci_kernels.ops.gate import reference
+from gci_kernels.ops.gate import triton as gate
+from gci_kernels.self_check import Shape
+from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.verify import CASES, DTYPES, check_case, make_inputs, obstacle, run_case
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = "cpu" if config.INTERPRETED else "cuda"
+HALF = torch.float16 if config.INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 products are wrong
+SHAPES = [
+    self_check.ODD, Shape(1, 64, 48, 3, 1, 1), Shape(7, 51, 130, 15, 5, 2), Shape(64, 128, 96, 16, 2, 1),
+]  # fmt: skip
+if not config.INTERPRETED:
+    # Every tile there is; sums that many programs share; two products from one reading; ranks above one tile.
+    SHAPES += [
+        self_check.LARGE, Shape(4096, 320, 4096, 40, 8, 8), Shape(600, 4096, 1024, 32, 8, 8),
+        Shape(300, 264, 1032, 150, 50, 7),
+    ]  # fmt: skip
 
-def test_every_implementation_against_float64():
-    checks = [check for group in verify("cuda") for check in group]
-    assert {check.impl for check in checks} == {"aten", "triton"}
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+only_gpu = pytest.mark.skipif(config.INTERPRETED, reason="nothing to see without a GPU")
+KERNEL_DTYPES = [dtype for dtype in self_check.DTYPES if obstacle("triton", DEVICE, dtype) is None]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_against_float64_and_the_same_bits_twice(kernel, dtype):
+    # Over a few tokens attention's dq and dk are nothing but rounding, and an error relative to that says nothing.
+    shapes = [shape for shape in SHAPES if kernel != "attention" or shape.tokens >= 64]
+    checks = list(self_check.check_kernel(kernel, torch.device(DEVICE), dtypes=(dtype,), shapes=shapes))
+    assert len(checks) >= 2 * 3 * len(shapes)
     assert not [check for check in checks if not check.passed]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton_gives_the_same_bits_twice(case, dtype):
-    tensors = make_inputs(case, dtype, "cuda")
-    first, second = (run_case(case, tensors, "triton") for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+@only_gpu
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path))
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
+        record = hardware.renew(kernel, device)
+    assert record.passed, record.reason
+    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
+
+
+# Past 2^31 elements, where an index in 32 bits would wrap
+
+
+@only_gpu
+@pytest.mark.parametrize("kernel", ("project", "expand", "reduce"))
+def test_rows_far_into_memory(kernel):
+    tokens, depth, last = 70_000, 32_768, 130
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free memory")
+    x = torch.zeros(tokens, depth, dtype=torch.bfloat16, device="cuda")
+    x[-last:] = torch.randn(last, depth, device="cuda")
+    u, m = torch.randn(tokens, 16, device="cuda").bfloat16(), torch.randn(depth, 16, device="cuda")
+    if kernel == "project":
+        actual, expected = stages.project(x, m)[-last:], x[-last:].double() @ m.bfloat16().double()
+    elif kernel == "expand":
+        w, n = torch.randn(depth, 48, device="cuda").bfloat16(), torch.randn(16, 48, device="cuda")
+        actual = stages.expand(u, n, x, w, None)[-last:]
+        expected = x[-last:].double() @ w.double() + u[-last:].double() @ n.bfloat16().double()
+    else:
+        actual, expected = stages.reduce(u, x), u[-last:].double().t() @ x[-last:].double()
+    assert relative_error(actual, expected) <= 1e-2  # a wrong row is wrong by more than 1
+
+
+# Dropout and the gate beyond what self_check.py looks at
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
+@pytest.mark.parametrize("seed", (0, 2**31, 2**61 + 12345))
+@pytest.mark.parametrize("kernel", ("dropout",))
+def test_mask_is_the_definition(kernel, seed, dtype):
+    for rows, cols in ((1, 1), (130, 67), (3, 1030)):
+        x = torch.rand(rows, cols, device=DEVICE).to(dtype) + 1
+        assert torch.equal(stages.dropout(x, 0.3, seed), aten.dropout(x, 0.3, seed))
+
+
+@pytest.mark.parametrize("top_k", (4, 2))
+@pytest.mark.parametrize("where", (0, 3, 8, 11))
+@pytest.mark.parametrize("kernel", ("gate",))
+def test_nan_survives(kernel, where, top_k):
+    """In h (columns 0 to 7) it reaches u; in a logit, chosen by top_k as the largest, every gate of its token."""
+    projected = torch.ones(2, 12, device=DEVICE)
+    projected[:, 8:10] = 2  # with top_k = 2, the first two experts
+    projected[0, where] = float("nan")
+    u, gates = gate.forward(projected, 4, top_k, 1.0, torch.float32)
+    assert u[0].isnan().any() and not u[1].isnan().any()
+    assert gates[0].isnan().any() == (where >= 8) and not gates[1].isnan().any()
+    dprojected, _ = gate.backward(torch.ones_like(u), torch.ones_like(gates), projected, 4, top_k, 1.0, u.dtype)
+    assert dprojected[0].isnan().any() and not dprojected[1].isnan().any()
+
+
+@pytest.mark.parametrize("kernel", ("gate",))
+def test_ties_go_to_the_lower_expert(kernel):
+    logits = torch.randint(3, (40, 6), device=DEVICE).float()
+    projected = torch.cat((torch.ones_like(logits), logits), dim=1)
+    for top_k in range(1, 7):
+        _, gates = gate.forward(projected, 6, top_k, 1.0, torch.float32)
+        expected = reference.gates(logits, top_k)
+        assert torch.equal(gates != 0, expected != 0) and relative_error(gates, expected) < 1e-6
+
+
+# The whole op
+
+OP_CASES = CASES[:3] + CASES[-1:] if config.INTERPRETED else CASES
+MIXED_CASES = (OP_CASES[-1], OP_CASES[0], (64, 96, 80, 4, 6, 2, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("impl", ("aten", "triton"))
+@pytest.mark.parametrize("case", OP_CASES, ids=str)
+def test_op_against_float64(case, impl, dtype):
+    if impl == "triton" and dtype not in KERNEL_DTYPES:
+        with pytest.raises(ValueError, match="impl='triton' cannot run here"):
+            run_case(case, make_inputs(case, dtype, DEVICE), impl)
+        return
+    assert not [check for check in check_case(case, dtype, impl, DEVICE) if not check.passed]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
+@pytest.mark.parametrize("case", OP_CASES, ids=str)
+@pytest.mark.parametrize("impl", ("triton",))
+def test_op_gives_the_same_bits_twice(impl, case, dtype):
+    tensors = make_inputs(case, dtype, DEVICE)
+    first, second = (run_case(case, tensors, impl) for _ in range(2))
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("others", ("aten", "triton"))
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_one_stage_among_others(kernel, others, monkeypatch):
+    """A plan as "auto" makes it while some kernels are proved and others are not."""
+    stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"
+    plan = Plan(**{field.name: own if field.name == stage else others for field in dataclasses.fields(Plan)})
+    monkeypatch.setattr(api, "choose_plan", lambda impl, **_: plan)
+    for case in MIXED_CASES:
+        tensors = make_inputs(case, HALF, DEVICE)
+        truth = run_case(case, {key: tensor.double() for key, tensor in tensors.items()}, "reference")
+        plain, actual = (run_case(case, tensors, impl) for impl in ("reference", "auto"))
+        for key in truth:
+            bound = error_bound(relative_error(plain[key], truth[key]), HALF)
+            assert relative_error(actual[key], truth[key]) <= bound, (case, key)
+
+
+def leaves(case: tuple) -> tuple[torch.Tensor, ...]:
+    tensors = make_inputs(case, HALF, DEVICE)
+    return tuple(tensors[key].requires_grad_() for key in ("x", "weight", "bias", "A", "B", "router"))
+
+
+@pytest.mark.parametrize("impl", ("triton",))
+def test_op_compiles_whole(impl):
+    arguments = leaves((64, 96, 80, 4, 6, None, 0.0))
+
+    def function(*tensors):
+        y, gates = ops.loramoe_linear(*tensors, scaling=2.0, impl=impl)
+        return y.square().sum() + gates.square().sum()
+
+    expected = torch.autograd.grad(function(*arguments), arguments)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(torch.autograd.grad(compiled(*arguments), arguments), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@only_gpu
+@pytest.mark.parametrize("impl", ("triton",))
+def test_op_replays_in_a_cuda_graph(impl):
+    x, *rest = (tensor.detach() for tensor in leaves((600, 256, 320, 4, 8, None, 0.0)))
+
+    def function():
+        return ops.loramoe_linear(x, *rest, scaling=2.0, impl=impl)[0]
+
+    function()  # compiled, and warm
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, function())

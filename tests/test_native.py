@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gci_kernels import native
-from gci_kernels.cli import openmp_runtimes
 from gci_kernels.impl import Plan
+from gci_kernels.info import openmp_runtimes
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck import native as stages
 from gci_kernels.testing import error_bound, relative_error

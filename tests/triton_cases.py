@@ -7,8 +7,10 @@ import importlib
 
 import pytest
 import torch
+from rich.console import Console
 
-from gci_kernels import verify
+from gci_kernels import hardware, verify
+from gci_kernels.bench import tune
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import aten, philox, run
 from gci_kernels.ops.bottleneck import triton as stages
@@ -316,3 +318,20 @@ def test_whole_op(case, dtype):
     plain, actual = (verify.run_case(case, tensors, impl) for impl in ("reference", "triton"))
     for name in truth:
         assert relative_error(actual[name], truth[name]) <= error_bound(relative_error(plain[name], truth[name]), dtype)
+
+
+@pytest.mark.parametrize("experts", (0, 2))
+def test_tuning_runs_every_launch(monkeypatch, tmp_path, experts):
+    """Small shapes and few values; the clock prefers narrow tiles."""
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "gpu", lambda device: ("an interpreter", "sm_90"))
+    fields = dict.fromkeys(tune.FIELDS, dict(num_warps=(2,))) | {
+        "reduce": dict(block_t=(16,)),
+        "expand": dict(group=(3,)),
+    }
+    monkeypatch.setattr(tune, "FIELDS", fields)
+    clock = iter(range(1000, 0, -1))
+    shapes = [(40, 32, 48, 4, experts)]
+    found = list(tune.run(shapes, torch.float16, torch.device("cpu"), lambda fn: float(next(clock)), Console()))
+    assert [each.kernel for each in found] == ["project", "expand", "project", "reduce", "expand", "reduce"]
+    assert all(each.tried == 1 and not each.left_out for each in found), found

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 
@@ -107,7 +108,7 @@ def expand(
     (tokens, rank), width = u.shape, m.shape[1]
     depth = w.shape[0] if has_base else 0
     capability = config.device_capability(u.device)
-    c = config.choose_expand_config(tokens, depth, width, rank, u.dtype, capability, drop is not None)
+    c = tuned.config("expand", u.device, tokens, depth, width, rank, u.dtype, capability, drop is not None)
     y = u.new_empty(tokens, width)
     if y.numel() == 0:
         return y

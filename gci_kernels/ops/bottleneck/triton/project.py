@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 from gci_kernels.ops.bottleneck.triton.splits import sum_splits
@@ -54,7 +55,7 @@ def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
     config.check_tensors(x=x, m=m)
     (tokens, depth), width = x.shape, m.shape[1]
     capability = config.device_capability(x.device)
-    c = config.choose_project_config(tokens, depth, width, x.dtype, capability, drop is not None)
+    c = tuned.config("project", x.device, tokens, depth, width, x.dtype, capability, drop is not None)
     sums = x.new_empty(c.splits, tokens, width, dtype=torch.float32)
     if sums.numel() == 0:
         return sums[0]

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.triton.splits import sum_splits
 
 
@@ -48,7 +49,7 @@ def _project_reduce_fwd_kernel(
 
 def _config(y: Tensor, rank: int) -> config.ProjectReduceConfig | None:
     capability = config.device_capability(y.device)
-    return config.choose_project_reduce_config(y.shape[0], y.shape[1], rank, y.dtype, capability)
+    return tuned.config("project_reduce", y.device, y.shape[0], y.shape[1], rank, y.dtype, capability)
 
 
 def one_reading(y: Tensor, rank: int) -> bool:

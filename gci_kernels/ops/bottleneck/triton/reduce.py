@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 from gci_kernels.ops.bottleneck.triton.splits import sum_splits
@@ -56,7 +57,7 @@ def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
     config.check_tensors(dtypes=(y.dtype,), u=u)
     (tokens, rank), width = u.shape, y.shape[1]
     capability = config.device_capability(y.device)
-    c = config.choose_reduce_config(tokens, rank, width, y.dtype, capability, drop is not None)
+    c = tuned.config("reduce", y.device, tokens, rank, width, y.dtype, capability, drop is not None)
     sums = y.new_empty(c.splits, rank, width, dtype=torch.float32)
     if sums.numel() == 0:
         return sums[0]

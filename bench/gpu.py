@@ -1,0 +1,210 @@
+"""One command for a machine with a GPU: proves the kernels, times them, and writes bench/results/<gpu>-<commit>.json.
+
+    python -m bench.gpu [--out FOLDER] [--limit-s 540] [--device cuda|cpu] [--quick]
+
+Runs in a checkout with nothing installed and no network; needs torch, triton, transformers, peft, rich and pytest. Each
+step is a process of its own with a time limit, so that none takes the others along; what was found is written after
+each. The commit comes from git, or from GCI_COMMIT where there is no git. `--device cpu --quick` rehearses it all.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.console import Console
+
+from gci_kernels import hardware, native
+from gci_kernels.verify import obstacle
+
+from . import gpu_cases, gpu_proof, gpu_report
+from .machine import commit, gpu_software, machine, versions
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+#: The timed steps, each a generator of entries.
+STEPS = {"stages": gpu_cases.stages, "layers": gpu_cases.layers, "slices": gpu_cases.slices}
+# Seconds that a step may take at most, beside the whole's limit: what comes later gets what is left.
+LIMITS = {"prove": 190, "build": 60, "stages": 90, "layers": 150, "slices": 540}
+# A step stops between cases when its time is up; this much later its process is ended.
+GRACE = 15
+
+
+class Run:
+    """The result, written after each step, and the clock."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, torch.device(args.device)
+        self.deadline = time.monotonic() + args.limit_s
+        self.console = Console(stderr=True)
+        no_triton = obstacle("triton", args.device, torch.bfloat16)
+        self.result: dict = {
+            "schema": SCHEMA,
+            "machine": machine(self.device) | gpu_software(),
+            "versions": versions(),
+            "commit": commit() or {"sha": os.environ.get("GCI_COMMIT", "unknown"), "changed": None},
+            "quick": args.quick,
+            "left_out": {"triton": no_triton} if no_triton else {},
+            "timing": "medians of interleaved rounds; stages and layers by CUDA events, with an empty L2 and the GPU "
+            "busy until all is launched; slices with their launches; all without an optimizer step",
+            "proved": [], "tests": {}, **{step: [] for step in STEPS}, "steps": {}, "errors": {},
+        }  # fmt: skip
+        slug = re.sub(r"[^a-z0-9]+", "-", (self.result["machine"]["gpu"] or "cpu").lower()).strip("-")
+        self.path = args.out / f"{slug}-{self.result['commit']['sha'][:10]}.json"
+
+    def step(self, name: str, work: Callable[[float], None]) -> None:
+        """Run `work` with the seconds it may take; what goes wrong is part of the result, and the next step runs."""
+        start, limit = time.monotonic(), min(LIMITS[name], self.deadline - time.monotonic() - GRACE)
+        if limit <= 0:
+            self.result["errors"][name] = "left out: the time was up"
+        else:
+            self.console.print(f"{name}: at most {limit:.0f} s")
+            try:
+                work(limit)
+            except Exception as error:  # reported, and the other steps still count
+                self.result["errors"][name] = f"{type(error).__name__}: {error}"
+        self.result["steps"][name] = round(time.monotonic() - start, 1)
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.result)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: whoever reads it, or ends this process, never gets half a file."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def start_build(log: TextIO) -> subprocess.Popen | None:
+    """Begin to build csrc/ in place, where it is not built. Those kernels are for CPUs: no number here needs them."""
+    if native.available():
+        return None
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish_build(process: subprocess.Popen | None, log: TextIO, limit: float) -> None:
+    if process is None:
+        return
+    try:
+        process.wait(timeout=limit)
+    finally:
+        end(process)  # nothing may run beside what is timed
+    if process.returncode:
+        log.seek(0)
+        raise RuntimeError(f"csrc was not built: {log.read().strip()[-600:]}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started, where it still runs; it leads a session of its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def prove(run: Run, limit: float) -> None:
+    """The tests on the GPU, and the records they make. On a CPU one kernel's are interpreted, and prove nothing."""
+    on_gpu = run.device.type == "cuda"
+    groups = list(gpu_proof.GROUPS) if on_gpu else ["dropout"]
+    outcomes = gpu_proof.run_tests(groups, limit, interpreted=not on_gpu)
+    run.result["tests"] = {group: asdict(outcome) for group, outcome in outcomes.items()}
+    if on_gpu:
+        records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
+        run.result["proved"] = [record.as_json() for record in records]
+        hardware.keep(*records)  # what "auto" takes in the steps that follow
+    wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
+             if o.trouble or o.failed}  # fmt: skip
+    if wrong:
+        raise RuntimeError(f"tests: {wrong}")
+
+
+def timed(run: Run, name: str, limit: float) -> None:
+    """One of STEPS, in a process group of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        options = ["--device", run.args.device, *(["--quick"] if run.args.quick else [])]
+        command = [sys.executable, "-m", "bench.gpu", *options, "--step", name, "--part", str(part)]
+        process = subprocess.Popen(
+            [*command, "--limit-s", str(limit)], cwd=ROOT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            _, said = process.communicate(timeout=limit + GRACE)
+            trouble = f"its process ended with status {process.returncode}: {said[-600:]}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            trouble = f"its process was ended, {GRACE} s past its time"
+        finally:
+            end(process)
+        if part.exists():
+            run.result[name] = json.loads(part.read_text())
+    wrong = [f"{entry['name']}: {entry['error']}" for entry in run.result[name] if "error" in entry]
+    wrong += [
+        f"{entry['name']}, {variant}: {why}"
+        for entry in run.result[name]
+        for variant, why in entry.get("left_out", {}).items()
+        if why not in run.result["left_out"].values()
+    ]
+    if trouble or wrong:
+        raise RuntimeError("; ".join(([trouble] if trouble else []) + wrong)[:2000])
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """What the process of a timed step does: writes its entries as they come, and stops when its time is up."""
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # a rehearsal's sizes gain nothing from more
+    deadline = time.monotonic() + args.limit_s
+    entries: list[dict] = []
+    sizes = gpu_cases.QUICK if args.quick else gpu_cases.FULL
+    for entry in STEPS[args.step](sizes, torch.device(args.device)):
+        entries.append(entry)
+        write_json(args.part, entries)
+        if time.monotonic() > deadline:
+            raise SystemExit("the time was up before the last case")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--limit-s", type=float, default=540, help="the whole, in seconds (default: %(default)s)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal")
+    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where a step failed; the result is written and shown all the same."""
+    args = parse(argv)
+    if args.step:
+        return run_step(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU that torch can use; --device cpu --quick rehearses the run")
+    run = Run(args)
+    with tempfile.TemporaryFile("w+") as log:
+        building = start_build(log)
+        run.step("prove", lambda limit: prove(run, limit))
+        run.step("build", lambda limit: finish_build(building, log, limit))
+    for name in STEPS:
+        run.step(name, lambda limit, name=name: timed(run, name, limit))
+    gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))
+    print(run.path)
+    return 1 if run.result["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

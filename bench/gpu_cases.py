@@ -1,0 +1,177 @@
+"""What `python -m bench.gpu` times: single stages, adapted layers, slices of a model. Each behind its correctness gate.
+
+A step is a generator of entries, dictionaries that JSON can hold. An entry that failed has "error" in place of times;
+a variant that failed, or that cannot run here, is named with the reason in its entry's "left_out".
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.verify import obstacle
+
+from .baselines import shared_copy
+from .cases import RANKS, LayerCase, LayerVariant, eager_variant, floor_of, frozen_variant, gci_variant, make_inputs
+from .correctness import check_layer, check_model
+from .gpu_stages import guarded, stage_entries
+from .models import RANDOM_LLAMAS, random_llama
+from .timing import Timing, cold_cache, interleave, peak_memory
+from .variants import model_variants, random_ids, train_step, training_loss
+
+IMPLS = ("auto", "triton", "aten")
+METHODS = ("lora", "loramoe")  # the others are timed as a layer, once, when these are done
+MIXERS = {"lora": "identity", "loramoe": "gate", "alora": "attention"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; `compiler` is the torch.compile backend of the baseline."""
+
+    features: int
+    stage_tokens: int
+    layer_tokens: tuple[int, ...]
+    llama: dict[str, int]
+    slices: tuple[tuple[int, int, int], ...]  # layers, batch, seq
+    gate_seq: int  # tokens of a slice's correctness gate: enough for the plan that is timed
+    rounds: int
+    compiler: str
+
+
+FULL = Sizes(
+    features=4096, stage_tokens=8192, layer_tokens=(8192, 2048), llama=RANDOM_LLAMAS["8b"] | {"vocab_size": 4096},
+    slices=((1, 1, 8192), (4, 4, 2048)), gate_seq=640, rounds=15, compiler="inductor",
+)  # fmt: skip
+#: A rehearsal: every line runs, no number means anything.
+QUICK = Sizes(
+    features=64, stage_tokens=96, layer_tokens=(96,), llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
+    gate_seq=32, rounds=2, compiler="eager",
+)  # fmt: skip
+
+
+def stages(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+    """Every stage by itself, Triton against the library, bfloat16."""
+    for method in METHODS:
+        case = _case(method, sizes.stage_tokens, sizes, torch.bfloat16)
+        yield from stage_entries(case, device, sizes.rounds)
+
+
+def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:
+    return LayerCase(method, tokens, sizes.features, sizes.features, *RANKS[method], dtype, dtype)
+
+
+def layers(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+    """Forward and backward of one adapted layer: bfloat16 at every number of tokens, the other dtypes once."""
+    cases = [_case(method, tokens, sizes, torch.bfloat16) for tokens in sizes.layer_tokens for method in METHODS]
+    cases += [_case("loramoe", sizes.layer_tokens[0], sizes, dtype) for dtype in (torch.float16, torch.float32)]
+    others = [method for method in RANKS if method not in METHODS]
+    cases += [_case(method, sizes.layer_tokens[0], sizes, torch.bfloat16) for method in others]
+    for case in cases:
+        compiler = sizes.compiler if case.dtype == torch.bfloat16 else None
+        yield guarded(case.name, lambda case=case, compiler=compiler: _layer(case, device, sizes.rounds, compiler))
+
+
+def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | None) -> dict:
+    inputs = make_inputs(case, device)
+    eager = eager_variant(inputs)
+    made: dict[str, Callable[[], LayerVariant]] = {}
+    if compiler:
+        made["compiled"] = lambda: replace(eager, forward=torch.compile(eager.forward, backend=compiler))
+    made |= {f"gci {impl}": lambda impl=impl: gci_variant(inputs, impl) for impl in IMPLS}
+    variants, errors, left_out = {"frozen": frozen_variant(inputs), "eager": eager}, {}, {}
+    for name, make in made.items():
+        reason = obstacle(name.removeprefix("gci "), device.type, case.dtype)
+        if reason is None:
+            try:
+                variant = make()
+                errors[name] = check_layer(inputs, {"eager": eager, "gci": variant})
+                variants[name] = variant
+            except Exception as error:  # one variant's trouble: reported, and the others are timed
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            left_out[name] = reason
+    fns = {name: variant.step for name, variant in variants.items()}
+    seconds = interleave(fns, device=device, rounds=rounds, warmup=2, prepare=cold_cache(device))
+    what = dict(tokens=case.tokens, dtype=case.dtype, device_type=device.type, mixer=MIXERS[case.method])
+    return {
+        "method": case.method,
+        "tokens": case.tokens,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "plan": str(choose_plan("auto", **what)),
+        "floor_seconds": floor_of(case, device),
+        "errors": errors,
+        "left_out": left_out,
+        **compare(seconds),
+    }
+
+
+def compare(seconds: dict[str, Timing]) -> dict:
+    """The times, and their ratios to the frozen base, round by round."""
+    taxes = {name: asdict(timing / seconds["frozen"]) for name, timing in seconds.items() if name != "frozen"}
+    return {"seconds": {name: asdict(timing) for name, timing in seconds.items()}, "tax": taxes}
+
+
+def slices(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+    """Train steps of a few layers of a Llama with random weights, bfloat16, adapters on gate, up and down."""
+    for number, batch, seq in sizes.slices:
+        for method in METHODS:
+            name = f"{method}, {number} layer{'s' if number > 1 else ''}, batch {batch}x{seq}"
+            shape = sizes.llama | {"num_hidden_layers": number}
+            yield guarded(name, lambda a=(shape, method, batch, seq): _slice(*a, sizes, device))
+
+
+def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> dict:
+    model = random_llama(shape, torch.bfloat16, device)
+    variants = model_variants(model, method)
+    variants = {
+        "frozen": variants["frozen"],
+        "eager": variants["eager"],
+        "compiled": _compiled(variants["eager"], sizes.compiler),
+        "gci": variants["gci"],
+    }
+    ids, errors, left_out, peak = random_ids(model, batch, seq), {}, {}, {}
+    steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
+    for name in list(steps):
+        try:
+            if name == "compiled":
+                _check_baseline(variants["eager"], variants["compiled"], ids)
+            if name == "gci":
+                errors = check_model(variants, random_ids(model, 3, sizes.gate_seq))
+            steps[name]()  # nothing is compiled any more when memory is counted and the clock starts
+            peak[name] = peak_memory(steps[name], device)
+        except Exception as error:
+            if name == "frozen":
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}"
+            del steps[name]
+    seconds = interleave(steps, device=device, rounds=max(2, sizes.rounds // 2), warmup=1)
+    return {
+        "method": method,
+        "layers": shape["num_hidden_layers"],
+        "tokens": ids.numel(),
+        "peak_memory": peak,
+        "errors": errors,
+        "left_out": left_out,
+        "tokens_per_second": {name: asdict(timing.rate(ids.numel())) for name, timing in seconds.items()},
+        **compare(seconds),
+    }
+
+
+def _compiled(eager: nn.Module, backend: str) -> nn.Module:
+    """A copy whose decoder layers are compiled one by one: equal layers share one graph."""
+    model = shared_copy(eager)
+    for layer in model.modules():
+        if isinstance(layer, LlamaDecoderLayer):
+            layer.compile(backend=backend, dynamic=False)
+    return model
+
+
+def _check_baseline(eager: nn.Module, compiled: nn.Module, ids: Tensor) -> None:
+    """The compiler's loss is eager's to half the digits of the dtype; its gradients are its makers' concern."""
+    expected, actual = (float(training_loss(model, ids)) for model in (eager, compiled))
+    bound = torch.finfo(torch.bfloat16).eps ** 0.5
+    if not abs(actual - expected) <= bound * abs(expected):
+        raise AssertionError(f"the compiled model's loss is {actual}, eager's {expected}")

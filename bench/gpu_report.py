@@ -1,0 +1,104 @@
+"""The result of `python -m bench.gpu` as tables. Reads its JSON form alone."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(result: dict, console: Console) -> None:
+    for table in (_proved(result), _stages(result["stages"]), _layers(result["layers"]), _slices(result["slices"])):
+        console.print(table)
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["steps"].items())
+    console.print(f"Steps: {steps}.", highlight=False)
+    for name, why in {**result["left_out"], **result["errors"]}.items():
+        console.print(f"[yellow]{escape(f'{name}: {why}')}[/]", highlight=False)
+    console.print(f"[dim]{escape(provenance(result))}[/]", highlight=False)
+
+
+def provenance(result: dict) -> str:
+    machine, versions, commit = result["machine"], result["versions"], result["commit"]
+    software = {name: machine[name] for name in ("driver", "cuda", "nvcc")}
+    software |= {name: versions[name] for name in ("python", "torch", "triton", "transformers", "peft")}
+    named = ", ".join(f"{name} {version}" for name, version in software.items() if version)
+    changed = " with changes" if commit["changed"] else ""
+    return f"{result['timing']}.\n{machine['gpu'] or machine['cpu']}; {named}; commit {commit['sha'][:10]}{changed}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _proved(result: dict) -> Table:
+    table = _table("Tests, and what they prove", "tests", "passed", "skipped", "failed", "seconds", "verdict")
+    verdicts = {record["kernel"]: "proved" if record["passed"] else record["reason"] for record in result["proved"]}
+    for group, outcome in result["tests"].items():
+        verdict = outcome["trouble"] or verdicts.get(group, "")
+        counts = (outcome["passed"], outcome["skipped"], len(outcome["failed"]), outcome["seconds"])
+        table.add_row(group, *map(str, counts), escape(verdict))
+    return table
+
+
+def _ms(entry: dict, name: str) -> str:
+    """A variant's median with half the span of its middle 80%, or why there is none."""
+    if name in entry.get("seconds", {}):
+        timing = entry["seconds"][name]
+        spread = (timing["high"] - timing["low"]) / 2 / timing["median"]
+        return f"{timing['median'] * 1000:,.3f} [dim]±{spread:.0%}[/]"
+    return "failed" if "error" in entry else "left out" if name in entry.get("left_out", {}) else ""
+
+
+def _of_floor(entry: dict, name: str, floor: float | None) -> str:
+    if not floor or name not in entry.get("seconds", {}):
+        return ""
+    return f"{floor / entry['seconds'][name]['median']:.0%}"
+
+
+def _stages(entries: list[dict]) -> Table:
+    table = _table(
+        "Stages, ms, and per cent of the roofline", "method", "stage", "library", "%", "Triton", "%", "library / Triton"
+    )
+    for entry in entries:
+        floor, seconds = entry.get("floor_seconds"), entry.get("seconds", {})
+        ratio = f"{seconds['aten']['median'] / seconds['triton']['median']:.2f}" if len(seconds) == 2 else ""
+        table.add_row(
+            entry.get("method", ""), entry["name"], _ms(entry, "aten"), _of_floor(entry, "aten", floor),
+            _ms(entry, "triton"), _of_floor(entry, "triton", floor), ratio,
+        )  # fmt: skip
+    return table
+
+
+LAYER_COLUMNS = ("frozen", "eager", "compiled", "gci auto", "gci triton", "gci aten")
+SLICE_COLUMNS = ("frozen", "eager", "compiled", "gci")
+
+
+def _layers(entries: list[dict]) -> Table:
+    table = _table("One adapted layer, forward and backward (eager: the published layer; for LoRA, PEFT's)", "",
+                   *LAYER_COLUMNS)  # fmt: skip
+    for entry in entries:
+        table.add_row(f"{entry['name']}, ms", *(_ms(entry, name) for name in LAYER_COLUMNS))
+        table.add_row("  adapter tax", *_taxes(entry, LAYER_COLUMNS))
+        floors = entry.get("floor_seconds")
+        if floors:
+            cells = (_of_floor(entry, name, floors["frozen" if name == "frozen" else "gci"]) for name in LAYER_COLUMNS)
+            table.add_row("  per cent of the roofline", *cells)
+    return table
+
+
+def _taxes(entry: dict, columns: tuple[str, ...]) -> list[str]:
+    taxes = entry.get("tax", {})
+    return [f"{taxes[name]['median']:.3f}" if name in taxes else "" for name in columns]
+
+
+def _slices(entries: list[dict]) -> Table:
+    table = _table("Train steps of Llama layers (eager: the published layer; for LoRA, PEFT's)", "", *SLICE_COLUMNS)
+    for entry in entries:
+        rates, peaks = entry.get("tokens_per_second", {}), entry.get("peak_memory", {})
+        cells = (f"{rates[name]['median']:,.0f}" if name in rates else _ms(entry, name) for name in SLICE_COLUMNS)
+        table.add_row(f"{entry['name']}, tokens/s", *cells)
+        table.add_row("  adapter tax", *_taxes(entry, SLICE_COLUMNS))
+        cells = (f"{peaks[name] / 2**30:.2f}" if peaks.get(name) is not None else "" for name in SLICE_COLUMNS)
+        table.add_row("  peak memory, GiB", *cells)
+    return table

@@ -1,0 +1,213 @@
+"""`gci-kernels tune`: faster launch configurations of the Triton kernels for given shapes, found by trying, and kept.
+
+Each kernel of a training step is tried with one field of its configuration changed at a time, the best value kept
+before the next field. What does not compile, or is wrong, is left out. ops/tuned.py keeps what won and answers with it
+from then on.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from gci_kernels import hardware
+from gci_kernels.impl import triton_obstacle
+from gci_kernels.ops import triton_config, tuned
+from gci_kernels.ops.bottleneck import aten
+from gci_kernels.testing import error_bound, relative_error
+
+from .cases import RANKS
+from .timing import interleave
+
+_BLOCKS_T, _BLOCKS_N, _WARPS = (16, 32, 64, 128, 256), (64, 128, 256, 512), (4, 8)
+#: What is tried for each field, in this order: what decides most comes first.
+FIELDS: dict[str, dict[str, tuple]] = {
+    "project": dict(block_t=_BLOCKS_T, block_k=(32, 64, 128, 256), num_stages=(2, 3, 4, 5), num_warps=_WARPS),
+    "expand": dict(
+        block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
+        num_warps=_WARPS, group=(4, 8, 16), descriptors=(False, True),
+    ),
+    "reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3, 4), num_warps=_WARPS),
+    "project_reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3), num_warps=_WARPS),
+}  # fmt: skip
+#: Less is noise, and not worth another configuration.
+WORTHWHILE = 0.98
+
+
+@dataclass(frozen=True)
+class Target:
+    """One launch to tune: the stage, and the same in the library of the same operands, each passed through `widen`."""
+
+    kernel: str
+    dtype: torch.dtype
+    run: Callable[[], Tensor]
+    library: Callable[[Callable[[Tensor], Tensor]], Tensor]
+
+
+def targets(
+    tokens: int, features_in: int, features_out: int, rank: int, experts: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Target]:
+    """The launches of one adapted layer's forward and backward, adapters in `dtype`."""
+    from gci_kernels.ops.bottleneck import triton
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
+
+    def target(
+        kernel: str, run: Callable[[], Tensor], library: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    ) -> Target:
+        return Target(kernel, dtype, run, library)
+
+    columns = rank + experts
+    x, dy, w = draw(tokens, features_in), draw(tokens, features_out), draw(features_out, features_in, features_in**-0.5)
+    stack, B = draw(columns, features_in, features_in**-0.5), draw(features_out, rank, rank**-0.5)
+    u, dh = draw(tokens, rank), draw(tokens, columns)
+    yield target(
+        "project", lambda: triton.project(x, stack.t()), lambda widen: aten.project(widen(x), widen(stack).t())
+    )
+    yield target(
+        "expand",
+        lambda: triton.expand(u, B.t(), x, w.t(), None),
+        lambda widen: aten.expand(widen(u), widen(B).t(), widen(x), widen(w).t(), None),
+    )
+    if triton.one_reading(dy, rank):
+        yield target(
+            "project_reduce",
+            lambda: triton.project_reduce(dy, B, u)[1],
+            lambda widen: aten.reduce(widen(u), widen(dy)),
+        )
+    else:
+        yield target("project", lambda: triton.project(dy, B), lambda widen: aten.project(widen(dy), widen(B)))
+        yield target("reduce", lambda: triton.reduce(u, dy), lambda widen: aten.reduce(widen(u), widen(dy)))
+    yield target(
+        "expand",
+        lambda: triton.expand(dh, stack, dy, w, None),
+        lambda widen: aten.expand(widen(dh), widen(stack), widen(dy), widen(w), None),
+    )
+    yield target("reduce", lambda: triton.reduce(dh, x), lambda widen: aten.reduce(widen(dh), widen(x)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What tuning one launch came to."""
+
+    kernel: str
+    arguments: tuple
+    before: float  # seconds
+    after: float
+    best: object
+    tried: int
+    left_out: dict[str, int]  # why -> how many
+
+
+def tune(
+    target: Target, device: torch.device, seconds: Callable[[Callable[[], object]], float],
+    advance: Callable[[], None] = lambda: None,
+) -> Found:  # fmt: skip
+    """Try the fields of the target's configuration in turn and keep the best where it is worth it."""
+    with tuned.asked() as asked:
+        target.run()
+    kernel, arguments = next(each for each in asked if each[0] == target.kernel)
+    chosen = best = getattr(triton_config, f"choose_{kernel}_config")(*arguments)
+    truth = target.library(lambda tensor: tensor.double())
+    plain = relative_error(target.library(lambda tensor: tensor), truth)
+
+    def time(candidate: object) -> float | str:
+        """Seconds, or why there are none."""
+        with tuned.trying(kernel, candidate):
+            try:
+                error = relative_error(target.run(), truth)
+            except Exception as failure:  # a compiler's refusal comes as many types; it is counted and shown
+                return type(failure).__name__
+            return seconds(target.run) if error <= error_bound(plain, target.dtype) else "wrong"
+
+    before = after = time(chosen)
+    if isinstance(before, str):
+        raise RuntimeError(f"{kernel} {arguments} fails with the configuration chosen for it, {chosen}: {before}")
+    tried, left_out = 0, {}
+    for field, values in FIELDS[kernel].items():
+        for value in values:
+            candidate = dataclasses.replace(best, **{field: value})
+            advance()
+            if candidate == best:
+                continue
+            result, tried = time(candidate), tried + 1
+            if isinstance(result, str):
+                left_out[result] = left_out.get(result, 0) + 1
+            elif result < after * WORTHWHILE:
+                best, after = candidate, result
+    if best != chosen:
+        tuned.keep(kernel, arguments, best, device)
+    return Found(kernel, arguments, before, after, best, tried, left_out)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens in a step (default: %(default)s)")
+    parser.add_argument(
+        "--layer", type=int, nargs=2, action="append", metavar=("IN", "OUT"),
+        help="a layer's features; may be repeated (default: 4096 4096)",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=["lora", "loramoe"], nargs="+", default=["lora", "loramoe"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Tune, print, keep. Exit status 1 without a GPU."""
+    dtype, stderr = getattr(torch, args.dtype), Console(stderr=True)
+    obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    if obstacle or not torch.cuda.is_available():
+        stderr.print(f"Nothing to tune here: {obstacle or 'there is no GPU'}", markup=False, highlight=False)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = args.layer or [(4096, 4096)]
+    shapes = [(args.tokens, *layer, *_columns(method)) for layer in layers for method in args.method]
+    found = list(run(shapes, dtype, device, lambda fn: _seconds(fn, device), stderr))
+    Console().print(table(found, hardware.gpu(device)[0]))
+    return 0
+
+
+def _columns(method: str) -> tuple[int, int]:
+    rank, experts = RANKS[method]
+    return rank * experts, experts if method == "loramoe" else 0
+
+
+def run(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device,
+    seconds: Callable[[Callable[[], object]], float], stderr: Console,
+) -> Iterator[Found]:  # fmt: skip
+    """Tune every launch of every shape (tokens, in, out, columns of B, experts)."""
+    with Progress(console=stderr, transient=True) as progress:
+        for shape in shapes:
+            for target in targets(*shape, dtype, device):
+                steps = sum(map(len, FIELDS[target.kernel].values()))
+                task = progress.add_task(f"{target.kernel} {shape}", total=steps)
+                yield tune(target, device, seconds, lambda task=task: progress.advance(task))
+                progress.remove_task(task)
+
+
+def _seconds(fn: Callable[[], object], device: torch.device) -> float:
+    return interleave({"fn": fn}, device=device, rounds=20, warmup=3)["fn"].median
+
+
+def table(found: list[Found], gpu: str) -> Table:
+    result = Table(title=f"Tuned on {gpu}; kept in {tuned.path()}", title_justify="left")
+    for column in ("kernel", "for", "before, us", "after, us", "changed", "tried", "left out"):
+        result.add_column(column)
+    for each in found:
+        chosen = getattr(triton_config, f"choose_{each.kernel}_config")(*each.arguments)
+        changed = {k: v for k, v in dataclasses.asdict(each.best).items() if getattr(chosen, k) != v}
+        result.add_row(
+            each.kernel, " ".join(str(value).removeprefix("torch.") for value in each.arguments),
+            f"{each.before * 1e6:.1f}", f"{each.after * 1e6:.1f}",
+            " ".join(f"{k}={v}" for k, v in changed.items()) or "nothing", str(each.tried),
+            ", ".join(f"{count} {why}" for why, count in each.left_out.items()),
+        )  # fmt: skip
+    return result

@@ -1,0 +1,100 @@
+"""`gci-kernels info`: what this machine has, what runs on it, and what never ran on real hardware."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gci_kernels import __version__, hardware, native
+from gci_kernels.cache import cache_dir
+from gci_kernels.ops.bottleneck import choose_plan
+
+NO_RECORD = "no record: these kernels have never run on real hardware"
+
+
+def show(console: Console) -> None:
+    """Print everything; nothing is checked or measured for it."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    console.print(_facts(devices))
+    console.print(_plans(devices[:1]))
+    console.print(_kernels(devices))
+    console.print(
+        '"native", the C++ kernels for CPUs, is proved by `gci-kernels verify`; the Triton kernels are proved GPU by '
+        "GPU, by `gci-kernels verify --device cuda` or at their first use."
+    )
+
+
+def _facts(devices: list[torch.device]) -> Table:
+    facts = Table("", "", title=f"gci_kernels {__version__}", show_header=False)
+    facts.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "triton", "transformers", "peft"):
+        facts.add_row(package, _version(package))
+    facts.add_row("CPU threads", str(torch.get_num_threads()))
+    extension = f"built, {native.ISA}" if native.available() else f"missing: {native.why_unavailable()}"
+    facts.add_row("C++ kernels", extension)
+    facts.add_row("OpenMP runtimes", ", ".join(openmp_runtimes()) or "unknown")
+    facts.add_row("GPUs", ", ".join(torch.cuda.get_device_name(device) for device in devices) or "none")
+    facts.add_row("cache folder", str(cache_dir()))
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP libraries in this process (Linux). Two of them are two pools of threads that fight for the cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if re.search(r"lib(g|i)?omp\d*[-.]", line)}
+    return sorted(os.path.realpath(path) for path in paths)
+
+
+def _plans(gpus: list[torch.device]) -> Table:
+    plans = Table("device", "dtype", "tokens", "plan of loramoe_linear", title='What impl="auto" runs')
+    for device in [torch.device("cpu"), *gpus]:
+        proved = None
+        if device.type == "cuda":  # as it stands: info runs no self check
+            proved = frozenset(kernel for kernel in hardware.KERNELS if hardware.state(kernel, device) == "proved")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for tokens in (1, 2048):
+                what = dict(tokens=tokens, dtype=dtype, device_type=device.type, mixer="gate")
+                plan = choose_plan("auto", **what, proved=proved)
+                plans.add_row(device.type, str(dtype).removeprefix("torch."), str(tokens), str(plan))
+    return plans
+
+
+def _kernels(devices: list[torch.device]) -> Table | str:
+    """Triton kernels by GPU: the ones of this machine; without any, those that the shipped records name."""
+    table = Table("Triton kernel", title="What is proved where")
+    if devices:
+        columns = {torch.cuda.get_device_name(device): device for device in devices}
+        cells = {
+            (kernel, name): hardware.find(kernel, device)
+            for kernel in hardware.KERNELS
+            for name, device in columns.items()
+        }
+    else:
+        if not hardware.shipped():
+            return f"Triton kernels: no GPU here, and {NO_RECORD}."
+        columns = dict.fromkeys(record.gpu for record in hardware.shipped())
+        cells = {
+            (record.kernel, record.gpu): record
+            for record in hardware.shipped()
+            if record.digest == hardware.digest(record.kernel)
+        }
+    for name in columns:
+        table.add_column(escape(name))
+    for kernel in hardware.KERNELS:
+        table.add_row(kernel, *(escape(str(cells.get((kernel, name)) or "no record")) for name in columns))
+    return table

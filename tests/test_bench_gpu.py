@@ -1,0 +1,268 @@
+"""`python -m bench.gpu`: a rehearsal on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gci_kernels import hardware, native
+from gci_kernels.bench import gpu, gpu_cases, gpu_proof, gpu_stages
+from gci_kernels.bench.cases import RANKS
+from gci_kernels.bench.correctness import CorrectnessError
+from gci_kernels.bench.gpu_proof import WHOLE, Outcome
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The files of this checkout and the built extension: no git, nothing installed."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("gci_kernels", "bench", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(native.extension().__file__, folder / "gci_kernels")
+    return folder
+
+
+def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_rehearsal(checkout, tmp_path):
+    sha = "0123456789abcdef"
+    options = ("--device", "cpu", "--quick", "--out", str(tmp_path))
+    done = python(checkout, "-m", "bench.gpu", *options, GCI_COMMIT=sha, GCI_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "cpu-0123456789.json" and done.stdout.strip().endswith(str(path))
+    result = json.loads(path.read_text())
+    assert result["schema"] == gpu.SCHEMA and result["commit"] == {"sha": sha, "changed": None} and result["quick"]
+    assert result["versions"]["torch"] and "driver" in result["machine"] and result["errors"] == {}
+    assert list(result["left_out"]) == ["triton"] and set(result["steps"]) == set(gpu.LIMITS)
+    assert result["proved"] == [] and not (tmp_path / "cache").exists()
+    assert result["tests"]["dropout"]["passed"] > 5 and not result["tests"]["dropout"]["failed"]
+
+    floors = {"forward: project", "forward: expand", "backward: dU, dB", "backward: dX", "backward: dA"}
+    for method, others in (("lora", {"dropout"}), ("loramoe", {"forward: mix", "backward: mix"})):
+        assert {entry["name"] for entry in result["stages"] if entry["method"] == method} == floors | others
+    assert all(set(entry["seconds"]) == {"aten"} for entry in result["stages"])
+    kinds = [(entry["method"], entry["dtype"]) for entry in result["layers"]]
+    others = [(method, "bfloat16") for method in RANKS if method not in gpu_cases.METHODS]
+    assert kinds == [*zip(("lora", *["loramoe"] * 3), DTYPES, strict=True), *others]
+    for entry in result["layers"]:
+        compiled = {"compiled"} if entry["dtype"] == "bfloat16" else set()
+        assert set(entry["seconds"]) == {"frozen", "eager", "gci auto", "gci aten"} | compiled
+        assert set(entry["left_out"]) == {"gci triton"} and set(entry["errors"]) == set(entry["tax"]) - {"eager"}
+    for entry in result["slices"]:
+        assert set(entry["seconds"]) == {"frozen", "eager", "compiled", "gci"} == set(entry["tokens_per_second"])
+    for words in ("what they prove", "Stages, ms", "One adapted layer", "Train steps", "adapter tax", sha[:10]):
+        assert words in done.stdout, words
+
+
+def test_a_fault_in_a_kernel_is_found_by_its_tests(checkout, tmp_path):
+    """A mask that drops twice as much."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(checkout, wrong)
+    source = wrong / "gci_kernels" / "ops" / "bottleneck" / "triton" / "dropout.py"
+    code = source.read_text()
+    assert code.count("words >= tl.cast(threshold, tl.uint32)") == 1
+    ask = "from bench import gpu_proof as p; print(p.run_tests(['dropout'], 300, interpreted=True))"
+    source.write_text(
+        code.replace("words >= tl.cast(threshold, tl.uint32)", "words >= tl.cast(threshold, tl.uint32) * 2")
+    )
+    said = python(wrong, "-c", ask).stdout
+    assert "test_mask_is_the_definition" in said and "AssertionError" in said and "trouble=''" in said, said
+
+
+# What the tests prove
+
+
+def junit(path: Path, *cases: tuple[str, str]) -> Path:
+    verdict = {"passed": "", "skipped": "<skipped/>", "failed": "<failure message='assert 1&#10;more'>long</failure>"}
+    verdict["broken"] = "<error>first line\nsecond</error>"
+    text = "".join(f"<testcase name='{name}'>{verdict[kind]}</testcase>" for name, kind in cases)
+    path.write_text(f"<testsuites><testsuite>{text}</testsuite></testsuites>")
+    return path
+
+
+def test_junit_is_read(tmp_path):
+    cases = (("a[gate]", "passed"), ("b[gate]", "skipped"), ("c[gate]", "failed"), ("d[gate]", "broken"))
+    outcome = gpu_proof.read_junit(junit(tmp_path / "x.xml", *cases), 1, "")
+    assert (outcome.passed, outcome.skipped, outcome.trouble) == (1, 1, "")
+    assert outcome.failed == {"c[gate]": "assert 1", "d[gate]": "first line"}
+    for path, status in ((tmp_path / "none.xml", 1), (tmp_path / "x.xml", -11), (tmp_path / "x.xml", 2)):
+        broken = gpu_proof.read_junit(path, status, "one\ntwo\nSegmentation fault\n")
+        assert f"status {status}: one | two | Segmentation fault" in broken.trouble and not broken.passed
+
+
+@pytest.fixture
+def imagined(monkeypatch, tmp_path):
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
+
+
+def verdicts(**changed: Outcome) -> dict[str, hardware.Record]:
+    outcomes = {group: Outcome(passed=3) for group in gpu_proof.GROUPS} | changed
+    return {record.kernel: record for record in gpu_proof.verdicts(outcomes, CPU)}
+
+
+def test_a_kernel_is_proved_by_its_tests_and_the_whole_op(imagined):
+    assert {name for name, record in verdicts().items() if record.passed} == set(hardware.KERNELS)
+    assert verdicts()["gate"].digest == hardware.digest("gate") and verdicts()["gate"].gpu == "Imagined 1000"
+    found = verdicts(gate=Outcome(passed=9, failed={"t[gate-float16]": "assert x"}))
+    assert found["gate"].reason == "1 tests, first t[gate-float16]: assert x"
+    assert {name for name, record in found.items() if not record.passed} == {"gate"}
+    for none in (Outcome(), Outcome(skipped=4), Outcome(passed=2, trouble="still running")):
+        assert set(verdicts(gate=none)) == set(hardware.KERNELS) - {"gate"}
+    whole = Outcome(passed=2, failed={"test_op[case-aten-float16]": "x"})
+    assert all(record.passed for record in verdicts(**{WHOLE: whole}).values())
+    whole = Outcome(passed=2, failed={"test_op[case-triton-float16]": "x"})
+    assert not any(record.passed for record in verdicts(**{WHOLE: whole}).values())
+    assert verdicts(**{WHOLE: Outcome(trouble="crashed")}) == {}
+
+
+# What is left when something goes wrong
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch):
+    case = gpu_cases._case("lora", 32, gpu_cases.QUICK, torch.float32)
+    monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
+    right = gpu_stages._stages
+
+    def wrong(case, tensors):
+        def spoilt(stage):
+            return lambda t, plan: tuple(
+                r * (1.001 if plan is gpu_stages.TRITON else 1) for r in stage(t, gpu_stages.ATEN)
+            )
+
+        made = right(case, tensors)
+        return made | {"backward: dA": spoilt(made["backward: dA"]), "dropout": lambda t, plan: 1 / 0}
+
+    def by_the_library(stage):
+        return lambda t, plan: stage(t, gpu_stages.ATEN)
+
+    monkeypatch.setattr(gpu_stages, "_stages", lambda case, tensors: {
+        name: stage if name in ("backward: dA", "dropout") else by_the_library(stage)
+        for name, stage in wrong(case, tensors).items()
+    })  # fmt: skip
+    entries = {entry["name"]: entry for entry in gpu_stages.stage_entries(case, CPU, rounds=2)}
+    assert "CorrectnessError: Triton differs from float64 by 1.0" in entries["backward: dA"]["error"]
+    assert entries["dropout"]["error"].startswith("ZeroDivisionError")
+    assert all("seconds" not in entries[name] for name in ("backward: dA", "dropout"))
+    assert set(entries["backward: dX"]["seconds"]) == {"aten", "triton"} and len(entries) == 6
+
+
+def test_a_wrong_variant_is_left_out_and_the_others_are_timed(monkeypatch):
+    right = gpu_cases.gci_variant
+
+    def variant(inputs, impl):
+        made = right(inputs, impl)
+        factor = {"auto": 1.0, "aten": 1.01}[impl]  # "triton": KeyError
+        return gpu_cases.replace(made, forward=lambda: made.forward() * factor)
+
+    monkeypatch.setattr(gpu_cases, "gci_variant", variant)
+    monkeypatch.setattr(gpu_cases, "obstacle", lambda *_: None)
+    entry = gpu_cases._layer(gpu_cases._case("loramoe", 32, gpu_cases.QUICK, torch.float32), CPU, 2, None)
+    assert set(entry["seconds"]) == {"frozen", "eager", "gci auto"}
+    assert entry["left_out"]["gci triton"] == "KeyError: 'triton'"
+    assert entry["left_out"]["gci aten"].startswith("CorrectnessError: gci_kernels: y differs")
+
+
+def test_a_wrong_model_is_left_out_and_the_others_are_timed(monkeypatch):
+    def fails(*_):
+        raise CorrectnessError("wrong")
+
+    monkeypatch.setattr(gpu_cases, "check_model", fails)
+    monkeypatch.setattr(gpu_cases, "_check_baseline", fails)
+    (entry, _) = gpu_cases.slices(gpu_cases.QUICK, CPU)
+    assert set(entry["seconds"]) == {"frozen", "eager"} == set(entry["peak_memory"])
+    assert entry["left_out"] == {"compiled": "CorrectnessError: wrong", "gci": "CorrectnessError: wrong"}
+
+
+def test_the_compilers_loss_is_looked_at(monkeypatch):
+    losses = iter((1.0, 1.01, 1.0, 1.2, 1.0, float("nan")))
+    monkeypatch.setattr(gpu_cases, "training_loss", lambda model, ids: torch.tensor(next(losses)))
+    gpu_cases._check_baseline(None, None, None)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="the compiled model's loss is"):
+            gpu_cases._check_baseline(None, None, None)
+
+
+@pytest.fixture
+def a_run(tmp_path, monkeypatch) -> gpu.Run:
+    monkeypatch.setenv("GCI_COMMIT", "x")
+    return gpu.Run(gpu.parse(["--device", "cpu", "--quick", "--out", str(tmp_path)]))
+
+
+def read(run: gpu.Run) -> dict:
+    return json.loads(run.path.read_text())
+
+
+def test_a_step_that_fails_is_reported_and_what_was_found_is_kept(a_run):
+    def work(limit):
+        a_run.result["stages"] = [{"name": "done before"}]
+        raise RuntimeError("out of order")
+
+    a_run.step("stages", work)
+    a_run.deadline = time.monotonic() - 1
+    a_run.step("layers", lambda limit: 1 / 0)
+    result = read(a_run)
+    assert result["errors"] == {"stages": "RuntimeError: out of order", "layers": "left out: the time was up"}
+    assert result["stages"] == [{"name": "done before"}] and set(result["steps"]) == {"stages", "layers"}
+    console = Console(file=open(os.devnull, "w"), record=True)
+    gpu.gpu_report.show(result, console)
+    assert "stages: RuntimeError: out of order" in console.export_text()
+
+
+def test_a_step_that_hangs_is_ended(a_run, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"its process was ended, 0\.5 s past its time"):
+        gpu.timed(a_run, "stages", 0.0)
+    assert time.monotonic() - start < 5 and started[0].poll() == -9
+
+
+def test_entries_that_failed_make_the_step_fail(a_run, monkeypatch):
+    entries = [
+        {"name": "a", "seconds": {}, "left_out": {"gci triton": next(iter(a_run.result["left_out"].values()))}},
+        {"name": "b", "seconds": {}, "left_out": {"compiled": "no compiler"}}, {"name": "c", "error": "broke"},
+    ]  # fmt: skip
+
+    class Process:
+        pid, returncode = 0, -9
+
+        def __init__(self, command, **_):
+            Path(command[command.index("--part") + 1]).write_text(json.dumps(entries))
+
+        def communicate(self, timeout):
+            return "", "Killed"
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    why = "^its process ended with status -9: Killed; c: broke; b, compiled: no compiler$"
+    with pytest.raises(RuntimeError, match=why):
+        gpu.timed(a_run, "layers", 1.0)
+    assert a_run.result["layers"] == entries
+
+
+def test_without_a_gpu_it_says_how_to_rehearse():
+    with pytest.raises(SystemExit, match="--device cpu --quick rehearses"):
+        gpu.main([])

@@ -1,0 +1,445 @@
+"""Records of what works on which GPU, the self check, and the plans that "auto" makes of them; on an imagined GPU."""
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gci_kernels import cli, hardware, info, self_check, verify
+from gci_kernels.impl import Plan
+from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.bottleneck.plan import prefers_triton
+from gci_kernels.testing import Check
+
+GPU = torch.device("cuda", 0)
+ALL = frozenset(hardware.KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def imagined(monkeypatch, tmp_path):
+    """A GPU that nothing can run on, an empty cache folder, no shipped records, and a fresh process's memory."""
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GCI_SELF_CHECK", raising=False)
+    monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
+    monkeypatch.setattr(hardware, "_current_index", lambda: 0)
+    monkeypatch.setattr(hardware, "_capturing", lambda: False)
+    monkeypatch.setattr(hardware, "results_folder", lambda: tmp_path / "results")
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    hardware._answers.clear()
+    for cached in (hardware.shipped, hardware._own, hardware.warn_once, hardware.digest):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def checks(monkeypatch) -> list[str]:
+    """The kernels whose self check was run; each passes, but those named in `failing`."""
+    asked: list[str] = []
+
+    def check(kernel, device):
+        asked.append(kernel)
+        return (False, "it is wrong", True) if kernel == "expand" else (True, "", True)
+
+    monkeypatch.setattr(hardware, "_self_check", check)
+    return asked
+
+
+def ship(tmp_path: Path, *records: hardware.Record) -> None:
+    (tmp_path / "results").mkdir()
+    content = {"schema": 1, "proved": [record.as_json() for record in records]}
+    (tmp_path / "results" / "imagined.json").write_text(json.dumps(content))
+    (tmp_path / "results" / "cpu.json").write_text('{"schema": 1}')
+
+
+# Records
+
+
+def test_a_shipped_record_counts_without_a_check(tmp_path, checks):
+    made = [hardware.make_record("project", GPU, True), hardware.make_record("expand", GPU, False, "wrong")]
+    ship(tmp_path, *made)
+    assert [hardware.state(kernel, GPU) for kernel in ("project", "expand", "gate")] == ["proved", "failed", "unproved"]
+    assert hardware.proves("project") and not hardware.proves("expand")
+    assert checks == [] and not hardware.own_path().exists()
+    assert str(hardware.find("expand", GPU)).startswith(f"failed: wrong ({tmp_path / 'results' / 'imagined.json'}, 20")
+
+
+@pytest.mark.parametrize("changed", [{"gpu": "Other"}, {"capability": "sm_80"}, {"triton": "1.0"}, {"digest": "0"}])
+def test_a_record_of_something_else_does_not_count(tmp_path, changed):
+    record = hardware.make_record("project", GPU, True)
+    ship(tmp_path, hardware.Record(**vars(record) | changed))
+    assert len(hardware.shipped()) == 1 and hardware.state("project", GPU) == "unproved"
+
+
+def test_changed_code_is_unproved(tmp_path, monkeypatch):
+    hardware.keep(hardware.make_record("gate", GPU, True))
+    assert hardware.state("gate", GPU) == "proved"
+    for name in hardware.KERNELS["gate"]:
+        copy = tmp_path / "package" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((hardware._PACKAGE / name).read_bytes())
+    monkeypatch.setattr(hardware, "_PACKAGE", tmp_path / "package")
+    hardware.digest.cache_clear()
+    assert hardware.state("gate", GPU) == "proved"
+    copy.write_bytes(copy.read_bytes() + b"# changed\n")
+    hardware.digest.cache_clear()
+    assert hardware.state("gate", GPU) == "unproved"
+
+
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_a_kernels_files_are_all_that_it_imports_of_ours(kernel):
+    """A file that is left out of the table could change, and the record would still count."""
+    package = Path(hardware.__file__).parent
+
+    def imported(name: str) -> set[str]:
+        found = set()
+        for node in ast.walk(ast.parse((package / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("gci_kernels.ops"):
+                for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    path = module.removeprefix("gci_kernels.").replace(".", "/") + ".py"
+                    found |= {path} if (package / path).exists() else set()
+        return found
+
+    files = set(hardware.KERNELS[kernel])
+    assert all((package / name).exists() for name in files)
+    assert set().union(*map(imported, files)) <= files
+
+
+def test_own_records_come_first_and_are_replaced(tmp_path, checks):
+    ship(tmp_path, hardware.make_record("gate", GPU, True))
+    hardware.keep(hardware.make_record("gate", GPU, False, "not here"), hardware.make_record("reduce", GPU, True))
+    assert not hardware.proves("gate") and hardware.proves("reduce")
+    hardware.keep(hardware.make_record("gate", GPU, True))
+    assert hardware.proves("gate") and len(hardware.own()) == 2
+    assert [path.name for path in hardware.own_path().parent.iterdir()] == ["hardware.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"proved": [{"gpu": 1}]}', '{"proved": 3}', "\xff"])
+def test_a_damaged_file_counts_as_empty_and_is_warned_of_once(content, checks):
+    hardware.own_path().parent.mkdir(parents=True)
+    hardware.own_path().write_bytes(content.encode("latin-1"))
+    with pytest.warns(RuntimeWarning, match=r"hardware\.json could not be read and counts as empty") as caught:
+        assert hardware.state("gate", GPU) == "unproved"
+        assert hardware.proves("gate")
+    assert len(caught) == 1
+    assert json.loads(hardware.own_path().read_text())["proved"][0]["kernel"] == "gate"
+
+
+def test_a_folder_that_cannot_be_written_is_warned_of_once(monkeypatch, tmp_path, checks):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(RuntimeWarning, match="could not be written, so kernels are checked again") as caught:
+        for _ in range(3):
+            assert hardware.proves("gate") and hardware.proves("reduce")
+    assert len(caught) == 1 and checks == ["gate", "reduce"]
+
+
+def test_the_shipped_results_are_found():
+    """Asked in a process of its own, for here the fixture answers."""
+    code = "from gci_kernels import hardware; print(hardware.results_folder().joinpath('cpu.json').exists())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+# The self check
+
+
+def test_first_use_checks_once_and_remembers(checks):
+    with pytest.warns(RuntimeWarning, match="'expand' failed its check on Imagined 1000 and is left out: it is wrong"):
+        assert not hardware.proves("expand")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hardware.proves("project") and hardware.proves("project") and not hardware.proves("expand")
+        assert checks == ["expand", "project"]
+        forget()  # another process
+        assert hardware.proves("project") and not hardware.proves("expand")
+    assert checks == ["expand", "project"]
+    record = hardware.find("expand", GPU)
+    assert record.reason == "it is wrong" and record.source == str(hardware.own_path())
+
+
+def test_no_check_where_it_is_forbidden_or_would_be_captured(monkeypatch, checks):
+    monkeypatch.setenv("GCI_SELF_CHECK", "0")
+    assert not hardware.proves("project")
+    monkeypatch.delenv("GCI_SELF_CHECK")
+    monkeypatch.setattr(hardware, "_capturing", lambda: True)
+    assert not hardware.proves("project")
+    assert checks == [] and not hardware.own_path().exists()
+    monkeypatch.setattr(hardware, "_capturing", lambda: False)
+    assert hardware.proves("project") and checks == ["project"]
+
+
+def test_no_gpu_proves_nothing(monkeypatch, checks):
+    monkeypatch.setattr(hardware, "_current_index", lambda: None)
+    assert not hardware.proves("project") and checks == []
+
+
+@pytest.fixture
+def runnable(monkeypatch):
+    """The real _self_check, its device context left out."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+def found(monkeypatch, *checks, raises: Exception | None = None) -> tuple[bool, str, bool]:
+    def check_kernel(kernel, device):
+        yield from checks
+        if raises is not None:
+            raise raises
+
+    monkeypatch.setattr(self_check, "check_kernel", check_kernel)
+    return hardware._self_check("gate", GPU)
+
+
+def test_what_the_self_check_says(monkeypatch, runnable):
+    right, wrong = Check("gate T=1", "triton", "bfloat16", "u", 1e-3, 2e-3), Check("c", "triton", "d", "u", 1.0, 2e-3)
+    assert found(monkeypatch, right) == (True, "", True)
+    assert found(monkeypatch, right, wrong) == (False, "1 checks, first c d u: error 1.0e+00, allowed 2.0e-03", True)
+    nan = Check("c", "triton", "d", "u", float("inf"), 2e-3)
+    assert not found(monkeypatch, nan)[0]
+    assert found(monkeypatch, right, raises=RuntimeError("no such\nthing")) == (False, "RuntimeError: no such", True)
+    passed, reason, lasting = found(monkeypatch, raises=torch.OutOfMemoryError("full"))
+    assert not passed and "no memory for the check: full" in reason and not lasting
+
+
+def test_too_little_memory_is_not_remembered(monkeypatch):
+    monkeypatch.setattr(hardware, "_self_check", lambda *_: (False, "no memory", False))
+    with pytest.warns(RuntimeWarning, match="no memory"):
+        assert not hardware.proves("gate")
+    assert not hardware.own_path().exists() and not hardware.proves("gate")
+
+
+def test_the_check_runs_outside_everything_of_the_callers(monkeypatch, runnable):
+    seen = {}
+
+    def check_kernel(kernel, device):
+        seen.update(
+            thread=threading.current_thread(), autocast=torch.is_autocast_enabled("cpu"),
+            inference=torch.is_inference_mode_enabled(), device=torch.empty(0).device.type, kind=type(torch.empty(0)),
+        )  # fmt: skip
+        return iter(())
+
+    monkeypatch.setattr(self_check, "check_kernel", check_kernel)
+    fake = torch._subclasses.FakeTensorMode()
+    with torch.autocast("cpu"), torch.inference_mode(), torch.device("meta"), fake:
+        assert hardware._self_check("gate", GPU)[0]
+    assert seen.pop("thread") is not threading.current_thread()
+    assert seen == {"autocast": False, "inference": False, "device": "cpu", "kind": torch.Tensor}
+
+
+def interpreted(code: str) -> str:
+    """What `code` prints where the kernels are interpreted: a process of its own."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_self_check_passes_right_kernels_and_stops_wrong_ones():
+    """Interpreted, in float32 and float16: every kernel right, then each with a small fault of its own."""
+    shown = interpreted(
+        """
+        import importlib, torch
+        from gci_kernels import self_check
+        from gci_kernels.ops import triton_config as config
+        from gci_kernels.ops.bottleneck import triton as stages
+        from gci_kernels.ops.gate import triton as gate
+
+        # dY read once for two products: at this size, only where it is asked for.
+        small = config.ProjectReduceConfig(16, 16, 16, 2, 4, 1)
+        odd, even = self_check.ODD, self_check.Shape(48, 64, 48, 16, 2, 2)
+
+        def failed(kernel):
+            checks = list(self_check.check_kernel(
+                kernel, torch.device("cpu"), dtypes=(torch.float32, torch.float16), shapes=(odd, even)))
+            assert len(checks) > 20, len(checks)
+            return sorted({f"{check.tensor}: {check.dtype}" for check in checks if not check.passed})
+
+        one_config = config.choose_project_reduce_config
+        config.choose_project_reduce_config = lambda tokens, *_: small if tokens == 48 else None
+        for kernel in self_check.STAGES:
+            print("right", kernel, failed(kernel))
+
+        def unwritten(right):
+            def wrong(*args, **kwargs):
+                result = right(*args, **kwargs)
+                return torch.where(torch.arange(result.shape[0])[:, None] == 0, torch.empty_like(result), result)
+            return wrong
+
+        def scaled(right):
+            return lambda *args, **kwargs: tuple(r * 1.01 for r in right(*args, **kwargs))
+
+        def rounded(right):
+            return lambda *args, **kwargs: right(*args, **kwargs).half().float()
+
+        def noisy(right):
+            state = iter(range(10**6))
+            def wrong(*args, **kwargs):
+                result = right(*args, **kwargs)
+                result[0, 0] *= 1 + (next(state) % 2) * 2**-8
+                return result
+            return wrong
+
+        faults = [
+            (stages, "project", rounded), (stages, "expand", unwritten), (stages, "reduce", noisy),
+            (stages, "project_reduce", scaled), (stages, "dropout", unwritten), (gate, "forward", scaled),
+            (gate, "backward", scaled),
+        ]
+        for module, name, fault in faults:
+            right = getattr(module, name)
+            setattr(module, name, fault(right))
+            kernel = "gate" if module is gate else "reduce" if name == "project_reduce" else name
+            print("wrong", name, failed(kernel))
+            setattr(module, name, right)
+        """
+    )
+    lines = shown.splitlines()
+    assert len(lines) == len(hardware.KERNELS) + 7, shown
+    for line in lines:
+        verdict, _, names = line.split(maxsplit=2)
+        assert (names == "[]") == (verdict == "right"), line
+    told = {line.split()[1]: line for line in lines if line.startswith("wrong")}
+    assert "'dB, one reading: float16'" in told["project_reduce"] and "'dA: " not in told["project_reduce"]
+    assert "twice" in told["reduce"] and "'kept: float32'" in told["dropout"] and "'gates: float32'" in told["forward"]
+    assert "'du: float16'" in told["project"], "a sum rounded to 16 bits is not what other stages are told it is"
+
+
+def test_poison_is_there_meanwhile_and_gone_after():
+    torch.use_deterministic_algorithms(False)
+    with self_check.poisoned():
+        assert torch.empty(3).isnan().all() and torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# info and verify
+
+
+def shown(monkeypatch, gpus: int) -> str:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined 1000")
+    console = Console(width=200, file=io.StringIO())
+    info.show(console)
+    return console.file.getvalue()
+
+
+def test_info_without_a_gpu_says_what_is_shipped(monkeypatch, tmp_path, checks):
+    assert "no GPU here, and no record: these kernels have never run on real hardware" in shown(monkeypatch, 0)
+    forget()
+    old = hardware.Record(**vars(hardware.make_record("gate", GPU, True)) | {"digest": "0"})
+    ship(tmp_path, hardware.make_record("project", GPU, True), hardware.make_record("reduce", GPU, False, "[1]"), old)
+    rows = {line.split()[1]: line for line in shown(monkeypatch, 0).splitlines() if line.startswith("│")}
+    assert "proved" in rows["project"] and "failed: [1]" in rows["reduce"]
+    assert "no record" in rows["gate"] and "no record" in rows["expand"]
+    assert checks == []
+
+
+def test_info_shows_the_state_of_each_gpu_and_checks_nothing(monkeypatch, checks):
+    hardware.keep(hardware.make_record("project", GPU, True), hardware.make_record("expand", GPU, False, "wrong"))
+    text = shown(monkeypatch, 2)
+    assert text.count("Imagined 1000") == 3  # the GPUs, and one column for both
+    assert "failed: wrong" in text and "hardware.json" in text
+    assert "project=triton mix=aten expand=aten reduce=aten dropout=aten" in text and checks == []
+
+
+@pytest.mark.parametrize("fails", ("nothing", "aten", "triton"))
+def test_verify_renews_every_record(monkeypatch, capsys, checks, fails):
+    monkeypatch.setattr(hardware, "_self_check", lambda kernel, device: (checks.append(kernel) or True, "", True))
+    made = [[Check("case", impl, "bfloat16", "dx", 2.0 if impl == fails else 0.0, 1.0)] for impl in ("aten", "triton")]
+    monkeypatch.setattr(verify, "verify", lambda device: iter(made))
+    hardware.keep(hardware.make_record("gate", GPU, False, "an earlier failure"))
+    status = cli.verify(argparse.Namespace(device="cuda"))
+    assert status == (0 if fails == "nothing" else 1) and sorted(checks) == sorted(ALL)
+    whole = "failed: the whole op failed: case bfloat16: dx"
+    assert all(str(hardware.find(kernel, GPU)).startswith(whole if fails == "triton" else "proved") for kernel in ALL)
+    assert f"kernel gate on Imagined 1000: {whole if fails == 'triton' else 'proved'}" in capsys.readouterr().out
+
+
+def test_verify_of_the_cpu_keeps_no_record(monkeypatch, checks):
+    monkeypatch.setattr(verify, "verify", lambda device: iter([[Check("case", "aten", "float32", "y", 0.0, 1.0)]]))
+    assert cli.verify(argparse.Namespace(device="cpu")) == 0 and checks == [] and not hardware.own_path().exists()
+
+
+# Plans
+
+
+def plan(
+    tokens: int, dtype: torch.dtype, proved: frozenset[str] | None = ALL, impl: str = "auto", mixer="gate"
+) -> Plan:
+    return choose_plan(impl, tokens=tokens, dtype=dtype, device_type="cuda", mixer=mixer, proved=proved)
+
+
+def test_auto_takes_what_is_proved_and_expected_to_be_faster():
+    assert set(vars(plan(8192, torch.bfloat16)).values()) == {"triton"}
+    assert plan(8192, torch.float16) == plan(512, torch.bfloat16) == plan(8192, torch.bfloat16)
+    small = plan(511, torch.bfloat16)
+    assert small.expand == "aten" and small.project == small.reduce == small.mix == small.dropout == "triton"
+    assert plan(8192, torch.float32).expand == "aten" and plan(8192, torch.float32).reduce == "triton"
+    for tokens, dtype in ((1, torch.bfloat16), (15, torch.float32), (8192, torch.float64)):
+        assert set(vars(plan(tokens, dtype)).values()) == {"aten"}
+
+
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_auto_leaves_out_what_is_not_proved(kernel):
+    stage, mixer = ("mix", kernel) if kernel in ("gate", "attention") else (kernel, "gate")
+    made = vars(plan(8192, torch.bfloat16, ALL - {kernel}, mixer=mixer))
+    assert {name for name, impl in made.items() if impl == "aten"} == {stage}
+    made = vars(plan(8192, torch.bfloat16, frozenset({kernel}), mixer=mixer))
+    assert {name for name, impl in made.items() if impl == "triton"} == {stage}
+
+
+@pytest.mark.parametrize("mixer", ("identity", "attention", None))
+def test_another_mixer_does_not_run_on_the_gates_proof(mixer):
+    made = vars(plan(8192, torch.bfloat16, ALL - {"attention"}, mixer=mixer))
+    assert {name for name, impl in made.items() if impl == "aten"} == {"mix"}
+
+
+def test_auto_asks_for_no_proof_that_it_would_not_use(checks):
+    assert set(vars(plan(1, torch.bfloat16, proved=None)).values()) == {"aten"} and checks == []
+    assert plan(64, torch.bfloat16, proved=None).expand == "aten" and "expand" not in checks
+    assert not prefers_triton("expand", 10**9, torch.float32)
+
+
+def test_explicit_impls_need_no_proof(checks):
+    assert set(vars(plan(1, torch.bfloat16, frozenset(), "triton")).values()) == {"triton"}
+    assert set(vars(plan(8192, torch.bfloat16, ALL, "aten")).values()) == {"aten"}
+    with pytest.raises(ValueError, match="impl='native' cannot run here"):
+        plan(8192, torch.bfloat16, ALL, "native")
+    assert checks == []
+
+
+def test_the_cpu_is_never_given_triton(checks, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    made = choose_plan("auto", tokens=2048, dtype=torch.float32, device_type="cpu", proved=ALL)
+    assert "triton" not in vars(made).values() and checks == []
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_a_compiled_function_asks_while_it_is_traced(checks, backend):
+    """The answer, self check included, is a constant of the graph: nothing breaks it and nothing of it is traced."""
+
+    def function(x):
+        made = choose_plan("auto", tokens=x.shape[0], dtype=torch.bfloat16, device_type="cuda", mixer="gate")
+        return x * (2 if made.project == "triton" else 3) + (10 if made.expand == "triton" else 20), made.key
+
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="'expand' failed its check"):
+        y, key = torch.compile(function, fullgraph=True, backend=backend)(torch.ones(600))
+    assert key == "triton/triton/aten/triton/triton" and torch.equal(y, torch.full((600,), 22.0))
+    assert sorted(checks) == ["dropout", "expand", "gate", "project", "reduce"]
+    torch._dynamo.reset()
