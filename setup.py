@@ -15,7 +15,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("gate", "dropout", "skinny", "skinny_bf16", "table")]
+KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("gate", "attention", "dropout", "skinny", "skinny_bf16", "table")]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 

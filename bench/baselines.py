@@ -1,4 +1,4 @@
-"""Eager PyTorch to compare with: the published LoRAMoE layer's computation; for LoRA, the layer that PEFT has."""
+"""Eager PyTorch to compare with: the published LoRAMoE layer's computation; LoRA as PEFT has it; ALoRA as it reads."""
 
 import copy
 import itertools
@@ -8,7 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from gci_kernels.tuners.loramoe import LoRAMoELinear
+from gci_kernels import sequence
+from gci_kernels.tuners import ALoRALinear, LoRAMoELinear
 
 ADAPTER = "default"
 
@@ -52,6 +53,48 @@ class EagerLoRAMoELinear(nn.Module):
         return result.to(dtype)
 
 
+class EagerALoRALinear(nn.Module):
+    """A linear layer with ALoRA in the operations that its definition names: all scores of all heads, softmax, product.
+
+    Args:
+        base_layer: the frozen linear layer, in -> out.
+        A: [r, in], qkv [3r, r], B [out, r]. Copied.
+        num_heads: of the attention.
+        scaling: multiplies the update; lora_alpha / r.
+        key: the layer's name in the adapter's cache, of a model that gci_kernels.sequence is attached to.
+    """
+
+    def __init__(
+        self, base_layer: nn.Linear, A: Tensor, B: Tensor, qkv: Tensor, *, num_heads: int, scaling: float, key: str = ""
+    ):
+        super().__init__()
+        self.base_layer, self.num_heads, self.scaling, self.key = base_layer, num_heads, scaling, key
+        self.A, self.qkv, self.B = _linear(A), _linear(qkv), _linear(B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, time, in] or [time, in] in the base layer's dtype -> [..., out] in the same dtype."""
+        result, context = self.base_layer(x), sequence.current()
+        made = self.qkv(self.A(x.to(self.A.weight.dtype)))
+        q, kv = (made if made.dim() == 3 else made.unsqueeze(0)).tensor_split([self.A.weight.shape[0]], -1)
+        segments = None
+        if context is not None:
+            past = context.past(self.key, ADAPTER, kv)
+            context.keep(self.key, ADAPTER, kv.detach())
+            kv, segments = kv if past is None else torch.cat((past, kv), 1), context.sequence.segments
+        k, v = kv.chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril(k.shape[2] - q.shape[2])
+        if segments is not None:
+            own = segments[:, None, k.shape[2] - q.shape[2] :, None]
+            visible = visible & (own == segments[:, None, None]) & (own >= 0)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        o = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
+        if segments is not None:
+            o = o * (own >= 0)
+        return (result + self.B(o.transpose(1, 2).flatten(2)).view_as(result) * self.scaling).to(result.dtype)
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     """A trainable linear layer without bias that holds a copy of `weight` [out, in]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -70,7 +113,7 @@ def peft_lora_linear(base_layer: nn.Linear, A: Tensor, B: Tensor, *, scaling: fl
 
 
 def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The adapter parameters of a layer by role: A, B and, in LoRAMoE, router; empty where it is no adapted layer.
+    """The adapter parameters of a layer by role: A, B and router or qkv; empty where it is no adapted layer.
 
     A role has one parameter in a layer that stacks its experts and one for each expert in the eager one; `stack` makes
     both the same tensor.
@@ -78,7 +121,12 @@ def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     if isinstance(layer, LoRAMoELinear):
         stacked = {"A": layer.loramoe_A, "B": layer.loramoe_B, "router": layer.loramoe_router}
         return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
-    if isinstance(layer, EagerLoRAMoELinear):
+    if isinstance(layer, ALoRALinear):
+        stacked = {"A": layer.gci_alora_A, "B": layer.gci_alora_B, "qkv": layer.gci_alora_qkv}
+        return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
+    if isinstance(layer, EagerALoRALinear):
+        experts = {"A": [layer.A], "B": [layer.B], "qkv": [layer.qkv]}
+    elif isinstance(layer, EagerLoRAMoELinear):
         experts = {"A": layer.experts_A, "B": layer.experts_B, "router": [layer.router]}
     elif isinstance(layer, LoraLayer):
         experts = {"A": [layer.lora_A[ADAPTER]], "B": [layer.lora_B[ADAPTER]]}
@@ -88,7 +136,7 @@ def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def stack(role: str, tensors: list[Tensor]) -> Tensor:
-    """Per-expert tensors of one role as the stacked one: A [N*r, in], B [out, N*r], router [N, in]."""
+    """Per-expert tensors of one role as the stacked one: A [N*r, in], B [out, N*r]; the others there is one of."""
     return torch.cat(tensors, dim=1 if role == "B" else 0)
 
 
@@ -99,15 +147,20 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def to_eager(model: nn.Module) -> nn.Module:
-    """A copy of a patched model whose LoRAMoE layers are eager ones with the same values; the base is shared.
+    """A copy of a patched model whose LoRAMoE or ALoRA layers are eager ones with the same values; the base is shared.
 
     The copy is the plain model, without the PeftModel around it: the baseline pays for no wrapper.
     """
     model = shared_copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRAMoELinear)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LoRAMoELinear, ALoRALinear))}
     for name, layer in layers.items():
         tensors = {role: parameters[0] for role, parameters in adapter_leaves(layer).items()}
-        eager = EagerLoRAMoELinear(layer.base_layer, **tensors, scaling=layer.scaling[ADAPTER])
+        scaling = layer.scaling[ADAPTER]
+        if isinstance(layer, LoRAMoELinear):
+            eager: nn.Module = EagerLoRAMoELinear(layer.base_layer, **tensors, scaling=scaling)
+        else:
+            heads = layer.num_heads[ADAPTER]
+            eager = EagerALoRALinear(layer.base_layer, **tensors, num_heads=heads, scaling=scaling, key=name)
         model.set_submodule(name, eager)
     return model
 

@@ -9,30 +9,42 @@ from torch import Tensor, nn
 
 from gci_kernels import ops
 
-from .baselines import EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
+from .baselines import EagerALoRALinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
+from .roofline import floor_seconds
 
 LORA_ALPHA = 32
-RANKS = {"lora": (16, 1), "loramoe": (4, 8)}  # method -> rank, number of experts
+RANKS = {"lora": (16, 1), "loramoe": (4, 8), "alora": (16, 1)}  # method -> rank, number of experts
+HEADS = 4  # of ALoRA
 
 
 @dataclass(frozen=True)
 class LayerCase:
     """The shape of a layer benchmark."""
 
-    method: str  # "lora" or "loramoe"
+    method: str  # a key of RANKS
     tokens: int
     in_features: int
     out_features: int
     rank: int
-    num_experts: int  # 1 for LoRA
+    num_experts: int  # 1 where there are none
     dtype: torch.dtype  # of x, of the base weight and of the output
     adapter_dtype: torch.dtype
 
     @property
     def name(self) -> str:
         rank = f"{self.num_experts}x{self.rank}" if self.method == "loramoe" else f"r={self.rank}"
+        rank += f" {HEADS} heads" if self.method == "alora" else ""
         shape = f"T={self.tokens} {self.in_features}x{self.out_features}"
         return f"{self.method} {rank} {shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
+    """The least time of "frozen" and "gci" on `device`; None where it is not known: ALoRA, chips without rates."""
+    if case.method == "alora":
+        return None
+    experts = case.num_experts if case.method == "loramoe" else 0
+    shape = (case.tokens, case.in_features, case.out_features, case.rank, experts)
+    return floor_seconds(*shape, case.dtype, case.adapter_dtype, device)
 
 
 def layer_case(
@@ -54,7 +66,8 @@ class LayerInputs:
     weight: Tensor  # [out, in], dtype
     A: Tensor  # [N*r, in], adapter_dtype
     B: Tensor  # [out, N*r], adapter_dtype
-    router: Tensor | None  # [N, in], adapter_dtype; None for LoRA
+    router: Tensor | None  # [N, in], adapter_dtype; LoRAMoE's
+    qkv: Tensor | None  # [3r, r], adapter_dtype; ALoRA's
     dy: Tensor  # [T, out], dtype
     scaling: float
 
@@ -74,6 +87,7 @@ def make_inputs(case: LayerCase, device: torch.device, seed: int = 0) -> LayerIn
         A=normal(stacked, case.in_features, fan_in),
         B=normal(case.out_features, stacked, 0.02),
         router=normal(case.num_experts, case.in_features, fan_in) if case.method == "loramoe" else None,
+        qkv=normal(3 * case.rank, case.rank, 1 / math.sqrt(case.rank)) if case.method == "alora" else None,
         dy=normal(case.tokens, case.out_features, 1.0, case.dtype),
         scaling=LORA_ALPHA / case.rank,
     )
@@ -102,39 +116,40 @@ class LayerVariant:
 
 def layer_variants(inputs: LayerInputs) -> dict[str, LayerVariant]:
     """The columns of the table: "frozen" (the base layer with its dX), "eager" and "gci"."""
-    return {"frozen": _frozen(inputs), "eager": _eager(inputs), "gci": _gci(inputs)}
+    return {"frozen": frozen_variant(inputs), "eager": eager_variant(inputs), "gci": gci_variant(inputs)}
 
 
-def _frozen(inputs: LayerInputs) -> LayerVariant:
+def frozen_variant(inputs: LayerInputs) -> LayerVariant:
     x = inputs.x.clone().requires_grad_()
     return LayerVariant(lambda: nn.functional.linear(x, inputs.weight), {"x": [x]}, inputs.dy)
 
 
-def _eager(inputs: LayerInputs) -> LayerVariant:
+def eager_variant(inputs: LayerInputs) -> LayerVariant:
     x = inputs.x.clone().requires_grad_()
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(inputs.weight, requires_grad=False)
-    if inputs.router is None:
-        layer = peft_lora_linear(base, inputs.A, inputs.B, scaling=inputs.scaling)
+    adapter, scaling = (base, inputs.A, inputs.B), inputs.scaling
+    if inputs.router is not None:
+        layer = EagerLoRAMoELinear(*adapter, inputs.router, scaling=scaling)
+    elif inputs.qkv is not None:
+        layer = EagerALoRALinear(*adapter, inputs.qkv, num_heads=HEADS, scaling=scaling)
     else:
-        layer = EagerLoRAMoELinear(base, inputs.A, inputs.B, inputs.router, scaling=inputs.scaling)
+        layer = peft_lora_linear(*adapter, scaling=scaling)
     return LayerVariant(lambda: layer(x), {"x": [x], **adapter_leaves(layer)}, inputs.dy)
 
 
-def _gci(inputs: LayerInputs) -> LayerVariant:
+def gci_variant(inputs: LayerInputs, impl: str = "auto") -> LayerVariant:
     x, A, B = (tensor.clone().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
+    base, options = (x, inputs.weight, None), dict(scaling=inputs.scaling, impl=impl)
     leaves = {"x": [x], "A": [A], "B": [B]}
-    if inputs.router is None:
-
-        def forward() -> Tensor:
-            return ops.lora_linear(x, inputs.weight, None, A, B, scaling=inputs.scaling)
-
-    else:
+    if inputs.router is not None:
         router = inputs.router.clone().requires_grad_()
         leaves["router"] = [router]
-
-        def forward() -> Tensor:
-            y, _ = ops.loramoe_linear(x, inputs.weight, None, A, B, router, scaling=inputs.scaling)
-            return y
-
-    return LayerVariant(forward, leaves, inputs.dy)
+        return LayerVariant(lambda: ops.loramoe_linear(*base, A, B, router, **options)[0], leaves, inputs.dy)
+    if inputs.qkv is not None:
+        qkv = inputs.qkv.clone().requires_grad_()
+        leaves["qkv"] = [qkv]
+        return LayerVariant(
+            lambda: ops.alora_linear(*base, A, qkv, B, num_heads=HEADS, **options)[0], leaves, inputs.dy
+        )
+    return LayerVariant(lambda: ops.lora_linear(*base, A, B, **options), leaves, inputs.dy)

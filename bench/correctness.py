@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gci_kernels.testing import error_bound, relative_error
 
 from .baselines import collect_grads
-from .cases import LayerInputs, LayerVariant
+from .cases import HEADS, LayerInputs, LayerVariant
 
 Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error, "bound": largest error allowed}
 
@@ -100,15 +100,27 @@ def _require(variant: str, name: str, error: float, bound: float, why: str) -> N
 def _layer_truth(inputs: LayerInputs) -> dict[str, Tensor]:
     """The layer in float64 as its definition reads, LoRA being one expert whose gate is 1; y and every gradient."""
     x, A, B = (_leaf(tensor) for tensor in (inputs.x, inputs.A, inputs.B))
-    leaves = {"x": x, "A": A, "B": B}
-    gates = torch.ones_like(x[:, :1])
+    leaves, h = {"x": x, "A": A, "B": B}, x @ A.T
     if inputs.router is not None:
         leaves["router"] = _leaf(inputs.router)
         gates = torch.softmax(x @ leaves["router"].T, dim=-1)
-    u = gates.unsqueeze(-1) * (x @ A.T).unflatten(-1, (gates.shape[-1], -1))
-    y = x @ inputs.weight.double().T + inputs.scaling * u.flatten(-2) @ B.T
+        h = (gates.unsqueeze(-1) * h.unflatten(-1, (gates.shape[-1], -1))).flatten(-2)
+    elif inputs.qkv is not None:
+        leaves["qkv"] = _leaf(inputs.qkv)
+        h = _attention(*(h @ leaves["qkv"].T).chunk(3, -1))
+    y = x @ inputs.weight.double().T + inputs.scaling * h @ B.T
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double())
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention [tokens, r], head by head."""
+    visible = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
+    heads = []
+    for query, key, value in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
+        scores = (query @ key.T / math.sqrt(query.shape[-1])).masked_fill(~visible, -math.inf)
+        heads.append(scores.softmax(-1) @ value)
+    return torch.cat(heads, -1)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

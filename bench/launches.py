@@ -26,6 +26,7 @@ _KERNEL_MODULES = [
     *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout", "splits")),
     "gci_kernels.ops.bottleneck.triton.project_reduce",
     "gci_kernels.ops.gate.triton",
+    "gci_kernels.ops.attention.triton",
 ]
 
 
@@ -160,7 +161,7 @@ class _Recorder:
         return Call(Launch(self.kernel, *frozen), grid, given)
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
 
 def _type(value: Tensor | TensorDescriptor | int | float) -> str:

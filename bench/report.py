@@ -9,7 +9,7 @@ from rich.table import Table
 COLUMNS = {"frozen": "frozen base", "eager": "eager PyTorch", "gci": "gci_kernels"}
 COLORS = {"frozen": "#9aa5b1", "eager": "#e0914a", "gci": "#2a6fbb"}
 DOUBTFUL_SPREAD = 0.2
-METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE"}
+METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA"}
 
 
 def print_tables(result: dict, console: Console) -> None:

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import report
-from .cases import RANKS, layer_case, layer_variants, make_inputs
+from .cases import RANKS, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
 from .machine import commit, machine, versions
 from .models import RANDOM_LLAMAS, ModelError, load_model
-from .roofline import floor_seconds
 from .timing import Timing, interleave
 from .variants import measure_generation, measure_training, model_variants, random_ids
 
@@ -186,9 +185,7 @@ def _layer(settings: Settings, dtype: torch.dtype, device: torch.device, step: C
         fns = {name: variant.step for name, variant in variants.items()}
         advance = step("timing one layer")
         result.update(_compare(interleave(fns, device=device, rounds=settings.rounds, advance=advance)))
-        experts = case.num_experts if case.method == "loramoe" else 0
-        shape = (case.tokens, case.in_features, case.out_features, case.rank, experts)
-        result["floor_seconds"] = floor_seconds(*shape, case.dtype, case.adapter_dtype, device)
+        result["floor_seconds"] = floor_of(case, device)
     return result
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 import gci_kernels
 
 from .baselines import adapter_leaves, shared_copy, to_eager
-from .cases import LORA_ALPHA, RANKS
+from .cases import HEADS, LORA_ALPHA, RANKS
 from .models import ModelError, seeded
 from .timing import Timing, interleave, peak_memory, saved_bytes
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
+MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {"lora": MLP, "loramoe": MLP, "alora": ATTENTION}
 QUESTION = "Explain in one sentence why the sky is blue."
 
 
@@ -28,12 +29,15 @@ def model_variants(model: nn.Module, method: str, adapter_dtype: torch.dtype | N
     model.requires_grad_(False)
     adapter_dtype = adapter_dtype or model.dtype
     rank, num_experts = RANKS[method]
-    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS)
+    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS[method])
+    configs = {
+        "loramoe": lambda: gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape),
+        "alora": lambda: gci_kernels.ALoRAConfig(num_heads=HEADS, **shape),
+    }
     try:
         with seeded(model.device):
-            if method == "loramoe":
-                config = gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape)
-                gci = gci_kernels.patch(shared_copy(model), config)
+            if method in configs:
+                gci = gci_kernels.patch(shared_copy(model), configs[method]())
                 _prepare(gci, adapter_dtype)
                 eager = to_eager(gci)
             else:

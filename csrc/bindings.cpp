@@ -1,10 +1,13 @@
 // Python bindings: pointers, sizes and flags in, nothing out. Shapes, dtypes and devices are checked by the caller.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "common/kernels.h"
 
 namespace {
 
+using gci::AttentionArgs;
 using gci::DType;
 using gci::GateArgs;
 typedef uintptr_t Address;
@@ -17,6 +20,18 @@ T* at(Address address) {
 GateArgs gate_args(Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank,
                    int top_k, double scaling) {
   return {at<const void>(projected), ld, DType(projected_dtype), DType(dtype), tokens, experts, rank, top_k, scaling};
+}
+
+typedef std::tuple<Address, int64_t, int64_t> Rows;      // address, stride of the batch, stride of a row
+typedef std::tuple<int64_t, int64_t, int64_t> Extent;    // batch, time, keys
+typedef std::tuple<int, int, int> Heads;                 // heads, head_size, parts
+
+gci::AttentionRows rows(const Rows& r) { return {at<const void>(std::get<0>(r)), std::get<1>(r), std::get<2>(r)}; }
+
+AttentionArgs attention_args(const Rows& q, const Rows& k, const Rows& v, Address segments, int dtype, const Extent& e,
+                             const Heads& h) {
+  return {rows(q), rows(k), rows(v), at<const int32_t>(segments), DType(dtype), std::get<0>(e), std::get<1>(e),
+          std::get<2>(e), std::get<0>(h), std::get<1>(h), std::get<2>(h)};
 }
 
 }  // namespace
@@ -46,6 +61,24 @@ PYBIND11_MODULE(_native, module) {
         kernels().gate_backward(
             gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling), at<const void>(du),
             at<const void>(dgates), at<void>(u), at<void>(dprojected), threads);
+      },
+      nogil);
+  module.attr("attention_block_keys") = gci::attention_block_keys;
+  module.def(
+      "attention_forward",
+      [](Rows q, Rows k, Rows v, Address segments, int dtype, Extent extent, Heads heads, Address o, Address lse,
+         Address workspace, int threads) {
+        kernels().attention_forward(attention_args(q, k, v, segments, dtype, extent, heads), at<void>(o), at<void>(lse),
+                                    at<void>(workspace), threads);
+      },
+      nogil);
+  module.def(
+      "attention_backward",
+      [](Rows q, Rows k, Rows v, Address segments, int dtype, Extent extent, Heads heads, Rows o, Rows d_o, Address lse,
+         Address dq, Address dk, Address dv, Address workspace, int threads) {
+        kernels().attention_backward(attention_args(q, k, v, segments, dtype, extent, heads), rows(o), rows(d_o),
+                                     at<const void>(lse), at<void>(dq), at<void>(dk), at<void>(dv), at<void>(workspace),
+                                     threads);
       },
       nogil);
   module.def(

@@ -6,7 +6,7 @@ print(gci_kernels.report(model))
 
 from gci_kernels import ops
 from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
-from gci_kernels.tuners import LoRAMoEConfig
+from gci_kernels.tuners import ALoRAConfig, LoRAMoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["LayerReport", "LoRAMoEConfig", "Report", "ops", "patch", "report", "unpatch"]
+__all__ = ["ALoRAConfig", "LayerReport", "LoRAMoEConfig", "Report", "ops", "patch", "report", "unpatch"]

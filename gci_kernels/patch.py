@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import FusedLoraLinear, LoRAMoEConfig, LoRAMoELinear, fusion
+from gci_kernels.tuners import BottleneckConfig, BottleneckLayer, FusedLoraLinear, fusion
 from gci_kernels.tuners.lora import is_plain_lora, lora_obstacle
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
@@ -81,7 +81,7 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
 
     Args:
         model: with a config, a plain model, most often from transformers; without, one that has PEFT LoRA layers.
-        config: LoRAMoEConfig or peft.LoraConfig. The caller's object is not changed.
+        config: LoRAMoEConfig, ALoRAConfig or peft.LoraConfig. The caller's object is not changed.
         adapter_name: the new adapter's name in PEFT.
 
     Returns:
@@ -107,8 +107,9 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
 
 
 def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    if not isinstance(config, (LoRAMoEConfig, LoraConfig)):
-        raise TypeError(f"config must be a LoRAMoEConfig or a peft.LoraConfig, got {type(config).__name__}")
+    if not isinstance(config, (BottleneckConfig, LoraConfig)):
+        allowed = "LoRAMoEConfig, ALoRAConfig or peft.LoraConfig"
+        raise TypeError(f"config must be a {allowed}, got {type(config).__name__}")
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
     _check_targets(model, config)
@@ -145,7 +146,7 @@ def _fuse_lora(model: nn.Module) -> None:
 
 def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
-    if isinstance(module, LoRAMoELinear):
+    if isinstance(module, BottleneckLayer):
         return None
     if not isinstance(module, FusedLoraLinear) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
@@ -227,8 +228,8 @@ def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
     if declined is None and is_plain_lora(module):
         declined = "not patched: call gci_kernels.patch(model)"
     obstacle = fusion.obstacle(base)
-    if isinstance(module, LoRAMoELinear):
-        method = "LoRAMoE " + ", ".join(f"{module.num_experts[a]}x{module.r[a]}" for a in module.loramoe_A)
+    if isinstance(module, BottleneckLayer):
+        method = f"{module.method_name} " + ", ".join(map(module.describe, module.r))
     elif isinstance(module, lora.LoraLayer):
         method = "LoRA " + ", ".join(f"r={rank}" for rank in module.r.values())
     else:
@@ -236,7 +237,9 @@ def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
     plan = None
     if declined is None:
         device = next(module.parameters()).device.type
-        plan = str(choose_plan("auto", tokens=2048, dtype=dtype or next(module.parameters()).dtype, device_type=device))
+        mixer = module.mixer if isinstance(module, BottleneckLayer) else "identity"
+        dtype_of_x = dtype or next(module.parameters()).dtype
+        plan = str(choose_plan("auto", tokens=2048, dtype=dtype_of_x, device_type=device, mixer=mixer))
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"
     return LayerReport(

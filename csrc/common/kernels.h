@@ -22,6 +22,25 @@ struct GateArgs {
   double scaling;
 };
 
+// [batch, rows, heads * head_size], elements between batch rows and between rows; the last dimension has no gaps.
+struct AttentionRows {
+  const void* data;
+  int64_t stride_batch;
+  int64_t stride_row;
+};
+
+struct AttentionArgs {
+  AttentionRows q;          // [batch, time, heads * head_size]; the queries are the last `time` of the keys
+  AttentionRows k, v;       // [batch, keys, heads * head_size]
+  const int32_t* segments;  // [batch, keys], no gaps: the sequence of every key, negative for padding; null: one a row
+  DType dtype;              // of everything but lse, which is float64 where it is float64, else float32
+  int64_t batch, time, keys;
+  int heads, head_size;  // head_size at most 64
+  int parts;             // into how many tasks a head is split
+};
+
+constexpr int attention_block_keys = 128;
+
 struct Kernels {
   const char* isa;
 
@@ -31,6 +50,14 @@ struct Kernels {
   // From du = d(loss)/du and dgates (may be null) to dprojected [tokens, experts * rank + experts], contiguous; u is
   // computed again on the way, for the gradient of B.
   void (*gate_backward)(const GateArgs&, const void* du, const void* dgates, void* u, void* dprojected, int threads);
+
+  // o = softmax(q @ k.T / sqrt(head_size)) @ v over the keys of the query's segment up to its own, lse [batch, heads,
+  // time] the logarithm of the softmax's sum; o = 0 and lse = -inf for padding. The workspace holds `threads` panels of
+  // 2 * head_size * (keys rounded up to attention_block_keys) values in lse's dtype. Outputs have no gaps.
+  void (*attention_forward)(const AttentionArgs&, void* o, void* lse, void* workspace, int threads);
+  // Workspace: threads + (parts == 1 ? threads : batch * heads * parts) panels.
+  void (*attention_backward)(const AttentionArgs&, const AttentionRows& o, const AttentionRows& d_o, const void* lse,
+                             void* dq, void* dk, void* dv, void* workspace, int threads);
 
   // out = keep ? x / (1 - p) : 0; element [row, col] is kept by Philox4x32-10, see dropout.cpp. out may be x.
   void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, int threads);

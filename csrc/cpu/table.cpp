@@ -5,6 +5,9 @@ namespace gci::GCI_ISA {
 
 void gate_forward(const GateArgs&, void*, void*, int);
 void gate_backward(const GateArgs&, const void*, const void*, void*, void*, int);
+void attention_forward(const AttentionArgs&, void*, void*, void*, int);
+void attention_backward(const AttentionArgs&, const AttentionRows&, const AttentionRows&, const void*, void*, void*,
+                        void*, void*, int);
 void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, int);
 void project(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, int64_t, int);
 void pack_panel(const float*, int64_t, int64_t, float*, int64_t, int64_t);
@@ -22,8 +25,8 @@ constexpr decltype(Kernels::reduce_bf16) reduce_bf16 = nullptr;
 
 #define GCI_NAME(isa) #isa
 #define GCI_STRING(isa) GCI_NAME(isa)
-extern const Kernels table;
-const Kernels table = {GCI_STRING(GCI_ISA), gate_forward, gate_backward, dropout,     project,    pack_panel,
-                       reduce,              pack_pairs,   project_bf16,  expand_bf16, reduce_bf16};
+extern const Kernels table = {GCI_STRING(GCI_ISA), gate_forward, gate_backward, attention_forward, attention_backward, dropout,
+                       project,             pack_panel,   reduce,        pack_pairs,        project_bf16,       expand_bf16,
+                       reduce_bf16};
 
 }  // namespace gci::GCI_ISA

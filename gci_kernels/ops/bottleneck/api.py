@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
+from gci_kernels.ops.attention import Sequence
+from gci_kernels.ops.attention.api import check_heads, check_sequence
 from gci_kernels.ops.bottleneck import philox, reference
 from gci_kernels.ops.bottleneck.autograd import bottleneck
 from gci_kernels.ops.bottleneck.plan import choose_plan
@@ -44,7 +46,9 @@ def lora_linear(
     seed = philox.draw_seed() if dropout_p else None
     if impl == "reference":
         return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
-    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
+    plan = choose_plan(
+        impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="identity"
+    )
     nothing = (None, None, None)
     return bottleneck(x, weight, bias, A, B, *nothing, seed, "identity", [], scaling, dropout_p, plan.key)[0]
 
@@ -83,10 +87,57 @@ def loramoe_linear(
     seed = philox.draw_seed() if dropout_p else None
     if impl == "reference":
         return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
-    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type)
+    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="gate")
     tensors = (x, weight, bias, A, B, router, None, None, seed)
     y, *_, gates = bottleneck(*tensors, "gate", [top_k], scaling, dropout_p, plan.key)
     return y, gates
+
+
+def alora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, qkv: Tensor, B: Tensor,
+    *, num_heads: int, scaling: float, residual: bool = False, dropout_p: float = 0.0,
+    sequence: Sequence | None = None, past: Tensor | None = None, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A linear layer with attention in its low-rank path (ALoRA, arXiv 2405.17830).
+
+    z = dropout(x) @ A.T and [q | k | v] = z @ qkv.T; o is q's causal multi-head attention to k and v, within x's own
+    sequences; y = x @ W.T + b + scaling * o @ B.T, or of o + z. Only the paper's abstract was at hand ("a multi-head
+    attention module upon LoRA, facilitating direct information transfer from preceding tokens to the current one"), so
+    this reading of it is ours. It is not PEFT's Activated LoRA, which shares the letters.
+
+    Args:
+        x: [batch, time, in] or [time, in]; else as in :func:`lora_linear`, like weight, bias, scaling, dropout_p, impl.
+        A: [r, in], any floating dtype; used in x's. r at most 256.
+        qkv: [3r, r], any floating dtype; used in x's.
+        B: [out, r], any floating dtype; used in x's.
+        num_heads: a divisor of r; r / num_heads at most 64.
+        residual: use o + z in place of o.
+        sequence: what x's rows are: padding, packed sequences, how many tokens came before; None: each is one sequence.
+        past: [batch, past, 2r] in x's dtype, what earlier calls returned as `kv`, joined; None at the start. It gets no
+            gradient.
+
+    Returns:
+        y [..., out] in x's dtype, and kv [batch, time, 2r]: k and v of x's tokens, for a later call's `past`; without a
+        gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    check_impl(impl)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
+    segments = _check_attention(x, A, qkv, num_heads, sequence, past)
+    seed = philox.draw_seed() if dropout_p else None
+    if impl == "reference":
+        return reference.alora_linear(
+            x, weight, bias, A, qkv, B, num_heads, residual, scaling, segments, past, dropout_p, seed
+        )
+    plan = choose_plan(
+        impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="attention"
+    )
+    tensors = (x, weight, bias, A, B, qkv, segments, past, seed)
+    y, *_, kv = bottleneck(*tensors, "attention", [num_heads, int(residual)], scaling, dropout_p, plan.key)
+    return y, kv
 
 
 def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -150,3 +201,18 @@ def _check_experts(x: Tensor, A: Tensor, router: Tensor, top_k: int | None) -> N
         raise ValueError(f"A must have num_experts*r rows: {A.shape[0]} is not a multiple of num_experts={experts}")
     if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= experts):
         raise ValueError(f"top_k must be None or an integer in [1, num_experts={experts}], got {top_k}")
+
+
+def _check_attention(
+    x: Tensor, A: Tensor, qkv: Tensor, num_heads: int, sequence: Sequence | None, past: Tensor | None
+) -> Tensor | None:
+    """The sequence's segments, on x's device."""
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be [batch, time, in] or [time, in], got {list(x.shape)}")
+    r = A.shape[0]
+    check_heads(r, num_heads)
+    _check_tensor("qkv", qkv, (3 * r, r), x, same_dtype=False)
+    batch, time = (1, *x.shape[:-1])[-2:]
+    if past is not None:
+        _check_tensor("past", past, (batch, None, 2 * r), x, same_dtype=True)
+    return check_sequence(sequence, batch, time, 0 if past is None else past.shape[1], x.device)

@@ -2,7 +2,7 @@
 
 import torch
 
-from gci_kernels import native
+from gci_kernels import hardware, native
 from gci_kernels.impl import Plan, native_obstacle, triton_obstacle
 
 _ANY = 2**62
@@ -18,24 +18,70 @@ _WINS = {
 }
 
 
-def choose_plan(impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None) -> Plan:
-    """The plan for x [tokens, in] of `dtype` on `device_type`; `isa`: the CPU's instruction set, None for this one's.
+# The same for the Triton kernels on GPUs: the least tokens at which a stage is taken. Nothing is measured yet: these
+# are predictions. A stage that only reads and writes wins once its launch is not all of its cost. Below that, and in
+# generation, the library's products stay until there are kernels for a few tokens. The base product has to fill the
+# chip before one reading and writing of y less counts; in float32, without matrix units, the library is better tuned.
+_TRITON_FROM = {
+    "project": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "mix": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "expand": {torch.bfloat16: 512, torch.float16: 512},
+    "reduce": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "dropout": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+}
+# mixer -> its kernel in hardware.KERNELS; "identity" has none.
+_MIX_KERNELS = {"gate": "gate", "attention": "attention"}
 
-    "native" takes every C++ kernel that there is for `dtype`, "auto" those that are no slower than the library. The
-    Triton kernels have not run on real hardware yet: "auto" leaves them out until they have, "triton" takes them.
+
+def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a stage, a field of Plan, is expected to be faster in Triton than in the library, on a GPU."""
+    return tokens >= _TRITON_FROM[stage].get(dtype, _ANY)
+
+
+def choose_plan(
+    impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None,
+    mixer: str | None = None, proved: frozenset[str] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for x [tokens, in] of `dtype` on `device_type`: a pure function, once `isa` and `proved` are given.
+
+    "native" takes every C++ kernel that there is for `dtype`, "triton" every Triton kernel, "auto" those that are no
+    slower than the library; of the Triton ones, those alone that have proved themselves on the GPU.
     Raises ValueError where an implementation is asked for and cannot run.
+
+    Args:
+        isa: the CPU's instruction set; None: this one's.
+        mixer: the module of ops/bottleneck/mixers, None where it is not known; "auto" on a GPU asks for its kernel.
+        proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
+            current one, which may check a kernel at its first use.
     """
-    if impl == "triton":
-        obstacle = triton_obstacle(device_type, dtype)
-    else:
-        obstacle = native_obstacle(device_type, dtype)
+    obstacle = (triton_obstacle if impl == "triton" else native_obstacle)(device_type, dtype)
     if impl in ("native", "triton") and obstacle:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
     if impl == "triton":
         return Plan(project=impl, mix=impl, expand=impl, reduce=impl, dropout=impl)
+    if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
+        return _gpu_plan(tokens, dtype, mixer, proved)
     if impl == "aten" or obstacle:
         return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
-    isa = native.ISA if isa is None else isa
+    return _cpu_plan(impl, tokens, dtype, native.ISA if isa is None else isa)
+
+
+def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str | None, proved: frozenset[str] | None) -> Plan:
+    def choice(stage: str, kernel: str | None) -> str:
+        if kernel not in hardware.KERNELS or not prefers_triton(stage, tokens, dtype):
+            return "aten"
+        return "triton" if (hardware.proves(kernel) if proved is None else kernel in proved) else "aten"
+
+    return Plan(
+        project=choice("project", "project"),
+        mix=choice("mix", _MIX_KERNELS.get(mixer)),
+        expand=choice("expand", "expand"),
+        reduce=choice("reduce", "reduce"),
+        dropout=choice("dropout", "dropout"),
+    )
+
+
+def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str) -> Plan:
     wins = _WINS.get((isa, dtype), {})
     half = dtype == torch.bfloat16 and isa == "avx512bf16"
     exist = {"project", "expand", "reduce"} if half else {"project", "reduce"} if dtype == torch.float32 else set()

@@ -1,8 +1,10 @@
 """The bottleneck adapters as their formulas, in plain PyTorch: the oracle of every test, in any floating dtype."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gci_kernels.ops.attention import reference as attention
 from gci_kernels.ops.bottleneck import philox
 from gci_kernels.ops.gate.reference import gate
 
@@ -38,3 +40,21 @@ def loramoe_linear(
     A, B, router = A.to(x.dtype), B.to(x.dtype), router.to(x.dtype)
     u, gates = gate(F.linear(_dropped(x, dropout_p, seed), A), F.linear(x, router), top_k)
     return _base(x, weight, bias) + scaling * F.linear(u, B), gates
+
+
+def alora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, qkv: Tensor, B: Tensor, num_heads: int,
+    residual: bool, scaling: float, segments: Tensor | None, past: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x @ W.T + b + scaling * (o [+ z]) @ B.T (ALoRA, arXiv 2405.17830)
+
+    with z = dropout(x) @ A.T, [q | k | v] = z @ qkv.T and o the causal attention of q to past and present k and v. Also
+    returns the present k and v, side by side.
+    """
+    A, qkv, B = A.to(x.dtype), qkv.to(x.dtype), B.to(x.dtype)
+    z = F.linear(_dropped(x, dropout_p, seed), A)
+    made = F.linear(z if z.dim() == 3 else z.unsqueeze(0), qkv)
+    q, new = made.tensor_split([A.shape[0]], dim=-1)
+    k, v = (new if past is None else torch.cat((past, new), dim=1)).chunk(2, dim=-1)
+    o = attention.forward(q, k, v, num_heads, segments)[0].view(z.shape)
+    return _base(x, weight, bias) + scaling * F.linear(o + z if residual else o, B), new.detach()

@@ -1,0 +1,281 @@
+"""Keys and values of an adapter's own attention, kept beside the model's key-value cache in generation.
+
+They ride with the model's `Cache` object itself: :func:`adopt` gives the instance a subclass of its own class, whose
+methods do what the class did and then the same to the adapter's tensors. So whatever generate() or a user does to the
+cache (reorder_cache in beam search, crop in assisted decoding, batch_repeat_interleave, batch_select_indices, reset,
+deepcopy, pickle) is done to both, and dropping the cache drops both. Two other ways were looked at and left: one more
+entry in `cache.layers` is taken for a layer of the model (a DynamicCache without a config appends its layers when
+they first write, and len(), get_max_length() and is_sliding would all count ours), and a table beside the cache
+learns of neither reorder nor deepcopy.
+
+The class is changed once for each cache, which torch.compile cannot trace: there the graph breaks. A cache adopted
+before, as in every step of generation but the first, does not break it.
+"""
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+_CACHES = (DynamicCache, StaticCache)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+class Swapped:
+    """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
+
+    def __reduce_ex__(self, protocol):
+        # The class is made while the program runs; its parts can be found by name, it cannot.
+        _, _, *state = super().__reduce_ex__(2)
+        return _new_instance, type(self)._gci_parts, *state
+
+
+@functools.cache
+def subclass(base: type, mixin: type) -> type:
+    """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; the same each time.
+
+    `base` is given back by `_gci_parts[0]`. The name stays because transformers, accelerate and FSDP know classes by
+    name, and forward keeps its signature because they also look at that.
+    """
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if (inner := getattr(mixin, "forward", None)) is not None:
+
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            return inner(self, base.forward, *args, **kwargs)
+
+        names["forward"] = forward
+    return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
+
+
+def _new_instance(base: type, mixin: type):
+    cls = subclass(base, mixin)
+    return cls.__new__(cls)
+
+
+class _Entry:
+    """What one adapter of one layer keeps of past tokens: a buffer [batch, capacity, width], filled up to `length`."""
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv, self.length = kv[:, :0], 0
+        self.owned = False  # whether nothing else may read the buffer's unfilled part
+        self.recorded = False  # whether any of it was made while gradients were recorded
+
+    def require(self, new: Tensor, layer_key: str, adapter: str) -> None:
+        """Raises ValueError where `new` [batch, time, width] cannot follow what is here."""
+        for what, has, given in (
+            ("batch size", self.kv.shape[0], new.shape[0]),
+            ("width", self.kv.shape[2], new.shape[2]),
+            ("dtype", self.kv.dtype, new.dtype),
+            ("device", self.kv.device, new.device),
+        ):
+            if has != given:
+                raise ValueError(
+                    f"past_key_values does not fit adapter {adapter!r} of layer {layer_key!r}: its {what} is {has} "
+                    f"there and {given} here"
+                )
+
+    def append(self, kv: Tensor, max_length: int) -> None:
+        """At least `max_length` places are made where places are made."""
+        past, total = self.length, self.length + kv.shape[1]
+        if torch.is_grad_enabled():
+            # Autograd may hold on to any of these, so nothing is written into.
+            self.kv = torch.cat([self.kv[:, :past], kv], 1) if past else kv
+            self.owned, self.recorded = False, True
+        else:
+            if total > self.kv.shape[1] or not self._writable():
+                self.kv = _grown(self.kv, past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
+                self.owned = True
+            self.kv[:, past:total] = kv
+        self.length = total
+
+    def _writable(self) -> bool:
+        if torch.compiler.is_compiling():  # the rest cannot be traced; where it matters torch raises
+            return self.owned
+        return self.owned and (torch.is_inference_mode_enabled() or not self.kv.is_inference())
+
+
+def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
+    new = old.new_empty(old.shape[0], capacity, old.shape[2])
+    new[:, :length] = old[:, :length].detach()
+    return new
+
+
+class AdapterCache:
+    """What all adapters keep beside one model cache: keys and values, side by side, under (layer, adapter).
+
+    Without gradients they are written into buffers that double when full, or, for a static cache, have its whole length
+    from the start. Where gradients are recorded nothing is written into, and tensors are concatenated; a past that was
+    made so is refused, for no gradient would flow into it. Nothing here waits for the device.
+    """
+
+    def __init__(self, tokens: int, max_length: int) -> None:
+        # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too.
+        self.tokens = tokens
+        self.max_length = max_length
+        self.packed: Tensor | None = None
+        self._entries: dict[tuple[str, str], _Entry] = {}
+
+    def length(self, layer_key: str, adapter: str) -> int:
+        """The number of past tokens kept for one adapter of one layer."""
+        entry = self._entries.get((layer_key, adapter))
+        return 0 if entry is None else entry.length
+
+    def check(self, wanted: Iterable[tuple[str, str]], past: int) -> None:
+        """Raises ValueError unless every (layer, adapter) in `wanted` has exactly `past` tokens here."""
+        for layer_key, adapter in wanted:
+            length = self.length(layer_key, adapter)
+            if length != past:
+                raise ValueError(
+                    f"past_key_values holds {past} tokens, but {length} tokens of adapter {adapter!r} of layer "
+                    f"{layer_key!r}: it was filled by another model, while the adapter was disabled or not active, or "
+                    "by a compiled forward with gradients. Give a cache that this model filled with the same "
+                    "adapters, or an empty one"
+                )
+
+    def past(self, layer_key: str, adapter: str, past: int, new: Tensor) -> Tensor | None:
+        """What is kept of the `past` tokens before this forward, [batch, past, width], not to be written into; or None.
+
+        Args:
+            layer_key, adapter, past: as in :meth:`keep`.
+            new: [batch, any, width] in the dtype and on the device of what :meth:`keep` will be given.
+
+        Raises:
+            ValueError: what is kept does not fit, or was kept for a gradient that would be lost.
+        """
+        self.check([(layer_key, adapter)], past)
+        entry = self._entries.get((layer_key, adapter))
+        if entry is None:
+            return None
+        entry.require(new, layer_key, adapter)
+        if entry.recorded and torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values was filled while gradients were recorded, and none flow into what adapter "
+                f"{adapter!r} keeps of past tokens: fill it under torch.no_grad(), or train on whole sequences"
+            )
+        return entry.kv[:, : entry.length]
+
+    def keep(self, layer_key: str, adapter: str, kv: Tensor, *, past: int) -> None:
+        """Keeps the new keys and values of one adapter of one layer.
+
+        Args:
+            layer_key: any name of the layer that is unique in the model.
+            adapter: the adapter's name.
+            kv: [batch, time, width] floating point, of the new tokens. Copied, but where gradients are recorded.
+            past: the number of tokens in the model's cache before this forward.
+
+        Raises:
+            ValueError: what is kept has another length, batch size, rank, dtype or device. Nothing is changed then.
+        """
+        if kv.dim() != 3:
+            raise ValueError(f"kv must be [batch, time, width], got {list(kv.shape)}")
+        self.check([(layer_key, adapter)], past)
+        entry = self._entries.get((layer_key, adapter))
+        if entry is None:
+            entry = _Entry(kv)
+        else:
+            entry.require(kv, layer_key, adapter)
+        entry.append(kv, self.max_length)
+        self._entries[layer_key, adapter] = entry
+
+    def map(self, change) -> None:
+        """Replaces every buffer [batch, capacity, width] by `change` of it."""
+        for entry in self._entries.values():
+            entry.kv = change(entry.kv)
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        for key, entry in list(self._entries.items()):
+            entry.length = min(entry.length, length)
+            if not entry.length:
+                del self._entries[key]
+
+
+class _Adopted(Swapped):
+    """What a cache does more once it is adopted: the base class first, which raises where it cannot."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == 0:
+            self.gci_adapters.tokens += key_states.shape[-2]
+        return result
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.gci_adapters.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def crop(self, *args, **kwargs) -> None:
+        # What the argument means has changed between versions of transformers; the length it leaves has not.
+        super().crop(*args, **kwargs)
+        self.gci_adapters.tokens = int(self.get_seq_length())
+        self.gci_adapters.crop(self.gci_adapters.tokens)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.gci_adapters.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.gci_adapters.map(lambda t: t[indices, ...])
+
+    def reset(self) -> None:
+        super().reset()
+        self.gci_adapters.tokens = 0
+        self.gci_adapters.packed = None
+        self.gci_adapters.crop(0)
+
+
+def length(cache: Cache) -> int:
+    """The number of tokens in a model's cache; waits for the device only if it is a static one not yet adopted."""
+    tokens = cache.get_seq_length()
+    if isinstance(tokens, Tensor):
+        return cache.gci_adapters.tokens if isinstance(cache, _Adopted) else int(tokens)
+    return tokens
+
+
+def obstacle(cache: Cache) -> str | None:
+    """Why no adapter can keep its keys and values beside `cache`, or None."""
+    if isinstance(cache, _Adopted):
+        return None
+    allowed = "DynamicCache and StaticCache without offloading"
+    if type(cache) not in _CACHES:
+        return f"past_key_values is a {type(cache).__name__}; adapters can keep theirs beside {allowed}"
+    if cache.offloading:
+        return f"past_key_values is a {type(cache).__name__} with offloading; adapters can keep theirs beside {allowed}"
+    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in _LAYERS}
+    if others:
+        known = ", ".join(layer.__name__ for layer in _LAYERS)
+        return f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside layers of {known}"
+    return None
+
+
+def adopt(cache: Cache) -> AdapterCache:
+    """The :class:`AdapterCache` that rides with `cache`, made at the first call.
+
+    To be called between two forwards of the model, or at the start of one before its first attention.
+
+    Raises:
+        TypeError: the cache is of a kind that is not supported; see :func:`obstacle`.
+    """
+    if not isinstance(cache, _Adopted):
+        if (reason := obstacle(cache)) is not None:
+            raise TypeError(reason)
+        _swap(cache)
+    return cache.gci_adapters
+
+
+@torch.compiler.disable
+def _swap(cache: Cache) -> None:
+    full = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
+    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0))
+    cache.__class__ = subclass(type(cache), _Adopted)

@@ -1,0 +1,81 @@
+"""The registered operators gci_kernels::low_rank_attention and ::low_rank_attention_backward.
+
+Saved for backward: q, k, v, o and lse, none of them written to; the probabilities are made again from lse.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("gci_kernels", "FRAGMENT")
+_library.define(
+    "low_rank_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? segments, str impl) "
+    "-> (Tensor o, Tensor lse)"
+)
+_library.define(
+    "low_rank_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, int num_heads, "
+    "Tensor? segments, str impl) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@functools.cache
+def _module(impl: str) -> ModuleType:
+    """The module aten.py, native.py or triton.py beside this one; loaded when it is first named."""
+    return importlib.import_module(f"gci_kernels.ops.attention.{impl}")
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return _module(impl).forward(q, k, v, num_heads, segments)
+
+
+def _forward_fake(q, k, v, num_heads, segments, impl):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=lse_dtype)
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _module(impl).backward(do, q, k, v, o, lse, num_heads, segments)
+
+
+def _backward_fake(do, q, k, v, o, lse, num_heads, segments, impl):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.num_heads, segments, ctx.impl = inputs
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, segments)
+
+
+def _derivative(ctx, do, dlse):
+    """Gradients of gci_kernels::low_rank_attention."""
+    q, k, v, o, lse, segments = ctx.saved_tensors
+    dq, dk, dv = torch.ops.gci_kernels.low_rank_attention_backward(
+        do, q, k, v, o, lse, ctx.num_heads, segments, ctx.impl
+    )
+    return dq, dk, dv, None, None, None
+
+
+def _no_double_backward(ctx, *gradients):
+    raise RuntimeError("gci_kernels has no second derivative; use impl='reference' where one is needed")
+
+
+_library.impl("low_rank_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("low_rank_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("gci_kernels::low_rank_attention", _forward_fake, lib=_library)
+torch.library.register_fake("gci_kernels::low_rank_attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "gci_kernels::low_rank_attention", _derivative, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("gci_kernels::low_rank_attention_backward", _no_double_backward, lib=_library)
+attention = torch.ops.gci_kernels.low_rank_attention.default

@@ -1,0 +1,47 @@
+"""Launch configurations of the Triton attention: pure functions of shape, dtype and chip (ops/triton_config.py)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gci_kernels.ops.triton_config import _power, chip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program has at a time: the scores of `block_t` queries and `block_k` keys."""
+
+    block_t: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    block_d: int  # columns of a head, padded to what a matrix unit takes
+    chunk: int  # positions read at a time while a program looks for its segments
+    fwd: Tile
+    dq: Tile
+    dkv: Tile
+
+
+def choose_attention_config(r: int, num_heads: int, dtype: torch.dtype, capability: str) -> AttentionConfig:
+    """Neither batch nor length has a say: a sequence gives the same bits in any company, and nothing compiles again.
+
+    Nor would a smaller tile serve a few queries sooner: a tile of 64 rows is 16 for each of four warps, and 16 is what
+    a matrix unit takes. Tiles are the largest whose scores, and in the backward pass those of do @ v.T too, leave
+    registers for several programs on a processor: one exponentiates while another waits for its products.
+    """
+    where, block_d = chip(capability), _power(r // num_heads, 16, 64)
+    if dtype == torch.float32:  # no matrix units: both sides of a product are in registers too
+        fwd, dq, dkv = (32, 32), (32, 32), (32 if block_d == 16 else 16, 32)
+    elif where.shared <= 64 * 1024:
+        fwd, dq, dkv = (64, 32), (64, 32), (32, 64)
+    elif block_d == 64 and not where.async_products:
+        fwd, dq, dkv = (64, 64), (64, 32), (32, 64)
+    else:
+        fwd, dq, dkv = (64, 64), (64, 64), (64, 64)
+    # Two stages: a step takes as long as what it loads for the next.
+    tiles = (Tile(block_t, block_k, num_warps=4, num_stages=2) for block_t, block_k in (fwd, dq, dkv))
+    return AttentionConfig(block_d, 1024, *tiles)

@@ -1,0 +1,169 @@
+"""What the package's own PEFT methods share: the common part of their configs, layers and tuners."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gci_kernels.tuners import fusion
+
+
+def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be at least {low}{'' if high is None else f' and at most {high}'}, got {value}")
+
+
+def check_number(name: str, value: float, allowed: str, low: float = -math.inf, high: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """The fields that every bottleneck method has; the subclasses say what they mean."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.method
+        check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, "a finite number")
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and (self.layers_to_transform is not None or self.layers_pattern is not None)
+        ):
+            raise ValueError("layers_to_transform and layers_pattern need target_modules as a list of names")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with adapters of one method. Several active adapters add up.
+
+    Subclasses name their parameters, make them in `update_layer`, and compute in `_update`.
+    """
+
+    method_name: str
+    mixer: str  # of ops/bottleneck/mixers
+    no_merge: str
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for parameters in self.adapter_layer_names:
+            setattr(self, parameters, nn.ParameterDict())
+        for settings in self.other_param_names:
+            setattr(self, settings, {})
+        self._disable_adapters = False
+        self._active_adapter = name
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.r]
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in] -> [..., out] in the base layer's dtype."""
+        if args or kwargs:
+            raise TypeError(
+                f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
+            )
+        if self.disable_adapters:
+            return self.base_layer(x)
+        return fusion.combine(self.base_layer, x, self.adapters(), lambda *arguments: self._update(x, *arguments))
+
+    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self, name: str) -> str:
+        """The adapter's shape, short: for reports."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(self.no_merge)
+
+    def unmerge(self) -> None:
+        raise ValueError(self.no_merge)
+
+
+class BottleneckModel(BaseTuner):
+    """PEFT's tuner for such layers."""
+
+    default_targets: tuple[str, ...]
+
+    def _new_layer(self, target: nn.Module, name: str, config: BottleneckConfig, key: str) -> BottleneckLayer:
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self.default_targets)
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            raise TypeError(
+                f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
+                "torch.nn.Linear, layers derived from it, and transformers' Conv1D"
+            )
+        layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """PEFT's way into mixed batches; without it PEFT would drop the argument."""
+        if kwargs.get("adapter_names") is not None:
+            method = self.tuner_layer_cls.method_name
+            raise ValueError(f"adapter_names: {method} does not run several adapters in one batch; use set_adapter")
+        yield
+
+    def _detach(self) -> None:
+        """Takes back what the tuner did to the model beside its layers."""
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            raise ValueError(self.tuner_layer_cls.no_merge)
+        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        self._detach()
+        return model
+
+
+def register(config: type[BottleneckConfig], tuner: type[BottleneckModel]) -> None:
+    """Makes the method known to PEFT under its plain string key."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix
