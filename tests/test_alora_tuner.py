@@ -255,6 +255,21 @@ def test_get_peft_model_works_as_patch_does():
     assert torch.equal(logits(model, input_ids=IDS), logits(adapted(), input_ids=IDS))
 
 
+@pytest.mark.parametrize("inputs", ("plain", "padded"))
+def test_compiled_model_equals_the_eager_one(inputs):
+    torch.compiler.reset()
+    given = dict(input_ids=IDS, use_cache=False) | ({"attention_mask": MASK} if inputs == "padded" else {})
+    model = adapted(target_modules=["q_proj", "o_proj"]).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = []
+    for each in (model, compiled):
+        model.zero_grad()
+        logits = each(**given).logits
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert all(relative_error(actual, expected) < 1e-10 for expected, actual in zip(*found, strict=True))
+
+
 def test_outside_of_its_model_it_says_what_is_missing():
     layer = next(module for module in adapted().modules() if isinstance(module, ALoRALinear))
     with pytest.raises(RuntimeError, match="needs to know the sequences"):

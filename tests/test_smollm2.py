@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import gci_kernels
 from gci_kernels.bench.models import load_model
 from gci_kernels.bench.timing import saved_bytes
 from gci_kernels.bench.variants import generate, make_prompt, model_variants, random_ids, training_loss
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["loramoe", "lora"])
+@pytest.fixture(scope="module", params=["loramoe", "lora", "alora"])
 def smollm2(request):
     model, tokenizer = load_model("smollm2", torch.float32, CPU)
     return request.param, model_variants(model, request.param), tokenizer
@@ -51,3 +52,36 @@ def test_adapters_keep_a_tenth_of_eagers_bytes(smollm2):
     saved = {name: saved_bytes(lambda m=m: training_loss(m.train(), ids), m) for name, m in variants.items()}
     ratio = (saved["gci"] - saved["frozen"]) / (saved["eager"] - saved["frozen"])
     assert ratio <= (0.1 if method == "loramoe" else 1.0)
+
+
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True},
+    "assisted": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alora_generates_with_its_cache_what_it_would_without(mode):
+    """Prompts of unequal length, padded on the left; assisted decoding takes one alone."""
+    model, tokenizer = load_model("smollm2", torch.float32, CPU)
+    torch.manual_seed(0)
+    model = gci_kernels.patch(model, gci_kernels.ALoRAConfig(r=16, num_heads=4, init_weights=False)).eval()
+    for name, parameter in model.named_parameters():
+        if "gci_alora_B" in name:
+            parameter.data.mul_(0.3)  # the answers stay words, but others
+    prompts = ["The licence allows you to", "A court that finds the clause void shall", "Name three colours:"]
+    prompts = prompts[:1] if mode == "assisted" else prompts
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+
+    def generate(**options):
+        torch.manual_seed(1)
+        return model.generate(**batch, **({"do_sample": False} | options), max_new_tokens=12, min_new_tokens=12)
+
+    with_cache = generate(**MODES[mode])
+    options = {key: value for key, value in MODES[mode].items() if key != "prompt_lookup_num_tokens"}
+    assert torch.equal(with_cache, generate(**options, use_cache=False))
+    with model.disable_adapter():
+        assert not torch.equal(with_cache, generate(**MODES[mode]))
