@@ -86,6 +86,12 @@ def test_a_small_cache_makes_the_product_read_again():
     assert reads >= sizes["x"] + 7 * sizes["w"]
 
 
+def test_a_wide_layer_reads_less_in_squares():
+    """4096 to 14336: w alone is more than the cache, so the order of tiles decides how often it is read."""
+    reads, sizes = product_reads(8192, 4096, 14336, H200)
+    assert reads < 3 * sum(sizes.values())
+
+
 def test_every_tile_has_one_program():
     for tiles_t, tiles_n, group in ((64, 16, 8), (5, 3, 8), (13, 7, 4), (1, 1, 8)):
         tiles = [traffic._tile(pid, tiles_t, tiles_n, group) for pid in range(tiles_t * tiles_n)]

@@ -25,15 +25,16 @@ class Chip:
     processors: int
     shared: int
     async_products: bool  # matrix units read their operands from shared memory, and registers hold the sums alone
+    cache: int  # bytes, last level
 
 
 _CHIPS = {
-    "sm_80": Chip(108, 163 * 1024, False),
-    "sm_90": Chip(132, 227 * 1024, True),
-    "sm_100": Chip(148, 227 * 1024, True),
-    "gfx942": Chip(304, 64 * 1024, False),
+    "sm_80": Chip(108, 163 * 1024, False, 40_000_000),
+    "sm_90": Chip(132, 227 * 1024, True, 50_000_000),
+    "sm_100": Chip(148, 227 * 1024, True, 126_000_000),
+    "gfx942": Chip(304, 64 * 1024, False, 256_000_000),
 }
-_SMALL_CHIP = Chip(64, 64 * 1024, False)
+_SMALL_CHIP = Chip(64, 64 * 1024, False, 4_000_000)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ def choose_expand_config(
     enough = _blocks(tokens, 128) * _blocks(width, 256) >= where.processors
     if where.shared > 64 * 1024 and tokens > 64 and enough and not dropout:
         block_k, num_stages = (64, 3) if where.async_products else (32, 4)
-        return ExpandConfig(128, 256, block_k, block_r, 8, 8, num_stages, descriptors=where.async_products)
+        # Where all of w stays in the cache beside a few rows of x, nothing is read twice. Where it does not, programs
+        # that run together should form a square.
+        group = 8 if 2 * depth * (width + 8 * 128) <= where.cache else 16
+        return ExpandConfig(128, 256, block_k, block_r, group, 8, num_stages, descriptors=where.async_products)
     block_t, num_stages = _power(tokens, 16, 128), 4 if where.shared > 64 * 1024 else 2
     num_warps = 8 if block_t == 128 else 4
     descriptors = where.async_products and block_t >= 64
