@@ -4,9 +4,9 @@ model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8)) 
 print(gci_kernels.report(model))
 """
 
-from gci_kernels import ops
+from gci_kernels import loki, ops
 from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
 from gci_kernels.tuners import ALoRAConfig, LoRAMoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["ALoRAConfig", "LayerReport", "LoRAMoEConfig", "Report", "ops", "patch", "report", "unpatch"]
+__all__ = ["ALoRAConfig", "LayerReport", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "report", "unpatch"]

@@ -1,4 +1,4 @@
-"""The command line: gci-kernels info | verify | bench | tune."""
+"""The command line: gci-kernels info | verify | bench | tune | attribute | select."""
 
 import argparse
 import sys
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `gci-kernels` and `python -m gci_kernels`."""
     from gci_kernels.bench import run as bench
     from gci_kernels.bench import tune
+    from gci_kernels.loki import cli as loki
 
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -72,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("tune", help="find faster launch configurations of the Triton kernels on this GPU")
     tune.add_arguments(command)
     command.set_defaults(run=tune.main)
+    command = commands.add_parser("attribute", help="LoKI: score a model's knowledge vectors on a text file")
+    loki.add_attribute_arguments(command)
+    command.set_defaults(run=loki.attribute)
+    command = commands.add_parser("select", help="LoKI: choose rows to train by their scores")
+    loki.add_select_arguments(command)
+    command.set_defaults(run=loki.choose)
     args = parser.parse_args(argv)
     return args.run(args)
 

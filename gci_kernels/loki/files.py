@@ -1,0 +1,86 @@
+"""Scores of many samples into a file, a few at a time, so that a killed run goes on where it was."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from gci_kernels.loki.architecture import Architecture
+from gci_kernels.loki.attribution import attribute, samples_together
+from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, fingerprint, is_finished_hdf5, write_hdf5
+
+
+def attribute_file(
+    model: nn.Module,
+    samples: Sequence[Sequence[int]],
+    out: str | os.PathLike,
+    *,
+    path: str = "last_position",
+    steps: int = 7,
+    projection: str | None = None,
+    batch: int | None = None,
+    after: Callable[[int], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """:func:`attribute` for each of `samples` into the file `out`; samples that it holds already are left out.
+
+    Args:
+        samples: token ids, a sequence for each sample.
+        out: the file. ".h5" or ".hdf5" gives the published layout (with the package h5py), made when all is done from
+            a file beside it that ends in ".partial"; every other name gives safetensors (see :mod:`.scores`).
+        batch: samples at a time, which is what a killed run repeats at most; default: as many as walk together.
+        after: called with the number of finished samples, after every batch.
+        progress: show a bar on stderr, which goes when all is done.
+
+    Raises:
+        ScoresError: `out` is there and is damaged or another run's (model, samples or settings). It stays as it is.
+        ValueError: as :func:`attribute`.
+        FloatingPointError: a score that is not finite; what was written before stays.
+    """
+    out = Path(out)
+    if not samples or not all(len(tokens) for tokens in samples):
+        raise ValueError("samples must be at least one sequence of token ids, none of them empty")
+    arch = Architecture.of(model, projection)
+    texts = [digest(tokens) for tokens in samples]
+    settings = {"model": fingerprint(model), "path": path, "steps": str(steps)}
+    hdf5 = out.suffix in HDF5_SUFFIXES
+    if hdf5 and is_finished_hdf5(out, texts, settings):
+        return
+    growing = out.with_name(out.name + ".partial") if hdf5 else out
+    shape = (len(arch.layers), model.config.get_text_config().hidden_size)
+    with ScoresFile(growing, texts, shape, settings) as file, _bar(len(samples), progress) as bar:
+        missing, size = file.missing, batch or samples_together(arch, path, steps)
+        task = bar.add_task("attribution", total=len(samples), completed=len(samples) - len(missing))
+        for first in range(0, len(missing), size):
+            numbers = missing[first : first + size]
+            ids, mask = _padded([samples[number] for number in numbers], model.device)
+            scores = attribute(model, ids, mask, path=path, steps=steps, projection=projection)
+            for number, found in zip(numbers, scores, strict=True):
+                file.write(number, found)
+            bar.advance(task, len(numbers))
+            if after:
+                after(len(samples) - len(file.missing))
+    if hdf5:
+        write_hdf5(out, growing)
+        growing.unlink()
+
+
+def _padded(samples: list[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, samples))
+    ids = torch.zeros(len(samples), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(samples):
+        ids[row, : len(tokens)] = torch.as_tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _bar(total: int, shown: bool) -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    return Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not shown or total < 2
+    )
