@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from gci_kernels.loki.all_positions import all_positions
 from gci_kernels.loki.architecture import Architecture, frozen
 from gci_kernels.loki.last_position import MAX_STREAMS, last_position
-from gci_kernels.loki.product import OneDNNLinears
 
 PATHS = ("last_position", "all_positions")
 
@@ -63,7 +62,7 @@ def attribute(
     walk = last_position if path == "last_position" else all_positions
     together = samples_together(arch, path, steps)
     scores = []
-    with frozen(arch.model), OneDNNLinears():
+    with frozen(arch.model):
         for first in range(0, len(input_ids), together):
             batch = slice(first, first + together)
             ids, lengths = right_padded(input_ids[batch], mask[batch])
