@@ -106,6 +106,16 @@ def test_equals_restatement(kind, impl):
 
 
 @pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("kind", ("whole", "packed"))
+def test_every_place_of_the_diagonal_in_a_tile(impl, kind):
+    for past in range(130):
+        arguments, segments = draw(1, 3, past + 3, 1, 2), segments_of(kind, 1, past + 3)
+        expected = results(reference, *arguments, 1, segments)
+        for name, actual in results(FUSED[impl], *arguments, 1, segments).items():
+            assert (actual - expected[name]).norm() <= 1e-12 * (1 + expected[name].norm()), (past, name)
+
+
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64_equals_reference(impl, kind, shape):
