@@ -2,10 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
+from gci_kernels.ops.arguments import autocast, check_tensor, check_x
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.attention.api import check_heads, check_sequence
 from gci_kernels.ops.bottleneck import philox, reference
@@ -41,7 +41,7 @@ def lora_linear(
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
     check_impl(impl)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     seed = philox.draw_seed() if dropout_p else None
     if impl == "reference":
@@ -80,7 +80,7 @@ def loramoe_linear(
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
     check_impl(impl)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     _check_experts(x, A, router, top_k)
     top_k = router.shape[0] if top_k is None else top_k
@@ -124,7 +124,7 @@ def alora_linear(
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
     check_impl(impl)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     segments = _check_attention(x, A, qkv, num_heads, sequence, past)
     seed = philox.draw_seed() if dropout_p else None
@@ -140,50 +140,20 @@ def alora_linear(
     return y, kv
 
 
-def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Under autocast the operands of a linear layer in autocast's dtype; float64 stays, as it does in torch."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor, same_dtype: bool) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        size in (None, have) for size, have in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must be [{wanted}], got {list(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
-    if same_dtype and value.dtype != x.dtype:
-        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-
-
 def _check_linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout_p: float
 ) -> None:
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x must be [..., in] with in >= 1, got {list(x.shape)}")
-    _check_tensor("A", A, (None, x.shape[-1]), x, same_dtype=False)
+    check_x(x)
+    check_tensor("A", A, (None, x.shape[-1]), x, same_dtype=False)
     if A.shape[0] < 1:
         raise ValueError(f"A must have r >= 1 rows, got {list(A.shape)}")
-    _check_tensor("B", B, (None, A.shape[0]), x, same_dtype=False)
+    check_tensor("B", B, (None, A.shape[0]), x, same_dtype=False)
     if weight is not None:
-        _check_tensor("weight", weight, (B.shape[0], x.shape[-1]), x, same_dtype=True)
+        check_tensor("weight", weight, (B.shape[0], x.shape[-1]), x, same_dtype=True)
     if bias is not None:
         if weight is None:
             raise ValueError("bias must be None where weight is None: the adapter's update alone has no bias")
-        _check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
+        check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
     if not math.isfinite(scaling):
@@ -193,7 +163,7 @@ def _check_linear(
 
 
 def _check_experts(x: Tensor, A: Tensor, router: Tensor, top_k: int | None) -> None:
-    _check_tensor("router", router, (None, x.shape[-1]), x, same_dtype=False)
+    check_tensor("router", router, (None, x.shape[-1]), x, same_dtype=False)
     experts = router.shape[0]
     if not 1 <= experts <= 256:
         raise ValueError(f"router must have 1 to 256 rows (num_experts), got {list(router.shape)}")
@@ -211,8 +181,8 @@ def _check_attention(
         raise ValueError(f"x must be [batch, time, in] or [time, in], got {list(x.shape)}")
     r = A.shape[0]
     check_heads(r, num_heads)
-    _check_tensor("qkv", qkv, (3 * r, r), x, same_dtype=False)
+    check_tensor("qkv", qkv, (3 * r, r), x, same_dtype=False)
     batch, time = (1, *x.shape[:-1])[-2:]
     if past is not None:
-        _check_tensor("past", past, (batch, None, 2 * r), x, same_dtype=True)
+        check_tensor("past", past, (batch, None, 2 * r), x, same_dtype=True)
     return check_sequence(sequence, batch, time, 0 if past is None else past.shape[1], x.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
+from gci_kernels.ops.arguments import rows
 from gci_kernels.ops.bottleneck import run
 from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
@@ -24,12 +25,6 @@ _library.define(
     "Tensor? segments, Tensor? past, Tensor? seed, Tensor projected, Tensor mixed, Tensor stats, "
     f"{_SETTINGS}, bool[6] needs) -> Tensor[]"
 )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [tokens, features] with contiguous rows; a copy only where the strides allow no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _stack(A: Tensor, weights: Tensor | None, joins: bool) -> Tensor:
@@ -57,11 +52,11 @@ def _bottleneck(
     segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
     name: str, settings: list[int], scaling: float, dropout_p: float, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    stages, rows, mix = Plan.from_key(plan), _rows(x), mixer(name)
+    stages, tokens, mix = Plan.from_key(plan), rows(x), mixer(name)
     stack = _stack(A, weights, mix.JOINS)
-    projected = run.project(stages, rows, stack.t(), _drop(seed, dropout_p, A))
+    projected = run.project(stages, tokens, stack.t(), _drop(seed, dropout_p, A))
     u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, stages))
-    y = run.expand(stages, u, B.t(), rows, None if weight is None else weight.t(), bias)
+    y = run.expand(stages, u, B.t(), tokens, None if weight is None else weight.t(), bias)
     return y.view(*x.shape[:-1], B.shape[0]), *kept, shown
 
 
@@ -79,7 +74,7 @@ def _bottleneck_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; see `_stack` and JOINS."""
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
-    stages, rows, dy, mix = Plan.from_key(plan), _rows(x), _rows(dy), mixer(name)
+    stages, tokens, dy, mix = Plan.from_key(plan), rows(x), rows(dy), mixer(name)
     inputs, kept = Inputs(weights, segments, past), Kept(projected, mixed, stats)
     call, drop = _call(x, A, settings, scaling, stages), _drop(seed, dropout_p, A)
     if needs_x or needs_stack or needs_B or needs_weights:
@@ -96,11 +91,11 @@ def _bottleneck_backward(
         dx = run.expand(stages, dprojected, _stack(A, weights, mix.JOINS), dy, weight, None, drop)
         gradients.append(dx.view(x.shape))
     if needs_weight:
-        gradients.append(torch.mm(dy.t(), rows))
+        gradients.append(torch.mm(dy.t(), tokens))
     if needs_bias:
         gradients.append(dy.sum(0))
     if needs_stack:
-        gradients.append(run.reduce(stages, dprojected, rows, drop))
+        gradients.append(run.reduce(stages, dprojected, tokens, drop))
     if needs_B:
         gradients.append(dB.t().contiguous())
     if needs_weights:

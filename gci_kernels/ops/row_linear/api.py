@@ -1,0 +1,111 @@
+"""The public operation: what it takes, what it checks, and the one place that picks an implementation."""
+
+import torch
+from torch import Tensor
+
+from gci_kernels.impl import check_impl
+from gci_kernels.ops.arguments import autocast_dtype, check_tensor, check_x
+from gci_kernels.ops.row_linear import reference
+from gci_kernels.ops.row_linear.autograd import row_linear
+from gci_kernels.ops.row_linear.merged import MergedRows
+from gci_kernels.ops.row_linear.plan import choose_form
+
+
+def loki_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor,
+    active_bias: Tensor | None = None, *, merged: MergedRows | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """A linear layer of whose rows some are trained: y = x @ W'.T + b' (LoKI, arXiv 2505.22120).
+
+    W' and b' are W and b with the rows at `positions` replaced by the active ones. One product gives y, one dX, and one
+    the active rows' gradient, from their columns of dY. Differentiable once in x, active_weight and active_bias; W and
+    b are frozen. Saved for backward: x alone. Under autocast the operands are cast as torch.nn.functional.linear casts
+    them. Deterministic for a given number of threads.
+
+    Args:
+        x: [..., in], any floating dtype and device. Rows that are not contiguous are copied once.
+        weight: [out, in] in x's dtype and on its device, without a gradient.
+        bias: [out] in x's dtype, without a gradient, or None.
+        active_weight: [k, in], any floating dtype; used in x's.
+        positions: [k] int64 on x's device, k >= 1: the rows of weight that the active ones replace, in any order.
+            :func:`check_positions` says whether they are distinct and in range. Here that is checked on a CPU alone:
+            on a GPU it would be waited for.
+        active_bias: [k], any floating dtype; used in x's; or None, where b is used as it is. It needs a bias.
+        merged: a MergedRows that the caller keeps for this layer: W' is then not made in each call. It has to be the
+            same one each time. Not used by "reference" and "triton", nor under torch.compile.
+        impl: "auto", "reference", "aten" or "triton"; an explicit one that cannot run raises, "native" too: on a CPU
+            these are the library's products.
+
+    Returns:
+        [..., out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    check_impl(impl)
+    dtype = autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
+    _check(x, weight, bias, active_weight, positions, active_bias, any_dtype=dtype is not None)
+    bias = None if bias is None else bias.to(x.dtype)
+    if impl == "reference":
+        return reference.loki_linear(x, weight.to(x.dtype), bias, active_weight, positions, active_bias)
+    form = choose_form(
+        impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
+        device_type=x.device.type, keep=_keeps(merged, x, active_weight),
+    )  # fmt: skip
+    weight = merged.renewed(weight, active_weight, positions, x.dtype) if form == "kept" else weight.to(x.dtype)
+    return row_linear(x, weight, bias, active_weight, positions, active_bias, form)
+
+
+def _keeps(merged: MergedRows | None, x: Tensor, active_weight: Tensor) -> bool:
+    """Whether there is a kept copy, or there should be: one is made for training, and then used wherever it is."""
+    if merged is None or torch.compiler.is_compiling():
+        return False
+    return merged.has(x.device) or (torch.is_grad_enabled() and (x.requires_grad or active_weight.requires_grad))
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor,
+    active_bias: Tensor | None, any_dtype: bool,
+) -> None:  # fmt: skip
+    check_x(x)
+    check_tensor("weight", weight, (None, x.shape[-1]), x, same_dtype=not any_dtype)
+    check_tensor("active_weight", active_weight, (None, x.shape[-1]), x, same_dtype=False)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=not any_dtype)
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must be frozen: loki_linear forms no gradient of it; call requires_grad_(False)")
+    _check_rows(positions, active_weight, weight)
+    if active_bias is not None:
+        if bias is None:
+            raise ValueError("active_bias must be None where bias is None: there is nothing to replace")
+        check_tensor("active_bias", active_bias, (positions.shape[0],), x, same_dtype=False)
+
+
+def _check_rows(positions: Tensor, active_weight: Tensor, weight: Tensor) -> None:
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be a tensor, got {type(positions).__name__}")
+    if positions.dtype != torch.int64:
+        raise TypeError(f"positions must be int64, got {positions.dtype}")
+    if positions.dim() != 1 or positions.shape[0] < 1:
+        raise ValueError(f"positions must be [k] with k >= 1, got {list(positions.shape)}")
+    if positions.shape[0] != active_weight.shape[0]:
+        raise ValueError(
+            f"active_weight must be [{positions.shape[0]}, in] like positions, got {list(active_weight.shape)}"
+        )
+    if positions.device != weight.device:
+        raise ValueError(f"positions must be on x's device {weight.device}, got {positions.device}")
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_positions(positions, weight.shape[0])
+
+
+def check_positions(positions: Tensor, out: int) -> None:
+    """ValueError unless `positions` [k] int64 are distinct rows of a weight with `out` rows; waits for a GPU."""
+    ordered = positions.sort().values
+    if ordered[0] < 0 or ordered[-1] >= out:
+        bad = ordered[0] if ordered[0] < 0 else ordered[-1]
+        raise ValueError(f"positions must be rows from 0 to {out - 1}, got {int(bad)}")
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.numel():
+        raise ValueError(f"positions must be distinct, got {int(repeated[0])} more than once")
