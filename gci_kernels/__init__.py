@@ -6,7 +6,9 @@ print(gci_kernels.report(model))
 
 from gci_kernels import loki, ops
 from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
-from gci_kernels.tuners import ALoRAConfig, LoRAMoEConfig
+from gci_kernels.tuners import ALoRAConfig, LoKIConfig, LoRAMoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["ALoRAConfig", "LayerReport", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "report", "unpatch"]
+__all__ = [
+    "ALoRAConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "report", "unpatch",
+]  # fmt: skip

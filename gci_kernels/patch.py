@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import BottleneckConfig, BottleneckLayer, FusedLoraLinear, fusion
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, FusedLoraLinear, LoKIConfig, fusion, split
 from gci_kernels.tuners.lora import is_plain_lora, lora_obstacle
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
@@ -80,8 +80,9 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
     """Fuses a model's adapters, in place; with a config, adds the adapter first. All or nothing.
 
     Args:
-        model: with a config, a plain model, most often from transformers; without, one that has PEFT LoRA layers.
-        config: LoRAMoEConfig, ALoRAConfig or peft.LoraConfig. The caller's object is not changed.
+        model: with a config, a plain model, most often from transformers; without, one that has PEFT's LoRA layers or
+            the published LoKI repository's layers.
+        config: LoRAMoEConfig, ALoRAConfig, LoKIConfig or peft.LoraConfig. The caller's object is not changed.
         adapter_name: the new adapter's name in PEFT.
 
     Returns:
@@ -96,7 +97,7 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
     snapshot = _Snapshot(model)
     try:
         if config is None:
-            _fuse_lora(model)
+            _take_over(model)
             return model
         peft_model = _add_adapter(model, config, adapter_name)
     except BaseException:
@@ -107,8 +108,8 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
 
 
 def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    if not isinstance(config, (BottleneckConfig, LoraConfig)):
-        allowed = "LoRAMoEConfig, ALoRAConfig or peft.LoraConfig"
+    if not isinstance(config, (BottleneckConfig, LoKIConfig, LoraConfig)):
+        allowed = "LoRAMoEConfig, ALoRAConfig, LoKIConfig or peft.LoraConfig"
         raise TypeError(f"config must be a {allowed}, got {type(config).__name__}")
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
@@ -130,14 +131,22 @@ def _check_targets(model: nn.Module, config: PeftConfig) -> None:
         raise ValueError(f"target_modules: no module is named {sorted(unknown)}; linear layers here: {sorted(leaves)}")
 
 
-def _fuse_lora(model: nn.Module) -> None:
+def _take_over(model: nn.Module) -> None:
+    """Swaps every layer that has a fused form."""
+    published = [module for module in model.modules() if split.is_split(module)]
+    for module in published:
+        split.swap(module)
+    _fuse_lora(model, needed=not published)
+
+
+def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     obstacles = {name: _obstacle(module) for name, module in adapted}
-    if all(obstacles.values()):
+    if needed and all(obstacles.values()):
         found = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "no adapter layers at all"
         raise ValueError(
-            "nothing to patch: looked for peft.tuners.lora.Linear layers with an adapter that is plain LoRA, found "
-            f"{found}. Pass a config to add an adapter"
+            "nothing to patch: looked for peft.tuners.lora.Linear layers with an adapter that is plain LoRA and for "
+            f"layers of the published LoKI repository, found {found}. Pass a config to add an adapter"
         )
     for _, module in adapted:
         if is_plain_lora(module):
@@ -146,7 +155,7 @@ def _fuse_lora(model: nn.Module) -> None:
 
 def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
-    if isinstance(module, BottleneckLayer):
+    if isinstance(module, AdaptedLinear):
         return None
     if not isinstance(module, FusedLoraLinear) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
@@ -159,7 +168,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Undoes :func:`patch`, and returns what was there before.
 
     For patch(model, config) that is the plain model, its adapter gone (save it first) and requires_grad as it was; for
-    patch(peft_model) it is the PeftModel with PEFT's own layers, trained values kept.
+    patch(peft_model) it is the PeftModel with PEFT's own layers, trained values kept; the published LoKI layers too.
 
     Raises:
         ValueError: the model was not patched.
@@ -171,12 +180,15 @@ def unpatch(model: nn.Module) -> nn.Module:
         undo.apply(plain)
         return plain
     fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
-    if not fused:
+    published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
+    if not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )
     for module in fused:
         module.__class__ = lora.Linear
+    for module in published:
+        split.swap_back(module)
     return model
 
 
@@ -217,18 +229,32 @@ def report(model: nn.Module) -> Report:
 
     The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another.
     """
-    return Report(
-        _layer_report(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    )
+    made = (_layer_report(name, module) for name, module in model.named_modules())
+    return Report(layer for layer in made if layer is not None)
 
 
-def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
+def _layer_report(name: str, module: nn.Module) -> LayerReport | None:
+    """None: the module is no adapted layer."""
+    if split.is_split(module):
+        return _split_report(name, module)
+    return _adapter_report(name, module) if isinstance(module, BaseTunerLayer) else None
+
+
+def _split_report(name: str, module: nn.Module) -> LayerReport:
+    method, shape, dtype = split.describe(module)
+    patched = isinstance(module, split.FusedSplit)
+    declined = split.split_obstacle(module) if patched else "not patched: call gci_kernels.patch(model)"
+    base, plan = ("fused", "rows=kept") if declined is None else ("own call: declined", None)
+    return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
+
+
+def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
     base = module.base_layer
     dtype, declined = fusion.matmul_dtype(base), _obstacle(module, active_only=True)
     if declined is None and is_plain_lora(module):
         declined = "not patched: call gci_kernels.patch(model)"
     obstacle = fusion.obstacle(base)
-    if isinstance(module, BottleneckLayer):
+    if isinstance(module, AdaptedLinear):
         method = f"{module.method_name} " + ", ".join(map(module.describe, module.r))
     elif isinstance(module, lora.LoraLayer):
         method = "LoRA " + ", ".join(f"r={rank}" for rank in module.r.values())
@@ -237,9 +263,9 @@ def _layer_report(name: str, module: BaseTunerLayer) -> LayerReport:
     plan = None
     if declined is None:
         device = next(module.parameters()).device.type
-        mixer = module.mixer if isinstance(module, BottleneckLayer) else "identity"
-        dtype_of_x = dtype or next(module.parameters()).dtype
-        plan = str(choose_plan("auto", tokens=2048, dtype=dtype_of_x, device_type=device, mixer=mixer))
+        shape = dict(tokens=2048, dtype=dtype or next(module.parameters()).dtype, device_type=device)
+        own = isinstance(module, AdaptedLinear)
+        plan = module.plan(**shape) if own else str(choose_plan("auto", **shape, mixer="identity"))
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"
     return LayerReport(

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from gci_kernels import adapter_cache
-from gci_kernels.adapter_cache import AdapterCache, Swapped, subclass
+from gci_kernels.adapter_cache import AdapterCache
 from gci_kernels.ops.attention import Sequence
+from gci_kernels.swapped import Swapped, subclass
 
 Wanted = Callable[[], Iterable[tuple[str, str]]]
 

@@ -1,7 +1,8 @@
-"""Adapters as PEFT methods. Importing this registers GCI_LORAMOE and GCI_ALORA: from_pretrained finds them."""
+"""Adapters as PEFT methods. Importing this registers GCI_LORAMOE, GCI_ALORA, GCI_LOKI: from_pretrained finds them."""
 
 from gci_kernels.tuners.alora import ALoRAConfig, ALoRALinear, ALoRAModel
-from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer
+from gci_kernels.tuners.base import AdaptedLinear, BottleneckConfig
+from gci_kernels.tuners.loki import LoKIConfig, LoKILinear, LoKIModel
 from gci_kernels.tuners.lora import FusedLoraLinear
 from gci_kernels.tuners.loramoe import LoRAMoEConfig, LoRAMoELinear, LoRAMoEModel
 
@@ -9,9 +10,12 @@ __all__ = [
     "ALoRAConfig",
     "ALoRALinear",
     "ALoRAModel",
+    "AdaptedLinear",
     "BottleneckConfig",
-    "BottleneckLayer",
     "FusedLoraLinear",
+    "LoKIConfig",
+    "LoKILinear",
+    "LoKIModel",
     "LoRAMoEConfig",
     "LoRAMoELinear",
     "LoRAMoEModel",

@@ -5,12 +5,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.tuners import fusion
 
 
@@ -62,15 +64,14 @@ class BottleneckConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with adapters of one method. Several active adapters add up.
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with adapters of one method.
 
-    Subclasses name their parameters, make them in `update_layer`, and compute in `_update`.
+    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, and compute in
+    `_adapted`.
     """
 
     method_name: str
-    mixer: str  # of ops/bottleneck/mixers
-    no_merge: str
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -94,19 +95,39 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return self.base_layer(x)
-        return fusion.combine(self.base_layer, x, self.adapters(), lambda *arguments: self._update(x, *arguments))
+        return self._adapted(x, self.adapters())
 
-    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         raise NotImplementedError
 
     def describe(self, name: str) -> str:
         """The adapter's shape, short: for reports."""
         raise NotImplementedError
 
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What "auto" takes for x [tokens, in]: for reports."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
+
+
+class BottleneckLayer(AdaptedLinear):
+    """A linear layer with adapters that add to its output; several active ones add up. They cannot be merged."""
+
+    mixer: str  # of ops/bottleneck/mixers
+    no_merge: str
+
+    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+        return fusion.combine(self.base_layer, x, names, lambda *arguments: self._update(x, *arguments))
+
+    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(self.no_merge)
@@ -115,24 +136,20 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         raise ValueError(self.no_merge)
 
 
-class BottleneckModel(BaseTuner):
-    """PEFT's tuner for such layers."""
+class AdaptedModel(BaseTuner):
+    """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
-    default_targets: tuple[str, ...]
-
-    def _new_layer(self, target: nn.Module, name: str, config: BottleneckConfig, key: str) -> BottleneckLayer:
+    def _new_layer(self, target: nn.Module, name: str, config: PeftConfig, key: str) -> AdaptedLinear:
         raise NotImplementedError
 
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self.default_targets)
-        return peft_config
+    def _update_layer(self, layer: AdaptedLinear, name: str, config: PeftConfig, key: str) -> None:
+        layer.update_layer(name, config)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config)
+            self._update_layer(target, adapter_name, peft_config, current_key)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, (nn.Linear, Conv1D)):
@@ -151,6 +168,17 @@ class BottleneckModel(BaseTuner):
             raise ValueError(f"adapter_names: {method} does not run several adapters in one batch; use set_adapter")
         yield
 
+
+class BottleneckModel(AdaptedModel):
+    """PEFT's tuner for layers of :class:`BottleneckLayer`."""
+
+    default_targets: tuple[str, ...]
+
+    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self.default_targets)
+        return peft_config
+
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""
 
@@ -162,7 +190,7 @@ class BottleneckModel(BaseTuner):
         return model
 
 
-def register(config: type[BottleneckConfig], tuner: type[BottleneckModel]) -> None:
+def register(config: type[PeftConfig], tuner: type[AdaptedModel]) -> None:
     """Makes the method known to PEFT under its plain string key."""
     PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
     PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner

@@ -7,7 +7,7 @@ from gci_kernels.impl import check_impl
 from gci_kernels.ops.arguments import autocast_dtype, check_tensor, check_x
 from gci_kernels.ops.row_linear import reference
 from gci_kernels.ops.row_linear.autograd import row_linear
-from gci_kernels.ops.row_linear.merged import MergedRows
+from gci_kernels.ops.row_linear.merged import MergedRows, put_together
 from gci_kernels.ops.row_linear.plan import choose_form
 
 
@@ -55,6 +55,31 @@ def loki_linear(
     )  # fmt: skip
     weight = merged.renewed(weight, active_weight, positions, x.dtype) if form == "kept" else weight.to(x.dtype)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, form)
+
+
+def split_linear(
+    x: Tensor, frozen: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor, rest: Tensor,
+    active_bias: Tensor | None, *, merged: MergedRows,
+) -> Tensor:  # fmt: skip
+    """:func:`loki_linear` for a weight whose frozen rows stand alone, as the published layer keeps them.
+
+    Args:
+        x, active_weight, positions, active_bias, merged: as there.
+        frozen: [out - k, in], without a gradient.
+        bias: [out], without a gradient, or None; what it holds at `positions` does not matter.
+        rest: [out - k] int64: the rows that `frozen` gives; with positions, every row once. Not checked.
+
+    Returns:
+        [..., out], x's dtype.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    check_x(x)
+    if torch.compiler.is_compiling():
+        weight = put_together(frozen, active_weight, positions, dtype, rest)
+    else:
+        weight = merged.renewed(frozen, active_weight, positions, dtype, rest)
+    return row_linear(x, weight, bias, active_weight, positions, active_bias, "kept")
 
 
 def _keeps(merged: MergedRows | None, x: Tensor, active_weight: Tensor) -> bool:

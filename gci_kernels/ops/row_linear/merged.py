@@ -17,7 +17,7 @@ class _Copy:
     sample: Tensor  # a few of its numbers
     positions: Tensor  # [k], a copy
     where: tuple  # identity of the positions' tensor
-    active: tuple | None  # identity of the active rows' tensor at their last renewal
+    active: tuple  # identity of the active rows' tensor at their last renewal
 
 
 class MergedRows:
@@ -61,9 +61,11 @@ class MergedRows:
         with torch.inference_mode(False), torch.no_grad():
             copy = self._copies.get(frozen.device)
             if copy is None or copy.weight.dtype != dtype or not _made_of(copy, frozen, positions):
-                copy = _make(frozen, active.shape[0], positions, dtype, rest)
-                self._copies[frozen.device] = copy
-            _renew(copy, active)
+                weight = put_together(frozen, active, positions, dtype, rest)
+                made_of = identity(frozen), _sample(frozen).clone(), positions.clone(), identity(positions)
+                copy = self._copies[frozen.device] = _Copy(weight, *made_of, identity(active))
+            else:
+                _renew(copy, active)
         return copy.weight
 
     def __deepcopy__(self, memo: dict) -> "MergedRows":
@@ -73,7 +75,7 @@ class MergedRows:
         return MergedRows, ()
 
 
-def _identity(tensor: Tensor) -> tuple:
+def identity(tensor: Tensor) -> tuple:
     """Equal for two looks at a tensor, unless it was replaced, moved, or written to in a way that torch counts."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), tensor.stride()
@@ -85,33 +87,33 @@ def _sample(frozen: Tensor) -> Tensor:
 
 
 def _made_of(copy: _Copy, frozen: Tensor, positions: Tensor) -> bool:
-    if _identity(frozen) != copy.frozen or _identity(positions) != copy.where:
+    if identity(frozen) != copy.frozen or identity(positions) != copy.where:
         return False
     return frozen.device.type != "cpu" or (
         torch.equal(_sample(frozen), copy.sample) and torch.equal(positions, copy.positions)
     )
 
 
-def _make(frozen: Tensor, k: int, positions: Tensor, dtype: torch.dtype, rest: Tensor | None) -> _Copy:
-    out = frozen.shape[0] + (0 if rest is None else k)
+def put_together(frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, rest: Tensor | None) -> Tensor:
+    """W' [out, in] in `dtype`, without a gradient; the arguments are those of :meth:`MergedRows.renewed`."""
+    out = frozen.shape[0] + (0 if rest is None else active.shape[0])
     weight = torch.empty(out, frozen.shape[1], dtype=dtype, device=frozen.device)
     if rest is None:
-        weight.copy_(frozen)
+        weight.copy_(frozen.detach())
     else:
-        weight.index_copy_(0, rest, frozen.to(dtype))
-    where = _identity(positions)
-    return _Copy(weight, _identity(frozen), _sample(frozen).clone(), positions.clone(), where, None)
+        weight.index_copy_(0, rest, frozen.detach().to(dtype))
+    return weight.index_copy_(0, positions, active.detach().to(dtype))
 
 
 def _renew(copy: _Copy, active: Tensor) -> None:
-    rows, identity = active.to(copy.weight.dtype), _identity(active)
+    rows, present = active.to(copy.weight.dtype), identity(active)
     if copy.weight.device.type == "cpu":
-        if copy.active is None or not torch.equal(copy.weight.index_select(0, copy.positions), rows):
+        if not torch.equal(copy.weight.index_select(0, copy.positions), rows):
             copy.weight.index_copy_(0, copy.positions, rows)
-    elif identity != copy.active:
+    elif present != copy.active:
         copy.weight.index_copy_(0, copy.positions, rows)
     else:
         # The same numbers, or ones that changed unseen. `data` has a count of writes of its own: a backward that
         # still needs the copy is not told of a change that was none.
         copy.weight.data.index_copy_(0, copy.positions, rows)
-    copy.active = identity
+    copy.active = present

@@ -1,0 +1,35 @@
+"""Gives an object a subclass of its own class: what it is made of, its name and its copies stay as they were."""
+
+import functools
+
+
+class Swapped:
+    """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
+
+    def __reduce_ex__(self, protocol):
+        # The class is made while the program runs; its parts can be found by name, it cannot.
+        _, _, *state = super().__reduce_ex__(2)
+        return _new_instance, type(self)._gci_parts, *state
+
+
+@functools.cache
+def subclass(base: type, mixin: type) -> type:
+    """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; the same each time.
+
+    `base` is given back by `_gci_parts[0]`. The name stays because transformers, accelerate and FSDP know classes by
+    name, and forward keeps its signature because they also look at that.
+    """
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if (inner := getattr(mixin, "forward", None)) is not None:
+
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            return inner(self, base.forward, *args, **kwargs)
+
+        names["forward"] = forward
+    return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
+
+
+def _new_instance(base: type, mixin: type):
+    cls = subclass(base, mixin)
+    return cls.__new__(cls)

@@ -1,0 +1,292 @@
+"""LoKI (arXiv 2505.22120) as the PEFT method GCI_LOKI: train some rows of a projection, keep all others."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gci_kernels.ops import MergedRows, loki_linear, lora_linear
+from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.row_linear import check_positions, choose_form
+from gci_kernels.tuners import fusion
+from gci_kernels.tuners.base import AdaptedLinear, AdaptedModel, check_integer, check_number, register
+from gci_kernels.tuners.loki_positions import Positions, resolve
+
+
+@dataclass
+class LoKIConfig(PeftConfig):
+    """Configuration of LoKI: chosen rows of each layer's last MLP projection are trained, and its bias there.
+
+    Args:
+        positions: the rows: a positions JSON as gci_kernels.loki.select and the published code write them, a scores
+            file (with `quota`), a list of row indices for each decoder layer, or a mapping from layer numbers or module
+            names to them. A layer with no rows is left alone. Saved with the adapter's weights, not in its config.
+        quota: percent of each layer's rows, for a scores file: those that gci_kernels.loki.select takes.
+        r: None: the rows themselves are trained. A rank: LoKI*, the rows' change is scaling * B @ A, A [r, in] and
+            B [k, r].
+        lora_alpha: scaling = lora_alpha / r.
+        target_modules: names (suffixes) or a regular expression of the projections, one in a decoder layer; None:
+            down_proj or what the model calls it.
+        modules_to_save: as in peft.LoraConfig.
+        init_weights: True: the rows start as the model's own (B zeros); False: random, so that tests see an effect.
+        keep_merged: keep, beside each adapted weight, a copy with the trained rows in it, which training then uses.
+            False saves that memory; the products find the rows in other ways, at most some percent slower.
+        rows: how many rows each module has; filled in.
+    """
+
+    positions: Positions | None = None
+    quota: float | None = None
+    r: int | None = None
+    lora_alpha: float = 32
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    keep_merged: bool = True
+    rows: dict[str, int] | None = None
+
+    method: ClassVar[str] = "GCI_LOKI"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.method
+        if self.positions is None and self.rows is None:
+            raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
+        if self.quota is not None:
+            check_number("quota", self.quota, "above 0 and at most 100", math.nextafter(0, 1), 100)
+        if self.r is not None:
+            check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, "a finite number")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+
+    def to_dict(self) -> dict:
+        """What is saved: all but where the positions came from; they stand beside the weights."""
+        return super().to_dict() | {"positions": None, "quota": None}
+
+
+class RowPositions(BufferDict):
+    """The rows of every adapter, [k] int64 by name, and which of them are known: loading fills them in later."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__(persistent=True)
+        self.out_features = out_features
+        self.known: set[str] = set()
+
+    def __setitem__(self, name: str, positions: Tensor) -> None:
+        super().__setitem__(name, positions)
+        if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
+            self.known.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.known.discard(name)
+
+    def require(self, name: str) -> Tensor:
+        """The rows of adapter `name`, or ValueError."""
+        if name not in self.known:
+            raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
+        return self[name]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in self:
+            if prefix + name in state_dict:
+                try:
+                    check_positions(state_dict[prefix + name], self.out_features)
+                except ValueError as error:
+                    raise ValueError(f"{prefix}{name}: {error}; is this an adapter of another model?") from error
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.known |= {name for name in self if prefix + name in state_dict}
+
+
+class LoKILinear(AdaptedLinear):
+    """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
+
+    Under each adapter's name: positions [k], active [k, in] (LoKI*: A [r, in] and B [k, r]) and, where the base layer
+    has a bias, active_bias [k]. Several active adapters must not share a row.
+    """
+
+    adapter_layer_names = ("loki_active", "loki_A", "loki_B", "loki_active_bias")
+    other_param_names = ("loki_positions", "r", "scaling")
+    method_name = "LoKI"
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
+        super().__init__(base_layer, name)
+        self.loki_positions = RowPositions(self.out_features)
+        self.merged_rows = MergedRows() if config.keep_merged else None
+        self.replaced: list[tuple[Tensor, Tensor | None]] = []  # what merging wrote over
+        self.update_layer(name, config, positions)
+
+    def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
+        """Adds the adapter `name`, or makes it anew; positions [k], -1 where loading will bring them."""
+        base = self.get_base_layer()
+        device, k, r = base.weight.device, positions.shape[0], config.r
+        self.r[name], self.scaling[name] = r or 0, config.lora_alpha / (r or 1)
+        self.loki_positions[name] = positions.to(device)
+        rows = positions.clamp(min=0).to(device)
+        if r is None:
+            active = self._base_rows().index_select(0, rows)
+            self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
+        else:
+            self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
+            up = torch.zeros(k, r)
+            self.loki_B[name] = nn.Parameter(up if config.init_weights else _random(up))
+        if base.bias is not None:
+            self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_rows(self) -> Tensor:
+        """The base layer's weight, dequantised, as [out, in]."""
+        base = self.get_base_layer()
+        weight = dequantize_module_weight(base).detach()
+        return weight.t() if isinstance(base, Conv1D) else weight
+
+    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+        if len(names) > 1:
+            self._check_apart(names)
+        y = None
+        for name in names:
+            if y is None and fusion.obstacle(self.base_layer) is None:
+                y = self._fused(x, name)
+            else:
+                y = self._replace(self.base_layer(x) if y is None else y, x, name)
+        return self.base_layer(x) if y is None else y
+
+    def _fused(self, x: Tensor, name: str) -> Tensor:
+        """The adapted layer in one op, which reads the base weight."""
+        weight, bias, positions = self.base_layer.weight, self.base_layer.bias, self.loki_positions.require(name)
+        active_bias = self.loki_active_bias[name] if bias is not None else None
+        if not self.r[name]:
+            return loki_linear(x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows)
+        if active_bias is not None:
+            bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
+        return lora_linear(x, weight, bias, self.loki_A[name], self._up(name), scaling=self.scaling[name])
+
+    def _replace(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        """y [..., out] with the adapter's columns in it."""
+        positions, base = self.loki_positions.require(name), self.get_base_layer()
+        active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
+        if not self.r[name]:
+            columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias)
+            return y.index_copy(-1, positions, columns.to(y.dtype))
+        y = y + lora_linear(x, None, None, self.loki_A[name], self._up(name), scaling=self.scaling[name]).to(y.dtype)
+        if active_bias is None:
+            return y
+        change = active_bias - base.bias.index_select(0, positions).to(y.dtype)
+        return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
+
+    def _up(self, name: str) -> Tensor:
+        """B as [out, r], zeros where nothing is trained."""
+        up = self.loki_B[name]
+        return up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.loki_positions.require(name), up)
+
+    def _check_apart(self, names: list[str]) -> None:
+        rows = torch.cat([self.loki_positions.require(name) for name in names])
+        if rows.unique().numel() < rows.numel():
+            raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the rows into the base weight; its other rows keep their bits."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        base = self.get_base_layer()
+        if names and type(base.weight) not in (nn.Parameter, Tensor):
+            raise ValueError(f"LoKI cannot be merged into a {type(base.weight).__name__}: use unload()")
+        self._check_apart([*self.merged_adapters, *names])
+        for name in names:
+            rows, positions = self._merged(name), self.loki_positions.require(name)
+            if safe_merge and not torch.isfinite(rows).all():
+                raise ValueError(f"adapter {name!r} has NaN or infinite rows")
+            with torch.no_grad():
+                bias = None if base.bias is None else base.bias.index_select(0, positions)
+                self.replaced.append((self._base_rows().index_select(0, positions), bias))
+                self._write(positions, rows, None if bias is None else self.loki_active_bias[name])
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Gives the base weight its own rows back, bit for bit."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            with torch.no_grad():
+                self._write(self.loki_positions.require(name), *self.replaced.pop())
+
+    @torch.no_grad()
+    def _merged(self, name: str) -> Tensor:
+        """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
+        dtype = self.get_base_layer().weight.dtype
+        if not self.r[name]:
+            return self.loki_active[name].to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        change = self.loki_B[name].to(wide) @ self.loki_A[name].to(wide)
+        own = self._base_rows().index_select(0, self.loki_positions.require(name))
+        return (own.to(wide) + self.scaling[name] * change).to(dtype)
+
+    def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
+        base = self.get_base_layer()
+        self._base_rows().index_copy_(0, positions, rows)  # a view of the weight
+        if bias is not None:
+            base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
+
+    def _apply(self, fn, recurse=True):
+        if self.merged_rows is not None:
+            self.merged_rows.drop()  # before, so that a move does not hold two copies
+        return super()._apply(fn, recurse)
+
+    def describe(self, name: str) -> str:
+        rank = f", r={self.r[name]}" if self.r[name] else ""
+        return f"{self.loki_positions[name].shape[0]} of {self.out_features} rows{rank}"
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        name = next(iter(self.adapters() or self.r))
+        if self.r[name]:
+            return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+        share = self.loki_positions[name].shape[0] / self.out_features
+        keep = self.merged_rows is not None
+        form = choose_form("auto", tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
+        return f"rows={form}"
+
+
+def _random(like: Tensor) -> Tensor:
+    """Uniform as LoRA's A, shaped like `like`."""
+    return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
+
+
+class LoKIModel(AdaptedModel):
+    """PEFT's tuner for GCI_LOKI. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
+
+    prefix = "loki_"
+    tuner_layer_cls = LoKILinear
+
+    def _prepare_adapter_config(self, peft_config: LoKIConfig, model_config: dict) -> LoKIConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: LoKIConfig, model: nn.Module) -> None:
+        """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
+        if peft_config.positions is not None:
+            self.rows = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
+            peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
+            return
+        unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
+        if unknown:
+            raise ValueError(f"this adapter is of another model: here are no modules {', '.join(sorted(unknown))}")
+        self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LoKIConfig, key: str) -> bool:
+        return key in peft_config.rows
+
+    def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:
+        return LoKILinear(target, name, config, self.rows[key])
+
+    def _update_layer(self, layer: LoKILinear, name: str, config: LoKIConfig, key: str) -> None:
+        layer.update_layer(name, config, self.rows[key])
+
+
+register(LoKIConfig, LoKIModel)

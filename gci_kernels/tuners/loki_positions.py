@@ -1,0 +1,145 @@
+"""Which rows of which modules of a model LoKI trains: from files, lists and mappings to names and tensors."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gci_kernels.loki.architecture import PROJECTIONS
+from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
+from gci_kernels.loki.selection import read_positions, select
+from gci_kernels.ops.row_linear import check_positions
+
+Positions = str | os.PathLike | Mapping[str | int, Sequence[int]] | Sequence[Sequence[int]]
+
+
+def resolve(
+    positions: Positions, quota: float | None, target_modules: set[str] | str | None, model: nn.Module
+) -> dict[str, Tensor]:
+    """Module name -> ascending rows [k] int64, of the modules that have any.
+
+    Args:
+        positions: a positions JSON, a scores file, a list of rows for each decoder layer, or a mapping from layer
+            numbers or module names (whole, or their ends) to rows.
+        quota: percent, for a scores file; None for everything else.
+        target_modules: what the layers' modules are called; None: their last projection, as attribution finds it.
+
+    Raises:
+        ValueError: naming what does not fit the model, or is no row.
+    """
+    positions = _read(positions, quota)
+    modules = dict(_linears(model))
+    if isinstance(positions, Mapping) and not all(isinstance(key, int) for key in positions):
+        found = {_named(name, modules): rows for name, rows in positions.items()}
+        if len(found) < len(positions):
+            raise ValueError(f"positions name a module twice: {', '.join(map(str, positions))}")
+    else:
+        found = _by_layer(positions, target_modules, model, modules)
+    rows = {name: _rows(name, modules[name], rows) for name, rows in found.items() if len(rows)}
+    if not rows:
+        raise ValueError("positions must name at least one row")
+    return rows
+
+
+def _read(positions: Positions, quota: float | None) -> Mapping | Sequence:
+    is_file = isinstance(positions, (str, os.PathLike))
+    has_scores = is_file and Path(positions).suffix in (".safetensors", *HDF5_SUFFIXES)
+    if has_scores != (quota is not None):
+        raise ValueError(
+            "quota selects rows from a scores file (.safetensors, .h5), and is needed for one; other positions say "
+            f"themselves which rows: got quota={quota} with {positions if is_file else type(positions).__name__}"
+        )
+    if has_scores:
+        return select(load_scores(positions), quota)
+    return read_positions(positions) if is_file else positions
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers by name, an adapted one once."""
+    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, (nn.Linear, Conv1D)) and not name.startswith(adapted):
+            yield name, base
+
+
+def _named(wanted: str | int, modules: dict[str, nn.Module]) -> str:
+    if not isinstance(wanted, str):
+        raise ValueError(f"positions must have layer numbers or module names as keys, not both: got {wanted!r}")
+    found = [name for name in modules if name == wanted or name.endswith("." + wanted)]
+    if len(found) != 1:
+        raise ValueError(f"positions: {len(found)} linear layers of this model are named {wanted!r}, one is needed")
+    return found[0]
+
+
+def _by_layer(
+    positions: Mapping[int, Sequence[int]] | Sequence[Sequence[int]], target_modules: set[str] | str | None,
+    model: nn.Module, modules: dict[str, nn.Module],
+) -> dict[str, Sequence[int]]:  # fmt: skip
+    """The rows of each decoder layer's one module."""
+    if isinstance(positions, Mapping):
+        rows = dict(positions)
+    elif isinstance(positions, Sequence):
+        rows = dict(enumerate(positions))
+    else:
+        raise ValueError(f"positions must be a file, a list or a mapping, got {type(positions).__name__}")
+    layers: dict[int, list[str]] = {}
+    for name in modules:
+        number = re.search(r"(?:^|\.)(\d+)\.", name)
+        if number and _is_target(name, target_modules):
+            layers.setdefault(int(number[1]), []).append(name)
+    config = getattr(model, "config", None)
+    count = config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else len(layers)
+    if not isinstance(positions, Mapping) and len(positions) != count:
+        raise ValueError(f"positions are for {len(positions)} decoder layers, this model has {count}")
+    found = {}
+    for layer, chosen in rows.items():
+        names = _first(layers.get(layer, []), target_modules)
+        if len(chosen) and len(names) != 1:
+            raise ValueError(
+                f"positions: decoder layer {layer} has {len(names)} modules that they could mean "
+                f"({', '.join(names) or 'none'}), one is needed: choose target_modules, or name the modules"
+            )
+        found |= {name: chosen for name in names}
+    return found
+
+
+def _is_target(name: str, target_modules: set[str] | str | None) -> bool:
+    if target_modules is None:
+        return name.rpartition(".")[2] in PROJECTIONS and "attn" not in name and "attention" not in name
+    return bool(check_target_module_exists(_Targets(target_modules), name))
+
+
+class _Targets:
+    """What PEFT's matching reads of a config."""
+
+    exclude_modules = layers_to_transform = layers_pattern = None
+
+    def __init__(self, target_modules: set[str] | str) -> None:
+        self.target_modules = target_modules
+
+
+def _first(names: list[str], target_modules: set[str] | str | None) -> list[str]:
+    """Of a layer's candidates those called by the first of PROJECTIONS that any is; all where names were given."""
+    if target_modules is not None:
+        return names
+    leaves = {name: name.rpartition(".")[2] for name in names}
+    first = next((leaf for leaf in PROJECTIONS if leaf in leaves.values()), None)
+    return [name for name, leaf in leaves.items() if leaf == first]
+
+
+def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> Tensor:
+    found = torch.as_tensor(rows)
+    if found.dtype not in (torch.int64, torch.int32) or found.dim() != 1:
+        raise ValueError(f"positions of {name} must be row indices, got {rows!r}"[:200])
+    found = found.to("cpu", torch.int64).sort().values
+    try:
+        check_positions(found, module.nf if isinstance(module, Conv1D) else module.out_features)
+    except ValueError as error:
+        raise ValueError(f"positions of {name}: {error}") from error
+    return found
