@@ -150,8 +150,7 @@ class LoKILinear(AdaptedLinear):
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        if len(names) > 1:
-            self._check_apart(names)
+        self._check_apart(names)
         y = None
         for name in names:
             if y is None and fusion.obstacle(self.base_layer) is None:
@@ -189,6 +188,8 @@ class LoKILinear(AdaptedLinear):
         return up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.loki_positions.require(name), up)
 
     def _check_apart(self, names: list[str]) -> None:
+        if len(names) < 2:
+            return
         rows = torch.cat([self.loki_positions.require(name) for name in names])
         if rows.unique().numel() < rows.numel():
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
