@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gci_kernels.cli import main
 from gci_kernels.loki import ScoresError, attribute, attribute_file, files, load_scores, read_positions, select
+from gci_kernels.loki.scores import fingerprint
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,3 +286,11 @@ def test_same_samples_from_tensors(model, tmp_path, attributed):
     attribute_file(model, tensors, tmp_path / "s.safetensors", progress=False)
     attribute_file(model, [sample.tolist() for sample in tensors], tmp_path / "s.safetensors", progress=False)
     assert attributed == [2]
+
+
+def test_a_fingerprint_reads_the_last_value_of_an_embedding_of_any_size():
+    model = nn.Module()
+    model.register_buffer("embedding", torch.zeros(28_311_552, dtype=torch.int8))  # more than float32 counts evenly
+    before = fingerprint(model)
+    model.embedding[-1] = 1
+    assert fingerprint(model) != before

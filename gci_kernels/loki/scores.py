@@ -39,7 +39,8 @@ def fingerprint(model: nn.Module) -> str:
     known = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
-        some = flat[torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), 256), device=flat.device).long()]
+        count = min(flat.numel(), 256)  # evenly spread, in integers: float32 can't count the values of an embedding
+        some = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)]
         known.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         known.update(some.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return known.hexdigest()
