@@ -16,7 +16,7 @@ from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.self_check import Shape
 from gci_kernels.testing import error_bound, relative_error
-from gci_kernels.verify import CASES, DTYPES, check_case, make_inputs, obstacle, run_case
+from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 
 pytestmark = pytest.mark.gpu
 
@@ -124,8 +124,9 @@ def test_ties_go_to_the_lower_expert(kernel):
 
 # The whole op
 
-OP_CASES = CASES[:3] + CASES[-1:] if config.INTERPRETED else CASES
-MIXED_CASES = (OP_CASES[-1], OP_CASES[0], (64, 96, 80, 4, 6, 2, 0.0))
+BOTTLENECKS = [case for case in CASES if case.method != "loki"]
+OP_CASES = [*BOTTLENECKS[:3], BOTTLENECKS[5], BOTTLENECKS[-1]] if config.INTERPRETED else BOTTLENECKS
+MIXED_CASES = (OP_CASES[-1], OP_CASES[0], Case("loramoe", 64, 96, 80, 4, experts=6, top_k=2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -158,21 +159,21 @@ def test_one_stage_among_others(kernel, others, monkeypatch):
     monkeypatch.setattr(api, "choose_plan", lambda impl, **_: plan)
     for case in MIXED_CASES:
         tensors = make_inputs(case, HALF, DEVICE)
-        truth = run_case(case, {key: tensor.double() for key, tensor in tensors.items()}, "reference")
+        truth = run_case(case, widened(tensors), "reference")
         plain, actual = (run_case(case, tensors, impl) for impl in ("reference", "auto"))
         for key in truth:
             bound = error_bound(relative_error(plain[key], truth[key]), HALF)
             assert relative_error(actual[key], truth[key]) <= bound, (case, key)
 
 
-def leaves(case: tuple) -> tuple[torch.Tensor, ...]:
+def leaves(case: Case) -> tuple[torch.Tensor, ...]:
     tensors = make_inputs(case, HALF, DEVICE)
     return tuple(tensors[key].requires_grad_() for key in ("x", "weight", "bias", "A", "B", "router"))
 
 
 @pytest.mark.parametrize("impl", ("triton",))
 def test_op_compiles_whole(impl):
-    arguments = leaves((64, 96, 80, 4, 6, None, 0.0))
+    arguments = leaves(Case("loramoe", 64, 96, 80, 4, experts=6))
 
     def function(*tensors):
         y, gates = ops.loramoe_linear(*tensors, scaling=2.0, impl=impl)

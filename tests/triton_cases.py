@@ -23,6 +23,7 @@ expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expan
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = (torch.float32, torch.float16)
+WHOLE_OPS = [case for case in verify.CASES if case.method != "loki"]
 # tokens, depth, width, rank
 SHAPES = [
     (1, 5, 1, 1), (7, 33, 20, 3), (130, 67, 50, 16), (130, 600, 259, 40), (64, 128, 128, 16), (3, 16, 300, 130),
@@ -160,9 +161,9 @@ def test_project_reduce_is_part_of_backward(monkeypatch):
     monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
     project_reduce = run.project_reduce
     monkeypatch.setattr(run, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
-    case = (200, 48, 150, 2, 3, None, 0.0)
+    case = verify.Case("loramoe", 200, 48, 150, 2, experts=3)
     tensors = verify.make_inputs(case, torch.float16, "cpu")
-    truth = verify.run_case(case, {name: tensor.double() for name, tensor in tensors.items()}, "reference")
+    truth = verify.run_case(case, verify.widened(tensors), "reference")
     plain, actual = (verify.run_case(case, tensors, impl) for impl in ("reference", "triton"))
     assert calls == [1]
     for name in truth:
@@ -310,11 +311,11 @@ def test_gate_carries_nan(where, top_k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", verify.CASES, ids=str)
+@pytest.mark.parametrize("case", WHOLE_OPS, ids=str)
 def test_whole_op(case, dtype):
     """Forward and every gradient through impl="triton", dropout included."""
     tensors = verify.make_inputs(case, dtype, "cpu")
-    truth = verify.run_case(case, {name: tensor.double() for name, tensor in tensors.items()}, "reference")
+    truth = verify.run_case(case, verify.widened(tensors), "reference")
     plain, actual = (verify.run_case(case, tensors, impl) for impl in ("reference", "triton"))
     for name in truth:
         assert relative_error(actual[name], truth[name]) <= error_bound(relative_error(plain[name], truth[name]), dtype)

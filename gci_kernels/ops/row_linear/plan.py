@@ -9,6 +9,8 @@ from gci_kernels.impl import triton_obstacle
 #: rows gave is replaced; "triton": the kernel reads each row from where it is.
 FORMS = ("kept", "merge", "overwrite", "triton")
 
+NO_NATIVE = "the products of loki_linear are the library's on a CPU"
+
 # Tokens from which comparing the kept copy's active rows costs less than computing their outputs a second time.
 _KEPT_FROM = 16
 # Tokens times the active share of the rows from which copying W costs less than that second time: reading and writing
@@ -35,7 +37,7 @@ def choose_form(
         ValueError: an implementation is asked for that cannot run.
     """
     if impl == "native":
-        raise ValueError("impl='native' cannot run here: the products of loki_linear are the library's on a CPU")
+        raise ValueError(f"impl='native' cannot run here: {NO_NATIVE}")
     obstacle = triton_obstacle(device_type, dtype)
     if impl == "triton":
         if obstacle:
