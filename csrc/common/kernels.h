@@ -8,7 +8,7 @@
 
 namespace gci {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float64 = 2 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };
 
 struct GateArgs {
   const void* projected;  // [tokens, experts * rank + experts]: x @ A.T, then the router's logits
