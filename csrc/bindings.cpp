@@ -1,8 +1,12 @@
 // Python bindings: pointers, sizes and flags in, nothing out. Shapes, dtypes and devices are checked by the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
+#include <vector>
 
+#include "common/decode.h"
 #include "common/kernels.h"
 
 namespace {
@@ -32,6 +36,25 @@ AttentionArgs attention_args(const Rows& q, const Rows& k, const Rows& v, Addres
                              const Heads& h) {
   return {rows(q), rows(k), rows(v), at<const int32_t>(segments), DType(dtype), std::get<0>(e), std::get<1>(e),
           std::get<2>(e), std::get<0>(h), std::get<1>(h), std::get<2>(h)};
+}
+
+// A decoding step of one adapter, made once; what differs from call to call is x and y.
+typedef std::tuple<Address, Address, Address, int, int, int, double, int, int> Group;  // the fields of DecodeGroup
+
+gci::DecodeArgs decode_args(int dtype, int adapter_dtype, int64_t in, int64_t out, const std::vector<int>& rows,
+                            const std::vector<Group>& groups) {
+  gci::DecodeArgs a = {};
+  if (rows.size() > gci::decode_max_tokens || groups.size() > gci::decode_max_tokens)
+    throw std::invalid_argument("a decoding step takes at most 16 tokens and as many groups");
+  a.dtype = DType(dtype), a.adapter_dtype = DType(adapter_dtype), a.in = in, a.out = out;
+  a.tokens = int(rows.size()), a.num_groups = int(groups.size());
+  for (size_t i = 0; i < rows.size(); ++i) a.rows[i] = rows[i];
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const auto& [A, router, B, rank, experts, top_k, scaling, first, count] = groups[i];
+    a.groups[i] = {at<const void>(A), at<const void>(router), at<const void>(B), rank,  experts, top_k,
+                   float(scaling),    first,                  count};
+  }
+  return a;
 }
 
 }  // namespace
@@ -115,6 +138,18 @@ PYBIND11_MODULE(_native, module) {
         kernels().pack_pairs(at<const void>(source), DType(dtype), stride_i, stride_j, at<void>(panel), k, n);
       },
       nogil);
+  module.attr("decode_max_tokens") = gci::decode_max_tokens;
+  module.attr("decode_max_columns") = gci::decode_max_columns;
+  py::class_<gci::DecodeArgs>(module, "DecodeStep")
+      .def(py::init(&decode_args))
+      .def(
+          "__call__",
+          [](gci::DecodeArgs& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address workspace, int threads) {
+            gci::DecodeArgs a = step;
+            a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
+            kernels().decode(a, at<float>(workspace), threads);
+          },
+          nogil);
   module.def("has_bf16_products", [] { return kernels().project_bf16 != nullptr; });
   module.def(
       "project_bf16",

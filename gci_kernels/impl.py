@@ -11,6 +11,9 @@ from gci_kernels import native
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+# Of the kernels that "native" means; those of ops/decode take float16 too.
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
 #: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one.
 IMPLS = ("auto", "reference", "aten", "native", "triton")
 
@@ -48,7 +51,7 @@ def native_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     """Why impl="native" cannot run on such tensors, or None where it can."""
     if device_type != "cpu":
         return f"its kernels run on CPU tensors, not {device_type}"
-    if dtype not in native.DTYPE_CODES:
+    if dtype not in _NATIVE_DTYPES:
         return f"its kernels take float32, bfloat16 and float64, not {str(dtype).removeprefix('torch.')}"
     if not native.available():
         return f"the extension could not be loaded: {native.why_unavailable()}"

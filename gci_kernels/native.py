@@ -14,7 +14,7 @@ else:
     _failure = None
 
 # The order of csrc/common/kernels.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
 
 
 def available() -> bool:

@@ -41,6 +41,8 @@ struct AttentionArgs {
 
 constexpr int attention_block_keys = 128;
 
+struct DecodeArgs;  // common/decode.h
+
 struct Kernels {
   const char* isa;
 
@@ -82,6 +84,9 @@ struct Kernels {
                       int64_t n, int threads);
   void (*reduce_bf16)(const void* u_pairs, const void* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
                       int64_t r, int64_t n, int threads);
+
+  // One decoding step, see common/decode.h. The workspace holds, for every token, `in` floats and its group's columns.
+  void (*decode)(const DecodeArgs&, float* workspace, int threads);
 };
 
 constexpr int64_t skinny_padding = 16;  // columns of a packed panel are a multiple of this on every instruction set

@@ -47,6 +47,10 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+struct float16 {
+  uint16_t bits;
+};
+
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
 inline float widen(bfloat16 v) {
@@ -66,6 +70,59 @@ inline bfloat16 narrow<bfloat16, float>(float v) {
   __builtin_memcpy(&bits, &v, sizeof bits);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   return {uint16_t(v != v ? 0x7fc0 : rounded)};
+}
+
+inline float widen(float16 v) {
+  // The bits as a float are 2^112 times too small, subnormals too; the largest exponent means infinity and NaN.
+  const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13, sign = uint32_t(v.bits & 0x8000) << 16;
+  float value;
+  __builtin_memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits = ((v.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : bits) | sign;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <>
+inline float16 narrow<float16, float>(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // from 65520 on
+  if (magnitude < 0x38800000) return {uint16_t(sign | uint32_t(__builtin_rintf(__builtin_fabsf(v) * 0x1p24f)))};
+  return {uint16_t(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13)};
+}
+
+// `lanes` values, widened.
+inline Vec load_wide(const float* p) { return load(p); }
+inline Vec load_wide(const bfloat16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(lanes * sizeof(uint16_t))));
+  typedef uint32_t Bits __attribute__((vector_size(lanes * sizeof(uint32_t))));
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return Vec(__builtin_convertvector(h, Bits) << 16);
+}
+inline Vec load_wide(const float16* p) {
+  Vec v;
+  for (int i = 0; i < lanes; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+// `lanes` values, rounded.
+inline void store_narrow(float* p, Vec v) { store(p, v); }
+inline void store_narrow(bfloat16* p, Vec v) {
+  typedef uint16_t Halves __attribute__((vector_size(lanes * sizeof(uint16_t))));
+  typedef uint32_t Bits __attribute__((vector_size(lanes * sizeof(uint32_t))));
+  const Bits bits = Bits(v), nan = Bits(v != v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+inline void store_narrow(float16* p, Vec v) {
+  for (int i = 0; i < lanes; ++i) p[i] = narrow<float16>(v[i]);
 }
 
 // The type sums are kept in.

@@ -1,0 +1,38 @@
+"""The step in C++ (csrc/cpu/decode.cpp) for CPU tensors."""
+
+import torch
+from torch import Tensor
+
+from gci_kernels.native import DTYPE_CODES, extension
+
+
+class Step:
+    """A step of one adapter for a number of tokens; what differs from call to call is x and y.
+
+    Args:
+        A [rank, in], router [experts, in] or None, B [out, rank]: in one dtype, without gaps; they have to live and
+            stay where they are as long as this is used.
+    """
+
+    def __init__(
+        self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int, tokens: int, dtype: torch.dtype
+    ) -> None:
+        experts = 0 if router is None else router.shape[0]
+        self.in_features, self.out_features = A.shape[1], B.shape[0]
+        # What the kernel keeps between its halves: x widened, and the projected values.
+        self.workspace = tokens * (self.in_features + A.shape[0] + experts)
+        router_address = 0 if router is None else router.data_ptr()
+        group = (
+            A.data_ptr(), router_address, B.data_ptr(), A.shape[0] // max(experts, 1), experts, top_k, scaling, 0, tokens
+        )  # fmt: skip
+        self.run = extension().DecodeStep(
+            DTYPE_CODES[dtype], DTYPE_CODES[A.dtype], self.in_features, self.out_features, list(range(tokens)), [group]
+        )
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        """y [tokens, out] += the update of x [tokens, in], both in the step's dtype and without gaps."""
+        workspace = torch.empty(self.workspace, dtype=torch.float32)
+        self.run(
+            x.data_ptr(), self.in_features, y.data_ptr(), self.out_features, workspace.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
