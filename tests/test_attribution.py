@@ -1,6 +1,9 @@
 """LoKI's attribution: the published numbers, a plain pass for each layer on many architectures, padding, bad input."""
 
+import contextlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,8 +133,58 @@ def test_few_streams_at_a_time(monkeypatch, path, limit, attention):
     together = attribute(model, ids, mask, path=path)
     for module in (attribution, last_position):
         monkeypatch.setattr(module, "MAX_STREAMS", limit)
-    monkeypatch.setattr(all_positions, "MAX_PREFIX_BYTES", limit)
+    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", limit)
     assert relative_error(attribute(model, ids, mask, path=path), together) < 1e-6
+
+
+def test_workers_give_what_one_after_another_gives(monkeypatch):
+    """Whole prompts run in two Python threads, with one thread of torch's each."""
+    model, ids = make("llama", torch.float32), samples_of(30)[0][None]
+    seen, prefixes = set(), all_positions._prefixes
+
+    def spy(*args):
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        prefixes(*args)
+
+    def serially(function, parts):
+        torch.set_num_threads(1)
+        done = list(map(function, parts))
+        torch.set_num_threads(2)
+        return done
+
+    monkeypatch.setattr(all_positions, "_parts", lambda *_: [slice(0, 2), slice(2, 5), slice(5, 6)])
+    monkeypatch.setattr(all_positions, "_prefixes", spy)
+    torch.set_num_threads(2)
+    scores = attribute(model, ids, path="all_positions")
+    assert seen == {(False, 1)} and torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(all_positions, "workers", lambda _: contextlib.nullcontext(serially))
+        assert torch.equal(attribute(model, ids, path="all_positions"), scores)
+    assert seen == {(False, 1), (True, 1)}
+    monkeypatch.setattr(all_positions, "_prefixes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attribute(model, ids, path="all_positions")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("points", "count"), [(6, 1), (6, 2), (6, 4), (5, 2), (1, 1)])
+@pytest.mark.parametrize("tokens", [1, 100, 200, 5000])
+def test_parts_are_shared_evenly(points, count, tokens):
+    parts = all_positions._parts(torch.zeros(1, tokens), points, count)
+    assert [row for part in parts for row in range(points)[part]] == list(range(points))
+    sizes = {part.stop - part.start for part in parts}
+    assert max(sizes) - min(sizes) <= 1 and (len(parts) == points or len(parts) % count == 0)
+    assert max(sizes) == 1 or max(sizes) * tokens <= all_positions.TOKENS_TOGETHER["cpu"] + tokens
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_changes_nothing(path):
+    model, ids = make("llama", torch.float32), samples_of(9)[0][None]
+    expected = attribute(model, ids, path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attribute(model, ids, path=path), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
