@@ -15,7 +15,7 @@ from torch import nn
 from gci_kernels.bench import attribution as bench
 from gci_kernels.bench.loki_baseline import published_attribution
 from gci_kernels.bench.models import load_model
-from gci_kernels.loki import all_positions, attribute, attribution, last_position
+from gci_kernels.loki import all_positions, attribute, attribution, last_position, product, prompt
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,6 +167,43 @@ def test_workers_give_what_one_after_another_gives(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         attribute(model, ids, path="all_positions")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products(monkeypatch, bias):
+    layer, x = nn.Linear(70, 33, bias=bias).requires_grad_(False), torch.randn(2, 5, 70)
+    with product.products(x):
+        found = layer(x)
+        assert torch.equal(layer(x.transpose(0, 1)), found.transpose(0, 1))
+        # What oneDNN is not asked for: other dtypes, tensors of another kind.
+        assert torch.equal(layer.double()(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
+        assert layer.to("meta")(x.to("meta")).shape == (2, 5, 33)
+    assert found.shape == (2, 5, 33)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: 1 / 0)
+    for other in (x.double(), x.bfloat16(), x.to("meta")):
+        with product.products(other):
+            nn.functional.linear(x, x[0])
+
+
+def test_products_are_right():
+    layer, x = nn.Linear(70, 33).requires_grad_(False), torch.randn(2, 5, 70)
+    with product.products(x):
+        found = layer(x)
+    assert relative_error(found, layer.double()(x.double())) < 1e-6
+
+
+def test_groups_keep_as_much_as_they_may(monkeypatch):
+    keys = torch.zeros(1, 1, 1, 5)  # 20 bytes, 40 with the values
+    known = prompt.Prompt({}, first=keys, prefix=[(keys, keys)] * 4)
+    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", 2 * 80)
+    # With two points, the layers' moved prompts keep 240, 160, 80 and 0 bytes.
+    assert list(all_positions._groups(known, 2)) == [range(0, 1), range(1, 3), range(3, 4)]
+
+
+def test_a_probability_of_almost_one_keeps_its_gradients_digits():
+    logits = torch.tensor([[20.0, 0, 1]])
+    found, exact = (prompt.probability_gradient(x, torch.tensor([0])) for x in (logits, logits.double()))
+    assert relative_error(found, exact) < 1e-6
 
 
 @pytest.mark.parametrize(("points", "count"), [(6, 1), (6, 2), (6, 4), (5, 2), (1, 1)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.loki.architecture import Architecture, Collector, Stop, WholeLayer, hidden_of, hooks
+from gci_kernels.loki.product import products
 from gci_kernels.loki.prompt import Prompt, probability_gradient, relative_error, run_prompt, run_step, wide
 from gci_kernels.loki.workers import workers
 
@@ -157,7 +158,8 @@ def _prefixes(
     x = prompts[part]
     for layer, pair in enumerate(past, first):
         cache = Collector(last=arch.last)
-        x = _call(arch, prompt, layer, x, cache)
+        with products(prompts):
+            x = _call(arch, prompt, layer, x, cache)
         for whole, own in zip(pair, cache.kept[layer], strict=True):
             whole[part] = own
 
