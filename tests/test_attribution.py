@@ -1,6 +1,9 @@
 """LoKI's attribution: the published numbers, a plain pass for each layer on many architectures, padding, bad input."""
 
+import contextlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 from gci_kernels.bench import attribution as bench
 from gci_kernels.bench.loki_baseline import published_attribution
 from gci_kernels.bench.models import load_model
-from gci_kernels.loki import all_positions, attribute, attribution, last_position
+from gci_kernels.loki import all_positions, attribute, attribution, last_position, product, prompt
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,8 +133,95 @@ def test_few_streams_at_a_time(monkeypatch, path, limit, attention):
     together = attribute(model, ids, mask, path=path)
     for module in (attribution, last_position):
         monkeypatch.setattr(module, "MAX_STREAMS", limit)
-    monkeypatch.setattr(all_positions, "MAX_PREFIX_BYTES", limit)
+    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", limit)
     assert relative_error(attribute(model, ids, mask, path=path), together) < 1e-6
+
+
+def test_workers_give_what_one_after_another_gives(monkeypatch):
+    """Whole prompts run in two Python threads, with one thread of torch's each."""
+    model, ids = make("llama", torch.float32), samples_of(30)[0][None]
+    seen, prefixes = set(), all_positions._prefixes
+
+    def spy(*args):
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        prefixes(*args)
+
+    def serially(function, parts):
+        torch.set_num_threads(1)
+        done = list(map(function, parts))
+        torch.set_num_threads(2)
+        return done
+
+    monkeypatch.setattr(all_positions, "_parts", lambda *_: [slice(0, 2), slice(2, 5), slice(5, 6)])
+    monkeypatch.setattr(all_positions, "_prefixes", spy)
+    torch.set_num_threads(2)
+    scores = attribute(model, ids, path="all_positions")
+    assert seen == {(False, 1)} and torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(all_positions, "workers", lambda _: contextlib.nullcontext(serially))
+        assert torch.equal(attribute(model, ids, path="all_positions"), scores)
+    assert seen == {(False, 1), (True, 1)}
+    monkeypatch.setattr(all_positions, "_prefixes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attribute(model, ids, path="all_positions")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products(monkeypatch, bias):
+    layer, x = nn.Linear(70, 33, bias=bias).requires_grad_(False), torch.randn(2, 5, 70)
+    with product.products(x):
+        found = layer(x)
+        assert torch.equal(layer(x.transpose(0, 1)), found.transpose(0, 1))
+        # What oneDNN is not asked for: other dtypes, tensors of another kind.
+        assert torch.equal(layer.double()(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
+        assert layer.to("meta")(x.to("meta")).shape == (2, 5, 33)
+    assert found.shape == (2, 5, 33)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: 1 / 0)
+    for other in (x.double(), x.bfloat16(), x.to("meta")):
+        with product.products(other):
+            nn.functional.linear(x, x[0])
+
+
+def test_products_are_right():
+    layer, x = nn.Linear(70, 33).requires_grad_(False), torch.randn(2, 5, 70)
+    with product.products(x):
+        found = layer(x)
+    assert relative_error(found, layer.double()(x.double())) < 1e-6
+
+
+def test_groups_keep_as_much_as_they_may(monkeypatch):
+    keys = torch.zeros(1, 1, 1, 5)  # 20 bytes, 40 with the values
+    known = prompt.Prompt({}, first=keys, prefix=[(keys, keys)] * 4)
+    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", 2 * 80)
+    # With two points, the layers' moved prompts keep 240, 160, 80 and 0 bytes.
+    assert list(all_positions._groups(known, 2)) == [range(0, 1), range(1, 3), range(3, 4)]
+
+
+def test_a_probability_of_almost_one_keeps_its_gradients_digits():
+    logits = torch.tensor([[20.0, 0, 1]])
+    found, exact = (prompt.probability_gradient(x, torch.tensor([0])) for x in (logits, logits.double()))
+    assert relative_error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize(("points", "count"), [(6, 1), (6, 2), (6, 4), (5, 2), (1, 1)])
+@pytest.mark.parametrize("tokens", [1, 100, 200, 5000])
+def test_parts_are_shared_evenly(points, count, tokens):
+    parts = all_positions._parts(torch.zeros(1, tokens), points, count)
+    assert [row for part in parts for row in range(points)[part]] == list(range(points))
+    sizes = {part.stop - part.start for part in parts}
+    assert max(sizes) - min(sizes) <= 1 and (len(parts) == points or len(parts) % count == 0)
+    assert max(sizes) == 1 or max(sizes) * tokens <= all_positions.TOKENS_TOGETHER["cpu"] + tokens
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_changes_nothing(path):
+    model, ids = make("llama", torch.float32), samples_of(9)[0][None]
+    expected = attribute(model, ids, path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attribute(model, ids, path=path), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)

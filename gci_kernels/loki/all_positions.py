@@ -1,17 +1,24 @@
 """The path "all_positions": each point of it has a whole prompt, so keys and values, of its own."""
 
+import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gci_kernels.loki.architecture import Architecture, Collector, PrefixLayer, Stop, hidden_of, hooks
+from gci_kernels.loki.architecture import Architecture, Collector, Stop, WholeLayer, hidden_of, hooks
+from gci_kernels.loki.product import products
 from gci_kernels.loki.prompt import Prompt, probability_gradient, relative_error, run_prompt, run_step, wide
+from gci_kernels.loki.workers import workers
 
-# Keys and values of moved prompts that are kept at a time.
-MAX_PREFIX_BYTES = 1 << 30
-# Tokens that a layer takes at a time: on a CPU, what its caches hold.
-TOKENS_TOGETHER = {"cpu": 512}
+# Keys and values of moved prompts that are kept at a time: on a CPU, few enough that memory in use is used again, as
+# fresh pages cost more than some walks more.
+KEPT_BYTES = {"cpu": 1 << 28}
+MANY_BYTES = 1 << 30
+# Tokens that a layer takes at a time: on a CPU, what a core's caches hold.
+TOKENS_TOGETHER = {"cpu": 640}
 MANY_TOKENS = 1 << 14
 
 
@@ -25,41 +32,76 @@ def all_positions(arch: Architecture, ids: Tensor, lengths: Tensor, steps: int, 
     baselines = _baselines(arch, ids)
     prompt = run_prompt(arch, ids, lengths)
     totals, differences = {}, []
-    moved: list[_Moved] = []
-    hidden = prompt.first
-    for layer, baseline in enumerate(baselines):
-        hidden, group = _move(arch, prompt, layer, hidden, baseline, steps)
-        differences.append(group.difference)
-        moved.append(group)
-        if layer == arch.last or sum(group.bytes for group in moved) > MAX_PREFIX_BYTES:
-            ends = range(len(arch.layers)) if layer == arch.last else range(0)
-            target = _walk(arch, prompt, moved, ends, totals, target)
-            moved = []
+    hidden, points = prompt.first, steps - 1
+    count = min(points, torch.get_num_threads()) if ids.device.type == "cpu" else 1
+    parts = _parts(ids, points, count)
+    with workers(count) as run:
+        for group in _groups(prompt, points):
+            past, moved = _past(prompt, group, points), []
+            for row, layer in enumerate(group):
+                hidden, prompts, one = _move(arch, prompt, layer, hidden, baselines[layer], steps)
+                rows = slice(1 + row * points, 1 + (row + 1) * points)
+                later = [[whole[rows] for whole in pair] for pair in past[layer + 1 :]]
+                # A list, so that what a part raises is raised here.
+                list(run(functools.partial(_prefixes, arch, prompt, layer + 1, prompts, later), parts))
+                moved.append(one)
+            differences += [one.difference for one in moved]
+            ends = range(len(arch.layers)) if arch.last in group else range(0)
+            target = _walk(arch, prompt, moved, past, ends, totals, target)
     scores = [difference * totals[layer] / steps for layer, difference in enumerate(differences)]
     return torch.stack(scores)[None]
 
 
+def _parts(ids: Tensor, points: int, count: int) -> list[slice]:
+    """Which of the moved prompts run through the layers together, as many parts as `count` workers share evenly."""
+    tokens = TOKENS_TOGETHER.get(ids.device.type, MANY_TOKENS)
+    parts = min(points, count * math.ceil(points * ids.shape[1] / (tokens * count)))
+    bounds = [points * part // parts for part in range(parts + 1)]
+    return list(map(slice, bounds, bounds[1:]))
+
+
+def _groups(prompt: Prompt, points: int) -> Iterator[range]:
+    """The layers in turn, so many together as their moved prompts' keys and values may be kept, and one at least."""
+    first = kept = 0
+    most = KEPT_BYTES.get(prompt.first.device.type, MANY_BYTES)
+    for layer in range(len(prompt.prefix)):
+        kept += points * sum(tensor.nbytes for pair in prompt.prefix[layer + 1 :] for tensor in pair)
+        if kept > most or layer == len(prompt.prefix) - 1:
+            yield range(first, layer + 1)
+            first, kept = layer + 1, 0
+
+
+def _past(prompt: Prompt, group: range, points: int) -> list[tuple[Tensor, Tensor]]:
+    """For each layer, room for the keys and values [rows, heads, T, size] of a walk, the prompt's own in its first row.
+
+    The other rows are those of the moved prompts that have come by, `points` of each of the group's earlier layers.
+    """
+
+    def room(layer: int, own: Tensor) -> Tensor:
+        _, heads, others, size = own.shape
+        rows = 1 + points * len(range(group.start, min(layer, group.stop)))
+        whole = own.new_empty(rows, heads, others + 1, size)
+        whole[:1, :, :-1] = own
+        return whole
+
+    return [tuple(room(layer, own) for own in pair) for layer, pair in enumerate(prompt.prefix)]
+
+
 @dataclass
 class _Moved:
-    """The prompts that one layer's moved outputs make: n points of its path, all but the end.
+    """The points of one layer's path, all n but the end, at the last position.
 
     Attributes:
         layer: the layer's number.
         difference: [out], how far the last position's output moves in all.
-        leaf: [n, 1, out], the moved outputs at the last position, which the gradients are for.
-        state: [n, 1, hidden], what leaves the layer there, with its graph back to the leaf.
-        prefix: for each later layer, the keys and values of the other positions, n in all, each [.., heads, T-1, size].
+        leaf: [n, 1, out], the moved outputs, which the gradients are for.
+        state: [n, 1, hidden], what leaves the layer, with its graph back to the leaf.
     """
 
     layer: int
     difference: Tensor
     leaf: Tensor
     state: Tensor
-    prefix: dict[int, list[tuple[Tensor, Tensor]]]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for pairs in self.prefix.values() for pair in pairs for tensor in pair)
 
 
 def _baselines(arch: Architecture, ids: Tensor) -> list[Tensor]:
@@ -78,8 +120,8 @@ def _baselines(arch: Architecture, ids: Tensor) -> list[Tensor]:
 
 def _move(
     arch: Architecture, prompt: Prompt, layer: int, hidden: Tensor, baseline: Tensor, steps: int
-) -> tuple[Tensor, _Moved]:
-    """Run `layer` on the prompt's own hidden states [1, T, hidden], and its moved outputs through all later layers.
+) -> tuple[Tensor, Tensor, _Moved]:
+    """Run `layer` on the prompt's own hidden states [1, T, hidden]: what leaves it, unmoved and moved [n, T, hidden].
 
     The moved outputs get a dimension of their own in front, which broadcasts through whatever the layer does behind its
     projection (adds a residual, perhaps normalises): nothing before it is computed twice.
@@ -101,24 +143,25 @@ def _move(
         raise ValueError(
             f"layer {layer} can't carry one dimension more behind its projection: use path='last_position'"
         )
-    prefix = _prefixes(arch, prompt, layer + 1, output[1:, 0].detach())
-    return output[0].detach(), _Moved(layer, state=output[1:, 0, -1:], prefix=prefix, **made)
+    return output[0].detach(), output[1:, 0].detach(), _Moved(layer, state=output[1:, 0, -1:], **made)
 
 
 @torch.no_grad()
 def _prefixes(
-    arch: Architecture, prompt: Prompt, first: int, prompts: Tensor
-) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Keys and values of all positions but the last, layer by layer, of `prompts` [n, T, hidden] entering `first`."""
-    prefixes: dict[int, list] = {layer: [] for layer in range(first, len(arch.layers))}
-    tokens = TOKENS_TOGETHER.get(prompts.device.type, MANY_TOKENS)
-    for x in prompts.split(max(1, tokens // prompts.shape[1])):
+    arch: Architecture, prompt: Prompt, first: int, prompts: Tensor, past: list[list[Tensor]], part: slice
+) -> None:
+    """Write keys and values of a `part` of `prompts` [n, T, hidden], which enter layer `first`.
+
+    Args:
+        past: for each layer from `first` on, where all n prompts' keys and values [n, heads, T, size] belong.
+    """
+    x = prompts[part]
+    for layer, pair in enumerate(past, first):
         cache = Collector(last=arch.last)
-        for layer, pairs in prefixes.items():
+        with products(prompts):
             x = _call(arch, prompt, layer, x, cache)
-            keys, values = cache.kept[layer]
-            pairs.append((keys[:, :, :-1], values[:, :, :-1]))
-    return prefixes
+        for whole, own in zip(pair, cache.kept[layer], strict=True):
+            whole[part] = own
 
 
 def _call(arch: Architecture, prompt: Prompt, layer: int, hidden: Tensor, cache: Collector) -> Tensor | None:
@@ -131,7 +174,13 @@ def _call(arch: Architecture, prompt: Prompt, layer: int, hidden: Tensor, cache:
 
 
 def _walk(
-    arch: Architecture, prompt: Prompt, moved: list[_Moved], ends: range, totals: dict, target: Tensor | None
+    arch: Architecture,
+    prompt: Prompt,
+    moved: list[_Moved],
+    past: list[tuple[Tensor, Tensor]],
+    ends: range,
+    totals: dict,
+    target: Tensor | None,
 ) -> Tensor:
     """Add the weighted gradients to `totals` [out] by layer: the moved prompts', and the paths' ends' of layers `ends`.
 
@@ -152,10 +201,7 @@ def _walk(
     def after(number: int, hidden: Tensor) -> Tensor | None:
         return torch.cat((hidden, states[number])) if number in states else None
 
-    layers = []
-    for number, own in enumerate(prompt.prefix):
-        pairs = [own, *(pair for group in moved for pair in group.prefix.pop(number, ()))]
-        layers.append(PrefixLayer(*(torch.cat(tensors) for tensors in zip(*pairs, strict=True))))
+    layers = [WholeLayer(*pair) for pair in past]
     logits = run_step(arch, prompt, layers, errors, projected=projected, after=after)
     logits = logits.view(-1, logits.shape[-1])
     if target is None:

@@ -116,6 +116,37 @@ class PrefixLayer(DynamicLayer):
         return torch.cat((self.keys, key_states), dim=-2), torch.cat((self.values, value_states), dim=-2)
 
 
+class WholeLayer(PrefixLayer):
+    """Keys and values [batch, heads, T, size] of all positions, into which the decoding step writes the final one's.
+
+    Beside many prefixes of their own, a copy with one more position would cost more than the step's attention.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__(keys[:, :, :-1], values[:, :, :-1])
+        self.whole = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return tuple(_WriteLast.apply(*pair) for pair in zip(self.whole, (key_states, value_states), strict=True))
+
+
+class _WriteLast(torch.autograd.Function):
+    """`last` [batch, heads, 1, size] written over the last position of `whole` [batch, heads, T, size], a constant.
+
+    Autograd's own rule for such an assignment copies the whole gradient to hand on a part of it.
+    """
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, last: Tensor) -> Tensor:
+        ctx.mark_dirty(whole)
+        whole[:, :, -1:] = last
+        return whole
+
+    @staticmethod
+    def backward(ctx, dwhole: Tensor) -> tuple[None, Tensor]:
+        return None, dwhole[:, :, -1:]
+
+
 def hidden_and_kwargs(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
     """A layer's hidden states, and everything else it is called with, by name."""
     names = list(inspect.signature(layer.forward).parameters)
@@ -172,15 +203,15 @@ def hooks(
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, no parameter asking for a gradient; afterwards as it was."""
+    """The model in evaluation mode and in its own dtype, no parameter asking for a gradient; afterwards as it was."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
-        # A caller's no_grad or inference mode would leave nothing to differentiate.
-        with torch.inference_mode(False), torch.enable_grad():
+        # A caller's no_grad or inference mode would leave nothing to differentiate; autocast ends where a thread does.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for parameter in trainable:
