@@ -110,6 +110,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """What "auto" takes for x [tokens, in]: for reports."""
         raise NotImplementedError
 
+    def parameter(self, part: str, name: str) -> nn.Parameter:
+        """The adapter's parameter, without what looking it up costs by way of two modules."""
+        return self._modules[part]._parameters[name]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
 
@@ -121,7 +125,16 @@ class BottleneckLayer(AdaptedLinear):
     no_merge: str
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        return fusion.combine(self.base_layer, x, names, lambda *arguments: self._update(x, *arguments))
+        def update(*arguments) -> Tensor:
+            return self._update(x, *arguments)
+
+        if fusion.decodes(self.base_layer, x):
+            return fusion.decoded(self.base_layer, x, names, lambda y, name: self._add_step(y, x, name), update)
+        return fusion.combine(self.base_layer, x, names, update)
+
+    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
+        """Adds the adapter's update of a few tokens to y where a kernel can; whether one could."""
+        return False
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gci_kernels.ops.decode import MAX_TOKENS
 
 # What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,6 +39,25 @@ def combine(
         else:
             y = y + update(name, None, None).to(y.dtype)
     return base(x) if y is None else y
+
+
+def decodes(base: nn.Module, x: Tensor) -> bool:
+    """Whether x is a decoding step: a few tokens, no gradients, and a base layer whose product may be added to."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > MAX_TOKENS * x.shape[-1]:
+        return False
+    return obstacle(base) is None and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def decoded(
+    base: nn.Module, x: Tensor, names: Iterable[str], add: Callable[[Tensor, str], bool],
+    update: Callable[[str, Tensor | None, Tensor | None], Tensor],
+) -> Tensor:  # fmt: skip
+    """:func:`combine` for a decoding step: `add(y, name)` adds an adapter's update to y where a kernel can."""
+    y = F.linear(x, base.weight, base.bias)
+    for name in names:
+        if not add(y, name):
+            y = y + update(name, None, None).to(y.dtype)
+    return y
 
 
 def matmul_dtype(module: nn.Module) -> torch.dtype | None:

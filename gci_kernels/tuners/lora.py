@@ -4,6 +4,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
+from gci_kernels.ops.decode import add_update
 from gci_kernels.tuners import fusion
 
 
@@ -45,20 +46,34 @@ class FusedLoraLinear(lora.Linear):
         if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
             return super().forward(x, *args, **kwargs)
 
-        def update(name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            scaling, extra = self.scaling[name], self.lora_B[name].bias
-            dropout = self.lora_dropout[name]
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            if extra is not None:
-                extra = (extra * scaling).to(x.dtype)
-                if weight is not None:
-                    bias, extra = extra if bias is None else bias + extra, None
-            y = lora_linear(
-                x, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, scaling=scaling, dropout_p=p
-            )
-            return y if extra is None else y + extra
+        names = self._present_adapters()
 
-        return fusion.combine(self.base_layer, x, self._present_adapters(), update)
+        def update(*arguments) -> Tensor:
+            return self._update(x, *arguments)
+
+        if fusion.decodes(self.base_layer, x):
+            return fusion.decoded(self.base_layer, x, names, lambda y, name: self._add_step(y, x, name), update)
+        return fusion.combine(self.base_layer, x, names, update)
+
+    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        scaling, extra = self.scaling[name], self.lora_B[name].bias
+        if extra is not None:
+            extra = (extra * scaling).to(x.dtype)
+            if weight is not None:
+                bias, extra = extra if bias is None else bias + extra, None
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        y = lora_linear(x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name))
+        return y if extra is None else y + extra
+
+    def _dropout_p(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
+        down, up = self.lora_A[name], self.lora_B[name]
+        if up.bias is not None or self._dropout_p(name):
+            return False
+        return add_update(y, x, down.weight, None, up.weight, scaling=self.scaling[name])
 
 
 def is_plain_lora(module: nn.Module) -> bool:

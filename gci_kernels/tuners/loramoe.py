@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.ops import loramoe_linear
+from gci_kernels.ops.decode import add_update
 from gci_kernels.tuners.balance import BalanceCollector
 from gci_kernels.tuners.base import (
     BottleneckConfig,
@@ -110,6 +111,13 @@ class LoRAMoELinear(BottleneckLayer):
                 trained=router.requires_grad,
             )  # fmt: skip
         return y
+
+    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
+        if self.collector.active or (self.training and self.dropout_p[name]):
+            return False
+        parts = (self.parameter(part, name) for part in ("loramoe_A", "loramoe_router", "loramoe_B"))
+        top_k = self.top_k[name] or self.num_experts[name]
+        return add_update(y, x, *parts, scaling=self.scaling[name], top_k=top_k)
 
     def describe(self, name: str) -> str:
         return f"{self.num_experts[name]}x{self.r[name]}"

@@ -21,10 +21,8 @@ class Step:
         self.in_features, self.out_features = A.shape[1], B.shape[0]
         # What the kernel keeps between its halves: x widened, and the projected values.
         self.workspace = tokens * (self.in_features + A.shape[0] + experts)
-        router_address = 0 if router is None else router.data_ptr()
-        group = (
-            A.data_ptr(), router_address, B.data_ptr(), A.shape[0] // max(experts, 1), experts, top_k, scaling, 0, tokens
-        )  # fmt: skip
+        addresses = (A.data_ptr(), 0 if router is None else router.data_ptr(), B.data_ptr())
+        group = (*addresses, A.shape[0] // max(experts, 1), experts, top_k, scaling, 0, tokens)
         self.run = extension().DecodeStep(
             DTYPE_CODES[dtype], DTYPE_CODES[A.dtype], self.in_features, self.out_features, list(range(tokens)), [group]
         )

@@ -1,5 +1,6 @@
 """Steps that are made once for an adapter and used as long as its tensors are the same ones."""
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ class _Adapter:
     """What is known of the adapter that a B belongs to: its steps by dtype and number of tokens."""
 
     def __init__(self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int) -> None:
-        self.A, self.B = weakref.ref(A), weakref.ref(B, lambda _, key=id(B): _adapters.pop(key, None))
+        self.A, self.B = weakref.ref(A), weakref.ref(B, functools.partial(_forget, id(B)))
         self.router = None if router is None else weakref.ref(router)
         self.settings = (scaling, top_k)
         self.addresses = _addresses(A, router, B)
@@ -33,6 +34,10 @@ class _Adapter:
 
 # By the id of B. Nothing is put on the tensors or their modules, and nothing keeps them alive.
 _adapters: dict[int, _Adapter] = {}
+
+
+def _forget(key: int, _: weakref.ref) -> None:
+    _adapters.pop(key, None)
 
 
 def _addresses(A: Tensor, router: Tensor | None, B: Tensor) -> tuple:
