@@ -3,8 +3,10 @@
 float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16 takes the same lines.
 """
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from gci_kernels import ops
 from gci_kernels.ops import triton_config as config
@@ -121,6 +123,62 @@ def test_same_bits_twice_and_inputs_keep_theirs(dtype):
         assert torch.equal(first, second)
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(7), old.nan_to_num(7))
+
+
+def addresses(tensor):
+    """Of every number of `tensor`, and of none beside them."""
+    at = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        at = at[..., None] + torch.arange(size) * stride * tensor.element_size()
+    return at.flatten().numpy()
+
+
+class Guarded:
+    """A kernel that may touch its arguments alone: memory beside them may be nobody's."""
+
+    def __init__(self, kernel, monkeypatch):
+        self.kernel, self.allowed, self.touched = kernel, None, 0
+        for name, mask in (("create_masked_load", 1), ("create_masked_store", 2)):
+            self._watch(name, mask, monkeypatch)
+
+    def _watch(self, name, mask, monkeypatch):
+        real = getattr(InterpreterBuilder, name)
+
+        def watched(builder, *args):
+            used = args[0].data[args[mask].data]
+            assert np.isin(used, self.allowed).all(), f"{name} outside of the kernel's arguments"
+            self.touched += used.size
+            return real(builder, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            self.allowed = np.concatenate([addresses(tensor) for tensor in tensors])
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("block_k", (16, 32))
+@pytest.mark.parametrize(("tokens", "depth", "out"), [(21, 37, 33), (3, 32, 50), (1, 1, 1)])
+def test_nothing_outside_is_touched(monkeypatch, tokens, depth, out, block_k):
+    small = config.RowLinearConfig(16, 16, block_k, 2, num_warps=4, num_stages=1)
+    monkeypatch.setattr(config, "choose_row_linear_config", lambda *_: small)
+    guarded = Guarded(row_linear._row_linear_kernel, monkeypatch)
+    monkeypatch.setattr(row_linear, "_row_linear_kernel", guarded)
+    check(*make(tokens, depth, out, max(out // 3, 1), torch.float32))
+    assert guarded.touched
+
+
+def test_rows_far_apart(tmp_path):
+    """The last rows of x and W begin 2^31 numbers into a file that is nearly all hole."""
+    far = torch.from_file(str(tmp_path / "hole"), shared=True, size=2**31 + 64, dtype=torch.float16)
+    x, dy, weight, bias, active, positions = make(3, 32, 3, 1, torch.float16)
+    far_x, far_weight = far.as_strided((3, 32), (2**30, 1)), far.as_strided((3, 32), (2**30, 1), 32)
+    far_x.copy_(x), far_weight.copy_(weight)
+    check(far_x, dy, far_weight, bias, active, positions)
 
 
 @pytest.mark.parametrize("where", ("x", "weight", "active"))
