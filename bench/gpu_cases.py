@@ -17,8 +17,9 @@ from gci_kernels.verify import obstacle
 from .baselines import shared_copy
 from .cases import RANKS, LayerCase, LayerVariant, eager_variant, floor_of, frozen_variant, gci_variant, make_inputs
 from .correctness import check_layer, check_model
-from .gpu_stages import guarded, stage_entries
+from .gpu_stages import guarded, row_entries, stage_entries
 from .models import RANDOM_LLAMAS, random_llama
+from .roofline import RowCase
 from .timing import Timing, cold_cache, interleave, peak_memory
 from .variants import model_variants, random_ids, train_step, training_loss
 
@@ -57,6 +58,8 @@ def stages(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     for method in METHODS:
         case = _case(method, sizes.stage_tokens, sizes, torch.bfloat16)
         yield from stage_entries(case, device, sizes.rounds)
+    rows = RowCase(sizes.stage_tokens, sizes.features, sizes.features, active=sizes.features // 10)
+    yield from row_entries(rows, torch.bfloat16, torch.bfloat16, device, sizes.rounds)
 
 
 def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:

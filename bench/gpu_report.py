@@ -58,14 +58,16 @@ def _of_floor(entry: dict, name: str, floor: float | None) -> str:
 
 def _stages(entries: list[dict]) -> Table:
     table = _table(
-        "Stages, ms, and per cent of the roofline", "method", "stage", "library", "%", "Triton", "%", "library / Triton"
-    )
+        "Stages, ms, and per cent of the roofline", "method", "stage", "library", "%", "Triton", "%",
+        "library / Triton", "library, W' kept",
+    )  # fmt: skip
     for entry in entries:
         floor, seconds = entry.get("floor_seconds"), entry.get("seconds", {})
-        ratio = f"{seconds['aten']['median'] / seconds['triton']['median']:.2f}" if len(seconds) == 2 else ""
+        ratio = f"{seconds['aten']['median'] / seconds['triton']['median']:.2f}" if "triton" in seconds else ""
         table.add_row(
             entry.get("method", ""), entry["name"], _ms(entry, "aten"), _of_floor(entry, "aten", floor),
             _ms(entry, "triton"), _of_floor(entry, "triton", floor), ratio,
+            _ms(entry, "kept"),
         )  # fmt: skip
     return table
 

@@ -1,12 +1,14 @@
 """The stages of one adapted layer by themselves, Triton against the library; each is checked before it is timed.
 
-Their operands are those of a training step: what forward and backward of ops/bottleneck/autograd.py would pass.
+Their operands are those of a training step: what forward and backward of ops/bottleneck/autograd.py, or for LoKI of
+ops/row_linear/autograd.py, would pass.
 """
 
 import gc
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from .correctness import CorrectnessError
 from .timing import cold_cache, interleave
 
 PLANS = {"aten": ATEN, "triton": TRITON}
+# "kept" is the library's product with a copy of W that is there already; "aten" makes the copy.
+FORMS = {"aten": "merge", "kept": "kept", "triton": "triton"}
 Results = tuple[Tensor, ...]
 
 
@@ -39,18 +43,36 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
 
 def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterator[dict]:
     """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
-    reason = obstacle("triton", device.type, case.dtype)
-    plans = {"aten": ATEN} if reason else PLANS
-    least, prepare = _floor(case, device), cold_cache(device)
     tensors = _operands(make_inputs(case, device))
-    for name, stage in _stages(case, tensors).items():
+    stages, least = _stages(case, tensors), _floor(case, device)
+    yield from _entries(case.method, stages, PLANS, tensors, least, case.dtype, device, rounds)
+
+
+def row_entries(
+    case: roofline.RowCase, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
+) -> Iterator[dict]:
+    """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
+    tensors = _row_operands(case, dtype, active_dtype, device)
+    least = _seconds(roofline.row_floor(case, dtype, active_dtype), dtype, device)
+    yield from _entries("loki", ROW_STAGES, FORMS, tensors, least, dtype, device, rounds)
+
+
+def _entries(
+    method: str, stages: dict[str, Callable], plans: dict[str, object], tensors: dict[str, Tensor],
+    least: dict[str, float], dtype: torch.dtype, device: torch.device, rounds: int,
+) -> Iterator[dict]:  # fmt: skip
+    """One for each of `stages`, run by each of `plans`; the one called "aten" says what is right."""
+    reason = obstacle("triton", device.type, dtype)
+    plans = {impl: plan for impl, plan in plans.items() if impl != "triton" or not reason}
+    prepare = cold_cache(device)
+    for name, stage in stages.items():
 
         def measure(name: str = name, stage: Callable = stage) -> dict:
-            errors = _check(stage, tensors, plans, case.dtype)
+            errors = _check(stage, tensors, plans, dtype)
             fns = {impl: lambda plan=plan: stage(tensors, plan) for impl, plan in plans.items()}
             seconds = interleave(fns, device=device, rounds=rounds, warmup=3, prepare=prepare)
             return {
-                "method": case.method,
+                "method": method,
                 "floor_seconds": least.get(name),
                 "errors": errors,
                 "left_out": {"triton": reason} if reason else {},
@@ -61,14 +83,18 @@ def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterato
 
 
 def _floor(case: LayerCase, device: torch.device) -> dict[str, float]:
-    chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if chip is None:
-        return {}
     experts = case.num_experts if case.method == "loramoe" else 0
     rank = case.rank * case.num_experts
     shape = roofline.Case(case.tokens, case.in_features, case.out_features, rank, experts)
-    entries = roofline.floor(shape, case.dtype, case.adapter_dtype)
-    return {entry.name: chip.seconds(entry.moved, entry.operations, case.dtype) for entry in entries}
+    return _seconds(roofline.floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
+
+
+def _seconds(entries: list[roofline.Entry], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The least time of each entry by name; nothing where the device's rates are not listed."""
+    chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if chip is None:
+        return {}
+    return {entry.name: chip.seconds(entry.moved, entry.operations, dtype) for entry in entries}
 
 
 def _operands(inputs: LayerInputs) -> dict[str, Tensor]:
@@ -126,14 +152,54 @@ def _stages(case: LayerCase, tensors: dict[str, Tensor]) -> dict[str, Callable[[
     return made
 
 
+def _row_operands(
+    case: roofline.RowCase, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """What ops/row_linear/autograd.py would pass, by its names; `merged` is the copy of W with the active rows."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(rows: int, columns: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
+
+    fan_in = case.features_in**-0.5
+    x, dy = draw(case.tokens, case.features_in), draw(case.tokens, case.features_out)
+    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.active, case.features_in, fan_in)
+    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.active]
+    merged, chosen = weight.index_copy(0, positions, active), dy.index_select(1, positions)
+    return {
+        "x": x, "dy": dy, "weight": weight, "active": active.to(active_dtype), "positions": positions,
+        "merged": merged, "chosen": chosen,
+    }  # fmt: skip
+
+
+def _row_module(form: str) -> ModuleType:
+    return importlib.import_module(f"gci_kernels.ops.row_linear.{'triton' if form == 'triton' else 'aten'}")
+
+
+def _row_forward(t: dict[str, Tensor], form: str) -> Results:
+    weight = t["merged" if form == "kept" else "weight"]
+    return (_row_module(form).forward(t["x"], weight, None, t["active"], t["positions"], form),)
+
+
+def _row_dx(t: dict[str, Tensor], form: str) -> Results:
+    weight = t["merged" if form == "kept" else "weight"]
+    return (_row_module(form).dx(t["dy"], weight, t["active"], t["positions"], t["chosen"], form),)
+
+
+ROW_STAGES = {"forward": _row_forward, "backward: dX": _row_dx}
+
+
 def _check(stage: Callable, tensors: dict[str, Tensor], plans: dict, dtype: torch.dtype) -> dict[str, list[float]]:
-    """The errors of every implementation's results; CorrectnessError where Triton's pass twice the library's."""
-    truth = stage({name: tensor.double() for name, tensor in tensors.items()}, ATEN)
+    """The errors of every implementation's results; CorrectnessError where one's pass twice the library's."""
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    truth = stage(wide, plans["aten"])
     errors = {
         impl: [relative_error(a, t) for a, t in zip(stage(tensors, plan), truth, strict=True)]
         for impl, plan in plans.items()
     }
-    for plain, actual in zip(errors["aten"], errors.get("triton", errors["aten"]), strict=True):
-        if not actual <= error_bound(plain, dtype):
-            raise CorrectnessError(f"Triton differs from float64 by {actual:.2e}, the library by {plain:.2e}")
+    for impl, made in errors.items():
+        for plain, actual in zip(errors["aten"], made, strict=True):
+            if not actual <= error_bound(plain, dtype):
+                named = f"{impl.capitalize()} differs from float64 by {actual:.2e}"
+                raise CorrectnessError(f"{named}, the library by {plain:.2e}")
     return errors

@@ -18,8 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import autograd
+from gci_kernels.ops.row_linear import autograd as row_autograd
 
-from .roofline import Case
+from .roofline import Case, RowCase
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
 _KERNEL_MODULES = [
@@ -27,6 +28,7 @@ _KERNEL_MODULES = [
     "gci_kernels.ops.bottleneck.triton.project_reduce",
     "gci_kernels.ops.gate.triton",
     "gci_kernels.ops.attention.triton",
+    "gci_kernels.ops.row_linear.triton",
 ]
 
 
@@ -39,6 +41,10 @@ CASES = [
     for rank, experts in ((16, 0), (32, 8))
 ]
 DROPOUT_CASES = [replace(case, dropout_p=0.05) for case in CASES]
+# LoKI trains rows of down_proj: a tenth of them.
+ROW_CASES = [
+    RowCase(tokens, *shape, active=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
+]
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,15 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     return made
 
 
-def launches(case: Case, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
+def launches(case: Case | RowCase, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
     """The different launches of forward and backward of `case`, with and without a bias, with gates used and not."""
     calls = []
     for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
-        for direction in training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates):
+        if isinstance(case, RowCase):
+            step = row_step(case, dtype, adapter_dtype, bias=bias)
+        else:
+            step = training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
+        for direction in step:
             calls += record(direction, capability)
     return list(dict.fromkeys(call.launch for call in calls))
 
@@ -130,6 +140,29 @@ def training_step(
         needs = [True, False, False, True, True, False]
         tensors = (dy, dgates, x, weight, A, B, router, None, None, seed)
         autograd._bottleneck_backward(*tensors, *saved, *settings, needs)
+
+    return forward, backward
+
+
+def row_step(
+    case: RowCase, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward, and backward to x and the active rows and their bias, on meta tensors."""
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, dy = tensor(case.tokens, case.features_in), tensor(case.tokens, case.features_out)
+    weight, b = tensor(case.features_out, case.features_in), tensor(case.features_out) if bias else None
+    active = tensor(case.active, case.features_in, dtype=active_dtype)
+    positions = tensor(case.active, dtype=torch.int64)
+    active_bias = tensor(case.active, dtype=active_dtype) if bias else None
+
+    def forward() -> None:
+        row_autograd._row_linear(x, weight, b, active, positions, active_bias, "triton")
+
+    def backward() -> None:
+        row_autograd._row_linear_backward(dy, x, weight, active, positions, "triton", [True, True, bias])
 
     return forward, backward
 

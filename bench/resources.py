@@ -19,8 +19,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import CASES, DROPOUT_CASES, Launch, launches
-from .roofline import Case
+from .launches import CASES, DROPOUT_CASES, ROW_CASES, Launch, launches
+from .roofline import Case, RowCase
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, chip.warps // warps) * warps / chip.warps
 
 
-def rows(chips: list[str], cases: list[Case]) -> Iterator[tuple[str, Launch, Resources]]:
+def rows(chips: list[str], cases: list[Case | RowCase]) -> Iterator[tuple[str, Launch, Resources]]:
     """Each different launch of `cases` in bfloat16, adapters in float32, on each chip."""
     for chip in chips:
         seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, torch.bfloat16, torch.float32))
@@ -102,7 +102,7 @@ def main() -> None:
     table = Table(title="Resources of the Triton kernels: bfloat16, adapters in float32")
     for column in ("chip", "kernel", "launch", "registers", "stack", "spills", "shared KiB", "occupancy"):
         table.add_column(column, justify="left" if column in ("chip", "kernel", "launch") else "right")
-    for chip, launch, used in rows(list(CHIPS), CASES + DROPOUT_CASES):
+    for chip, launch, used in rows(list(CHIPS), CASES + DROPOUT_CASES + ROW_CASES):
         table.add_row(
             chip, launch.name, str(launch), str(used.registers), str(used.stack), str(used.spills),
             f"{used.shared / 1024:.1f}", f"{used.occupancy:.0%}",

@@ -57,6 +57,16 @@ class Case:
 
 
 @dataclass(frozen=True)
+class RowCase:
+    """One linear layer in training of whose rows `active` are trained: x [tokens, features_in]."""
+
+    tokens: int
+    features_in: int
+    features_out: int
+    active: int
+
+
+@dataclass(frozen=True)
 class Entry:
     """One stage, kernel or operation: the bytes it moves, and its operations in matrix products."""
 
@@ -88,7 +98,16 @@ def floor(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[En
     ]
 
 
-def frozen_floor(case: Case, dtype: torch.dtype) -> list[Entry]:
+def row_floor(case: RowCase, dtype: torch.dtype, active_dtype: torch.dtype) -> list[Entry]:
+    """The products of forward and backward of a layer with trained rows; W' takes as many bytes as W, wherever from."""
+    forward, dx = frozen_floor(case, dtype)
+    gradient = case.tokens * (case.features_in + case.active) * dtype.itemsize
+    gradient += case.active * case.features_in * active_dtype.itemsize
+    operations = 2 * case.tokens * case.features_in * case.active
+    return [forward, dx, Entry("backward: dactive", gradient, operations)]
+
+
+def frozen_floor(case: Case | RowCase, dtype: torch.dtype) -> list[Entry]:
     """The same of the frozen layer: y and dX."""
     elements = case.tokens * (case.features_in + case.features_out) + case.features_in * case.features_out
     operations = 2 * case.tokens * case.features_in * case.features_out

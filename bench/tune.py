@@ -20,6 +20,7 @@ from gci_kernels import hardware
 from gci_kernels.impl import triton_obstacle
 from gci_kernels.ops import triton_config, tuned
 from gci_kernels.ops.bottleneck import aten
+from gci_kernels.ops.row_linear import aten as row_aten
 from gci_kernels.testing import error_bound, relative_error
 
 from .cases import RANKS
@@ -35,6 +36,10 @@ FIELDS: dict[str, dict[str, tuple]] = {
     ),
     "reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3, 4), num_warps=_WARPS),
     "project_reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3), num_warps=_WARPS),
+    "row_linear": dict(
+        block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
+        num_warps=_WARPS, group=(4, 8, 16),
+    ),
 }  # fmt: skip
 #: Less is noise, and not worth another configuration.
 WORTHWHILE = 0.98
@@ -50,16 +55,45 @@ class Target:
     library: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
 
+def _drawing(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Makes random matrices of so many rows and columns, the same ones every time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
+
+    return draw
+
+
+def row_targets(
+    tokens: int, features_in: int, features_out: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Target]:
+    """The launches of forward and dX of a layer of whose rows a tenth is trained."""
+    from gci_kernels.ops.row_linear import triton
+
+    draw, k = _drawing(dtype, device), max(features_out // 10, 1)
+    x, dy = draw(tokens, features_in), draw(tokens, features_out)
+    w, active = (draw(rows, features_in, features_in**-0.5) for rows in (features_out, k))
+    positions = torch.randperm(features_out, device=device)[:k]
+    yield Target(
+        "row_linear", dtype,
+        lambda: triton.forward(x, w, None, active, positions, "triton"),
+        lambda widen: row_aten.forward(widen(x), widen(w), None, widen(active), positions, "merge"),
+    )  # fmt: skip
+    yield Target(
+        "row_linear", dtype,
+        lambda: triton.dx(dy, w, active, positions, dy[:, :0], "triton"),
+        lambda widen: row_aten.dx(widen(dy), widen(w), widen(active), positions, dy[:, :0], "merge"),
+    )  # fmt: skip
+
+
 def targets(
     tokens: int, features_in: int, features_out: int, rank: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Target]:
     """The launches of one adapted layer's forward and backward, adapters in `dtype`."""
     from gci_kernels.ops.bottleneck import triton
 
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
+    draw = _drawing(dtype, device)
 
     def target(
         kernel: str, run: Callable[[], Tensor], library: Callable[[Callable[[Tensor], Tensor]], Tensor]
@@ -155,7 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=int, nargs=2, action="append", metavar=("IN", "OUT"),
         help="a layer's features; may be repeated (default: 4096 4096)",
     )  # fmt: skip
-    parser.add_argument("--method", choices=["lora", "loramoe"], nargs="+", default=["lora", "loramoe"])
+    methods = ["lora", "loramoe", "loki"]
+    parser.add_argument("--method", choices=methods, nargs="+", default=methods)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
 
 
@@ -174,7 +209,10 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(method: str) -> tuple[int, int]:
+def _columns(method: str) -> tuple[int, ...]:
+    """Columns of B, and experts; LoKI has neither."""
+    if method == "loki":
+        return ()
     rank, experts = RANKS[method]
     return rank * experts, experts if method == "loramoe" else 0
 
@@ -183,10 +221,11 @@ def run(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device,
     seconds: Callable[[Callable[[], object]], float], stderr: Console,
 ) -> Iterator[Found]:  # fmt: skip
-    """Tune every launch of every shape (tokens, in, out, columns of B, experts)."""
+    """Tune every launch of every shape: (tokens, in, out, columns of B, experts), or of LoKI (tokens, in, out)."""
     with Progress(console=stderr, transient=True) as progress:
         for shape in shapes:
-            for target in targets(*shape, dtype, device):
+            made = row_targets if len(shape) == 3 else targets
+            for target in made(*shape, dtype, device):
                 steps = sum(map(len, FIELDS[target.kernel].values()))
                 task = progress.add_task(f"{target.kernel} {shape}", total=steps)
                 yield tune(target, device, seconds, lambda task=task: progress.advance(task))

@@ -36,6 +36,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "dropout": _DROPOUT,
     "gate": ("ops/gate/triton.py", "ops/triton_config.py"),
     "attention": ("ops/attention/triton.py", "ops/attention/config.py", "ops/triton_config.py"),
+    "row_linear": ("ops/row_linear/triton.py", "ops/triton_config.py", "ops/tuned.py"),
 }
 _PACKAGE = Path(__file__).parent
 _LOCK = threading.RLock()

@@ -1,6 +1,6 @@
 """One Triton kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
 
-Truth is the stage's library form (aten.py in ops/bottleneck, ops/gate and ops/attention) in float64 on the same rounded
+Truth is the stage's library form (aten.py of its folder in ops/) in float64 on the same rounded
 inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice for the same bits.
 tests/test_gpu.py asks for more shapes; under TRITON_INTERPRET=1 all of it runs on CPU tensors.
 """
@@ -177,10 +177,27 @@ def _attention(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     return results
 
 
-#: stage -> every way that ops/bottleneck/autograd.py calls it, as named outputs.
+def _row_linear(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+    """Some rows from the stack, in falling order, and all of them from W upside down."""
+    form = "triton" if plan is TRITON else "merge"
+    rows, results = importlib.import_module(f"gci_kernels.ops.row_linear.{'triton' if plan is TRITON else 'aten'}"), {}
+    falling = torch.arange(t.shape.width - 1, -1, -1, device=t.x.device)
+    some = falling[:: max(t.shape.width // t.stack.shape[0], 1)][: t.stack.shape[0]]
+    for name, active, positions in ((", some", t.stack[: some.shape[0]], some), (", all", t.weight, falling)):
+        chosen = t.dy.index_select(1, positions)
+        made = {
+            "y": rows.forward(t.x, t.weight, t.bias, active, positions, form),
+            "y, no bias": rows.forward(t.x, t.weight, None, active, positions, form),
+            "dx": rows.dx(t.dy, t.weight, active, positions, chosen, form),
+        }
+        results |= {key + name: value for key, value in made.items()}
+    return results
+
+
+#: stage -> every way that ops/bottleneck/autograd.py or ops/row_linear/autograd.py calls it, as named outputs.
 STAGES = {
     "project": _project, "expand": _expand, "reduce": _reduce, "dropout": _dropout, "gate": _gate,
-    "attention": _attention,
+    "attention": _attention, "row_linear": _row_linear,
 }  # fmt: skip
 
 

@@ -17,11 +17,13 @@ from gci_kernels.bench import gpu, gpu_cases, gpu_proof, gpu_stages
 from gci_kernels.bench.cases import RANKS
 from gci_kernels.bench.correctness import CorrectnessError
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
+from gci_kernels.bench.roofline import RowCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+ROWS = RowCase(32, 64, 48, active=5)
 DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
 
 
@@ -58,7 +60,9 @@ def test_rehearsal(checkout, tmp_path):
     floors = {"forward: project", "forward: expand", "backward: dU, dB", "backward: dX", "backward: dA"}
     for method, others in (("lora", {"dropout"}), ("loramoe", {"forward: mix", "backward: mix"})):
         assert {entry["name"] for entry in result["stages"] if entry["method"] == method} == floors | others
-    assert all(set(entry["seconds"]) == {"aten"} for entry in result["stages"])
+    assert [entry["name"] for entry in result["stages"] if entry["method"] == "loki"] == ["forward", "backward: dX"]
+    for entry in result["stages"]:
+        assert set(entry["seconds"]) == ({"aten", "kept"} if entry["method"] == "loki" else {"aten"})
     kinds = [(entry["method"], entry["dtype"]) for entry in result["layers"]]
     others = [(method, "bfloat16") for method in RANKS if method not in gpu_cases.METHODS]
     assert kinds == [*zip(("lora", *["loramoe"] * 3), DTYPES, strict=True), *others]
@@ -163,6 +167,23 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     assert entries["dropout"]["error"].startswith("ZeroDivisionError")
     assert all("seconds" not in entries[name] for name in ("backward: dA", "dropout"))
     assert set(entries["backward: dX"]["seconds"]) == {"aten", "triton"} and len(entries) == 6
+
+
+def test_a_wrong_row_gets_no_time(monkeypatch):
+    """Of LoKI's products: one whose rows are not where the library has them, among right ones."""
+    monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
+    monkeypatch.setattr(gpu_stages, "FORMS", {"aten": "merge", "kept": "kept", "triton": "overwrite"})
+    entries = list(gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2))
+    assert [set(entry["seconds"]) for entry in entries] == [{"aten", "kept", "triton"}] * 2
+    right = gpu_stages._row_operands
+
+    def wrong(*arguments):
+        tensors = right(*arguments)
+        return tensors | {"merged": tensors["merged"].roll(1, 0)}
+
+    monkeypatch.setattr(gpu_stages, "_row_operands", wrong)
+    for entry in gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2):
+        assert entry["error"].startswith("CorrectnessError: Kept differs from float64 by 1."), entry
 
 
 def test_a_wrong_variant_is_left_out_and_the_others_are_timed(monkeypatch):

@@ -14,6 +14,7 @@ from gci_kernels.ops.bottleneck import api, aten
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
+from gci_kernels.ops.row_linear import triton as row_linear
 from gci_kernels.self_check import Shape
 from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
@@ -85,6 +86,29 @@ def test_rows_far_into_memory(kernel):
     assert relative_error(actual, expected) <= 1e-2  # a wrong row is wrong by more than 1
 
 
+@only_gpu
+@pytest.mark.parametrize("sum_rows", (False, True))
+@pytest.mark.parametrize("kernel", ("row_linear",))
+def test_rows_of_w_far_into_memory(kernel, sum_rows, out=70_000, depth=32_768, half=65):
+    """The last `half` of its own rows, and the active ones before them, far into the table that they come from."""
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free memory")
+    weight = torch.full((out, depth), float("nan"), dtype=torch.bfloat16, device="cuda")
+    active, positions = torch.zeros_like(weight[half:]), torch.arange(out - half, device="cuda")
+    for rows in (weight, active):
+        rows[-half:] = torch.randn(half, depth, device="cuda") * depth**-0.5
+    merged = torch.cat((active[-half:], weight[-half:])).double()
+    if sum_rows:
+        dy = torch.zeros(140, out, dtype=torch.bfloat16, device="cuda")
+        dy[:, -2 * half :] = torch.randn(140, 2 * half, device="cuda")
+        actual, expected = row_linear.dx(dy, weight, active, positions, None, ""), dy[:, -2 * half :].double() @ merged
+    else:
+        x = torch.randn(140, depth, device="cuda").bfloat16()
+        actual = row_linear.forward(x, weight, None, active, positions, "")[:, -2 * half :]
+        expected = x.double() @ merged.t()
+    assert relative_error(actual, expected) <= 1e-2
+
+
 # Dropout and the gate beyond what self_check.py looks at
 
 
@@ -151,7 +175,7 @@ def test_op_gives_the_same_bits_twice(impl, case, dtype):
 
 
 @pytest.mark.parametrize("others", ("aten", "triton"))
-@pytest.mark.parametrize("kernel", hardware.KERNELS)
+@pytest.mark.parametrize("kernel", sorted(hardware.KERNELS.keys() - {"row_linear"}))
 def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"
@@ -200,3 +224,58 @@ def test_op_replays_in_a_cuda_graph(impl):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, function())
+
+
+def loki_leaves(tokens: int, depth: int, out: int, k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Arguments of loki_linear: positions in no order, and the active rows and their bias in float32."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(DEVICE, dtype)
+
+    return {
+        "x": draw(tokens, depth).requires_grad_(), "weight": draw(out, depth, scale=depth**-0.5), "bias": draw(out),
+        "active_weight": draw(k, depth, dtype=torch.float32, scale=depth**-0.5).requires_grad_(),
+        "positions": torch.randperm(out, generator=g)[:k].to(DEVICE),
+        "active_bias": draw(k, dtype=torch.float32).requires_grad_(),
+    }  # fmt: skip
+
+
+def loki_results(arguments: dict[str, torch.Tensor], impl: str) -> dict[str, torch.Tensor]:
+    y = ops.loki_linear(**arguments, impl=impl)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
+    leaves = {key: tensor for key, tensor in arguments.items() if tensor.requires_grad}
+    return {"y": y} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
+@pytest.mark.parametrize("shape", [(130, 67, 45, 9), (1, 64, 48, 1), (64, 128, 96, 96)], ids=str)
+@pytest.mark.parametrize("kernel", ("row_linear",))
+def test_loki_linear_against_float64(kernel, shape, dtype):
+    arguments = loki_leaves(*shape, dtype)
+    wide = {
+        key: tensor.detach().to(dtype).double().requires_grad_(tensor.requires_grad) if key != "positions" else tensor
+        for key, tensor in arguments.items()
+    }
+    truth, plain, actual = (
+        loki_results(wide, "reference"), loki_results(arguments, "reference"), loki_results(arguments, "triton")
+    )  # fmt: skip
+    for key in truth:
+        assert relative_error(actual[key], truth[key]) <= error_bound(relative_error(plain[key], truth[key]), dtype), (
+            key
+        )
+
+
+@only_gpu
+@pytest.mark.parametrize("kernel", ("row_linear",))
+def test_loki_linear_replays_in_a_cuda_graph(kernel):
+    """The map of rows is made in the graph: positions that have changed count in the next replay."""
+    arguments = {key: tensor.detach() for key, tensor in loki_leaves(600, 256, 320, 32, HALF).items()}
+    ops.loki_linear(**arguments, impl="triton")  # compiled, and warm
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.loki_linear(**arguments, impl="triton")
+    arguments["x"].copy_(torch.randn_like(arguments["x"]))
+    arguments["positions"].copy_(arguments["positions"].roll(1))
+    graph.replay()
+    assert torch.equal(y, ops.loki_linear(**arguments, impl="triton"))

@@ -259,6 +259,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
         from gci_kernels.ops import triton_config as config
         from gci_kernels.ops.bottleneck import triton as stages
         from gci_kernels.ops.gate import triton as gate
+        from gci_kernels.ops.row_linear import triton as row_linear
 
         # dY read once for two products: at this size, only where it is asked for.
         small = config.ProjectReduceConfig(16, 16, 16, 2, 4, 1)
@@ -295,21 +296,29 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
                 return result
             return wrong
 
+        def shifted(right):
+            return lambda positions, rows: right(positions, rows).roll(1)
+
+        def by_position(right):  # as if the active rows came in the order of W's
+            return lambda positions, rows: right(positions.sort().values, rows)
+
         faults = [
             (stages, "project", rounded), (stages, "expand", unwritten), (stages, "reduce", noisy),
             (stages, "project_reduce", scaled), (stages, "dropout", unwritten), (gate, "forward", scaled),
-            (gate, "backward", scaled),
+            (gate, "backward", scaled), (row_linear, "_source", shifted), (row_linear, "_source", by_position),
+            (row_linear, "dx", unwritten),
         ]
+        owners = {gate: "gate", row_linear: "row_linear"}
         for module, name, fault in faults:
             right = getattr(module, name)
             setattr(module, name, fault(right))
-            kernel = "gate" if module is gate else "reduce" if name == "project_reduce" else name
+            kernel = owners.get(module, "reduce" if name == "project_reduce" else name)
             print("wrong", name, failed(kernel))
             setattr(module, name, right)
         """
     )
     lines = shown.splitlines()
-    assert len(lines) == len(hardware.KERNELS) + 7, shown
+    assert len(lines) == len(hardware.KERNELS) + 10, shown
     for line in lines:
         verdict, _, names = line.split(maxsplit=2)
         assert (names == "[]") == (verdict == "right"), line
@@ -394,7 +403,7 @@ def test_auto_takes_what_is_proved_and_expected_to_be_faster():
         assert set(vars(plan(tokens, dtype)).values()) == {"aten"}
 
 
-@pytest.mark.parametrize("kernel", hardware.KERNELS)
+@pytest.mark.parametrize("kernel", sorted(ALL - {"row_linear"}))  # its plan: test_row_linear.py
 def test_auto_leaves_out_what_is_not_proved(kernel):
     stage, mixer = ("mix", kernel) if kernel in ("gate", "attention") else (kernel, "gate")
     made = vars(plan(8192, torch.bfloat16, ALL - {kernel}, mixer=mixer))

@@ -5,7 +5,7 @@ import torch
 
 from gci_kernels.bench import roofline, traffic
 from gci_kernels.bench.launches import record
-from gci_kernels.bench.roofline import CHIPS, Case, chip_of, floor, frozen_floor, seconds
+from gci_kernels.bench.roofline import CHIPS, Case, RowCase, chip_of, floor, frozen_floor, row_floor, seconds
 from gci_kernels.bench.traffic import PLANS, count
 from gci_kernels.ops.bottleneck import triton as stages
 
@@ -50,6 +50,16 @@ def test_floor_by_hand():
     }
     assert entries["forward: expand"].operations == 2 * 2 * 3 * 5 + 2 * 2 * 2 * 5
     assert total(frozen_floor(Case(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
+
+
+def test_floor_of_trained_rows_by_hand():
+    """2 tokens, 3 to 5, two rows trained in float32 beside bfloat16."""
+    entries = row_floor(RowCase(2, 3, 5, 2), torch.bfloat16, torch.float32)
+    moved = {entry.name: entry.moved for entry in entries}
+    assert moved == {
+        "forward": 2 * (6 + 15 + 10), "backward: dX": 2 * (6 + 15 + 10), "backward: dactive": 2 * (4 + 6) + 4 * 6,
+    }  # fmt: skip
+    assert [entry.operations for entry in entries] == [60, 60, 24]
 
 
 def test_operations_do_not_depend_on_the_plan():

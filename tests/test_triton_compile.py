@@ -124,6 +124,7 @@ def test_launches_are_what_a_launcher_would_launch():
 def test_table(monkeypatch, capsys):
     monkeypatch.setattr(resources, "CASES", [Case(512, 896, 896, 16, 0)])
     monkeypatch.setattr(resources, "DROPOUT_CASES", [])
+    monkeypatch.setattr(resources, "ROW_CASES", [])
     monkeypatch.setattr(resources, "CHIPS", {"sm_90": CHIPS["sm_90"]})
     resources.main()
     table = capsys.readouterr().out

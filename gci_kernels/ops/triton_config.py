@@ -60,6 +60,16 @@ class ExpandConfig:
 
 
 @dataclass(frozen=True)
+class RowLinearConfig:
+    block_t: int
+    block_n: int
+    block_k: int
+    group: int  # rows of tiles that share their rows of W in L2
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ProjectReduceConfig:
     block_t: int
     block_n: int
@@ -137,6 +147,27 @@ def choose_expand_config(
     num_warps = 8 if block_t == 128 else 4
     descriptors = where.async_products and block_t >= 64
     return ExpandConfig(block_t, _power(width, 16, 128), 64, block_r, 8, num_warps, num_stages, descriptors)
+
+
+def choose_row_linear_config(
+    tokens: int, depth: int, width: int, dtype: torch.dtype, capability: str, sum_rows: bool
+) -> RowLinearConfig:
+    """For [tokens, depth] @ [depth, width]; `sum_rows`: the rows with two sources run along the sum.
+
+    That costs registers, for which there is room: it has no say here, but tuning may find otherwise.
+    """
+    where = chip(capability)
+    if dtype == torch.float32:  # no matrix units
+        return RowLinearConfig(_power(tokens, 16, 64), _power(width, 16, 128), 16, 8, num_warps=8, num_stages=2)
+    if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
+        return RowLinearConfig(_power(tokens, 16, 64), _power(width, 16, 64), 32, 8, num_warps=4, num_stages=2)
+    # Tiles and their order as in `expand`, for the same reasons.
+    if where.shared > 64 * 1024 and tokens > 64 and _blocks(tokens, 128) * _blocks(width, 256) >= where.processors:
+        block_k, num_stages = (64, 3) if where.async_products else (32, 4)
+        group = 8 if 2 * depth * (width + 8 * 128) <= where.cache else 16
+        return RowLinearConfig(128, 256, block_k, group, num_warps=8, num_stages=num_stages)
+    block_t, num_stages = _power(tokens, 16, 128), 4 if where.shared > 64 * 1024 else 2
+    return RowLinearConfig(block_t, _power(width, 16, 128), 64, 8, 8 if block_t == 128 else 4, num_stages)
 
 
 def choose_reduce_config(

@@ -25,6 +25,7 @@ CLASSES = {
     "expand": triton_config.ExpandConfig,
     "reduce": triton_config.ReduceConfig,
     "project_reduce": triton_config.ProjectReduceConfig,
+    "row_linear": triton_config.RowLinearConfig,
 }
 _trying: dict[str, object] = {}
 _asked: list[tuple[str, tuple]] | None = None
