@@ -23,7 +23,6 @@ expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expan
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = (torch.float32, torch.float16)
-WHOLE_OPS = [case for case in verify.CASES if case.method != "loki"]
 # tokens, depth, width, rank
 SHAPES = [
     (1, 5, 1, 1), (7, 33, 20, 3), (130, 67, 50, 16), (130, 600, 259, 40), (64, 128, 128, 16), (3, 16, 300, 130),
@@ -311,7 +310,7 @@ def test_gate_carries_nan(where, top_k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", WHOLE_OPS, ids=str)
+@pytest.mark.parametrize("case", verify.CASES, ids=str)
 def test_whole_op(case, dtype):
     """Forward and every gradient through impl="triton", dropout included."""
     tensors = verify.make_inputs(case, dtype, "cpu")
