@@ -15,7 +15,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = ("gate", "attention", "decode", "dropout", "skinny", "skinny_bf16", "table")
+KERNELS = ("gate", "attention", "attend", "decode", "dropout", "skinny", "skinny_bf16", "table")
 KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in KERNELS]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]

@@ -147,7 +147,24 @@ PYBIND11_MODULE(_native, module) {
           [](gci::DecodeArgs& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address workspace, int threads) {
             gci::DecodeArgs a = step;
             a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
-            kernels().decode(a, at<float>(workspace), threads);
+            kernels().decode(a, nullptr, at<float>(workspace), threads);
+          },
+          nogil)
+      .def(
+          // ALoRA's: attend to a cache of which `past` tokens are filled, then add to y. u: [batch, rank] floats.
+          "attend",
+          [](gci::DecodeArgs& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address qkv, int heads,
+             bool residual, const std::tuple<Address, int64_t, int64_t>& kv, int past,
+             const std::tuple<Address, int64_t>& segments, Address u, Address workspace, int threads) {
+            gci::DecodeArgs a = step;
+            a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
+            const gci::DecodeGroup& g = a.groups[0];
+            const int32_t filled = past;
+            kernels().attend({a.x, ld_x, g.A, at<const void>(qkv), a.dtype, a.adapter_dtype, a.in, a.tokens, g.rank,
+                              heads, residual, at<void>(std::get<0>(kv)), std::get<1>(kv), std::get<2>(kv), &filled,
+                              at<const int32_t>(std::get<0>(segments)), std::get<1>(segments), at<float>(u)},
+                             at<float>(workspace), threads);
+            kernels().decode(a, at<const float>(u), nullptr, threads);
           },
           nogil);
   module.def("has_bf16_products", [] { return kernels().project_bf16 != nullptr; });

@@ -5,18 +5,11 @@
 #include <omp.h>
 
 #include "common/decode.h"
+#include "cpu/dot.h"
 #include "cpu/softmax.h"
 
 namespace gci::GCI_ISA {
 namespace {
-
-inline float total(Vec v) {
-  float parts[lanes];
-  store(parts, v);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
-}
 
 typedef int32_t Index __attribute__((vector_size(sizeof(Vec))));
 
@@ -47,39 +40,6 @@ inline Vec totals(Vec (&v)[lanes]) {
 #pragma GCC unroll 8
     for (int i = 0; i < count / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
   return v[0];
-}
-
-// out[t] = a . x[t] for `Tokens` rows of x; several sums at a time, for one would wait for its own last step.
-template <int Tokens, typename W>
-inline void dot(const W* a, const float* x, int64_t ld_x, int64_t n, float* out) {
-  constexpr int chains = Tokens == 1 ? 4 : Tokens == 2 ? 2 : 1;
-  Vec sum[Tokens][chains] = {};
-  int64_t i = 0;
-  for (; i + chains * lanes <= n; i += chains * lanes)
-#pragma GCC unroll 4
-    for (int c = 0; c < chains; ++c) {
-      const Vec v = load_wide(a + i + c * lanes);
-#pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) sum[t][c] += v * load(x + t * ld_x + i + c * lanes);
-    }
-  for (; i + lanes <= n; i += lanes)
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sum[t][0] += load_wide(a + i) * load(x + t * ld_x + i);
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
-    float rest = 0;
-    for (int64_t j = i; j < n; ++j) rest += widen(a[j]) * x[t * ld_x + j];
-    for (int c = 1; c < chains; ++c) sum[t][0] += sum[t][c];
-    out[t] = total(sum[t][0]) + rest;
-  }
-}
-
-template <typename W>
-inline void dot_all(const W* a, const float* x, int64_t ld_x, int64_t n, int tokens, float* out) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) dot<4>(a, x + t * ld_x, ld_x, n, out + t);
-  for (; t + 2 <= tokens; t += 2) dot<2>(a, x + t * ld_x, ld_x, n, out + t);
-  for (; t < tokens; ++t) dot<1>(a, x + t * ld_x, ld_x, n, out + t);
 }
 
 // Columns become rows, in log2(lanes) rounds: each moves the elements of one half-size block to its neighbour.
@@ -197,43 +157,49 @@ inline void mix(const DecodeGroup& g, const float* projected, float* u) {
 // What thread `me` of `team` takes of `count` things.
 inline int64_t share(int64_t count, int64_t me, int64_t team) { return count * me / team; }
 
+// projected [columns, tokens] of each group in turn = [A; router] @ x.T, by all threads of a team.
 template <typename X, typename W>
-void step(const DecodeArgs& a, float* workspace, int threads) {
-  float *wide = workspace, *projected = wide + a.tokens * a.in;  // tokens in the groups' order
+void project_all(const DecodeArgs& a, float* wide, float* projected, int64_t me, int64_t team) {
   int64_t total_columns = 0;
   for (int g = 0; g < a.num_groups; ++g) total_columns += adapter_columns(a.groups[g]) + a.groups[g].experts;
+  for (int t = 0; t < a.tokens; ++t) {  // in the groups' order
+    const int64_t first = share(a.in, me, team);
+    widen_row(static_cast<const X*>(a.x) + a.rows[t] * a.ld_x + first, share(a.in, me + 1, team) - first,
+              wide + t * a.in + first);
+  }
+#pragma omp barrier
+  int64_t before = 0;
+  for (int i = 0; i < a.num_groups; ++i) {
+    const DecodeGroup& g = a.groups[i];
+    const int64_t columns = adapter_columns(g), all = columns + g.experts;
+    const int64_t first = share(total_columns, me, team) - before, end = share(total_columns, me + 1, team) - before;
+    for (int64_t c = first < 0 ? 0 : first; c < (end < all ? end : all); ++c) {
+      const W* row = c < columns ? static_cast<const W*>(g.A) + c * a.in
+                                 : static_cast<const W*>(g.router) + (c - columns) * a.in;
+      dot_all(row, wide + g.first * a.in, a.in, a.in, g.count, projected + c * g.count);
+    }
+    before += all;
+    projected += all * g.count;
+  }
+#pragma omp barrier
+}
+
+template <typename X, typename W>
+void step(const DecodeArgs& a, const float* given, float* workspace, int threads) {
+  float *wide = workspace, *projected = wide + a.tokens * a.in;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int t = 0; t < a.tokens; ++t) {
-      const X* x = static_cast<const X*>(a.x) + a.rows[t] * a.ld_x;
-      int64_t i = share(a.in, me, team);
-      const int64_t end = share(a.in, me + 1, team);
-      for (; i + lanes <= end; i += lanes) store(wide + t * a.in + i, load_wide(x + i));
-      for (; i < end; ++i) wide[t * a.in + i] = widen(x[i]);
-    }
-#pragma omp barrier
-    int64_t before = 0;
-    float* h = projected;
-    for (int i = 0; i < a.num_groups; ++i) {
-      const DecodeGroup& g = a.groups[i];
-      const int64_t columns = adapter_columns(g), all = columns + g.experts;
-      const int64_t first = share(total_columns, me, team) - before, end = share(total_columns, me + 1, team) - before;
-      for (int64_t c = first < 0 ? 0 : first; c < (end < all ? end : all); ++c) {
-        const W* row = c < columns ? static_cast<const W*>(g.A) + c * a.in
-                                   : static_cast<const W*>(g.router) + (c - columns) * a.in;
-        dot_all(row, wide + g.first * a.in, a.in, a.in, g.count, h + c * g.count);
-      }
-      before += all;
-      h += all * g.count;
-    }
-#pragma omp barrier
-    h = projected;
+    if (!given) project_all<X, W>(a, wide, projected, me, team);
+    const float* h = projected;
     float u[decode_max_tokens * decode_max_columns];  // every thread its own: the gates are a few exponentials
     for (int i = 0; i < a.num_groups; ++i) {
       const DecodeGroup& g = a.groups[i];
       const int64_t columns = adapter_columns(g);
-      mix(g, h, u);
+      if (given)
+        for (int64_t c = 0; c < g.count * columns; ++c) u[c] = g.scaling * given[g.first * columns + c];
+      else
+        mix(g, h, u);
       X* y[decode_max_tokens];
       for (int t = 0; t < g.count; ++t) y[t] = static_cast<X*>(a.y) + a.rows[g.first + t] * a.ld_y;
       expand<X>(static_cast<const W*>(g.B), columns, u, y, g.count, share(a.out, me, team), share(a.out, me + 1, team));
@@ -244,12 +210,14 @@ void step(const DecodeArgs& a, float* workspace, int threads) {
 
 }  // namespace
 
-void decode(const DecodeArgs& a, float* workspace, int threads) {
+void decode(const DecodeArgs& a, const float* given, float* workspace, int threads) {
   const bool wide = a.adapter_dtype == DType::float32;
-  if (a.dtype == DType::float32) return step<float, float>(a, workspace, threads);
+  if (a.dtype == DType::float32) return step<float, float>(a, given, workspace, threads);
   if (a.dtype == DType::bfloat16)
-    return wide ? step<bfloat16, float>(a, workspace, threads) : step<bfloat16, bfloat16>(a, workspace, threads);
-  return wide ? step<float16, float>(a, workspace, threads) : step<float16, float16>(a, workspace, threads);
+    return wide ? step<bfloat16, float>(a, given, workspace, threads)
+                : step<bfloat16, bfloat16>(a, given, workspace, threads);
+  return wide ? step<float16, float>(a, given, workspace, threads)
+              : step<float16, float16>(a, given, workspace, threads);
 }
 
 }  // namespace gci::GCI_ISA
