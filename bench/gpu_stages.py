@@ -17,7 +17,7 @@ from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.verify import obstacle
 
 from . import roofline
-from .cases import LayerCase, LayerInputs, make_inputs
+from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError
 from .timing import cold_cache, interleave
 
@@ -37,7 +37,7 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
         torch.cuda.empty_cache()
 
 
-def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterator[dict]:
+def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[dict]:
     """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
     reason = obstacle("triton", device.type, case.dtype)
     plans = {"aten": ATEN} if reason else PLANS
@@ -60,7 +60,7 @@ def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterato
         yield guarded(name, measure)
 
 
-def _floor(case: LayerCase, device: torch.device) -> dict[str, float]:
+def _floor(case: BottleneckCase, device: torch.device) -> dict[str, float]:
     chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is None:
         return {}
@@ -71,7 +71,7 @@ def _floor(case: LayerCase, device: torch.device) -> dict[str, float]:
     return {entry.name: chip.seconds(entry.moved, entry.operations, case.dtype) for entry in entries}
 
 
-def _operands(inputs: LayerInputs) -> dict[str, Tensor]:
+def _operands(inputs: BottleneckInputs) -> dict[str, Tensor]:
     """What the stages read, by its name in autograd.py; `projected` and `du` as our `project` leaves them."""
     stack = inputs.A if inputs.router is None else torch.cat((inputs.A, inputs.router))
     tokens, rank, dtype = inputs.x.shape[0], inputs.A.shape[0], inputs.x.dtype
@@ -90,7 +90,9 @@ def _operands(inputs: LayerInputs) -> dict[str, Tensor]:
     }
 
 
-def _stages(case: LayerCase, tensors: dict[str, Tensor]) -> dict[str, Callable[[dict[str, Tensor], object], Results]]:
+def _stages(
+    case: BottleneckCase, tensors: dict[str, Tensor]
+) -> dict[str, Callable[[dict[str, Tensor], object], Results]]:
     """name (roofline.py's, where it has one) -> the stage of given operands by a given plan."""
     rank, experts = case.rank * case.num_experts, case.num_experts
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gci_kernels import hardware, native
 from gci_kernels.bench import gpu, gpu_cases, gpu_proof, gpu_stages
-from gci_kernels.bench.cases import RANKS
+from gci_kernels.bench.cases import METHODS
 from gci_kernels.bench.correctness import CorrectnessError
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
 
@@ -60,7 +60,7 @@ def test_rehearsal(checkout, tmp_path):
         assert {entry["name"] for entry in result["stages"] if entry["method"] == method} == floors | others
     assert all(set(entry["seconds"]) == {"aten"} for entry in result["stages"])
     kinds = [(entry["method"], entry["dtype"]) for entry in result["layers"]]
-    others = [(method, "bfloat16") for method in RANKS if method not in gpu_cases.METHODS]
+    others = [(method, "bfloat16") for method in METHODS if method not in gpu_cases.MAIN_METHODS]
     assert kinds == [*zip(("lora", *["loramoe"] * 3), DTYPES, strict=True), *others]
     for entry in result["layers"]:
         compiled = {"compiled"} if entry["dtype"] == "bfloat16" else set()
