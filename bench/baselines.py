@@ -1,4 +1,4 @@
-"""Eager PyTorch to compare with: the published LoRAMoE layer's computation; LoRA as PEFT has it; ALoRA as it reads."""
+"""Eager PyTorch to compare with: LoRAMoE and LoKI as the published layers compute; PEFT's LoRA; ALoRA as it reads."""
 
 import copy
 import itertools
@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gci_kernels import sequence
-from gci_kernels.tuners import ALoRALinear, LoRAMoELinear
+from gci_kernels.tuners import ALoRALinear, LoKILinear, LoRAMoELinear
 
 ADAPTER = "default"
 
@@ -95,6 +96,44 @@ class EagerALoRALinear(nn.Module):
         return (result + self.B(o.transpose(1, 2).flatten(2)).view_as(result) * self.scaling).to(result.dtype)
 
 
+class EagerLoKILinear(nn.Module):
+    """A linear layer of whose rows some are trained, computed the way the published layer computes it (2505.22120).
+
+    Trained and frozen rows are two linear layers. Their outputs are concatenated, so are their biases, which are added,
+    and `gather` brings the columns into their order by an index of the output's size: three [..., out] temporaries
+    beside the result, and in backward as many.
+
+    Args:
+        weight: [out, in]. Its frozen rows are copied.
+        bias: [out] or None. Copied in the same way.
+        active: [k, in], the trained rows, in the weight's dtype or a wider one; used in x's. Copied.
+        positions: [k] int64, their places in the weight, distinct.
+        active_bias: [k]; None where there is no bias. Copied.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None = None
+    ):
+        super().__init__()
+        rest = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+        rest = rest.index_fill(0, positions, False).nonzero().squeeze(1)
+        self.active, self.frozen = _linear(active), _linear(weight[rest]).requires_grad_(False)
+        self.active_bias = self.frozen_bias = None
+        if bias is not None:
+            self.active_bias = nn.Parameter(active_bias.detach().clone())
+            self.frozen_bias = nn.Parameter(bias.detach()[rest], requires_grad=False)
+        # Output column -> column of the concatenation.
+        self.register_buffer("index_map", torch.cat((positions, rest)).argsort())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] in the weight's dtype -> [..., out] in the same dtype."""
+        trained = nn.functional.linear(x, self.active.weight.to(x.dtype))
+        result = torch.cat((trained, self.frozen(x)), dim=-1)
+        if self.active_bias is not None:
+            result = result + torch.cat((self.active_bias.to(x.dtype), self.frozen_bias))
+        return result.gather(-1, self.index_map.expand(result.shape))
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     """A trainable linear layer without bias that holds a copy of `weight` [out, in]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -113,7 +152,9 @@ def peft_lora_linear(base_layer: nn.Linear, A: Tensor, B: Tensor, *, scaling: fl
 
 
 def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The adapter parameters of a layer by role: A, B and router or qkv; empty where it is no adapted layer.
+    """The adapter parameters of a layer by role; empty where it is no adapted layer.
+
+    The roles are A, B and router or qkv; of LoKI active and, where the base layer has a bias, active_bias.
 
     A role has one parameter in a layer that stacks its experts and one for each expert in the eager one; `stack` makes
     both the same tensor.
@@ -124,6 +165,12 @@ def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     if isinstance(layer, ALoRALinear):
         stacked = {"A": layer.gci_alora_A, "B": layer.gci_alora_B, "qkv": layer.gci_alora_qkv}
         return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
+    if isinstance(layer, LoKILinear):
+        made = {"active": layer.loki_active, "active_bias": layer.loki_active_bias}
+        return {role: [parameters[ADAPTER]] for role, parameters in made.items() if ADAPTER in parameters}
+    if isinstance(layer, EagerLoKILinear):
+        rows = {"active": layer.active.weight, "active_bias": layer.active_bias}
+        return {role: [parameter] for role, parameter in rows.items() if parameter is not None}
     if isinstance(layer, EagerALoRALinear):
         experts = {"A": [layer.A], "B": [layer.B], "qkv": [layer.qkv]}
     elif isinstance(layer, EagerLoRAMoELinear):
@@ -147,22 +194,27 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def to_eager(model: nn.Module) -> nn.Module:
-    """A copy of a patched model whose LoRAMoE or ALoRA layers are eager ones with the same values; the base is shared.
+    """A copy of a patched model whose layers of the package's own methods are eager ones with the same values.
 
-    The copy is the plain model, without the PeftModel around it: the baseline pays for no wrapper.
+    The base is shared, but for LoKI's frozen rows. The copy is the plain model, without the PeftModel around it: the
+    baseline pays for no wrapper.
     """
     model = shared_copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LoRAMoELinear, ALoRALinear))}
-    for name, layer in layers.items():
-        tensors = {role: parameters[0] for role, parameters in adapter_leaves(layer).items()}
-        scaling = layer.scaling[ADAPTER]
-        if isinstance(layer, LoRAMoELinear):
-            eager: nn.Module = EagerLoRAMoELinear(layer.base_layer, **tensors, scaling=scaling)
-        else:
-            heads = layer.num_heads[ADAPTER]
-            eager = EagerALoRALinear(layer.base_layer, **tensors, num_heads=heads, scaling=scaling, key=name)
-        model.set_submodule(name, eager)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (LoRAMoELinear, ALoRALinear, LoKILinear)):
+            model.set_submodule(name, _eager_layer(layer, name))
     return model
+
+
+def _eager_layer(layer: LoRAMoELinear | ALoRALinear | LoKILinear, name: str) -> nn.Module:
+    tensors = {role: parameters[0] for role, parameters in adapter_leaves(layer).items()}
+    base, scaling = layer.base_layer, layer.scaling[ADAPTER]
+    if isinstance(layer, LoKILinear):
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        return EagerLoKILinear(weight, base.bias, positions=layer.loki_positions[ADAPTER], **tensors)
+    if isinstance(layer, LoRAMoELinear):
+        return EagerLoRAMoELinear(base, **tensors, scaling=scaling)
+    return EagerALoRALinear(base, **tensors, num_heads=layer.num_heads[ADAPTER], scaling=scaling, key=name)
 
 
 def collect_grads(model: nn.Module) -> dict[str, Tensor]:

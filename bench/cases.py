@@ -1,7 +1,7 @@
 """The layer cases: one linear layer, forward and backward, as the frozen base, in eager PyTorch and in gci_kernels."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,67 +9,132 @@ from torch import Tensor, nn
 
 from gci_kernels import ops
 
-from .baselines import EagerALoRALinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
-from .roofline import floor_seconds
+from . import roofline
+from .baselines import EagerALoRALinear, EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
 
 LORA_ALPHA = 32
-RANKS = {"lora": (16, 1), "loramoe": (4, 8), "alora": (16, 1)}  # method -> rank, number of experts
+RANKS = {"lora": (16, 1), "loramoe": (4, 8), "alora": (16, 1)}  # bottleneck method -> rank, number of experts
 HEADS = 4  # of ALoRA
+QUOTA = 10  # percent of the rows that LoKI trains
+METHODS = (*RANKS, "loki")
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """The shape of a layer benchmark."""
+    """The shape of a layer benchmark; what its adapter is like, the subclasses say."""
 
-    method: str  # a key of RANKS
+    method: str  # one of METHODS
     tokens: int
     in_features: int
     out_features: int
-    rank: int
-    num_experts: int  # 1 where there are none
     dtype: torch.dtype  # of x, of the base weight and of the output
     adapter_dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        rank = f"{self.num_experts}x{self.rank}" if self.method == "loramoe" else f"r={self.rank}"
-        rank += f" {HEADS} heads" if self.method == "alora" else ""
         shape = f"T={self.tokens} {self.in_features}x{self.out_features}"
-        return f"{self.method} {rank} {shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.method} {self.adapter} {shape} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def adapter(self) -> str:
+        """Its size, short: for the name."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BottleneckCase(LayerCase):
+    """A layer with an adapter that adds to its output."""
+
+    rank: int
+    num_experts: int  # 1 where there are none
+
+    @property
+    def adapter(self) -> str:
+        if self.method == "loramoe":
+            return f"{self.num_experts}x{self.rank}"
+        return f"r={self.rank} {HEADS} heads" if self.method == "alora" else f"r={self.rank}"
+
+
+@dataclass(frozen=True)
+class RowCase(LayerCase):
+    """A layer of whose rows some are trained: LoKI."""
+
+    quota: int  # percent
+
+    @property
+    def adapter(self) -> str:
+        return f"{self.quota}%"
+
+    @property
+    def rows(self) -> int:
+        """k: how many are trained."""
+        return trained_rows(self.out_features, self.quota)
+
+
+def trained_rows(out_features: int, quota: int = QUOTA) -> int:
+    """`quota` percent of the rows, rounded down as gci_kernels.loki.select does; at least one."""
+    return max(1, out_features * quota // 100)
+
+
+def make_case(
+    method: str, tokens: int, in_features: int, out_features: int, dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+) -> LayerCase:  # fmt: skip
+    """The case of a method, its adapter of the size that is measured everywhere, in `dtype` if not said otherwise."""
+    shape = (method, tokens, in_features, out_features, dtype, adapter_dtype or dtype)
+    return RowCase(*shape, QUOTA) if method == "loki" else BottleneckCase(*shape, *RANKS[method])
+
+
+def layer_case(
+    method: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, *, quick: bool = False
+) -> LayerCase:
+    """T=2048 over 2048x2048, for LoKI over a down_proj, 5504x2048; `quick`: half of each of the three."""
+    sizes = (2048, 5504 if method == "loki" else 2048, 2048)
+    return make_case(method, *(size // 2 if quick else size for size in sizes), dtype, adapter_dtype)
+
+
+CASES = [layer_case(method, dtype) for method in METHODS for dtype in (torch.float32, torch.bfloat16)]
 
 
 def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
     """The least time of "frozen" and "gci" on `device`; None where it is not known: ALoRA, chips without rates."""
     if case.method == "alora":
         return None
-    experts = case.num_experts if case.method == "loramoe" else 0
-    shape = (case.tokens, case.in_features, case.out_features, case.rank, experts)
-    return floor_seconds(*shape, case.dtype, case.adapter_dtype, device)
-
-
-def layer_case(
-    method: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, *, quick: bool = False
-) -> LayerCase:
-    """The case of a method: T=2048 over 2048x2048; `quick`: half the tokens over 1024x1024. Adapters in `dtype` too."""
-    tokens, width = (1024, 1024) if quick else (2048, 2048)
-    return LayerCase(method, tokens, width, width, *RANKS[method], dtype, adapter_dtype or dtype)
-
-
-CASES = [layer_case(method, dtype) for method in RANKS for dtype in (torch.float32, torch.bfloat16)]
+    shape = (case.tokens, case.in_features, case.out_features)
+    if isinstance(case, RowCase):
+        layer: roofline.Case | roofline.Rows = roofline.Rows(*shape, case.rows)
+    else:
+        experts = case.num_experts if case.method == "loramoe" else 0
+        layer = roofline.Case(*shape, case.rank * case.num_experts, experts)
+    return roofline.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The tensors of a case, stacked as gci_kernels takes them."""
+    """The tensors that every case has."""
 
     x: Tensor  # [T, in], dtype
     weight: Tensor  # [out, in], dtype
+    dy: Tensor  # [T, out], dtype
+
+
+@dataclass(frozen=True)
+class BottleneckInputs(LayerInputs):
+    """With the adapter's, stacked as gci_kernels takes them."""
+
     A: Tensor  # [N*r, in], adapter_dtype
     B: Tensor  # [out, N*r], adapter_dtype
     router: Tensor | None  # [N, in], adapter_dtype; LoRAMoE's
     qkv: Tensor | None  # [3r, r], adapter_dtype; ALoRA's
-    dy: Tensor  # [T, out], dtype
     scaling: float
+
+
+@dataclass(frozen=True)
+class RowInputs(LayerInputs):
+    """With the trained rows, which are far from the base layer's own."""
+
+    active: Tensor  # [k, in], adapter_dtype
+    positions: Tensor  # [k] int64, ascending
 
 
 def make_inputs(case: LayerCase, device: torch.device, seed: int = 0) -> LayerInputs:
@@ -79,18 +144,45 @@ def make_inputs(case: LayerCase, device: torch.device, seed: int = 0) -> LayerIn
     def normal(rows: int, columns: int, std: float, dtype: torch.dtype = case.adapter_dtype) -> Tensor:
         return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
 
-    stacked = case.num_experts * case.rank
     fan_in = 1 / math.sqrt(case.in_features)
-    return LayerInputs(
+    base = dict(
         x=normal(case.tokens, case.in_features, 1.0, case.dtype),
         weight=normal(case.out_features, case.in_features, fan_in, case.dtype),
+        dy=normal(case.tokens, case.out_features, 1.0, case.dtype),
+    )
+    if isinstance(case, RowCase):
+        positions = random_rows(case.out_features, case.rows, generator)
+        return RowInputs(**base, active=normal(case.rows, case.in_features, fan_in), positions=positions)
+    stacked = case.num_experts * case.rank
+    return BottleneckInputs(
+        **base,
         A=normal(stacked, case.in_features, fan_in),
         B=normal(case.out_features, stacked, 0.02),
         router=normal(case.num_experts, case.in_features, fan_in) if case.method == "loramoe" else None,
         qkv=normal(3 * case.rank, case.rank, 1 / math.sqrt(case.rank)) if case.method == "alora" else None,
-        dy=normal(case.tokens, case.out_features, 1.0, case.dtype),
         scaling=LORA_ALPHA / case.rank,
     )
+
+
+def random_rows(out_features: int, rows: int, generator: torch.Generator) -> Tensor:
+    """[rows] int64, distinct and ascending, on the generator's device."""
+    return torch.randperm(out_features, generator=generator, device=generator.device)[:rows].sort().values
+
+
+def change(parameters: Iterable[Tensor]) -> None:
+    """What an optimizer does between two steps: other numbers in the same memory. Twice gives the first ones back.
+
+    It comes before every timed step and is no part of its time. What a variant keeps of its weights from step to step,
+    as LoKI's copy with the trained rows, is out of date then: to renew it is part of the step.
+    """
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.neg_()
+
+
+def change_adapters(model: nn.Module) -> None:
+    """:func:`change` of everything that a model trains."""
+    change(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -101,13 +193,23 @@ class LayerVariant:
     leaves: dict[str, list[Tensor]]
     dy: Tensor
 
+    def change(self) -> None:
+        """:func:`change` of the adapter's weights."""
+        change(leaf for role, leaves in self.leaves.items() if role != "x" for leaf in leaves)
+
     def step(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Forward, and backward to every leaf: the thing that is timed."""
         y = self.forward()
         return y, torch.autograd.grad(y, [leaf for leaves in self.leaves.values() for leaf in leaves], self.dy)
 
     def results(self) -> dict[str, Tensor]:
-        """y and the gradient of every role, experts stacked: the things that are compared."""
+        """y and the gradient of every role, experts stacked: the things that are compared.
+
+        A step with other weights goes before, as in training: what is still of those is wrong now.
+        """
+        self.change()
+        self.step()
+        self.change()
         y, grads = self.step()
         remaining = iter(grads)
         stacked = {f"d{role}": stack(role, [next(remaining) for _ in leaves]) for role, leaves in self.leaves.items()}
@@ -125,21 +227,40 @@ def frozen_variant(inputs: LayerInputs) -> LayerVariant:
 
 
 def eager_variant(inputs: LayerInputs) -> LayerVariant:
-    x = inputs.x.clone().requires_grad_()
+    x, layer = inputs.x.clone().requires_grad_(), _eager_layer(inputs)
+    return LayerVariant(lambda: layer(x), {"x": [x], **adapter_leaves(layer)}, inputs.dy)
+
+
+def _eager_layer(inputs: LayerInputs) -> nn.Module:
+    if isinstance(inputs, RowInputs):
+        return EagerLoKILinear(inputs.weight, None, inputs.active, inputs.positions)
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(inputs.weight, requires_grad=False)
     adapter, scaling = (base, inputs.A, inputs.B), inputs.scaling
     if inputs.router is not None:
-        layer = EagerLoRAMoELinear(*adapter, inputs.router, scaling=scaling)
-    elif inputs.qkv is not None:
-        layer = EagerALoRALinear(*adapter, inputs.qkv, num_heads=HEADS, scaling=scaling)
-    else:
-        layer = peft_lora_linear(*adapter, scaling=scaling)
-    return LayerVariant(lambda: layer(x), {"x": [x], **adapter_leaves(layer)}, inputs.dy)
+        return EagerLoRAMoELinear(*adapter, inputs.router, scaling=scaling)
+    if inputs.qkv is not None:
+        return EagerALoRALinear(*adapter, inputs.qkv, num_heads=HEADS, scaling=scaling)
+    return peft_lora_linear(*adapter, scaling=scaling)
 
 
 def gci_variant(inputs: LayerInputs, impl: str = "auto") -> LayerVariant:
-    x, A, B = (tensor.clone().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
+    make = _gci_rows if isinstance(inputs, RowInputs) else _gci_bottleneck
+    return make(inputs, inputs.x.clone().requires_grad_(), impl)
+
+
+def _gci_rows(inputs: RowInputs, x: Tensor, impl: str) -> LayerVariant:
+    """One kept copy serves all steps, as a model's layer has it; each step finds its trained rows changed."""
+    active, merged = inputs.active.clone().requires_grad_(), ops.MergedRows()
+    return LayerVariant(
+        lambda: ops.loki_linear(x, inputs.weight, None, active, inputs.positions, merged=merged, impl=impl),
+        {"x": [x], "active": [active]},
+        inputs.dy,
+    )
+
+
+def _gci_bottleneck(inputs: BottleneckInputs, x: Tensor, impl: str) -> LayerVariant:
+    A, B = (tensor.clone().requires_grad_() for tensor in (inputs.A, inputs.B))
     base, options = (x, inputs.weight, None), dict(scaling=inputs.scaling, impl=impl)
     leaves = {"x": [x], "A": [A], "B": [B]}
     if inputs.router is not None:

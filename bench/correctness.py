@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gci_kernels.testing import error_bound, relative_error
 
 from .baselines import collect_grads
-from .cases import HEADS, LayerInputs, LayerVariant
+from .cases import HEADS, BottleneckInputs, LayerInputs, LayerVariant, RowInputs, change_adapters
 
 Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error, "bound": largest error allowed}
 
@@ -45,6 +45,7 @@ def check_model(variants: dict[str, nn.Module], ids: Tensor) -> Errors:
     activations are a thousand times the others', and one number of theirs can decide the error of a whole tensor. So a
     tensor's bound is twice eager's error for it or twice eager's median error over all gradients, whichever is larger,
     plus rounding; and every sequence is a trial of its own, of which a tensor must pass most: its median trial counts.
+    A step with other adapter values goes before, as in training: what is still of those is wrong now.
 
     Args:
         variants: two models with the same adapter values around the same base weights; `check_layer` vouches for the
@@ -55,6 +56,10 @@ def check_model(variants: dict[str, nn.Module], ids: Tensor) -> Errors:
         For each tensor the errors of its median trial.
     """
     exact = copy.deepcopy(variants["eager"]).double()
+    for name in ("eager", "gci"):
+        change_adapters(variants[name])
+        _loss_and_grads(variants[name], ids[:1])
+        change_adapters(variants[name])
     trials = [_trial(exact, variants, row.unsqueeze(0)) for row in ids]
     return _judge(
         {
@@ -98,7 +103,21 @@ def _require(variant: str, name: str, error: float, bound: float, why: str) -> N
 
 
 def _layer_truth(inputs: LayerInputs) -> dict[str, Tensor]:
-    """The layer in float64 as its definition reads, LoRA being one expert whose gate is 1; y and every gradient."""
+    """The layer in float64 as its definition reads; y and every gradient."""
+    y, leaves = _rows_truth(inputs) if isinstance(inputs, RowInputs) else _bottleneck_truth(inputs)
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double())
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def _rows_truth(inputs: RowInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """y and its leaves."""
+    leaves = {"x": _leaf(inputs.x), "active": _leaf(inputs.active)}
+    weight = inputs.weight.double().index_copy(0, inputs.positions, leaves["active"])
+    return leaves["x"] @ weight.T, leaves
+
+
+def _bottleneck_truth(inputs: BottleneckInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """y and its leaves, LoRA being one expert whose gate is 1."""
     x, A, B = (_leaf(tensor) for tensor in (inputs.x, inputs.A, inputs.B))
     leaves, h = {"x": x, "A": A, "B": B}, x @ A.T
     if inputs.router is not None:
@@ -108,9 +127,7 @@ def _layer_truth(inputs: LayerInputs) -> dict[str, Tensor]:
     elif inputs.qkv is not None:
         leaves["qkv"] = _leaf(inputs.qkv)
         h = _attention(*(h @ leaves["qkv"].T).chunk(3, -1))
-    y = x @ inputs.weight.double().T + inputs.scaling * h @ B.T
-    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double())
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    return x @ inputs.weight.double().T + inputs.scaling * h @ B.T, leaves
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,19 +12,31 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.verify import obstacle
 
 from .baselines import shared_copy
-from .cases import RANKS, LayerCase, LayerVariant, eager_variant, floor_of, frozen_variant, gci_variant, make_inputs
+from .cases import (
+    METHODS,
+    LayerCase,
+    LayerVariant,
+    RowCase,
+    eager_variant,
+    floor_of,
+    frozen_variant,
+    gci_variant,
+    make_case,
+    make_inputs,
+)
 from .correctness import check_layer, check_model
 from .gpu_stages import guarded, row_entries, stage_entries
 from .models import RANDOM_LLAMAS, random_llama
-from .roofline import RowCase
+from .roofline import Rows
 from .timing import Timing, cold_cache, interleave, peak_memory
 from .variants import model_variants, random_ids, train_step, training_loss
 
 IMPLS = ("auto", "triton", "aten")
-METHODS = ("lora", "loramoe")  # the others are timed as a layer, once, when these are done
+MAIN_METHODS = ("lora", "loramoe")  # the others are timed as a layer, once, when these are done
 MIXERS = {"lora": "identity", "loramoe": "gate", "alora": "attention"}
 
 
@@ -55,22 +67,22 @@ QUICK = Sizes(
 
 def stages(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     """Every stage by itself, Triton against the library, bfloat16."""
-    for method in METHODS:
+    for method in MAIN_METHODS:
         case = _case(method, sizes.stage_tokens, sizes, torch.bfloat16)
         yield from stage_entries(case, device, sizes.rounds)
-    rows = RowCase(sizes.stage_tokens, sizes.features, sizes.features, active=sizes.features // 10)
+    rows = Rows(sizes.stage_tokens, sizes.features, sizes.features, trained=sizes.features // 10)
     yield from row_entries(rows, torch.bfloat16, torch.bfloat16, device, sizes.rounds)
 
 
 def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:
-    return LayerCase(method, tokens, sizes.features, sizes.features, *RANKS[method], dtype, dtype)
+    return make_case(method, tokens, sizes.features, sizes.features, dtype)
 
 
 def layers(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     """Forward and backward of one adapted layer: bfloat16 at every number of tokens, the other dtypes once."""
-    cases = [_case(method, tokens, sizes, torch.bfloat16) for tokens in sizes.layer_tokens for method in METHODS]
+    cases = [_case(method, tokens, sizes, torch.bfloat16) for tokens in sizes.layer_tokens for method in MAIN_METHODS]
     cases += [_case("loramoe", sizes.layer_tokens[0], sizes, dtype) for dtype in (torch.float16, torch.float32)]
-    others = [method for method in RANKS if method not in METHODS]
+    others = [method for method in METHODS if method not in MAIN_METHODS]
     cases += [_case(method, sizes.layer_tokens[0], sizes, torch.bfloat16) for method in others]
     for case in cases:
         compiler = sizes.compiler if case.dtype == torch.bfloat16 else None
@@ -97,18 +109,26 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
         if reason is not None:
             left_out[name] = reason
     fns = {name: variant.step for name, variant in variants.items()}
-    seconds = interleave(fns, device=device, rounds=rounds, warmup=2, prepare=cold_cache(device))
-    what = dict(tokens=case.tokens, dtype=case.dtype, device_type=device.type, mixer=MIXERS[case.method])
+    before = {name: variant.change for name, variant in variants.items()}
+    seconds = interleave(fns, device=device, rounds=rounds, warmup=2, before=before, prepare=cold_cache(device))
     return {
         "method": case.method,
         "tokens": case.tokens,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "plan": str(choose_plan("auto", **what)),
+        "plan": _plan(case, device),
         "floor_seconds": floor_of(case, device),
         "errors": errors,
         "left_out": left_out,
         **compare(seconds),
     }
+
+
+def _plan(case: LayerCase, device: torch.device) -> str:
+    """What "auto" takes."""
+    what = dict(tokens=case.tokens, dtype=case.dtype, device_type=device.type)
+    if isinstance(case, RowCase):
+        return f"rows={choose_form('auto', **what, share=case.rows / case.out_features, keep=True)}"
+    return str(choose_plan("auto", **what, mixer=MIXERS[case.method]))
 
 
 def compare(seconds: dict[str, Timing]) -> dict:
@@ -120,7 +140,7 @@ def compare(seconds: dict[str, Timing]) -> dict:
 def slices(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     """Train steps of a few layers of a Llama with random weights, bfloat16, adapters on gate, up and down."""
     for number, batch, seq in sizes.slices:
-        for method in METHODS:
+        for method in MAIN_METHODS:
             name = f"{method}, {number} layer{'s' if number > 1 else ''}, batch {batch}x{seq}"
             shape = sizes.llama | {"num_hidden_layers": number}
             yield guarded(name, lambda a=(shape, method, batch, seq): _slice(*a, sizes, device))

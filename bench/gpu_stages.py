@@ -19,7 +19,7 @@ from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.verify import obstacle
 
 from . import roofline
-from .cases import LayerCase, LayerInputs, make_inputs
+from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError
 from .timing import cold_cache, interleave
 
@@ -41,7 +41,7 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
         torch.cuda.empty_cache()
 
 
-def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterator[dict]:
+def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[dict]:
     """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
     tensors = _operands(make_inputs(case, device))
     stages, least = _stages(case, tensors), _floor(case, device)
@@ -49,11 +49,11 @@ def stage_entries(case: LayerCase, device: torch.device, rounds: int) -> Iterato
 
 
 def row_entries(
-    case: roofline.RowCase, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
+    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
 ) -> Iterator[dict]:
     """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
     tensors = _row_operands(case, dtype, active_dtype, device)
-    least = _seconds(roofline.row_floor(case, dtype, active_dtype), dtype, device)
+    least = _seconds(roofline.rows_floor(case, dtype, active_dtype), dtype, device)
     yield from _entries("loki", ROW_STAGES, FORMS, tensors, least, dtype, device, rounds)
 
 
@@ -82,7 +82,7 @@ def _entries(
         yield guarded(name, measure)
 
 
-def _floor(case: LayerCase, device: torch.device) -> dict[str, float]:
+def _floor(case: BottleneckCase, device: torch.device) -> dict[str, float]:
     experts = case.num_experts if case.method == "loramoe" else 0
     rank = case.rank * case.num_experts
     shape = roofline.Case(case.tokens, case.in_features, case.out_features, rank, experts)
@@ -97,7 +97,7 @@ def _seconds(entries: list[roofline.Entry], dtype: torch.dtype, device: torch.de
     return {entry.name: chip.seconds(entry.moved, entry.operations, dtype) for entry in entries}
 
 
-def _operands(inputs: LayerInputs) -> dict[str, Tensor]:
+def _operands(inputs: BottleneckInputs) -> dict[str, Tensor]:
     """What the stages read, by its name in autograd.py; `projected` and `du` as our `project` leaves them."""
     stack = inputs.A if inputs.router is None else torch.cat((inputs.A, inputs.router))
     tokens, rank, dtype = inputs.x.shape[0], inputs.A.shape[0], inputs.x.dtype
@@ -116,7 +116,9 @@ def _operands(inputs: LayerInputs) -> dict[str, Tensor]:
     }
 
 
-def _stages(case: LayerCase, tensors: dict[str, Tensor]) -> dict[str, Callable[[dict[str, Tensor], object], Results]]:
+def _stages(
+    case: BottleneckCase, tensors: dict[str, Tensor]
+) -> dict[str, Callable[[dict[str, Tensor], object], Results]]:
     """name (roofline.py's, where it has one) -> the stage of given operands by a given plan."""
     rank, experts = case.rank * case.num_experts, case.num_experts
 
@@ -153,7 +155,7 @@ def _stages(case: LayerCase, tensors: dict[str, Tensor]) -> dict[str, Callable[[
 
 
 def _row_operands(
-    case: roofline.RowCase, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
+    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """What ops/row_linear/autograd.py would pass, by its names; `merged` is the copy of W with the active rows."""
     generator = torch.Generator(device).manual_seed(0)
@@ -163,8 +165,8 @@ def _row_operands(
 
     fan_in = case.features_in**-0.5
     x, dy = draw(case.tokens, case.features_in), draw(case.tokens, case.features_out)
-    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.active, case.features_in, fan_in)
-    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.active]
+    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.trained, case.features_in, fan_in)
+    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.trained]
     merged, chosen = weight.index_copy(0, positions, active), dy.index_select(1, positions)
     return {
         "x": x, "dy": dy, "weight": weight, "active": active.to(active_dtype), "positions": positions,

@@ -20,7 +20,7 @@ from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import autograd
 from gci_kernels.ops.row_linear import autograd as row_autograd
 
-from .roofline import Case, RowCase
+from .roofline import Case, Rows
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
 _KERNEL_MODULES = [
@@ -43,7 +43,7 @@ CASES = [
 DROPOUT_CASES = [replace(case, dropout_p=0.05) for case in CASES]
 # LoKI trains rows of down_proj: a tenth of them.
 ROW_CASES = [
-    RowCase(tokens, *shape, active=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
+    Rows(tokens, *shape, trained=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
 ]
 
 
@@ -94,11 +94,11 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     return made
 
 
-def launches(case: Case | RowCase, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
+def launches(case: Case | Rows, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
     """The different launches of forward and backward of `case`, with and without a bias, with gates used and not."""
     calls = []
     for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
-        if isinstance(case, RowCase):
+        if isinstance(case, Rows):
             step = row_step(case, dtype, adapter_dtype, bias=bias)
         else:
             step = training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
@@ -145,7 +145,7 @@ def training_step(
 
 
 def row_step(
-    case: RowCase, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
+    case: Rows, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward, and backward to x and the active rows and their bias, on meta tensors."""
 
@@ -154,9 +154,9 @@ def row_step(
 
     x, dy = tensor(case.tokens, case.features_in), tensor(case.tokens, case.features_out)
     weight, b = tensor(case.features_out, case.features_in), tensor(case.features_out) if bias else None
-    active = tensor(case.active, case.features_in, dtype=active_dtype)
-    positions = tensor(case.active, dtype=torch.int64)
-    active_bias = tensor(case.active, dtype=active_dtype) if bias else None
+    active = tensor(case.trained, case.features_in, dtype=active_dtype)
+    positions = tensor(case.trained, dtype=torch.int64)
+    active_bias = tensor(case.trained, dtype=active_dtype) if bias else None
 
     def forward() -> None:
         row_autograd._row_linear(x, weight, b, active, positions, active_bias, "triton")

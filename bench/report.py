@@ -9,7 +9,7 @@ from rich.table import Table
 COLUMNS = {"frozen": "frozen base", "eager": "eager PyTorch", "gci": "gci_kernels"}
 COLORS = {"frozen": "#9aa5b1", "eager": "#e0914a", "gci": "#2a6fbb"}
 DOUBTFUL_SPREAD = 0.2
-METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA"}
+METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
 
 
 def print_tables(result: dict, console: Console) -> None:
@@ -33,9 +33,8 @@ def _widest_spread(result: dict) -> float:
 
 def layer_table(result: dict) -> Table:
     case = result["layers"][0]["case"]
-    experts = f"{case['num_experts']} experts of " if case["method"] == "loramoe" else ""
     table = _table(
-        f"One {METHODS[case['method']]} layer, {experts}rank {case['rank']}, {case['in_features']} to "
+        f"One {METHODS[case['method']]} layer, {_size(case)}, {case['in_features']} to "
         f"{case['out_features']}, {case['tokens']} tokens: forward and backward"
     )
     for layer in result["layers"]:
@@ -45,6 +44,13 @@ def layer_table(result: dict) -> Table:
             _row(table, "  per cent of the roofline", _of_floor(layer))
         table.add_section()
     return table
+
+
+def _size(case: dict) -> str:
+    if case["method"] == "loki":
+        return f"{case['quota']}% of the rows trained"
+    experts = f"{case['num_experts']} experts of " if case["method"] == "loramoe" else ""
+    return f"{experts}rank {case['rank']}"
 
 
 def _of_floor(layer: dict) -> dict[str, str]:
@@ -68,6 +74,8 @@ def model_table(result: dict, model: dict) -> Table:
     _row(table, "peak memory of a train step", {name: _bytes(size) for name, size in train["peak_memory"].items()})
     _row(table, "saved for backward, a token", {name: _bytes(size) for name, size in train["saved"].items()})
     _row(table, "  by the adapters alone", {name: _bytes(size) for name, size in train["saved_by_adapters"].items()})
+    if any(train["copies"].values()):
+        _row(table, "copies of weights, kept", {name: _bytes(size) for name, size in train["copies"].items()})
     return table
 
 

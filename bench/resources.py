@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .launches import CASES, DROPOUT_CASES, ROW_CASES, Launch, launches
-from .roofline import Case, RowCase
+from .roofline import Case, Rows
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, chip.warps // warps) * warps / chip.warps
 
 
-def rows(chips: list[str], cases: list[Case | RowCase]) -> Iterator[tuple[str, Launch, Resources]]:
+def rows(chips: list[str], cases: list[Case | Rows]) -> Iterator[tuple[str, Launch, Resources]]:
     """Each different launch of `cases` in bfloat16, adapters in float32, on each chip."""
     for chip in chips:
         seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, torch.bfloat16, torch.float32))

@@ -57,13 +57,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class RowCase:
-    """One linear layer in training of whose rows `active` are trained: x [tokens, features_in]."""
+class Rows:
+    """One layer in training of whose features_out rows `trained` are trained (LoKI)."""
 
     tokens: int
     features_in: int
     features_out: int
-    active: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,21 @@ def floor(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[En
     ]
 
 
-def row_floor(case: RowCase, dtype: torch.dtype, active_dtype: torch.dtype) -> list[Entry]:
-    """The products of forward and backward of a layer with trained rows; W' takes as many bytes as W, wherever from."""
+def rows_floor(case: Rows, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Entry]:
+    """The same of a layer with trained rows: the frozen layer's two products, and dY's trained columns times x."""
     forward, dx = frozen_floor(case, dtype)
-    gradient = case.tokens * (case.features_in + case.active) * dtype.itemsize
-    gradient += case.active * case.features_in * active_dtype.itemsize
-    operations = 2 * case.tokens * case.features_in * case.active
-    return [forward, dx, Entry("backward: dactive", gradient, operations)]
+    # Each of the two products reads the trained rows where they are, in their own dtype, in place of as many of W's.
+    instead = case.trained * case.features_in * (adapter_dtype.itemsize - dtype.itemsize)
+    x, columns = case.tokens * case.features_in * dtype.itemsize, case.tokens * case.trained * dtype.itemsize
+    dactive = case.trained * case.features_in * adapter_dtype.itemsize
+    return [
+        Entry(forward.name, forward.moved + instead, forward.operations),
+        Entry(dx.name, dx.moved + instead, dx.operations),
+        Entry("backward: dactive", columns + x + dactive, 2 * case.tokens * case.features_in * case.trained),
+    ]
 
 
-def frozen_floor(case: Case | RowCase, dtype: torch.dtype) -> list[Entry]:
+def frozen_floor(case: Case | Rows, dtype: torch.dtype) -> list[Entry]:
     """The same of the frozen layer: y and dX."""
     elements = case.tokens * (case.features_in + case.features_out) + case.features_in * case.features_out
     operations = 2 * case.tokens * case.features_in * case.features_out
@@ -120,15 +125,14 @@ def seconds(entries: list[Entry], chip: Chip, dtype: torch.dtype) -> float:
 
 
 def floor_seconds(
-    tokens: int, features_in: int, features_out: int, rank: int, experts: int, dtype: torch.dtype,
-    adapter_dtype: torch.dtype, device: torch.device,
-) -> dict[str, float] | None:  # fmt: skip
+    case: Case | Rows, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+) -> dict[str, float] | None:
     """The least time of forward and backward: "frozen" and "gci"; None where the device's rates are not listed."""
     chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is None:
         return None
-    case = Case(tokens, features_in, features_out, rank * max(experts, 1), experts)
-    least = {"frozen": frozen_floor(case, dtype), "gci": floor(case, dtype, adapter_dtype)}
+    adapted = rows_floor if isinstance(case, Rows) else floor
+    least = {"frozen": frozen_floor(case, dtype), "gci": adapted(case, dtype, adapter_dtype)}
     return {name: seconds(entries, chip, dtype) for name, entries in least.items()}
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import report
-from .cases import RANKS, floor_of, layer_case, layer_variants, make_inputs
+from .cases import METHODS, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
 from .machine import commit, machine, versions
 from .models import RANDOM_LLAMAS, ModelError, load_model
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="smollm2", help=f"smollm2 (default), random-llama[:{sizes}], a local folder, or a hub id"
     )
-    parser.add_argument("--method", choices=list(RANKS), default="loramoe")
+    parser.add_argument("--method", choices=METHODS, default="loramoe")
     parser.add_argument(
         "--dtype", choices=DTYPES, nargs="+", help="default: float32 and bfloat16; on CUDA, float16 as well"
     )
@@ -184,7 +184,9 @@ def _layer(settings: Settings, dtype: torch.dtype, device: torch.device, step: C
     if settings.layers:
         fns = {name: variant.step for name, variant in variants.items()}
         advance = step("timing one layer")
-        result.update(_compare(interleave(fns, device=device, rounds=settings.rounds, advance=advance)))
+        before = {name: variant.change for name, variant in variants.items()}
+        times = interleave(fns, device=device, rounds=settings.rounds, before=before, advance=advance)
+        result.update(_compare(times))
         result["floor_seconds"] = floor_of(case, device)
     return result
 

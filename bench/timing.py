@@ -44,6 +44,7 @@ def interleave(
     rounds: int,
     warmup: int = 1,
     advance: Callable[[], None] = lambda: None,
+    before: dict[str, Callable[[], object]] | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time every function once a round. The order rotates by one each round, so that none always runs first.
@@ -52,7 +53,8 @@ def interleave(
         device: where the functions work; on CUDA the time is that between two events on the stream.
         warmup: rounds that run first and are not counted.
         advance: called after every round, warm-up rounds included.
-        prepare: called before every function and not timed; see :func:`cold_cache`.
+        before: called before the function of the same name, warm-up rounds included, and not timed.
+        prepare: called before every function, after that, and not timed; see :func:`cold_cache`.
 
     Returns:
         name -> seconds for one call.
@@ -62,6 +64,8 @@ def interleave(
     for number in range(warmup + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if before and name in before:
+                before[name]()
             seconds = _seconds(fns[name], device, prepare)
             if number >= warmup:
                 samples[name].append(seconds)
@@ -140,18 +144,25 @@ def _status_bytes(field: str) -> int:
 def saved_bytes(fn: Callable[[], object], model: nn.Module) -> int:
     """Bytes of the storages that autograd keeps alive for backward while `fn` runs.
 
-    A storage counts once, and whole, however many views of it are saved. `model`'s parameters and buffers are alive
-    anyway and don't count.
+    A storage counts once, and whole, however many views of it are saved. `model`'s parameters and buffers, and the
+    copies of :func:`kept_copies`, are alive anyway and don't count.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage  # held, so that its address isn't given to another one meanwhile
+        saved[storage.data_ptr()] = storage  # held, so that its address isn't given to another one meanwhile
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fn()
-    return sum(storage.nbytes() for storage in saved.values())
+    # Asked afterwards: the first forward makes the copies.
+    alive = itertools.chain(model.parameters(), model.buffers(), kept_copies(model))
+    known = {tensor.untyped_storage().data_ptr() for tensor in alive}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in known)
+
+
+def kept_copies(model: nn.Module) -> list[Tensor]:
+    """The copies of weights, trained rows in their places, that a model's LoKI layers keep from step to step."""
+    merged = (getattr(module, "merged_rows", None) for module in model.modules())
+    return [copy for rows in merged if rows is not None for copy in rows.copies()]

@@ -4,49 +4,59 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 import gci_kernels
 
 from .baselines import adapter_leaves, shared_copy, to_eager
-from .cases import HEADS, LORA_ALPHA, RANKS
+from .cases import HEADS, LORA_ALPHA, RANKS, change_adapters, random_rows, trained_rows
 from .models import ModelError, seeded
-from .timing import Timing, interleave, peak_memory, saved_bytes
+from .timing import Timing, interleave, kept_copies, peak_memory, saved_bytes
 
 MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGETS = {"lora": MLP, "loramoe": MLP, "alora": ATTENTION}
+TARGETS = {"lora": MLP, "loramoe": MLP, "alora": ATTENTION}  # LoKI finds each layer's last projection itself
 QUESTION = "Explain in one sentence why the sky is blue."
 
 
 def model_variants(model: nn.Module, method: str, adapter_dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
     """The columns of the table: "frozen", "eager" and "gci", around the same base weights, in training mode.
 
-    `model` itself becomes the frozen one. Both adapted ones hold the same values, B being random: a zero B, which
-    adapters start from, would make most gradients zero and every comparison pass. `adapter_dtype`: None for the
-    model's own, in which the published code trains and eager PyTorch is fastest; PEFT's default is float32.
+    `model` itself becomes the frozen one. Both adapted ones hold the same values, and not those that adapters start
+    from: a zero B would make most gradients zero, trained rows equal to the base's would fit anywhere, and every
+    comparison would pass. `adapter_dtype`: None for the model's own, in which the published code trains and eager
+    PyTorch is fastest; PEFT's default is float32.
     """
     model.requires_grad_(False)
     adapter_dtype = adapter_dtype or model.dtype
-    rank, num_experts = RANKS[method]
-    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS[method])
-    configs = {
-        "loramoe": lambda: gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape),
-        "alora": lambda: gci_kernels.ALoRAConfig(num_heads=HEADS, **shape),
-    }
+    config = _config(model, method)
     try:
         with seeded(model.device):
-            if method in configs:
-                gci = gci_kernels.patch(shared_copy(model), configs[method]())
-                _prepare(gci, adapter_dtype)
-                eager = to_eager(gci)
-            else:
-                eager = get_peft_model(shared_copy(model), LoraConfig(**shape))
+            if method == "lora":
+                eager = get_peft_model(shared_copy(model), config)
                 _prepare(eager, adapter_dtype)
                 gci = gci_kernels.patch(shared_copy(eager))
+            else:
+                gci = gci_kernels.patch(shared_copy(model), config)
+                _prepare(gci, adapter_dtype)
+                eager = to_eager(gci)
     except ValueError as error:
         raise ModelError(f"this model can't be adapted: {error}") from error
     return {"frozen": model.train(), "eager": eager.train(), "gci": gci.train()}
+
+
+def _config(model: nn.Module, method: str) -> PeftConfig:
+    """The adapter of the layer cases' size; LoKI's rows are others in every layer, and the same ones every time."""
+    if method == "loki":
+        config, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
+        shape = config.hidden_size, trained_rows(config.hidden_size)
+        rows = [random_rows(*shape, generator).tolist() for _ in range(config.num_hidden_layers)]
+        return gci_kernels.LoKIConfig(positions=rows)
+    rank, num_experts = RANKS[method]
+    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS[method])
+    if method == "loramoe":
+        return gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape)
+    return gci_kernels.ALoRAConfig(num_heads=HEADS, **shape) if method == "alora" else LoraConfig(**shape)
 
 
 def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
@@ -55,6 +65,8 @@ def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in parameters:
                 if role == "B":
                     nn.init.normal_(parameter, std=0.02)
+                elif role.startswith("active"):  # moved as far as the model still writes sentences
+                    parameter.data += 0.1 * parameter.data.abs().mean() * torch.randn_like(parameter)
                 parameter.data = parameter.data.to(dtype)
 
 
@@ -75,7 +87,7 @@ def training_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train_step(model: nn.Module, ids: Tensor) -> None:
-    """Forward and backward. No optimizer step: it is the same for both adapted variants, and the base has none."""
+    """Forward and backward. What an optimizer writes is no part of it: the base has nothing to write."""
     for parameter in model.parameters():
         parameter.grad = None
     training_loss(model, ids).backward()
@@ -84,7 +96,11 @@ def train_step(model: nn.Module, ids: Tensor) -> None:
 def measure_training(
     variants: dict[str, nn.Module], *, batch: int, seq: int, rounds: int, advance: Callable[[], None]
 ) -> tuple[dict[str, Timing], dict[str, dict]]:
-    """Times of a train step by variant, and what it needs: "peak_memory" in bytes, "saved" in bytes a token."""
+    """Times of a train step by variant, and what it needs: "peak_memory" and "copies" in bytes, "saved" a token.
+
+    "copies" is what LoKI's layers keep from step to step beside their weights. It is part of neither of the others.
+    Before every timed step the adapters' weights change, so the time holds the renewal of those copies.
+    """
     ids = random_ids(variants["frozen"], batch, seq)
     steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
     saved = {
@@ -93,8 +109,13 @@ def measure_training(
     }
     # This runs every step once, so nothing is cold when the clock starts.
     peak = {name: peak_memory(step, ids.device) for name, step in steps.items()}
-    seconds = interleave(steps, device=ids.device, rounds=rounds, warmup=0, advance=advance)
-    return seconds, {"peak_memory": peak, "saved": saved}
+    copies = {name: sum(copy.nbytes for copy in kept_copies(model)) for name, model in variants.items()}
+    before = {name: lambda model=model: change_adapters(model) for name, model in variants.items()}
+    seconds = interleave(steps, device=ids.device, rounds=rounds, warmup=0, before=before, advance=advance)
+    if rounds % 2:
+        for change_back in before.values():
+            change_back()
+    return seconds, {"peak_memory": peak, "saved": saved, "copies": copies}
 
 
 def make_prompt(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> dict[str, Tensor]:

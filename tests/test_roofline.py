@@ -5,7 +5,7 @@ import torch
 
 from gci_kernels.bench import roofline, traffic
 from gci_kernels.bench.launches import record
-from gci_kernels.bench.roofline import CHIPS, Case, RowCase, chip_of, floor, frozen_floor, row_floor, seconds
+from gci_kernels.bench.roofline import CHIPS, Case, Rows, chip_of, floor, frozen_floor, rows_floor, seconds
 from gci_kernels.bench.traffic import PLANS, count
 from gci_kernels.ops.bottleneck import triton as stages
 
@@ -50,16 +50,6 @@ def test_floor_by_hand():
     }
     assert entries["forward: expand"].operations == 2 * 2 * 3 * 5 + 2 * 2 * 2 * 5
     assert total(frozen_floor(Case(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
-
-
-def test_floor_of_trained_rows_by_hand():
-    """2 tokens, 3 to 5, two rows trained in float32 beside bfloat16."""
-    entries = row_floor(RowCase(2, 3, 5, 2), torch.bfloat16, torch.float32)
-    moved = {entry.name: entry.moved for entry in entries}
-    assert moved == {
-        "forward": 2 * (6 + 15 + 10), "backward: dX": 2 * (6 + 15 + 10), "backward: dactive": 2 * (4 + 6) + 4 * 6,
-    }  # fmt: skip
-    assert [entry.operations for entry in entries] == [60, 60, 24]
 
 
 def test_operations_do_not_depend_on_the_plan():
@@ -133,14 +123,28 @@ def test_table(capsys):
     assert "of the floor's bytes" in " ".join(out.split())
 
 
+def test_rows_floor_by_hand():
+    """2 tokens, 3 to 5, two rows trained: W' = [W's 3 other rows, 2 trained ones], and two of dY's columns with x."""
+    for dtype, adapter_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        forward, dx, dactive = rows_floor(Rows(2, 3, 5, 2), dtype, adapter_dtype)
+        size, adapter = dtype.itemsize, adapter_dtype.itemsize
+        merged = 3 * 3 * size + 2 * 3 * adapter
+        assert forward.moved == dx.moved == 2 * 3 * size + merged + 2 * 5 * size
+        assert forward.operations == dx.operations == 2 * 2 * 3 * 5
+        assert dactive.moved == 2 * 2 * size + 2 * 3 * size + 2 * 3 * adapter and dactive.operations == 2 * 2 * 3 * 2
+
+
 def test_floor_seconds():
     """Of a device whose rates are known; `bench` leaves its row out for others."""
-    arguments = (8192, 4096, 4096, 4, 8, torch.bfloat16, torch.bfloat16)
-    assert roofline.floor_seconds(*arguments, torch.device("cpu")) is None
+    assert roofline.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cpu")) is None
 
 
 def test_floor_seconds_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    least = roofline.floor_seconds(8192, 4096, 4096, 4, 8, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+    least = roofline.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
     assert least["gci"] == seconds(floor(LORAMOE, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
+    assert least["frozen"] < least["gci"]
+    rows = Rows(8192, 4096, 4096, 409)
+    least = roofline.floor_seconds(rows, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+    assert least["gci"] == seconds(rows_floor(rows, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
     assert least["frozen"] < least["gci"]

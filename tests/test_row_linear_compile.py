@@ -5,12 +5,12 @@ import torch
 
 from gci_kernels.bench.launches import ROW_CASES, launches
 from gci_kernels.bench.resources import CHIPS, compile_kernel
-from gci_kernels.bench.roofline import RowCase
+from gci_kernels.bench.roofline import Rows
 from gci_kernels.ops import triton_config as config
 
-ODD_CASES = [RowCase(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [RowCase(8192, 4097, 4099, 17)]
+ODD_CASES = [Rows(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [Rows(8192, 4097, 4099, 17)]
 # Triton makes a constant of an argument that is 1.
-ONES = [RowCase(1, 1, 1, 1), RowCase(1, 16, 1, 1), RowCase(1, 1, 16, 2)]
+ONES = [Rows(1, 1, 1, 1), Rows(1, 16, 1, 1), Rows(1, 1, 16, 2)]
 
 
 def check(cases, chip, dtype, active_dtype):

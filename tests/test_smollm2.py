@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["loramoe", "lora", "alora"])
+@pytest.fixture(scope="module", params=["loramoe", "lora", "alora", "loki"])
 def smollm2(request):
     model, tokenizer = load_model("smollm2", torch.float32, CPU)
     return request.param, model_variants(model, request.param), tokenizer

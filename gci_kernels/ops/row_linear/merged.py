@@ -42,6 +42,10 @@ class MergedRows:
         """Whether there is a copy on `device` already."""
         return device in self._copies
 
+    def copies(self) -> list[Tensor]:
+        """The copies that there are, [out, in], one for each device; to be counted, not written to."""
+        return [copy.weight for copy in self._copies.values()]
+
     def drop(self) -> None:
         """Forget the copies; the next call makes a new one."""
         self._copies.clear()
