@@ -152,11 +152,12 @@ class LoKILinear(AdaptedLinear):
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         self._check_apart(names)
         y = None
+        step = fusion.decodes(self.base_layer, x)  # then replacing the outputs costs least
         for name in names:
-            if y is None and fusion.obstacle(self.base_layer) is None:
+            if y is None and not step and fusion.obstacle(self.base_layer) is None:
                 y = self._fused(x, name)
             else:
-                y = self._replace(self.base_layer(x) if y is None else y, x, name)
+                y = self._replace(self.base_layer(x) if y is None else y, x, name, in_place=step)
         return self.base_layer(x) if y is None else y
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
@@ -169,13 +170,13 @@ class LoKILinear(AdaptedLinear):
             bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
         return lora_linear(x, weight, bias, self.loki_A[name], self._up(name), scaling=self.scaling[name])
 
-    def _replace(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+    def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
         positions, base = self.loki_positions.require(name), self.get_base_layer()
         active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
         if not self.r[name]:
-            columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias)
-            return y.index_copy(-1, positions, columns.to(y.dtype))
+            columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
+            return (y.index_copy_ if in_place else y.index_copy)(-1, positions, columns)
         y = y + lora_linear(x, None, None, self.loki_A[name], self._up(name), scaling=self.scaling[name]).to(y.dtype)
         if active_bias is None:
             return y
