@@ -62,11 +62,16 @@ class _Entry:
             self.kv = torch.cat([self.kv[:, :past], kv], 1) if past else kv
             self.owned, self.recorded = False, True
         else:
-            if total > self.kv.shape[1] or not self._writable():
-                self.kv = _grown(self.kv, past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
-                self.owned = True
-            self.kv[:, past:total] = kv
+            self.grow(kv.shape[1], max_length)[:, past:total] = kv
         self.length = total
+
+    def grow(self, time: int, max_length: int) -> Tensor:
+        """The buffer, with room for `time` more tokens that may be written."""
+        past, total = self.length, self.length + time
+        if total > self.kv.shape[1] or not self._writable():
+            self.kv = _grown(self.kv, past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
+            self.owned = True
+        return self.kv
 
     def _writable(self) -> bool:
         if torch.compiler.is_compiling():  # the rest cannot be traced; where it matters torch raises
@@ -156,6 +161,29 @@ class AdapterCache:
             entry.require(kv, layer_key, adapter)
         entry.append(kv, self.max_length)
         self._entries[layer_key, adapter] = entry
+
+    def room(self, layer_key: str, adapter: str, new: Tensor, *, past: int) -> Tensor:
+        """For a kernel that writes one new token itself: a buffer [batch, capacity, width], filled up to `past`.
+
+        The token counts as kept from now on. Not for where gradients are recorded.
+
+        Args:
+            layer_key, adapter, past: as in :meth:`keep`.
+            new: [batch, any, width], like what :meth:`keep` would be given; it may be empty.
+
+        Raises:
+            ValueError: as :meth:`keep`.
+        """
+        self.check([(layer_key, adapter)], past)
+        entry = self._entries.get((layer_key, adapter))
+        if entry is None:
+            entry = _Entry(new)
+        else:
+            entry.require(new, layer_key, adapter)
+        kv = entry.grow(1, self.max_length)
+        entry.length += 1
+        self._entries[layer_key, adapter] = entry
+        return kv
 
     def map(self, change) -> None:
         """Replaces every buffer [batch, capacity, width] by `change` of it."""

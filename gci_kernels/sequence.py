@@ -84,6 +84,18 @@ class Context:
         if self.cache is not None:
             self.cache.keep(layer_key, adapter, kv, past=self.sequence.past)
 
+    def room(self, layer_key: str, adapter: str, new: Tensor) -> Tensor | None:
+        """In place of :meth:`past` and :meth:`keep`, for a kernel that writes the one new token of each sequence.
+
+        None where that is not what this forward is: it has more tokens or no cache, or gradients are recorded.
+
+        Raises:
+            ValueError: as :meth:`AdapterCache.room`.
+        """
+        if self.cache is None or self.obstacle is not None or self.shape[1] != 1 or torch.is_grad_enabled():
+            return None
+        return self.cache.room(layer_key, adapter, new, past=self.sequence.past)
+
 
 class _State:
     """What is set in one thread."""

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gci_kernels import LoRAMoEConfig, ops, patch
+from gci_kernels import ALoRAConfig, LoRAMoEConfig, ops, patch
 from gci_kernels.native import DTYPE_CODES, extension
 from gci_kernels.ops.decode import MAX_TOKENS, add_update, choose_decode, step
 from gci_kernels.testing import error_bound, relative_error
-from gci_kernels.tuners import fusion
+from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -139,6 +139,52 @@ def test_half_values_are_rounded_as_torch_rounds_them():
     assert torch.equal(y[0], wide.half())
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("segmented", (False, True))
+@pytest.mark.parametrize(
+    ("batch", "past", "in_features", "rank", "heads", "residual"),
+    [(1, 0, 20, 4, 1, False), (3, 7, 67, 16, 4, True), (2, 130, 33, 12, 4, False), (16, 40, 64, 32, 2, True),
+     (1, 300, 576, 64, 2, False), (5, 1, 9, 1, 1, True)],
+)  # fmt: skip
+def test_attention_of_a_new_token(batch, past, in_features, rank, heads, residual, segmented, dtype, adapter_dtype):
+    """Against alora_linear with the same past; the cache holds NaN where nothing is seen, and behind its end."""
+    x, A, _, B, y = make(batch, in_features, 45, rank, 0, dtype, adapter_dtype)
+    qkv = (torch.randn(3 * rank, rank) * rank**-0.5).to(adapter_dtype)
+    kv = torch.full((batch, past + 5, 2 * rank), float("nan"), dtype=dtype)
+    kv[:, :past] = torch.randn(batch, past, 2 * rank)
+    segments = None
+    if segmented:
+        segments = torch.ones(batch, past + 1, dtype=torch.int32)
+        for row in range(batch):
+            segments[row, : past * row // batch] = -1 if row % 2 else 0
+        if batch > 2:
+            segments[2] = -1  # its new token is padding
+    clean = kv[:, :past].clone()
+    if segmented:
+        kv[:, :past][(segments[:, :past] != segments[:, -1:])] = float("nan")
+
+    def reference(dtype, clean):
+        cast = [t.to(adapter_dtype if dtype == torch.float64 else dtype).to(dtype) for t in (A, qkv, B)]
+        update, new = ops.alora_linear(
+            x.to(dtype)[:, None], None, None, *cast, num_heads=heads, scaling=2.0, residual=residual,
+            past=clean.to(dtype), sequence=ops.Sequence(segments, past), impl="reference",
+        )  # fmt: skip
+        return y.to(dtype) + update[:, 0], new[:, 0]
+
+    truth, plain = reference(torch.float64, clean), reference(dtype, clean)
+    results = []
+    for _ in range(2):
+        actual, cache = y.clone(), kv.clone()
+        step.find_step(x, A, None, B, scaling=2.0).attend(
+            actual, x, qkv, cache, past, segments, num_heads=heads, residual=residual
+        )
+        results.append(actual)
+    assert torch.equal(*results) and cache[:, past + 1 :].isnan().all()
+    for value, plain_value, true_value in zip((actual, cache[:, past]), plain, truth, strict=True):
+        bound = error_bound(relative_error(plain_value, true_value), dtype)
+        assert relative_error(value, true_value) <= bound
+
+
 def test_nan_of_a_logit_reaches_the_output():
     x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
     router[3] = float("nan")
@@ -227,7 +273,9 @@ def tiny_llama(dtype=torch.float32):
 def adapted(method, dtype=torch.float32, **changes):
     torch.manual_seed(1)
     targets = ["gate_proj", "down_proj", "q_proj"]
-    if method == "lora":
+    if method == "alora":
+        config = ALoRAConfig(r=8, num_heads=2, target_modules=targets, init_weights=False, **changes)
+    elif method == "lora":
         config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **changes)
     else:
         config = LoRAMoEConfig(r=4, num_experts=4, target_modules=targets, init_weights=False, **changes)
@@ -236,30 +284,31 @@ def adapted(method, dtype=torch.float32, **changes):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What add_update answered, each time that a layer asked."""
+    """Whether a kernel added an adapter's update, each time that a layer asked for it."""
     answers = []
 
-    def recorded(*args, **kwargs):
-        answers.append(add_update(*args, **kwargs))
-        return answers[-1]
+    def record(cls):
+        own = cls._add_step
+        monkeypatch.setattr(cls, "_add_step", lambda *args: answers.append(own(*args)) or answers[-1])
 
-    for module in ("lora", "loramoe"):
-        monkeypatch.setattr(f"gci_kernels.tuners.{module}.add_update", recorded)
+    for cls in (FusedLoraLinear, LoRAMoELinear, ALoRALinear):
+        record(cls)
     return answers
 
 
 IDS = torch.tensor([[5, 17, 80, 3, 41], [8, 2, 36, 62, 8]])
 
 
-@pytest.mark.parametrize("method", ("lora", "loramoe"))
+@pytest.mark.parametrize("method", ("lora", "loramoe", "alora"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_generation_takes_steps_and_gives_the_same_tokens(method, dtype, steps, monkeypatch):
     model = adapted(method, dtype)
     generate = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False)
     tokens = model.generate(**generate)
-    assert steps == [True] * len(steps) and len(steps) >= 7 * 6
+    prompt = [False] * 6 if method == "alora" else []  # ten tokens: more than one for each sequence
+    assert steps == prompt + [True] * 7 * 6 or steps == [True] * 8 * 6
     with torch.no_grad():
-        one = model(IDS[:, :1]).logits
+        one = model(IDS[:, :1]).logits  # where ALoRA's new token is its whole past
     monkeypatch.setattr(fusion, "decodes", lambda base, x: False)
     with torch.no_grad():
         assert relative_error(model(IDS[:, :1]).logits, one) < (1e-5 if dtype == torch.float32 else 3e-2)
@@ -300,9 +349,29 @@ def test_dropout_in_training_is_no_step_of_the_kernel(method, steps):
     model = adapted(method, lora_dropout=0.5).train()
     with torch.no_grad():
         first, second = (model(IDS[:, :1]).logits for _ in range(2))
-        assert not torch.equal(first, second) and steps == []
+        assert not torch.equal(first, second)
         model.eval()(IDS[:, :1])
-    assert steps == [True] * 6
+    assert steps == [False] * 12 + [True] * 6
+
+
+MODES = {
+    "left-padded": {}, "beams": {"num_beams": 3}, "static": {"cache_implementation": "static"},
+    "assisted": {"prompt_lookup_num_tokens": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alora_generates_with_steps_what_it_would_without(mode, steps, monkeypatch):
+    model = adapted("alora").double()  # which no kernel takes: the truth
+    ids = (
+        torch.tensor([[0, 0, 7, 3, 41], [8, 2, 36, 62, 8]]) if mode != "assisted" else torch.tensor([[5, 17, 5, 17, 5]])
+    )
+    generate = dict(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=9, do_sample=False, **MODES[mode])
+    expected = model.generate(**generate)
+    assert True not in steps
+    model.float()
+    del steps[:]
+    assert torch.equal(model.generate(**generate), expected) and True in steps
 
 
 def test_a_layer_of_peft_with_a_bias_of_its_own():

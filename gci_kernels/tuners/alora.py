@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gci_kernels import sequence
 from gci_kernels.ops import alora_linear
 from gci_kernels.ops.attention.api import check_heads
+from gci_kernels.ops.decode import find_step
 from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer, register
 
 
@@ -99,6 +100,30 @@ class ALoRALinear(BottleneckLayer):
         )  # fmt: skip
         context.keep(self.key, name, kv)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
+        if self.training and self.dropout_p[name]:
+            return False
+        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
+        step, context = find_step(x, A, None, B, scaling=self.scaling[name]), sequence.required()
+        segments, batch = context.sequence.segments, context.shape[0]
+        if (
+            step is None
+            or y.dtype != x.dtype
+            or qkv.dtype != A.dtype
+            or not (y.is_contiguous() and qkv.is_contiguous())
+        ):
+            return False
+        kv = context.room(self.key, name, x.new_empty(batch, 0, 2 * self.r[name]))
+        if kv is None:
+            return False
+        if segments is not None and segments.stride(1) != 1:
+            segments = segments.contiguous()
+        step.attend(
+            y, x.contiguous(), qkv, kv, context.sequence.past, segments,
+            num_heads=self.num_heads[name], residual=self.residual[name],
+        )  # fmt: skip
+        return True
 
     def describe(self, name: str) -> str:
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")

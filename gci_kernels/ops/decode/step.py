@@ -2,14 +2,12 @@
 
 import functools
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gci_kernels.ops.decode.native import Step
 from gci_kernels.ops.decode.plan import MAX_TOKENS, choose_decode
-
-Run = Callable[[Tensor, Tensor], None]
 
 
 class _Adapter:
@@ -20,7 +18,7 @@ class _Adapter:
         self.router = None if router is None else weakref.ref(router)
         self.settings = (scaling, top_k)
         self.addresses = _addresses(A, router, B)
-        self.steps: dict[tuple[torch.dtype, int], Run | None] = {}
+        self.steps: dict[tuple[torch.dtype, int], Step | None] = {}
 
     def is_of(self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int) -> bool:
         return (
@@ -44,38 +42,47 @@ def _addresses(A: Tensor, router: Tensor | None, B: Tensor) -> tuple:
     return A.data_ptr(), B.data_ptr(), 0 if router is None else router.data_ptr(), A.dtype
 
 
-def add_update(
-    y: Tensor, x: Tensor, A: Tensor, router: Tensor | None, B: Tensor, *, scaling: float, top_k: int = 0
-) -> bool:
-    """y += scaling * mix(x @ A.T) @ B.T in place, if there is a kernel for such a step; whether there was.
+def find_step(x: Tensor, A: Tensor, router: Tensor | None, B: Tensor, *, scaling: float, top_k: int = 0) -> Step | None:
+    """The step of an adapter for as many tokens as x [..., in] has; None where there is no kernel for it.
 
-    Made for calls of some microseconds: nothing is checked but what the choice needs. The caller sees to it that no
-    gradient is wanted, that the shapes fit, and that y is its own.
+    Made for calls of some microseconds: nothing is checked but what the choice needs.
 
     Args:
-        y: [..., out] without gaps, x's dtype; holds the base product.
-        x: [..., in].
         A: [rank, in], router: [experts, in] or None, B: [out, rank]: as :func:`gci_kernels.ops.loramoe_linear` takes
             them, in one dtype.
         top_k: experts where all gates count; not used without a router.
     """
     tokens = x.numel() // A.shape[1]
-    if tokens > MAX_TOKENS or not y.is_contiguous():
-        return False
+    if tokens > MAX_TOKENS:
+        return None
     adapter = _adapters.get(id(B))
     if adapter is None or not adapter.is_of(A, router, B, scaling, top_k):
         adapter = _adapters[id(B)] = _Adapter(A, router, B, scaling, top_k)
     key = (x.dtype, tokens)
     if key not in adapter.steps:
         adapter.steps[key] = _make(adapter, A, router, B, tokens, x)
-    step = adapter.steps[key]
-    if step is None or y.dtype != x.dtype:
+    return adapter.steps[key]
+
+
+def add_update(
+    y: Tensor, x: Tensor, A: Tensor, router: Tensor | None, B: Tensor, *, scaling: float, top_k: int = 0
+) -> bool:
+    """y += scaling * mix(x @ A.T) @ B.T in place, if there is a kernel for such a step; whether there was.
+
+    The caller sees to it that no gradient is wanted, that the shapes fit, and that y is its own.
+
+    Args:
+        y: [..., out], holds the base product.
+        x, A, router, B, scaling, top_k: as in :func:`find_step`.
+    """
+    step = find_step(x, A, router, B, scaling=scaling, top_k=top_k)
+    if step is None or y.dtype != x.dtype or not y.is_contiguous():
         return False
     step(y, x if x.is_contiguous() else x.contiguous())
     return True
 
 
-def _make(adapter: _Adapter, A: Tensor, router: Tensor | None, B: Tensor, tokens: int, x: Tensor) -> Run | None:
+def _make(adapter: _Adapter, A: Tensor, router: Tensor | None, B: Tensor, tokens: int, x: Tensor) -> Step | None:
     experts = 0 if router is None else router.shape[0]
     parts = [part for part in (A, router, B) if part is not None]
     chosen = choose_decode(
@@ -85,6 +92,4 @@ def _make(adapter: _Adapter, A: Tensor, router: Tensor | None, B: Tensor, tokens
     plain = all(part.is_contiguous() and part.dtype == A.dtype and part.device == x.device for part in parts)
     if chosen is None or not plain:
         return None
-    from gci_kernels.ops.decode.native import Step
-
     return Step(A, router, B, *adapter.settings, tokens, x.dtype)
