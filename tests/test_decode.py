@@ -122,21 +122,21 @@ def test_groups_of_tokens_with_adapters_of_their_own(threads):
         extension().DecodeStep(0, 0, 4, 4, list(range(17)), [])
 
 
-def test_half_values_are_rounded_as_torch_rounds_them():
-    """Every float16 goes through the kernel unchanged, and sums are rounded to the nearest, ties to even."""
-    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    every = bits.view(torch.float16)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_values_are_rounded_as_torch_rounds_them(dtype):
+    """Every value goes through the kernel unchanged, and sums are rounded to the nearest, ties to even."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()].contiguous()
-    A, B = torch.zeros(1, 1), torch.zeros(every.numel(), 1)
-    y = every.clone()[None]
-    assert add_update(y, torch.ones(1, 1, dtype=torch.float16), A, None, B, scaling=1.0)
+    y, one = every.clone()[None], torch.ones(1, 1, dtype=dtype)
+    assert add_update(y, one, torch.zeros(1, 1), None, torch.zeros(every.numel(), 1), scaling=1.0)
     assert torch.equal(y[0], every + 0.0)
+    ties = 1 + torch.arange(64) * (torch.finfo(dtype).eps / 2)
     wide = torch.cat(
-        (torch.linspace(-70000, 70000, 4001), torch.logspace(-9, 5, 4001), torch.tensor([65519.9, 65520.0]))
+        (torch.linspace(-70000, 70000, 4001), torch.logspace(-9, 5, 4001), ties, torch.tensor([65519.9, 65520]))
     )
-    y, B = torch.zeros(1, wide.numel(), dtype=torch.float16), wide[:, None].contiguous()
-    assert add_update(y, torch.ones(1, 1, dtype=torch.float16), torch.ones(1, 1), None, B, scaling=1.0)
-    assert torch.equal(y[0], wide.half())
+    y, B = torch.zeros(1, wide.numel(), dtype=dtype), wide[:, None].contiguous()
+    assert add_update(y, one, torch.ones(1, 1), None, B, scaling=1.0)
+    assert torch.equal(y[0], wide.to(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=lambda d: str(d)[6:])
