@@ -213,6 +213,8 @@ def test_rows_from_a_scores_file(tmp_path):
     model = get_peft_model(plain(), LoKIConfig(positions=path, quota=12.5))
     rows = [layer.loki_positions["default"].tolist() for layer in loki_layers(model).values()]
     assert rows == select(scores, 12.5)
+    saved = model.peft_config["default"].to_dict()
+    assert saved["positions"] is None and saved["quota"] is None, "the rows are saved, not where they came from"
     write_positions(select(scores, 12.5), tmp_path / "p.json")
     same = get_peft_model(plain(), LoKIConfig(positions=tmp_path / "p.json"))
     assert [layer.loki_positions["default"].tolist() for layer in loki_layers(same).values()] == rows
@@ -401,6 +403,8 @@ def test_safe_merge_refuses_nan_and_merging_into_what_is_no_plain_weight_raises(
     first.loki_active["default"].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="has NaN or infinite rows"):
         model.merge_and_unload(safe_merge=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
     first.base_layer.weight = type("Packed", (nn.Parameter,), {})(first.base_layer.weight.data)
     with pytest.raises(ValueError, match="cannot be merged into a Packed"):
         first.merge()
