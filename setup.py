@@ -1,7 +1,7 @@
 """Builds csrc/ into gci_kernels._native: plain C++17 and OpenMP, no libtorch, one binary for every x86-64 and for Arm.
 
 Each kernel source is compiled once per instruction set, into a namespace of its own (macro GCI_ISA);
-csrc/cpu/dispatch.cpp picks one when the extension is loaded.
+csrc/cpu/dispatch.cpp picks one when the extension is loaded. build_cuda.py adds csrc/cuda where there is an nvcc.
 """
 
 import os
@@ -15,8 +15,11 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent))  # a build backend runs this file without its folder on the path
+import build_cuda  # noqa: E402
+
 KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("gate", "attention", "dropout", "skinny", "skinny_bf16", "table")]
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 
 ISAS = {"baseline": []}
@@ -63,14 +66,28 @@ class BuildNative(build_ext):
                 extra_postargs=FLAGS + flags,
                 depends=HEADERS,
             )
+        self.add_cuda(ext)
         super().build_extension(ext)
+
+    def add_cuda(self, ext) -> None:
+        plan, folder = build_cuda.decide(), Path(self.build_temp, "cuda")
+        print(f"CUDA kernels: {plan.description}", file=sys.stderr)
+        ext.depends.append(str(build_cuda.write_header(plan, folder)))
+        ext.include_dirs.append(str(folder))
+        if plan.toolkit is None:
+            return
+        ext.sources += build_cuda.HOST_SOURCES
+        ext.include_dirs.append(str(plan.toolkit.include))
+        ext.extra_objects += [*build_cuda.compile_sources(plan, folder), str(plan.toolkit.runtime)]
+        # torch brings a CUDA runtime of its own, perhaps another version: neither is to be taken for the other.
+        ext.extra_link_args += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
 
 
 setup(
     ext_modules=[
         Pybind11Extension(
             "gci_kernels._native",
-            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"],
+            ["csrc/bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
             include_dirs=["csrc"],
             define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
             extra_compile_args=FLAGS,

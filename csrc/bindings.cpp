@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/kernels.h"
+#include "cuda_bindings.h"
 
 namespace {
 
@@ -139,4 +140,5 @@ PYBIND11_MODULE(_native, module) {
                               tokens, r, n, threads);
       },
       nogil);
+  bind_cuda(module);
 }
