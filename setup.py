@@ -57,6 +57,8 @@ class BuildNative(build_ext):
         if "CXX" in os.environ:
             self.compiler.compiler_cxx = os.environ["CXX"].split()
         check_compiler(self.compiler)
+        plan = build_cuda.decide()
+        print(f"CUDA kernels: {plan.description}", file=sys.stderr)
         for isa, flags in ISAS.items():
             ext.extra_objects += self.compiler.compile(
                 KERNEL_SOURCES,
@@ -66,12 +68,11 @@ class BuildNative(build_ext):
                 extra_postargs=FLAGS + flags,
                 depends=HEADERS,
             )
-        self.add_cuda(ext)
+        self.add_cuda(ext, plan)
         super().build_extension(ext)
 
-    def add_cuda(self, ext) -> None:
-        plan, folder = build_cuda.decide(), Path(self.build_temp, "cuda")
-        print(f"CUDA kernels: {plan.description}", file=sys.stderr)
+    def add_cuda(self, ext, plan: build_cuda.Plan) -> None:
+        folder = Path(self.build_temp, "cuda")
         ext.depends.append(str(build_cuda.write_header(plan, folder)))
         ext.include_dirs.append(str(folder))
         if plan.toolkit is None:
