@@ -37,8 +37,8 @@ def name(value: object) -> str:
 def kernels():
     """On a CPU, the module in place of the extension."""
     if ON_CPU is None:
-        if not native.extension().has_cuda:
-            pytest.skip(f"the CUDA kernels are {native.CUDA_BUILD}")
+        if not native.available() or not native.extension().has_cuda:
+            pytest.skip(f"no CUDA kernels: {native.why_unavailable() or native.CUDA_BUILD}")
         yield None
         return
     spec = importlib.util.spec_from_file_location("cuda_on_cpu", ON_CPU)

@@ -22,6 +22,7 @@ constexpr int keys_at_once = sizeof(X) == 2 ? 8 : 4;
 // sums[i] += row first + i of A times x, this thread's share of both.
 template <int V, typename X, typename W>
 __device__ inline void accumulate(const X* x, const W* A, int first, int rank, int64_t in, float (&sums)[rows_at_once]) {
+#pragma unroll 1
   for (int64_t k = int64_t(threadIdx.x) * V; k < in; k += threads * V) {
     const Pack<X, V> value = load<V>(x + k);
     Pack<W, V> rows[rows_at_once];
@@ -40,7 +41,7 @@ __device__ inline void project(const X* x, const W* A, int rank, int64_t in, boo
   for (int first = 0; first < rank; first += rows_at_once) {
     float sums[rows_at_once] = {};
     if (vector)
-      accumulate<16 / sizeof(X)>(x, A, first, rank, in, sums);
+      accumulate<16 / sizeof(W)>(x, A, first, rank, in, sums);
     else
       accumulate<1>(x, A, first, rank, in, sums);
     scatter_sums<rows_at_once, 32>(sums);
