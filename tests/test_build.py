@@ -46,8 +46,8 @@ def test_wheel(source, tmp_path):
     assert packages == shipped, "pyproject.toml lists the packages by hand"
     done = subprocess.run(["readelf", "-d", tmp_path / extension], check=True, capture_output=True, text=True)
     needed = {line.split("[")[1].split(".so")[0] for line in done.stdout.splitlines() if "(NEEDED)" in line}
-    system = {"libstdc++", "libm", "libgomp", "libgcc_s", "libc", "libdl", "librt", "libpthread", "ld-linux-x86-64"}
-    assert needed <= system, "neither torch nor CUDA: one build serves every version of both"
+    needed -= {"libstdc++", "libm", "libgomp", "libgcc_s", "libc", "libdl", "librt", "libpthread"}
+    assert all(name.startswith("ld-linux") for name in needed), "neither torch nor CUDA: it serves all versions of both"
 
 
 @pytest.mark.parametrize(("compiler", "why"), [("/nonexistent/c++", "No such file"), ("false", "")])
