@@ -1,7 +1,7 @@
 """Builds csrc/ into gci_kernels._native: plain C++17 and OpenMP, no libtorch, one binary for every x86-64 and for Arm.
 
 Each kernel source is compiled once per instruction set, into a namespace of its own (macro GCI_ISA);
-csrc/cpu/dispatch.cpp picks one when the extension is loaded.
+csrc/cpu/dispatch.cpp picks one when the extension is loaded. build_cuda.py adds csrc/cuda where there is an nvcc.
 """
 
 import os
@@ -15,9 +15,12 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent))  # a build backend runs this file without its folder on the path
+import build_cuda  # noqa: E402
+
 KERNELS = ("gate", "attention", "attend", "decode", "dropout", "skinny", "skinny_bf16", "table")
 KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in KERNELS]
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 
 ISAS = {"baseline": []}
@@ -55,6 +58,8 @@ class BuildNative(build_ext):
         if "CXX" in os.environ:
             self.compiler.compiler_cxx = os.environ["CXX"].split()
         check_compiler(self.compiler)
+        plan = build_cuda.decide()
+        print(f"CUDA kernels: {plan.description}", file=sys.stderr)
         for isa, flags in ISAS.items():
             ext.extra_objects += self.compiler.compile(
                 KERNEL_SOURCES,
@@ -64,14 +69,27 @@ class BuildNative(build_ext):
                 extra_postargs=FLAGS + flags,
                 depends=HEADERS,
             )
+        self.add_cuda(ext, plan)
         super().build_extension(ext)
+
+    def add_cuda(self, ext, plan: build_cuda.Plan) -> None:
+        folder = Path(self.build_temp, "cuda")
+        ext.depends.append(str(build_cuda.write_header(plan, folder)))
+        ext.include_dirs.append(str(folder))
+        if plan.toolkit is None:
+            return
+        ext.sources += build_cuda.HOST_SOURCES
+        ext.include_dirs.append(str(plan.toolkit.include))
+        ext.extra_objects += [*build_cuda.compile_sources(plan, folder), str(plan.toolkit.runtime)]
+        # torch brings a CUDA runtime of its own, perhaps another version: neither is to be taken for the other.
+        ext.extra_link_args += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
 
 
 setup(
     ext_modules=[
         Pybind11Extension(
             "gci_kernels._native",
-            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"],
+            ["csrc/bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
             include_dirs=["csrc"],
             define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
             extra_compile_args=FLAGS,

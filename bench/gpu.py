@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The timed steps, each a generator of entries.
 STEPS = {"stages": gpu_cases.stages, "layers": gpu_cases.layers, "slices": gpu_cases.slices}
 # Seconds that a step may take at most, beside the whole's limit: what comes later gets what is left.
-LIMITS = {"prove": 190, "build": 60, "stages": 90, "layers": 150, "slices": 540}
+LIMITS = {"prove": 190, "build": 60, "decode": 120, "stages": 90, "layers": 150, "slices": 540}
 # A step stops between cases when its time is up; this much later its process is ended.
 GRACE = 15
 
@@ -89,7 +89,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def start_build(log: TextIO) -> subprocess.Popen | None:
-    """Begin to build csrc/ in place, where it is not built. Those kernels are for CPUs: no number here needs them."""
+    """Begin to build csrc/ in place, where it is not built: for the step "decode", and for no number."""
     if native.available():
         return None
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -118,13 +118,24 @@ def end(process: subprocess.Popen) -> None:
 def prove(run: Run, limit: float) -> None:
     """The tests on the GPU, and the records they make. On a CPU one kernel's are interpreted, and prove nothing."""
     on_gpu = run.device.type == "cuda"
-    groups = list(gpu_proof.GROUPS) if on_gpu else ["dropout"]
+    groups = [group for group in gpu_proof.GROUPS if group != gpu_proof.DECODE] if on_gpu else ["dropout"]
     outcomes = gpu_proof.run_tests(groups, limit, interpreted=not on_gpu)
-    run.result["tests"] = {group: asdict(outcome) for group, outcome in outcomes.items()}
     if on_gpu:
         records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
         run.result["proved"] = [record.as_json() for record in records]
         hardware.keep(*records)  # what "auto" takes in the steps that follow
+    note(run, outcomes)
+
+
+def prove_decode(run: Run, limit: float) -> None:
+    """The CUDA C++ kernels' tests, once csrc is built."""
+    if run.device.type == "cuda":
+        note(run, gpu_proof.run_tests([gpu_proof.DECODE], limit))
+
+
+def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
+    """Make the outcomes part of the result; RuntimeError where a test failed."""
+    run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
     wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
              if o.trouble or o.failed}  # fmt: skip
     if wrong:
@@ -199,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         building = start_build(log)
         run.step("prove", lambda limit: prove(run, limit))
         run.step("build", lambda limit: finish_build(building, log, limit))
+    run.step("decode", lambda limit: prove_decode(run, limit))
     for name in STEPS:
         run.step(name, lambda limit, name=name: timed(run, name, limit))
     gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))

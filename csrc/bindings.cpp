@@ -8,6 +8,7 @@
 
 #include "common/decode.h"
 #include "common/kernels.h"
+#include "cuda_bindings.h"
 
 namespace {
 
@@ -191,4 +192,5 @@ PYBIND11_MODULE(_native, module) {
                               tokens, r, n, threads);
       },
       nogil);
+  bind_cuda(module);
 }

@@ -38,6 +38,7 @@ def _facts(devices: list[torch.device]) -> Table:
     facts.add_row("CPU threads", str(torch.get_num_threads()))
     extension = f"built, {native.ISA}" if native.available() else f"missing: {native.why_unavailable()}"
     facts.add_row("C++ kernels", extension)
+    facts.add_row("CUDA kernels", escape(native.CUDA_BUILD))
     facts.add_row("OpenMP runtimes", ", ".join(openmp_runtimes()) or "unknown")
     facts.add_row("GPUs", ", ".join(torch.cuda.get_device_name(device) for device in devices) or "none")
     facts.add_row("cache folder", str(cache_dir()))

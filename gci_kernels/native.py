@@ -15,6 +15,7 @@ else:
 
 # The order of csrc/common/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
+CUDA_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}
 
 
 def available() -> bool:
@@ -37,6 +38,18 @@ def extension():
     return _extension
 
 
+def cuda_extension():
+    """The compiled extension where its CUDA kernels were built, else ImportError with the reason and the cure."""
+    if not extension().has_cuda:
+        raise ImportError(
+            f"gci_kernels' CUDA kernels: {CUDA_BUILD}. They need nvcc 12.4 to 13.x when gci_kernels is installed; with "
+            "GCI_BUILD_CUDA=1 the installation fails where it cannot build them"
+        )
+    return _extension
+
+
+#: What was built of csrc/cuda, "sm_90a, by nvcc 13.0", or "not built: " and why. Neither says that there is a GPU.
+CUDA_BUILD: str = _extension.cuda_build if _extension is not None else "none"
 #: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension.
 #: A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"

@@ -1,4 +1,4 @@
-// One decoding step of an adapted layer, the same on a CPU (csrc/cpu/decode.cpp) and on a GPU (csrc/cuda/decode.cu):
+// One decoding step of an adapted layer, the same on a CPU (csrc/cpu/decode.cpp) and on a GPU (csrc/cuda):
 // at most decode_max_tokens tokens, whose base product is in y already.
 //
 // Everything is passed by value or by pointers that stay as they are from step to step, so that a captured CUDA graph can

@@ -1,0 +1,198 @@
+"""What setup.py needs to compile csrc/cuda: finds nvcc, decides for which GPUs, runs it. No GPU is needed.
+
+GCI_BUILD_CUDA=1 demands the CUDA kernels, 0 leaves them out; unset, they are built where a fitting nvcc is found.
+GCI_CUDA_ARCH_LIST, "9.0a" or "8.0;10.0+PTX", names the GPUs; +PTX adds code that newer ones compile for themselves.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = [f"csrc/cuda/decode_{name}.cu" for name in ("expand", "attend", "project")]  # the longest first
+HOST_SOURCES = ["csrc/cuda/checks.cpp", "csrc/cuda/launch.cpp"]
+FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+OLDEST, NEWEST = (12, 4), (13, 99)
+#: What GCI_CUDA_ARCH_LIST may name, and the first nvcc that knows it.
+ARCHITECTURES = {
+    "8.0": OLDEST, "8.6": OLDEST, "8.7": OLDEST, "8.9": OLDEST, "9.0": OLDEST, "9.0a": OLDEST, "10.0": (12, 8),
+    "10.0a": (12, 8), "10.3": (12, 9), "10.3a": (12, 9), "12.0": (12, 8), "12.0a": (12, 8), "12.1": (12, 9),
+}  # fmt: skip
+DEFAULT = ("8.0", "8.6", "8.9", "9.0a", "10.0")
+DEFAULT_FOLDER = Path("/usr/local/cuda")
+
+
+class Unavailable(Exception):
+    """CUDA cannot be built here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """nvcc and what lies beside it."""
+
+    nvcc: Path
+    version: tuple[int, int]
+    include: Path
+    runtime: Path  # libcudart_static.a
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built; without a toolkit nothing, and `description` says why."""
+
+    description: str
+    toolkit: Toolkit | None = None
+    targets: tuple[str, ...] = ()  # "sm_90a", "compute_100"
+
+
+def decide(environment: Mapping[str, str] = os.environ) -> Plan:
+    """The plan, or the end of the build with one message where what was asked for cannot be done."""
+    wanted = environment.get("GCI_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"GCI_BUILD_CUDA={wanted}: allowed are 1 (demand the CUDA kernels), 0 (leave them out) and nothing")
+    if wanted == "0":
+        return Plan("not built: GCI_BUILD_CUDA=0")
+    listed = parse(environment.get("GCI_CUDA_ARCH_LIST", ""))
+    try:
+        toolkit = find(environment)
+        targets, left_out = choose(listed, toolkit.version)
+        probe(toolkit, targets, environment)
+    except Unavailable as reason:
+        if wanted == "1":
+            sys.exit(f"\nGCI_BUILD_CUDA=1, but gci_kernels cannot build its CUDA kernels: {reason}\n")
+        return Plan(f"not built: {reason}")
+    version = ".".join(map(str, toolkit.version))
+    return Plan("; ".join([f"{' '.join(targets)}, by nvcc {version}", *left_out]), toolkit, targets)
+
+
+def parse(listed: str) -> list[tuple[str, bool]]:
+    """Capabilities of GCI_CUDA_ARCH_LIST, each with whether PTX is wanted beside it; none: the default."""
+    result = []
+    for entry in re.split(r"[;, ]+", listed.strip()) if listed.strip() else ():
+        capability, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
+        if capability not in ARCHITECTURES:
+            allowed = ", ".join(ARCHITECTURES)
+            sys.exit(f"GCI_CUDA_ARCH_LIST={listed}: {entry!r} is none of {allowed}, with or without +PTX behind it")
+        result.append((capability, ptx))
+    return result
+
+
+def choose(listed: list[tuple[str, bool]], version: tuple[int, int]) -> tuple[tuple[str, ...], list[str]]:
+    """nvcc's names of what to build, and what is left out of the default by an older nvcc."""
+    unknown = [capability for capability, _ in listed if version < ARCHITECTURES[capability]]
+    if unknown:
+        first = ".".join(map(str, ARCHITECTURES[unknown[0]]))
+        raise Unavailable(f"GCI_CUDA_ARCH_LIST names {unknown[0]}, which needs nvcc {first}")
+    left_out = []
+    if not listed:
+        known = [capability for capability in DEFAULT if version >= ARCHITECTURES[capability]]
+        left_out = [f"sm_{c.replace('.', '')} left out: it needs nvcc 12.8" for c in DEFAULT if c not in known]
+        listed = [(capability, capability == known[-1]) for capability in known]
+    targets = []
+    for capability, ptx in listed:
+        number = capability.replace(".", "")
+        # What has a letter runs on that GPU alone, so PTX for newer ones is the plain kind.
+        targets += [f"sm_{number}"] + ([f"compute_{number.rstrip('a')}"] if ptx else [])
+    return tuple(dict.fromkeys(targets)), left_out
+
+
+def find(environment: Mapping[str, str]) -> Toolkit:
+    """The nvcc of CUDA_HOME or CUDA_PATH where set, else of PATH, else of /usr/local/cuda."""
+    folder = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    if folder:
+        nvcc = Path(folder, "bin", "nvcc")
+        if not nvcc.exists():
+            raise Unavailable(f"there is no bin/nvcc in {folder}, which CUDA_HOME or CUDA_PATH names")
+    else:
+        nvcc = Path(shutil.which("nvcc", path=environment.get("PATH")) or DEFAULT_FOLDER / "bin" / "nvcc")
+        if not nvcc.exists():
+            raise Unavailable(f"no nvcc: CUDA_HOME and CUDA_PATH are not set, PATH and {DEFAULT_FOLDER} lack it")
+    done = run([str(nvcc), "--version"])
+    said = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if done.returncode or not said:
+        raise Unavailable(f"{nvcc} does not say its version: {last_line(done.stderr or done.stdout)}")
+    version = (int(said[1]), int(said[2]))
+    if not OLDEST <= version <= NEWEST:
+        raise Unavailable(f"{nvcc} is version {said[1]}.{said[2]}; 12.4 to 13.x fit")
+    # nvcc may be a script that calls another.
+    top = re.search(r"TOP=(.*)", run([str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]).stderr)
+    root = Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
+    places = [root, *root.glob("targets/*")]
+    include = [place / "include" for place in places if (place / "include" / "cuda_runtime_api.h").exists()]
+    runtime = [p for place in places for p in place.glob("lib*/libcudart_static.a")]
+    if not include or not runtime:
+        raise Unavailable(f"{root} has no {'libcudart_static.a' if include else 'cuda_runtime_api.h'}")
+    return Toolkit(nvcc, version, include[0], runtime[0])
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as failure:
+        return subprocess.CompletedProcess(command, 127, "", str(failure))
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["nothing"])[-1]
+
+
+def command(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> list[str]:
+    """nvcc with all options but the files."""
+    codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
+    host = ["-ccbin", environment["CXX"].split()[0]] if environment.get("CXX") else []
+    return [str(toolkit.nvcc), *host, *FLAGS, *codes]
+
+
+def probe(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    """Whether nvcc can compile at all; many refuse the host compiler that they find."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("__global__ void probe(int* p) { *p = 1; }\n")
+        done = run([*command(toolkit, targets[:1], environment), "-c", str(source), "-o", str(source) + ".o"])
+    if done.returncode:
+        said = re.search(r"error.*", done.stdout + done.stderr)
+        raise Unavailable(f"{toolkit.nvcc} cannot compile: {said[0] if said else last_line(done.stderr)}")
+
+
+def write_header(plan: Plan, folder: Path) -> Path:
+    """cuda_build.h, which tells the extension what was built; touched only where it changes: it stands for the plan."""
+    text = f"#define GCI_CUDA_BUILD {json.dumps(plan.description)}\n" + "#define GCI_HAS_CUDA 1\n" * bool(plan.toolkit)
+    header = folder / "cuda_build.h"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+    return header
+
+
+def compile_sources(plan: Plan, folder: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Objects of SOURCES, side by side: by ninja, which leaves what is up to date, or all anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {source: str(folder / (Path(source).stem + ".o")) for source in SOURCES}
+    nvcc, jobs = command(plan.toolkit, plan.targets, environment), len(os.sched_getaffinity(0))
+    ninja = shutil.which("ninja")
+    if ninja:
+        script = folder / "build.ninja"
+        line = " ".join(word.replace("$", "$$").replace(" ", "\\ ") for word in nvcc)
+        lines = ["rule nvcc", f"  command = {line} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+        lines += [f"build {ninja_path(made)}: nvcc {source}" for source, made in objects.items()]
+        script.write_text("\n".join([f"builddir = {ninja_path(str(folder))}", *lines]) + "\n")
+        results = [run([ninja, "-f", str(script), "-j", str(jobs)])]
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            commands = [[*nvcc, "-c", source, "-o", made] for source, made in objects.items()]
+            results = list(pool.map(run, commands))
+    for done in results:
+        if done.returncode:
+            sys.exit(f"\nnvcc failed:\n{done.stdout}{done.stderr}")
+    return list(objects.values())
+
+
+def ninja_path(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -1,0 +1,2 @@
+#define GCI_CUDA_BUILD "on a CPU"
+#define GCI_HAS_CUDA 1

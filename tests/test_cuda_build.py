@@ -1,0 +1,372 @@
+"""csrc/cuda without a GPU: how it is built or left out, what the kernels take of a chip, what the launches refuse."""
+
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gci_kernels import info, native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_build_cuda():
+    spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "build_cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_cuda"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build_cuda = load_build_cuda()
+PATH = {"PATH": os.environ["PATH"]}
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    try:
+        return build_cuda.find(os.environ)
+    except build_cuda.Unavailable as reason:
+        pytest.skip(f"nothing can be compiled for a GPU here: {reason}")
+
+
+def fake_nvcc(folder: Path, version: str, script: str = "exit 1") -> dict[str, str]:
+    """An environment whose nvcc only says its version, and otherwise does what `script` says."""
+    program = folder / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo "release {version}, V{version}.1"; exit; fi\n{script}\n'
+    )
+    program.chmod(0o755)
+    return {"CUDA_HOME": str(folder)}
+
+
+# Whether it is built
+
+
+def refused(capsys, environment: dict[str, str]) -> str:
+    """The reason why CUDA is left out, which GCI_BUILD_CUDA=1 makes the error and 0 does not even look for."""
+    plan = build_cuda.decide(environment)
+    assert plan.toolkit is None and plan.description.startswith("not built: ") and "\n" not in plan.description
+    reason = plan.description.removeprefix("not built: ")
+    with pytest.raises(SystemExit) as end:
+        build_cuda.decide(environment | {"GCI_BUILD_CUDA": "1"})
+    assert f"cannot build its CUDA kernels: {reason}" in str(end.value)
+    assert build_cuda.decide(environment | {"GCI_BUILD_CUDA": "0"}).description == "not built: GCI_BUILD_CUDA=0"
+    return reason
+
+
+def test_no_nvcc(capsys, monkeypatch, tmp_path):
+    assert "there is no bin/nvcc in /nonexistent" in refused(capsys, {"CUDA_HOME": "/nonexistent"})
+    assert "there is no bin/nvcc in /nonexistent" in refused(capsys, {"CUDA_PATH": "/nonexistent"})
+    monkeypatch.setattr(build_cuda, "DEFAULT_FOLDER", tmp_path)
+    assert refused(capsys, {"PATH": str(tmp_path)}).startswith("no nvcc: ")
+
+
+@pytest.mark.parametrize("version", ("11.8", "12.3", "14.0"))
+def test_nvcc_of_another_time(capsys, tmp_path, version):
+    environment = fake_nvcc(tmp_path, version)
+    assert refused(capsys, environment).endswith(f"nvcc is version {version}; 12.4 to 13.x fit")
+    on_path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}  # which comes before /usr/local/cuda
+    assert refused(capsys, on_path).endswith(f"nvcc is version {version}; 12.4 to 13.x fit")
+
+
+def test_nvcc_that_does_not_work(capsys, tmp_path):
+    environment = fake_nvcc(tmp_path, "12.4", "echo 'error: unsupported GNU version' >&2; exit 1")
+    assert refused(capsys, environment).endswith("has no cuda_runtime_api.h")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    assert refused(capsys, environment).endswith("has no libcudart_static.a")
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    assert refused(capsys, environment).endswith("cannot compile: error: unsupported GNU version")
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    assert refused(capsys, environment).endswith("does not say its version: broken")
+
+
+def test_what_was_asked_for_and_cannot_be():
+    with pytest.raises(SystemExit, match="GCI_BUILD_CUDA=yes: allowed are 1"):
+        build_cuda.decide({"GCI_BUILD_CUDA": "yes"})
+    with pytest.raises(SystemExit, match="GCI_CUDA_ARCH_LIST=9.0a;7.5: '7.5' is none of 8.0, .*9.0a"):
+        build_cuda.decide({"GCI_CUDA_ARCH_LIST": "9.0a;7.5"})
+
+
+def test_which_architectures():
+    parse, choose = build_cuda.parse, build_cuda.choose
+    assert parse("") == parse("  ") == [] and parse("9.0a") == [("9.0a", False)]
+    assert parse("8.0;9.0a+PTX") == parse("8.0, 9.0a+PTX") == parse("8.0 9.0a+PTX ") == [("8.0", False), ("9.0a", True)]
+    for bad in ("sm_90", "9", "9.0b", "9.0a+ptx", "+PTX", "9.0a;;x", "90a"):
+        with pytest.raises(SystemExit, match="GCI_CUDA_ARCH_LIST=.*is none of"):
+            parse(bad)
+    assert choose([], (13, 0)) == (("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "compute_100"), [])
+    older = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"), ["sm_100 left out: it needs nvcc 12.8"]
+    assert choose([], (12, 4)) == choose([], (12, 7)) == older
+    assert choose(parse("8.0;9.0a+PTX;8.0"), (12, 4)) == (("sm_80", "sm_90a", "compute_90"), [])
+    with pytest.raises(build_cuda.Unavailable, match="names 10.3, which needs nvcc 12.9"):
+        choose(parse("8.0;10.3"), (12, 8))
+
+
+def test_plan_here(toolkit):
+    plan = build_cuda.decide(os.environ | {"GCI_BUILD_CUDA": "1", "GCI_CUDA_ARCH_LIST": "9.0a"})
+    version = ".".join(map(str, toolkit.version))
+    assert (plan.toolkit, plan.targets, plan.description) == (toolkit, ("sm_90a",), f"sm_90a, by nvcc {version}")
+
+
+def test_a_build_that_demands_cuda_ends_with_one_message(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)]
+    environment = os.environ | {"GCI_BUILD_CUDA": "1", "CUDA_HOME": "/nonexistent"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.stderr.count("gci_kernels cannot build its CUDA kernels: there is no bin/nvcc in /nonexistent") == 1
+
+
+def test_header_says_what_was_built_and_changes_only_with_it(tmp_path):
+    plan = build_cuda.Plan('not built: "quoted" \\ reason')
+    header = build_cuda.write_header(plan, tmp_path)
+    os.utime(header, (1, 1))
+    build_cuda.write_header(plan, tmp_path)
+    assert header.stat().st_mtime == 1
+    assert header.read_text() == '#define GCI_CUDA_BUILD "not built: \\"quoted\\" \\\\ reason"\n'
+    build_cuda.write_header(build_cuda.Plan("sm_80", toolkit="any"), tmp_path)
+    assert header.read_text() == '#define GCI_CUDA_BUILD "sm_80"\n#define GCI_HAS_CUDA 1\n'
+
+
+@pytest.mark.parametrize("with_ninja", (True, False))
+def test_objects_follow_the_headers(toolkit, tmp_path, monkeypatch, with_ninja):
+    if with_ninja and not shutil.which("ninja"):
+        pytest.skip("there is no ninja")
+    (tmp_path / "csrc").mkdir()
+    for name in ("a b", "c"):  # a folder's name may hold a space
+        (tmp_path / "csrc" / f"{name[0]}.cu").write_text(
+            '#include "value.h"\n__global__ void k(int* p) { *p = VALUE; }\n'
+        )
+    header = tmp_path / "csrc" / "value.h"
+    header.write_text("#define VALUE 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build_cuda, "SOURCES", ["csrc/a.cu", "csrc/c.cu"])
+    if not with_ninja:
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    plan, folder = build_cuda.Plan("", toolkit, ("sm_90a",)), tmp_path / "temporary objects"
+
+    def compiled() -> list[bytes]:
+        return [Path(made).read_bytes() for made in build_cuda.compile_sources(plan, folder)]
+
+    first = compiled()
+    times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.o"))]
+    assert len(times) == 2 and compiled()[0]
+    if with_ninja:
+        assert times == [path.stat().st_mtime_ns for path in sorted(folder.glob("*.o"))], "nothing was to be done"
+    header.write_text("#define VALUE 2\n")
+    assert all(old != new for old, new in zip(first, compiled(), strict=True))
+    header.write_text("#error broken\n")
+    with pytest.raises(SystemExit, match="nvcc failed:(.|\n)*broken"):
+        compiled()
+
+
+def test_sdist_holds_what_the_build_reads(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("csrc", "gci_kernels", "bench", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert needed | {"setup.py", "build_cuda.py", "tests/cuda_on_cpu/fibers.cpp"} <= names
+
+
+# What the kernels take
+
+KERNELS = {"decode_project": 15, "decode_expand": 15, "decode_attend": 5}  # variants by dtypes and tokens
+# sm_90a in every run; the others take as long again each.
+OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")]
+
+
+@pytest.mark.parametrize("target", ["sm_90a", *OTHERS])
+def test_no_kernel_spills(toolkit, tmp_path, target):
+    capability = f"{target[3:-1]}.{target[-1]}" if target[-1] != "a" else "9.0a"
+    try:
+        build_cuda.choose([(capability, False)], toolkit.version)
+    except build_cuda.Unavailable as reason:
+        pytest.skip(str(reason))
+    for stem, variants in KERNELS.items():
+        nvcc = build_cuda.command(toolkit, (target,), os.environ)
+        command = [*nvcc, "-Xptxas", "-v", "-c", f"csrc/cuda/{stem}.cu", "-o", str(tmp_path / "made.o")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert stacks == [("0", "0", "0")] * variants
+        uses = re.findall(r"Used (\d+) registers.*", done.stderr)
+        shared = [int(size) for size in re.findall(r"(\d+) bytes smem", done.stderr)]
+        assert len(uses) == variants and "lmem" not in done.stderr
+        threads = 512 if stem == "decode_attend" else 256
+        assert all(int(registers) * threads <= 65536 for registers in uses) and all(size <= 48 << 10 for size in shared)
+        print("\n".join(re.findall(r"entry function .*|Used .*", done.stderr)))
+
+
+# The extension
+
+
+@pytest.fixture
+def extension():
+    if not native.extension().has_cuda:
+        pytest.skip(f"the CUDA kernels are {native.CUDA_BUILD}")
+    return native.extension()
+
+
+def test_info_shows_what_was_built(monkeypatch):
+    def shown() -> str:
+        console = Console(width=200, file=io.StringIO())
+        info.show(console)
+        return next(line for line in console.file.getvalue().splitlines() if "CUDA kernels" in line)
+
+    assert native.CUDA_BUILD in shown()
+    monkeypatch.setattr(native, "CUDA_BUILD", "not built: no nvcc [anywhere]")
+    assert "not built: no nvcc [anywhere]" in shown()
+
+
+def test_without_cuda_the_reason_is_named(monkeypatch):
+    class Plain:
+        has_cuda = False
+
+    monkeypatch.setattr(native, "_extension", Plain())
+    monkeypatch.setattr(native, "CUDA_BUILD", "not built: GCI_BUILD_CUDA=0")
+    with pytest.raises(ImportError, match="not built: GCI_BUILD_CUDA=0. They need nvcc 12.4 to 13.x"):
+        native.cuda_extension()
+
+
+def test_importing_touches_no_driver(extension):
+    """The loader's own trace: no libcuda is looked for before the first launch, and then it is."""
+    script = (
+        "import importlib.util as u; s = u.spec_from_file_location('_native', {!r}); m = u.module_from_spec(s)\n"
+        "s.loader.exec_module(m); print(m.cuda_build, m.decode_splits(1, 16, 4096)); {}"
+    )
+    launch = "m.decode_project((0, 0), (64, 4, 4), [0], [(64, 0, 0, 1, 0, 0, 1.0, 0, 1)], 64, 1, 1, 0)"
+
+    def trace(then: str) -> str:
+        command = [sys.executable, "-c", script.format(extension.__file__, then)]
+        environment = os.environ | {"LD_DEBUG": "libs"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+    assert "libgomp" in trace("pass") and "libcuda" not in trace("pass")
+    if not torch.cuda.is_available():  # the addresses are none
+        assert "libcuda.so" in trace(launch)
+
+
+def project_arguments(**changes) -> tuple:
+    group = dict(A=64, router=64, B=64, rank=4, experts=2, top_k=2, scaling=1.0, first=0, count=2)
+    given = dict(dtypes=(1, 0), x=64, ld=8, length=8, rows=[0, 1], partial=64, splits=1, columns=10)
+    group |= {key: value for key, value in changes.items() if key in group}
+    given |= {key: value for key, value in changes.items() if key in given}
+    groups = changes.get("groups", [tuple(group.values())])
+    length = (given["x"], given["ld"], given["length"])
+    return given["dtypes"], length, given["rows"], groups, given["partial"], given["splits"], given["columns"], 0
+
+
+BOTH = [
+    ("x must be float32, bfloat16 or float16", dict(dtypes=(2, 2))), ("x must be", dict(dtypes=(9, 0))),
+    ("the adapter must be in the dtype of x or in float32", dict(dtypes=(0, 1))), ("adapter", dict(dtypes=(1, 3))),
+    ("tokens must be 1 to 16", dict(rows=[])), ("tokens", dict(rows=list(range(17)))),
+    ("groups must be 1 to 16", dict(groups=[])), ("groups", dict(groups=[(64, 64, 64, 4, 2, 2, 1.0, 0, 1)] * 17)),
+    ("splits must be 1 to 32", dict(splits=0)), ("splits", dict(splits=33)),
+    ("columns must be 1 to 512", dict(columns=0)), ("columns must be 1", dict(columns=513)),
+    ("columns must be at least", dict(columns=9)), ("partial must be an aligned address", dict(partial=0)),
+    ("partial", dict(partial=66)), ("rows must not be negative", dict(rows=[0, -1])),
+    ("rank must be 1 to 512", dict(rank=0)), ("rank", dict(rank=513)), ("experts must be 0 to 512", dict(experts=-1)),
+    ("more than 512 columns", dict(rank=256)), ("top_k must be 1 to experts", dict(top_k=0)), ("top_k", dict(top_k=3)),
+    ("a group's tokens must be", dict(first=-1)), ("a group's tokens", dict(count=0)),
+    ("a group's tokens", dict(count=3)), ("a group's tokens", dict(first=2**31 - 1)),
+    ("a token is in two groups", dict(groups=[(64, 64, 64, 4, 2, 2, 1.0, 0, 2), (64, 64, 64, 4, 2, 2, 1.0, 1, 1)])),
+    ("two tokens name one row", dict(rows=[3, 3])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("why", "changes"), BOTH, ids=[str(changes) for _, changes in BOTH])
+def test_both_launches_refuse(extension, why, changes):
+    for launch in (extension.decode_project, extension.decode_expand):
+        with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: .*{why}"):
+            launch(*project_arguments(**changes))
+
+
+ONE = [
+    ("in must be 1 to 2", "out must be 1 to 2", dict(length=0)), ("in must", "out must", dict(length=2**31 + 1)),
+    ("x must be an aligned address", "y must be an aligned address", dict(x=0)), ("x must", "y must", dict(x=63)),
+    ("the rows of x must not overlap", "the rows of y must not overlap", dict(ld=7)),
+    ("A must be an aligned address", None, dict(A=0)), ("A must", None, dict(A=66)),
+    ("router must be an aligned address", None, dict(router=0)), (None, "B must be an aligned address", dict(B=0)),
+    (None, "B must", dict(B=1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("project", "expand", "changes"), ONE, ids=[str(changes) for *_, changes in ONE])
+def test_one_launch_refuses(extension, project, expand, changes):
+    for launch, why in ((extension.decode_project, project), (extension.decode_expand, expand)):
+        if why:
+            with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: {why}"):
+                launch(*project_arguments(**changes))
+
+
+def attend_arguments(**changes) -> tuple:
+    given = dict(
+        dtypes=(1, 0), x=(64, 8, 8), batch=2, A=64, qkv=64, rank=8, heads=2, residual=False, kv=(64, 80, 5), past=64,
+        segments=(0, 0), u=64, stream=0,
+    )  # fmt: skip
+    return tuple((given | changes).values())
+
+
+ATTEND = [
+    ("x must be float32", dict(dtypes=(2, 2))), ("the adapter must", dict(dtypes=(3, 1))),
+    ("batch must be 1 to 65535", dict(batch=0)), ("batch", dict(batch=65536)), ("rank must be 1 to 512", dict(rank=0)),
+    ("rank", dict(rank=513)), ("heads must divide rank", dict(heads=3)), ("heads", dict(heads=0)),
+    ("a head must have at most 128 columns", dict(rank=258)), ("in must be 1 to 2", dict(x=(64, 8, 0))),
+    ("capacity must be 1 to 2", dict(kv=(64, 80, 0))), ("x must be an aligned", dict(x=(0, 8, 8))),
+    ("A must be an aligned", dict(A=1)), ("qkv must be an aligned", dict(qkv=0)),
+    ("kv must be an aligned", dict(kv=(65, 80, 5))), ("u must be an aligned", dict(u=0)),
+    ("past must be an aligned", dict(past=0)), ("past", dict(past=66)),
+    ("segments must be an aligned", dict(segments=(2, 5))), ("the rows of x", dict(x=(64, 7, 8))),
+    ("the sequences of kv must not overlap", dict(kv=(64, 79, 5))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("why", "changes"), ATTEND, ids=[str(changes) for _, changes in ATTEND])
+def test_attend_refuses(extension, why, changes):
+    with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: {why}"):
+        extension.decode_attend(*attend_arguments(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are none")
+def test_without_a_driver_the_error_has_cudas_name(extension):
+    name = "^cudaError(InsufficientDriver|NoDevice|InitializationError): "
+    for launch in (extension.decode_project, extension.decode_expand):
+        with pytest.raises(RuntimeError, match=name):
+            launch(*project_arguments())
+    with pytest.raises(RuntimeError, match=name):
+        extension.decode_attend(*attend_arguments())
+
+
+def test_splits(extension):
+    splits = extension.decode_splits
+    assert splits(1, 16, 4096) == 16 and splits(1, 40, 4096) == 16  # 256 values of x for each
+    assert splits(1, 16, 14336) == 28 and splits(1, 16, 1) == splits(1, 16, 256) == 1
+    for tokens in range(1, 17):
+        for columns in (1, 16, 40, 128, 512):
+            for inside in (1, 255, 257, 2048, 4096, 11008, 14336, 100_000, 2**31):
+                chosen = splits(tokens, columns, inside)
+                units = -(-inside // 256)
+                part = -(-units // chosen)
+                assert 1 <= chosen <= 32 and (chosen - 1) * part < units <= chosen * part, "no part is empty"
+                assert chosen == 1 or chosen * tokens * columns <= 4096

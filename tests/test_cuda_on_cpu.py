@@ -1,0 +1,33 @@
+"""The CUDA kernels compiled for this CPU, their threads as fibers, against float64: test_gpu_decode.py without a GPU.
+
+What this cannot see: the instructions replaced in tests/cuda_on_cpu, what a memory model permits, and speed.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+
+
+def test_on_cpu(tmp_path):
+    module = tmp_path / ("cuda_on_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))
+    folders = [TESTS / "cuda_on_cpu", CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "checks.cpp", CSRC / "cuda_bindings.cpp"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-x", "c++"]
+    command = [os.environ.get("CXX", "g++"), *flags, *(f"-I{folder}" for folder in folders), *map(str, sources)]
+    command += [str(TESTS / "cuda_on_cpu" / "fibers.cpp"), "-o", str(module)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(TESTS / "test_gpu_decode.py")]
+    environment = os.environ | {"GCI_CUDA_ON_CPU": str(module), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *tests], cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    skipped = 1 + 5 + 9  # CUDA graphs, compute-sanitizer
+    assert " passed" in done.stdout and f" {skipped} skipped" in done.stdout, done.stdout[-500:]
