@@ -12,6 +12,9 @@ DOUBTFUL_SPREAD = 0.2
 METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
 
 
+TIMED = ("train", "generate", "generate_many")  # the parts of a model's results that hold times
+
+
 def print_tables(result: dict, console: Console) -> None:
     """Print one table of layers, one of each dtype's model, and where they were measured."""
     if result["layers"]:
@@ -27,7 +30,7 @@ def print_tables(result: dict, console: Console) -> None:
 
 
 def _widest_spread(result: dict) -> float:
-    parts = [*result["layers"], *(model[part] for model in result["models"] for part in ("train", "generate"))]
+    parts = [*result["layers"], *(model[part] for model in result["models"] for part in TIMED if part in model)]
     return max(_half_span(timing) for part in parts for timing in part["seconds"].values())
 
 
@@ -60,16 +63,19 @@ def _of_floor(layer: dict) -> dict[str, str]:
 
 
 def model_table(result: dict, model: dict) -> Table:
-    settings, train, generate = result["settings"], model["train"], model["generate"]
+    settings, train = result["settings"], model["train"]
     table = _table(
         f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {METHODS[settings['method']]} "
         f"({model['trainable'] / 1e6:.1f}M trained), {model['dtype']}, batch {settings['batch']}x{settings['seq']}"
     )
     _row(table, "train step, tokens/s", _cells(train["tokens_per_second"]))
     _ratio_rows(table, train)
-    table.add_section()
-    _row(table, "generation, tokens/s", _cells(generate["tokens_per_second"]))
-    _ratio_rows(table, generate)
+    for part in TIMED[1:]:
+        if part in model:
+            table.add_section()
+            many = f" of {model[part]['batch']} together" if model[part]["batch"] > 1 else ""
+            _row(table, f"generation{many}, tokens/s", _cells(model[part]["tokens_per_second"]))
+            _ratio_rows(table, model[part])
     table.add_section()
     _row(table, "peak memory of a train step", {name: _bytes(size) for name, size in train["peak_memory"].items()})
     _row(table, "saved for backward, a token", {name: _bytes(size) for name, size in train["saved"].items()})

@@ -36,6 +36,7 @@ class Settings:
     batch: int
     seq: int
     new_tokens: int
+    many: int  # sequences generated together, beside one alone; 0: not measured
     rounds: int
     adapter_dtype: str
     quick: bool
@@ -116,6 +117,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         batch=args.batch,
         seq=args.seq or (128 if args.quick else 256),
         new_tokens=args.new_tokens or (16 if args.quick else 32),
+        many=0 if args.quick else 8,
         rounds=args.rounds or (3 if args.quick else 10),
         adapter_dtype=args.adapter_dtype,
         quick=args.quick,
@@ -154,7 +156,9 @@ def _run(settings: Settings, stderr: Console) -> dict:
         TimeElapsedColumn(),
     ]
     with Progress(*columns, console=stderr, transient=True) as progress:
-        steps = settings.layers * (settings.rounds + 1) + settings.models * 2 * settings.rounds
+        steps = (
+            settings.layers * (settings.rounds + 1) + settings.models * (3 if settings.many else 2) * settings.rounds
+        )
         task = progress.add_task("starting", total=len(settings.dtypes) * steps)
         for dtype in settings.dtypes:
 
@@ -203,9 +207,12 @@ def _model(settings: Settings, dtype: str, device: torch.device, step: Callable,
     train = {**_compare(seconds, tokens=settings.batch * settings.seq), **needs}
     frozen_saved = train["saved"]["frozen"]
     train["saved_by_adapters"] = {name: train["saved"][name] - frozen_saved for name in ("eager", "gci")}
-    seconds, agreement = measure_generation(
-        variants, tokenizer, new_tokens=settings.new_tokens, rounds=settings.rounds, advance=step("generating")
-    )
+    generated = {}
+    for part, batch in {"generate": 1, "generate_many": settings.many}.items():
+        if batch:
+            what = dict(batch=batch, new_tokens=settings.new_tokens, rounds=settings.rounds)
+            seconds, agreement = measure_generation(variants, tokenizer, **what, advance=step("generating"))
+            generated[part] = {**_compare(seconds, tokens=batch * settings.new_tokens), **agreement, "batch": batch}
     return {
         "name": settings.model,
         "dtype": dtype,
@@ -213,7 +220,7 @@ def _model(settings: Settings, dtype: str, device: torch.device, step: Callable,
         "trainable": sum(parameter.numel() for parameter in variants["gci"].parameters() if parameter.requires_grad),
         "errors": errors,
         "train": train,
-        "generate": {**_compare(seconds, tokens=settings.new_tokens), **agreement},
+        **generated,
     }
 
 

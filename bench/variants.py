@@ -131,7 +131,7 @@ def make_prompt(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBas
 
 
 def generate(model: nn.Module, prompt: dict[str, Tensor], new_tokens: int) -> Tensor:
-    """Exactly `new_tokens` greedy tokens after `prompt`: [new_tokens] int64."""
+    """Exactly `new_tokens` greedy tokens after the first row of `prompt`: [new_tokens] int64."""
     output = model.generate(**prompt, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
     return output[0, prompt["input_ids"].shape[1] :]
 
@@ -140,17 +140,18 @@ def measure_generation(
     variants: dict[str, nn.Module],
     tokenizer: transformers.PreTrainedTokenizerBase | None,
     *,
+    batch: int = 1,
     new_tokens: int,
     rounds: int,
     advance: Callable[[], None],
 ) -> tuple[dict[str, Timing], dict]:
-    """Times of a generation (batch of one, prefill included) by variant; and the agreement of what they wrote.
+    """Times of a generation by variant (prefill included; `batch` rows of the same prompt), and what they agree on.
 
     "same_tokens" counts the tokens before the first that gci and eager choose differently: after it they answer
     different prompts.
     """
     frozen = variants["frozen"]
-    prompt = make_prompt(frozen, tokenizer)
+    prompt = {name: tensor.expand(batch, -1) for name, tensor in make_prompt(frozen, tokenizer).items()}
     calls = {name: lambda model=model: generate(model.eval(), prompt, new_tokens) for name, model in variants.items()}
     written = {name: call() for name, call in calls.items()}
     agreement = {

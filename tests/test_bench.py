@@ -366,6 +366,7 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     assert result["machine"]["threads"] == torch.get_num_threads() and result["machine"]["cores"] >= 1
     assert result["versions"]["torch"] == torch.__version__
     assert [model["dtype"] for model in result["models"]] == ["float32", "bfloat16"]
+    assert [part in model for model in result["models"] for part in report.TIMED] == [True, True, False] * 2
     for timed in (*result["layers"], *(model[part] for model in result["models"] for part in ("train", "generate"))):
         assert timed["seconds"].keys() == {"frozen", "eager", "gci"} and timed["tax"].keys() == {"eager", "gci"}
         assert all(len(seconds["samples"]) == 2 for seconds in timed["seconds"].values())
@@ -439,11 +440,13 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
     timed["tokens_per_second"] = timed["seconds"]
     sizes = {name: 3 << 30 for name in report.COLUMNS}
     train = {**timed, "peak_memory": sizes, "saved": sizes, "saved_by_adapters": sizes, "copies": sizes}
-    model = dict(name="m", parameters=1e9, trainable=1e6, dtype="bfloat16", train=train, generate=timed)
+    model = dict(name="m", parameters=1e9, trainable=1e6, dtype="bfloat16", train=train)
+    model |= {"generate": {**timed, "batch": 1}, "generate_many": {**timed, "batch": 8}}
     result = {"settings": {"method": "loramoe", "batch": 2, "seq": 256}}
     console = Console(width=80, file=io.StringIO())
     console.print(report.model_table(result, model))
-    assert "frozen base" in console.file.getvalue() and "…" not in console.file.getvalue()
+    shown = console.file.getvalue()
+    assert "frozen base" in shown and "…" not in shown and "generation of 8 together, tokens/s" in shown
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

@@ -74,12 +74,12 @@ def test_against_float64(case, dtype, adapter_dtype):
     assert relative_error(results[0], truth) <= bound
 
 
-def test_every_instruction_set():
+def test_every_instruction_set(tmp_path):
     """Each in a process of its own: the extension chooses once."""
     for isa in ("baseline", "avx2", "avx512", "avx512bf16"):
         environment = os.environ | {"GCI_CPU_ISA": isa}
         probe = [sys.executable, "-c", "from gci_kernels import native; native.extension().isa()"]
-        if subprocess.run(probe, env=environment, capture_output=True).returncode:
+        if subprocess.run(probe, env=environment, cwd=tmp_path, capture_output=True).returncode:
             assert isa != "baseline"
             continue
         if extension().isa() == isa:
@@ -96,7 +96,7 @@ def test_every_instruction_set():
             "-k",
             "float64 or half",
         ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{isa}: {done.stdout}"
 
 

@@ -227,6 +227,14 @@ def test_other_targets():
         assert [name.rpartition(".")[2] for name in loki_layers(model)] == ["o_proj", "o_proj"]
 
 
+def test_layers_inside_of_adapters_are_no_targets():
+    """A pattern that would also match what an adapted layer is made of."""
+    model = adapted()
+    model.add_adapter("other", config(positions=[[2], [3], [4]], target_modules=r".*down_proj.*"))
+    assert all(type(layer.base_layer) is nn.Linear for layer in loki_layers(model).values())
+    assert len(loki_layers(model)) == 3
+
+
 def test_the_last_projection_is_found_beside_others_of_its_name():
     """GPT-2's attention ends in a c_proj too."""
     names = loki_layers(adapted("gpt2"))
