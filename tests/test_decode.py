@@ -344,6 +344,14 @@ def test_calls_that_are_no_steps(method, steps):
     assert steps == []
 
 
+def test_where_there_are_no_kernels_the_fused_layer_stays_whole():
+    """In float64, and on every device but a CPU."""
+    with torch.no_grad():
+        for kind in (dict(dtype=torch.float64), dict(device="meta")):
+            assert not fusion.decodes(torch.nn.Linear(4, 4, **kind), torch.zeros(1, 4, **kind)), kind
+        assert fusion.decodes(torch.nn.Linear(4, 4), torch.zeros(1, 4))
+
+
 @pytest.mark.parametrize("method", ("lora", "loramoe"))
 def test_dropout_in_training_is_no_step_of_the_kernel(method, steps):
     model = adapted(method, lora_dropout=0.5).train()

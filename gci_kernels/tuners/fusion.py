@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gci_kernels.ops.decode import MAX_TOKENS
+from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 
 # What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -42,8 +42,10 @@ def combine(
 
 
 def decodes(base: nn.Module, x: Tensor) -> bool:
-    """Whether x is a decoding step: a few tokens, no gradients, and a base layer whose product may be added to."""
+    """Whether x is a decoding step that kernels may take: a few tokens, no gradients, a base product to add to."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > MAX_TOKENS * x.shape[-1]:
+        return False
+    if not has_kernels(x.dtype, x.device.type):
         return False
     return obstacle(base) is None and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 

@@ -154,7 +154,7 @@ class LoKILinear(AdaptedLinear):
         y = None
         step = fusion.decodes(self.base_layer, x)  # then replacing the outputs costs least
         for name in names:
-            if y is None and not step and fusion.obstacle(self.base_layer) is None:
+            if y is None and (self.r[name] or not step) and fusion.obstacle(self.base_layer) is None:
                 y = self._fused(x, name)
             else:
                 y = self._replace(self.base_layer(x) if y is None else y, x, name, in_place=step)
