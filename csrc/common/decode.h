@@ -39,25 +39,22 @@ struct DecodeArgs {
   DecodeGroup groups[decode_max_tokens];
 };
 
-// One new token of each of `batch` sequences: z = x @ A.T, [q | k | v] = z @ qkv.T; k and v are written into the cache
-// behind what it holds, and u = the attention of q to all of it, or that + z. u then takes the place of the projected
-// values in the second half of a decoding step (experts = 0).
-struct AttendArgs {
-  const void* x;  // [batch, in]
-  int64_t ld_x;
-  const void* A;    // [rank, in]
-  const void* qkv;  // [3 * rank, rank]
-  DType dtype;          // of x and of the cache
-  DType adapter_dtype;  // of A and qkv: dtype, or float32
-  int64_t in, batch;
-  int rank, heads;
+// ALoRA's first half, in place of x @ A.T: one new token of each sequence. z = x @ A.T, [q | k | v] = z @ qkv.T; k and v
+// are written into the cache behind what it holds, and u = the attention of q to all of it, or that + z. u takes the
+// place of the projected values (experts = 0). Token t of the step is the new one of sequence rows[t].
+struct AttendGroup {  // what a DecodeGroup of the same number has beside A and B
+  const void* qkv;    // [3 * rank, rank], in the adapter's dtype
+  int heads;
   bool residual;
-  void* kv;  // [batch, capacity, 2 * rank]
-  int64_t stride_kv, capacity;
-  const int32_t* past;      // how many tokens the cache holds before this one; read when the kernel runs
-  const int32_t* segments;  // [batch, >= past + 1]: keys of the query's own number are seen, none where that is negative
+};
+
+struct AttendArgs {
+  AttendGroup groups[decode_max_tokens];
+  void* kv;  // [sequences, capacity, at least 2 * rank], in the dtype of x: k and v of a token side by side
+  int64_t stride_kv, ld_kv, capacity;  // elements between sequences and between tokens; tokens that have a place
+  const int32_t* past;                 // how many tokens the cache holds before this one; read when the kernel runs
+  const int32_t* segments;  // [sequences, >= past + 1]: keys of the query's own number are seen, none where that is negative
   int64_t ld_segments;      // null: all keys are seen
-  float* u;                 // [batch, rank]
 };
 
 }  // namespace gci
