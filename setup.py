@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))  # a build backend runs this file without its folder on the path
 import build_cuda  # noqa: E402
 
-KERNELS = ("gate", "attention", "attend", "decode", "dropout", "skinny", "skinny_bf16", "table")
+KERNELS = ("gate", "attention", "decode", "dropout", "skinny", "skinny_bf16", "table")
 KERNEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in KERNELS]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
@@ -89,7 +89,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "gci_kernels._native",
-            ["csrc/bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
+            ["csrc/bindings.cpp", "csrc/decode_bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
             include_dirs=["csrc"],
             define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
             extra_compile_args=FLAGS,

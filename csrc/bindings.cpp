@@ -2,13 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <tuple>
 #include <vector>
 
 #include "common/decode.h"
 #include "common/kernels.h"
 #include "cuda_bindings.h"
+#include "decode_bindings.h"
 
 namespace {
 
@@ -39,23 +39,15 @@ AttentionArgs attention_args(const Rows& q, const Rows& k, const Rows& v, Addres
           std::get<2>(e), std::get<0>(h), std::get<1>(h), std::get<2>(h)};
 }
 
-// A decoding step of one adapter, made once; what differs from call to call is x and y.
-typedef std::tuple<Address, Address, Address, int, int, int, double, int, int> Group;  // the fields of DecodeGroup
-
-gci::DecodeArgs decode_args(int dtype, int adapter_dtype, int64_t in, int64_t out, const std::vector<int>& rows,
-                            const std::vector<Group>& groups) {
-  gci::DecodeArgs a = {};
-  if (rows.size() > gci::decode_max_tokens || groups.size() > gci::decode_max_tokens)
-    throw std::invalid_argument("a decoding step takes at most 16 tokens and as many groups");
-  a.dtype = DType(dtype), a.adapter_dtype = DType(adapter_dtype), a.in = in, a.out = out;
-  a.tokens = int(rows.size()), a.num_groups = int(groups.size());
-  for (size_t i = 0; i < rows.size(); ++i) a.rows[i] = rows[i];
-  for (size_t i = 0; i < groups.size(); ++i) {
-    const auto& [A, router, B, rank, experts, top_k, scaling, first, count] = groups[i];
-    a.groups[i] = {at<const void>(A), at<const void>(router), at<const void>(B), rank,  experts, top_k,
-                   float(scaling),    first,                  count};
-  }
-  return a;
+// Every thread that asks keeps its own, for steps of some microseconds.
+void run_step(const gci::DecodeStep& step, Address x, int64_t ld_x, Address y, int64_t ld_y,
+              const gci::AttendArgs* attend, int threads) {
+  static thread_local std::vector<float> workspace;
+  gci::DecodeArgs a = step.args;
+  a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
+  const size_t floats = size_t(gci::decode_floats(a, attend));
+  if (workspace.size() < floats) workspace.resize(floats);
+  gci::kernels().decode(a, attend, step.base, workspace.data(), threads);
 }
 
 }  // namespace
@@ -139,35 +131,25 @@ PYBIND11_MODULE(_native, module) {
         kernels().pack_pairs(at<const void>(source), DType(dtype), stride_i, stride_j, at<void>(panel), k, n);
       },
       nogil);
-  module.attr("decode_max_tokens") = gci::decode_max_tokens;
-  module.attr("decode_max_columns") = gci::decode_max_columns;
-  py::class_<gci::DecodeArgs>(module, "DecodeStep")
-      .def(py::init(&decode_args))
-      .def(
-          "__call__",
-          [](gci::DecodeArgs& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address workspace, int threads) {
-            gci::DecodeArgs a = step;
-            a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
-            kernels().decode(a, nullptr, at<float>(workspace), threads);
-          },
-          nogil)
-      .def(
-          // ALoRA's: attend to a cache of which `past` tokens are filled, then add to y. u: [batch, rank] floats.
-          "attend",
-          [](gci::DecodeArgs& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address qkv, int heads,
-             bool residual, const std::tuple<Address, int64_t, int64_t>& kv, int past,
-             const std::tuple<Address, int64_t>& segments, Address u, Address workspace, int threads) {
-            gci::DecodeArgs a = step;
-            a.x = at<const void>(x), a.ld_x = ld_x, a.y = at<void>(y), a.ld_y = ld_y;
-            const gci::DecodeGroup& g = a.groups[0];
-            const int32_t filled = past;
-            kernels().attend({a.x, ld_x, g.A, at<const void>(qkv), a.dtype, a.adapter_dtype, a.in, a.tokens, g.rank,
-                              heads, residual, at<void>(std::get<0>(kv)), std::get<1>(kv), std::get<2>(kv), &filled,
-                              at<const int32_t>(std::get<0>(segments)), std::get<1>(segments), at<float>(u)},
-                             at<float>(workspace), threads);
-            kernels().decode(a, at<const float>(u), nullptr, threads);
-          },
-          nogil);
+  bind_decode_step(module);
+  module.def(
+      "decode",
+      [](const gci::DecodeStep& step, Address x, int64_t ld_x, Address y, int64_t ld_y, int threads) {
+        run_step(step, x, ld_x, y, ld_y, nullptr, threads);
+      },
+      nogil);
+  module.def(
+      // ALoRA's: kv [sequences, capacity, any] is filled up to `past`, and then one further.
+      "decode_attend",
+      [](const gci::DecodeStep& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address kv, int64_t stride_kv,
+         int64_t ld_kv, int64_t capacity, int past, Address segments, int64_t ld_segments, int threads) {
+        gci::AttendArgs attend = step.attend;
+        const int32_t filled = past;
+        attend.kv = at<void>(kv), attend.stride_kv = stride_kv, attend.ld_kv = ld_kv, attend.capacity = capacity;
+        attend.past = &filled, attend.segments = at<const int32_t>(segments), attend.ld_segments = ld_segments;
+        run_step(step, x, ld_x, y, ld_y, &attend, threads);
+      },
+      nogil);
   module.def("has_bf16_products", [] { return kernels().project_bf16 != nullptr; });
   module.def(
       "project_bf16",

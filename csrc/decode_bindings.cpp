@@ -35,7 +35,7 @@ gci::DecodeStep make_step(int dtype, int adapter_dtype, int64_t in, int64_t out,
     step.attend.groups[i] = {at(qkv), heads, residual};
   }
   step.attends = !attentions.empty();
-  step.weight = at(std::get<0>(base)), step.bias = at(std::get<1>(base));
+  step.base = {at(std::get<0>(base)), at(std::get<1>(base))};
   return step;
 }
 

@@ -8,11 +8,10 @@
 namespace gci {
 
 struct DecodeStep {
-  DecodeArgs args;      // without x, y and their strides
-  AttendArgs attend;    // without what is kept and how long it is
-  bool attends;         // whether the first half is ALoRA's
-  const void* weight;   // [out, in] in the dtype of x, or null: see the CPU's `decode`; the GPU does not look at it
-  const void* bias;     // [out] or null
+  DecodeArgs args;    // without x, y and their strides
+  AttendArgs attend;  // without what is kept and how long it is
+  bool attends;       // whether the first half is ALoRA's
+  DecodeBase base;    // a CPU's
 };
 
 }  // namespace gci

@@ -31,23 +31,28 @@ from gci_kernels.swapped import Swapped, subclass
 _CACHES = (DynamicCache, StaticCache)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
+Form = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
+
 
 class _Entry:
     """What one adapter of one layer keeps of past tokens: a buffer [batch, capacity, width], filled up to `length`."""
 
-    def __init__(self, kv: Tensor) -> None:
-        self.kv, self.length = kv[:, :0], 0
+    def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kv = torch.empty(batch, 0, width, dtype=dtype, device=device)
+        self.length: int | None = 0  # None: as many as the model's cache has, which only the device knows
         self.owned = False  # whether nothing else may read the buffer's unfilled part
         self.recorded = False  # whether any of it was made while gradients were recorded
 
-    def require(self, new: Tensor, layer_key: str, adapter: str) -> None:
-        """Raises ValueError where `new` [batch, time, width] cannot follow what is here."""
-        for what, has, given in (
-            ("batch size", self.kv.shape[0], new.shape[0]),
-            ("width", self.kv.shape[2], new.shape[2]),
-            ("dtype", self.kv.dtype, new.dtype),
-            ("device", self.kv.device, new.device),
-        ):
+    @property
+    def form(self) -> Form:
+        return _form(self.kv)
+
+    def require(self, form: Form, layer_key: str, adapter: str) -> None:
+        """Raises ValueError where tokens of `form` cannot follow what is here."""
+        kept = self.form
+        if kept == form:
+            return
+        for what, has, given in zip(("batch size", "width", "dtype", "device"), kept, form, strict=True):
             if has != given:
                 raise ValueError(
                     f"past_key_values does not fit adapter {adapter!r} of layer {layer_key!r}: its {what} is {has} "
@@ -71,12 +76,18 @@ class _Entry:
         if total > self.kv.shape[1] or not self._writable():
             self.kv = _grown(self.kv, past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
             self.owned = True
+            if max_length and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.kv)  # as transformers does: a graph then may write into it
         return self.kv
 
     def _writable(self) -> bool:
         if torch.compiler.is_compiling():  # the rest cannot be traced; where it matters torch raises
             return self.owned
         return self.owned and (torch.is_inference_mode_enabled() or not self.kv.is_inference())
+
+
+def _form(kv: Tensor) -> Form:
+    return kv.shape[0], kv.shape[2], kv.dtype, kv.device
 
 
 def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
@@ -94,8 +105,9 @@ class AdapterCache:
     """
 
     def __init__(self, tokens: int, max_length: int) -> None:
-        # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too.
-        self.tokens = tokens
+        # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too. It
+        # is not (None) once steps are taken that may be replayed without this code: they count on the device alone.
+        self.tokens: int | None = tokens
         self.max_length = max_length
         self.packed: Tensor | None = None
         self._entries: dict[tuple[str, str], _Entry] = {}
@@ -104,6 +116,13 @@ class AdapterCache:
         """The number of past tokens kept for one adapter of one layer."""
         entry = self._entries.get((layer_key, adapter))
         return 0 if entry is None else entry.length
+
+    def count(self, tokens: int) -> None:
+        """Goes on counting here what was counted on the device alone."""
+        self.tokens = tokens
+        for entry in self._entries.values():
+            if entry.length is None:
+                entry.length = tokens
 
     def check(self, wanted: Iterable[tuple[str, str]], past: int) -> None:
         """Raises ValueError unless every (layer, adapter) in `wanted` has exactly `past` tokens here."""
@@ -127,17 +146,16 @@ class AdapterCache:
         Raises:
             ValueError: what is kept does not fit, or was kept for a gradient that would be lost.
         """
-        self.check([(layer_key, adapter)], past)
-        entry = self._entries.get((layer_key, adapter))
+        entry = self._checked(layer_key, adapter, past)
         if entry is None:
             return None
-        entry.require(new, layer_key, adapter)
+        entry.require(_form(new), layer_key, adapter)
         if entry.recorded and torch.is_grad_enabled():
             raise ValueError(
                 "past_key_values was filled while gradients were recorded, and none flow into what adapter "
                 f"{adapter!r} keeps of past tokens: fill it under torch.no_grad(), or train on whole sequences"
             )
-        return entry.kv[:, : entry.length]
+        return entry.kv[:, :past]
 
     def keep(self, layer_key: str, adapter: str, kv: Tensor, *, past: int) -> None:
         """Keeps the new keys and values of one adapter of one layer.
@@ -153,37 +171,55 @@ class AdapterCache:
         """
         if kv.dim() != 3:
             raise ValueError(f"kv must be [batch, time, width], got {list(kv.shape)}")
-        self.check([(layer_key, adapter)], past)
-        entry = self._entries.get((layer_key, adapter))
-        if entry is None:
-            entry = _Entry(kv)
+        form = _form(kv)
+        entry = self._checked(layer_key, adapter, past)
+        if entry is None or (not past and entry.form != form):
+            entry = _Entry(*form)
         else:
-            entry.require(kv, layer_key, adapter)
+            entry.require(form, layer_key, adapter)
         entry.append(kv, self.max_length)
         self._entries[layer_key, adapter] = entry
 
-    def room(self, layer_key: str, adapter: str, new: Tensor, *, past: int) -> Tensor:
+    def _checked(self, layer_key: str, adapter: str, past: int) -> _Entry | None:
+        """The entry, holding `past` tokens."""
+        entry = self._entries.get((layer_key, adapter))
+        if (0 if entry is None else entry.length) != past:
+            self.check(((layer_key, adapter),), past)
+        return entry
+
+    def room(self, layer_key: str, adapter: str, form: Form, *, past: int) -> Tensor:
         """For a kernel that writes one new token itself: a buffer [batch, capacity, width], filled up to `past`.
 
         The token counts as kept from now on. Not for where gradients are recorded.
 
         Args:
             layer_key, adapter, past: as in :meth:`keep`.
-            new: [batch, any, width], like what :meth:`keep` would be given; it may be empty.
+            form: of the new token.
 
         Raises:
             ValueError: as :meth:`keep`.
         """
-        self.check([(layer_key, adapter)], past)
-        entry = self._entries.get((layer_key, adapter))
-        if entry is None:
-            entry = _Entry(new)
+        entry = self._checked(layer_key, adapter, past)
+        if entry is None or (not past and entry.form != form):
+            entry = self._entries[layer_key, adapter] = _Entry(*form)
         else:
-            entry.require(new, layer_key, adapter)
+            entry.require(form, layer_key, adapter)
         kv = entry.grow(1, self.max_length)
         entry.length += 1
-        self._entries[layer_key, adapter] = entry
         return kv
+
+    def static_dtype(self, wanted: Iterable[tuple[str, str]]) -> torch.dtype | None:
+        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer."""
+        entries = [self._entries.get(key) for key in wanted]
+        whole = [e is not None and e.owned and e.kv.shape[1] == self.max_length for e in entries]
+        return entries[0].kv.dtype if whole and all(whole) and self.packed is None else None
+
+    def place(self, layer_key: str, adapter: str, form: Form) -> Tensor:
+        """As :meth:`room` for a static cache, whose length is read on the device when a kernel runs, and not here."""
+        entry = self._entries[layer_key, adapter]
+        entry.require(form, layer_key, adapter)
+        entry.length = None
+        return entry.kv
 
     def map(self, change) -> None:
         """Replaces every buffer [batch, capacity, width] by `change` of it."""
@@ -191,10 +227,13 @@ class AdapterCache:
             entry.kv = change(entry.kv)
 
     def crop(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
+        """Forgets all but the first `length` tokens; buffers of a static cache stay where they are."""
         for key, entry in list(self._entries.items()):
-            entry.length = min(entry.length, length)
-            if not entry.length:
+            entry.length = length if entry.length is None else min(entry.length, length)
+            if entry.length:
+                continue
+            entry.recorded = False
+            if not self.max_length:
                 del self._entries[key]
 
 
@@ -203,7 +242,7 @@ class _Adopted(Swapped):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == 0:
+        if layer_idx == 0 and self.gci_adapters.tokens is not None:
             self.gci_adapters.tokens += key_states.shape[-2]
         return result
 
@@ -233,11 +272,21 @@ class _Adopted(Swapped):
 
 
 def length(cache: Cache) -> int:
-    """The number of tokens in a model's cache; waits for the device only if it is a static one not yet adopted."""
+    """The number of tokens in a model's cache; waits for the device only if it is a static one that was not counted."""
     tokens = cache.get_seq_length()
-    if isinstance(tokens, Tensor):
-        return cache.gci_adapters.tokens if isinstance(cache, _Adopted) else int(tokens)
-    return tokens
+    if not isinstance(tokens, Tensor):
+        return tokens
+    if not isinstance(cache, _Adopted):
+        return int(tokens)
+    if cache.gci_adapters.tokens is None:
+        cache.gci_adapters.count(int(tokens))
+    return cache.gci_adapters.tokens
+
+
+def position(cache: Cache) -> Tensor | None:
+    """The number of tokens in a static cache when this runs, int32 [1] on its device; None for other caches."""
+    layer = next((layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized), None)
+    return None if layer is None else layer.cumulative_length.to(torch.int32).view(1)
 
 
 def obstacle(cache: Cache) -> str | None:

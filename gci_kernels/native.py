@@ -50,6 +50,7 @@ def cuda_extension():
 
 #: What was built of csrc/cuda, "sm_90a, by nvcc 13.0", or "not built: " and why. Neither says that there is a GPU.
 CUDA_BUILD: str = _extension.cuda_build if _extension is not None else "none"
+CUDA_DIGEST: str = getattr(_extension, "cuda_digest", "")
 #: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension.
 #: A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"

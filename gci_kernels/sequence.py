@@ -20,10 +20,10 @@ cu_seq_lens_q are read, and where a 4-D mask is checked. A compiled forward with
 nothing of its adapters, so a cache that it returns is refused later; without gradients it does, with a break.
 """
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -34,6 +34,7 @@ from transformers import Cache, PreTrainedModel
 from gci_kernels import adapter_cache
 from gci_kernels.adapter_cache import AdapterCache
 from gci_kernels.ops.attention import Sequence
+from gci_kernels.ops.decode import has_kernels
 from gci_kernels.swapped import Swapped, subclass
 
 Wanted = Callable[[], Iterable[tuple[str, str]]]
@@ -46,21 +47,22 @@ _CUSTOM_MASK = (
 )
 
 
-@dataclass(frozen=True)
 class Context:
     """What an adapted layer may know in a forward.
 
     Attributes:
-        sequence: which positions belong together; its segments are on the device of the layer's hidden states.
         shape: batch and time of the new tokens; some models give their inner layers [batch * time, features].
         cache: the past of all adapters; None where the model uses no cache.
         obstacle: why the model's cache can hold nothing of an adapter, or None.
     """
 
-    sequence: Sequence
-    shape: tuple[int, int]
-    cache: AdapterCache | None
-    obstacle: str | None
+    def __init__(self, frame: "_Frame", cache: AdapterCache | None, obstacle: str | None) -> None:
+        self._frame, self.shape, self.cache, self.obstacle = frame, frame.shape, cache, obstacle
+
+    @property
+    def sequence(self) -> Sequence:
+        """Which positions belong together; its segments are on the device of the layer's hidden states."""
+        return self._frame.sequence
 
     def past(self, layer_key: str, adapter: str, new: Tensor) -> Tensor | None:
         """What one adapter of one layer kept of the tokens before these, [batch, past, width]; None: nothing.
@@ -84,17 +86,31 @@ class Context:
         if self.cache is not None:
             self.cache.keep(layer_key, adapter, kv, past=self.sequence.past)
 
-    def room(self, layer_key: str, adapter: str, new: Tensor) -> Tensor | None:
+    def room(
+        self, layer_key: str, adapter: str, width: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, int | Tensor, Tensor | None] | None:
         """In place of :meth:`past` and :meth:`keep`, for a kernel that writes the one new token of each sequence.
 
         None where that is not what this forward is: it has more tokens or no cache, or gradients are recorded.
+
+        Returns:
+            The buffer [batch, capacity, width]; how many of its tokens are filled, a number or, on a GPU and in
+            compiled graphs, int32 [1]; segments as in Sequence, int32 [batch, at least filled + 1] with rows without
+            gaps, or None.
 
         Raises:
             ValueError: as :meth:`AdapterCache.room`.
         """
         if self.cache is None or self.obstacle is not None or self.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        return self.cache.room(layer_key, adapter, new, past=self.sequence.past)
+        form, frame = (self.shape[0], width, dtype, device), self._frame
+        if frame.position is not None:
+            return self.cache.place(layer_key, adapter, form), frame.position, frame.segments
+        sequence = frame.sequence
+        kv, segments = self.cache.room(layer_key, adapter, form, past=sequence.past), sequence.segments
+        if segments is not None and segments.stride(1) != 1:
+            segments = segments.contiguous()
+        return kv, sequence.past if device.type == "cpu" else frame.past_on(device), segments
 
 
 class _State:
@@ -138,13 +154,34 @@ def required() -> Context:
 
 
 class _Frame:
-    """What one forward of a backbone was given. Not a dataclass: FSDP takes those apart to look for tensors."""
+    """What one forward of a backbone was given. Not a dataclass: FSDP takes those apart to look for tensors.
 
-    def __init__(self, sequence: Sequence, shape: tuple[int, int], wanted: Wanted | None) -> None:
-        self.sequence, self.shape, self.wanted = sequence, shape, wanted
+    With `position` it is a decoding step on a static cache that no number of this process describes: as part of a CUDA
+    graph, or in a graph of torch.compile, it may be run again at any length of the sequence. Its sequence is made only
+    where something asks for it after all.
+    """
+
+    def __init__(self, make: Callable[[], Sequence], shape: tuple[int, int], wanted: Wanted | None) -> None:
+        self._make, self.shape, self.wanted = make, shape, wanted
+        self._sequence: Sequence | None = None
+        self.position: Tensor | None = None  # int32 [1], the cache's length on its device
+        self.segments: Tensor | None = None  # beside position: int32 [batch, at least position + 1]
         self.packed = False  # whether segments, if any, are packed sequences
         self.keeps = True  # whether what adapters compute is kept in the model's cache
         self._checked: Cache | None = None
+        self._past: Tensor | None = None
+
+    @property
+    def sequence(self) -> Sequence:
+        if self._sequence is None:
+            self._sequence = self._make()
+        return self._sequence
+
+    def past_on(self, device: torch.device) -> Tensor:
+        """sequence.past as int32 [1] on `device`, made once for all layers there."""
+        if self._past is None or self._past.device != device:
+            self._past = torch.full((1,), self.sequence.past, dtype=torch.int32, device=device)
+        return self._past
 
     def context(self, args: tuple, kwargs: dict) -> Context:
         """The context of one decoder layer, from the arguments of its forward."""
@@ -154,22 +191,24 @@ class _Frame:
                 f"the decoder layer got hidden states {list(hidden.shape)} in a forward of [batch, time] {self.shape}; "
                 "models that change the sequence on its way are not supported"
             )
-        segments = self.sequence.segments
-        if segments is not None and segments.device != hidden.device:
-            self.sequence = Sequence(segments.to(hidden.device), self.sequence.past)
         # Checkpointing takes the cache out of a layer's arguments, so the layer's own count, not the backbone's.
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if self.position is not None and cache is not None:
+            return Context(self, adapter_cache.adopt(cache), None)
+        segments = self.sequence.segments
+        if segments is not None and segments.device != hidden.device:
+            self._sequence = Sequence(segments.to(hidden.device), self.sequence.past)
         if cache is None or not self.keeps:
             if self.sequence.past:
                 raise ValueError("past_key_values does not reach the decoder layers; with gradient checkpointing in "
                                  "training there can be none")  # fmt: skip
-            return Context(self.sequence, self.shape, None, None)
+            return Context(self, None, None)
         reason = adapter_cache.obstacle(cache)
         kept = adapter_cache.adopt(cache) if reason is None else None
         if self._checked is not cache:
             self._check(kept, reason)
             self._checked = cache
-        return Context(self.sequence, self.shape, kept, reason)
+        return Context(self, kept, reason)
 
     def _check(self, kept: AdapterCache | None, reason: str | None) -> None:
         """At the first layer, when nothing has been written yet: that all adapted layers will find their past."""
@@ -231,18 +270,46 @@ def _frame(given: dict, wanted: Wanted | None) -> _Frame | None:
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     if cache is not None and adapter_cache.obstacle(cache) is None:
         adapter_cache.adopt(cache)
-    past = 0 if cache is None else adapter_cache.length(cache)
     if isinstance(mask, dict):
         mask = _full_mask(mask)
-    if mask is not None:
-        sequence = _from_mask(mask, batch, time, past, device)
-    else:
-        sequence = _from_positions(given, batch, time, past)
-    frame = _Frame(sequence, (batch, time), wanted)
-    frame.packed = mask is None and sequence.segments is not None
+    frame = _Frame(functools.partial(_sequence, given, mask, batch, time, device), (batch, time), wanted)
+    if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, device):
+        frame.position = adapter_cache.position(cache)
+        frame.segments = None if mask is None else _seen(mask).expand(batch, -1).int() - 1
+        cache.gci_adapters.tokens = None
+        return frame
+    segments = frame.sequence.segments  # made now, so that what is wrong is said before the model does anything
+    frame.packed = mask is None and segments is not None
     # Where use_cache is left on in training, a cache is made and dropped in each step; to adopt one breaks the graph.
     frame.keeps = cache is not None or not (torch.compiler.is_compiling() and torch.is_grad_enabled())
     return frame
+
+
+def _sequence(given: dict, mask: Tensor | None, batch: int, time: int, device: torch.device) -> Sequence:
+    cache = given.get("past_key_values")
+    past = 0 if cache is None else adapter_cache.length(cache)
+    if mask is not None:
+        return _from_mask(mask, batch, time, past, device)
+    return _from_positions(given, batch, time, past)
+
+
+def _counts_on_device(cache: Cache, mask: Tensor | None, wanted: Wanted | None, device: torch.device) -> bool:
+    """Whether a step on `cache` needs no number of this process; see _Frame."""
+    if wanted is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or device.type == "cuda"):
+        return False
+    # A floating mask has to be looked at, for it may hold more than what is seen and what is not.
+    if mask is not None and (not isinstance(mask, Tensor) or mask.is_floating_point() or mask.dim() not in (2, 4)):
+        return False
+    kept = getattr(cache, "gci_adapters", None)
+    if kept is None or adapter_cache.position(cache) is None:
+        return False
+    dtype = kept.static_dtype(wanted())
+    return dtype is not None and has_kernels(dtype, device.type)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Which keys the last query attends to, bool [batch or 1, keys]."""
+    return mask.bool() if mask.dim() == 2 else mask[:, 0, -1].bool()
 
 
 def _full_mask(masks: dict):

@@ -477,11 +477,6 @@ def test_disabled_adapters_give_the_base_model_exactly():
     assert torch.equal(logits(model), with_adapters)
 
 
-def test_mixed_batches_are_refused_not_ignored():
-    with pytest.raises(ValueError, match="adapter_names: LoKI does not run several adapters"):
-        adapted()(input_ids=IDS, adapter_names=["default"] * 3)
-
-
 # Training, and what surrounds it
 
 

@@ -605,13 +605,6 @@ def test_unsupported_target_is_named():
         get_peft_model(tiny_llama(), moe_config(target_modules=["embed_tokens"]))
 
 
-def test_adapter_names_are_refused_not_ignored():
-    model = adapted(LoRAMoEConfig()).eval()
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="adapter_names"):
-            call(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default", "default"])
-
-
 def test_new_layers_take_the_mode_of_the_layers_they_replace():
     for training in (True, False):
         model = patch(tiny_llama().train(training), LoRAMoEConfig(lora_dropout=0.5))

@@ -1,5 +1,5 @@
-// One decoding step of an adapted layer, the same on a CPU (csrc/cpu/decode.cpp) and on a GPU (csrc/cuda):
-// at most decode_max_tokens tokens, whose base product is in y already.
+// One decoding step of an adapted layer, the same on a CPU (csrc/cpu/decode.cpp) and on a GPU (csrc/cuda): at most
+// decode_max_tokens tokens. Their base product is in y already; on a CPU it may be part of the step.
 //
 // Everything is passed by value or by pointers that stay as they are from step to step, so that a captured CUDA graph can
 // be replayed. Tokens may use different adapters: those of one adapter form a group. A group's adapter is stacked
@@ -56,5 +56,22 @@ struct AttendArgs {
   const int32_t* segments;  // [sequences, >= past + 1]: keys of the query's own number are seen, none where that is negative
   int64_t ld_segments;      // null: all keys are seen
 };
+
+// What a CPU multiplies the tokens with before it adds the adapters' part; weight null: y holds that product.
+struct DecodeBase {
+  const void* weight;  // [out, in], in the dtype of x
+  const void* bias;    // [out], or null
+};
+
+// The floats that a CPU works in; `attend` is null but for ALoRA.
+inline int64_t decode_floats(const DecodeArgs& a, const AttendArgs* attend) {
+  int64_t floats = a.tokens * a.out;
+  for (int i = 0; i < a.num_groups; ++i) {
+    const DecodeGroup& g = a.groups[i];
+    const int64_t columns = int64_t(g.rank) * (g.experts > 0 ? g.experts : 1) + g.experts;
+    floats += g.count * (columns + (attend ? 4 * int64_t(g.rank) + *attend->past + 1 : 0));
+  }
+  return floats;
+}
 
 }  // namespace gci

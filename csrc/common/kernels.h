@@ -41,8 +41,9 @@ struct AttentionArgs {
 
 constexpr int attention_block_keys = 128;
 
-struct DecodeArgs;  // these two: common/decode.h
+struct DecodeArgs;  // these three: common/decode.h
 struct AttendArgs;
+struct DecodeBase;
 
 struct Kernels {
   const char* isa;
@@ -86,11 +87,8 @@ struct Kernels {
   void (*reduce_bf16)(const void* u_pairs, const void* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
                       int64_t r, int64_t n, int threads);
 
-  // One decoding step, see common/decode.h. The workspace holds, for every token, `in` floats and its group's columns;
-  // or `given` [tokens, columns] are the projected values of adapters without a gate, and there is no workspace.
-  void (*decode)(const DecodeArgs&, const float* given, float* workspace, int threads);
-  // ALoRA's half of one. The workspace holds in + 4 * rank + past + 1 floats for every sequence.
-  void (*attend)(const AttendArgs&, float* workspace, int threads);
+  // One decoding step, see common/decode.h; `attend` is null but for ALoRA. The workspace holds decode_floats.
+  void (*decode)(const DecodeArgs&, const AttendArgs* attend, const DecodeBase&, float* workspace, int threads);
 };
 
 constexpr int64_t skinny_padding = 16;  // columns of a packed panel are a multiple of this on every instruction set

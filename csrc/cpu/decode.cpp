@@ -1,46 +1,19 @@
-// One decoding step of an adapted layer: all threads read the adapter once, its A and then its B, in order.
+// One decoding step of an adapted layer: all threads read the weight and the adapter once.
 //
-// With a token or a few there is nothing to pack and nothing to reuse: the time is that of reading the adapter, and of
-// the two times that threads have to meet.
+// With a token or a few there is nothing to pack and nothing to reuse: the time is that of reading, and of threads
+// meeting. They meet nowhere but at the end: the first half's tasks and then blocks of outputs are taken by whoever is
+// free, and what a block needs of the first half is waited for when the base product is through. No result depends on
+// who took what.
 #include <omp.h>
+#include <sched.h>
 
 #include "common/decode.h"
+#include "cpu/attend.h"
 #include "cpu/dot.h"
 #include "cpu/softmax.h"
 
 namespace gci::GCI_ISA {
 namespace {
-
-typedef int32_t Index __attribute__((vector_size(sizeof(Vec))));
-
-// Element i is element index[i] of a and b, b's counted from `lanes` on.
-inline Vec shuffle(Vec a, Vec b, Index index) {
-#if defined(__clang__)
-  float all[2 * lanes];
-  store(all, a), store(all + lanes, b);
-  Vec chosen;
-  for (int i = 0; i < lanes; ++i) chosen[i] = all[index[i]];
-  return chosen;
-#else
-  return __builtin_shuffle(a, b, index);
-#endif
-}
-
-// Neighbours added: those of a, then those of b.
-inline Vec add_pairs(Vec a, Vec b) {
-  Index even;
-  for (int i = 0; i < lanes; ++i) even[i] = 2 * i;
-  return shuffle(a, b, even) + shuffle(a, b, even + 1);
-}
-
-// Element i becomes the total of v[i].
-inline Vec totals(Vec (&v)[lanes]) {
-#pragma GCC unroll 4
-  for (int count = lanes; count > 1; count /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < count / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
-  return v[0];
-}
 
 // Columns become rows, in log2(lanes) rounds: each moves the elements of one half-size block to its neighbour.
 inline void transpose(Vec (&v)[lanes]) {
@@ -75,8 +48,8 @@ inline void add_tile(const Vec (&tile)[lanes], const float* u, int64_t columns, 
 }
 
 // As expand_block, for more tokens: B is turned, a tile at a time, so that nothing is summed across a vector.
-template <typename X, typename W>
-inline void expand_turned(const W* B, int64_t columns, const float* u, X* const* y, int tokens, int64_t o) {
+template <typename W>
+inline void expand_turned(const W* B, int64_t columns, const float* u, float* const* y, int tokens, int64_t o) {
   const int64_t whole = columns / lanes * lanes;
   Vec sums[decode_max_tokens] = {};
   for (int64_t c = 0; c < whole; c += lanes) {
@@ -92,12 +65,12 @@ inline void expand_turned(const W* B, int64_t columns, const float* u, X* const*
     for (int i = 0; i < lanes; ++i) column[i] = widen(B[(o + i) * columns + c]);
     for (int t = 0; t < tokens; ++t) sums[t] += column * u[t * columns + c];
   }
-  for (int t = 0; t < tokens; ++t) store_narrow(y[t] + o, load_wide(y[t] + o) + sums[t]);
+  for (int t = 0; t < tokens; ++t) store(y[t] + o, load(y[t] + o) + sums[t]);
 }
 
 // y[t][o] += B[o] . u[t] for `lanes` rows of B and `Tokens` tokens of a group.
-template <int Tokens, typename X, typename W>
-inline void expand_block(const W* B, int64_t columns, const float* u, X* const* y, int64_t o) {
+template <int Tokens, typename W>
+inline void expand_block(const W* B, int64_t columns, const float* u, float* const* y, int64_t o) {
   const int64_t whole = columns / lanes * lanes;
   Vec sums[Tokens][lanes];
   float rest[Tokens][lanes] = {};
@@ -115,109 +88,185 @@ inline void expand_block(const W* B, int64_t columns, const float* u, X* const* 
       for (int t = 0; t < Tokens; ++t) rest[t][i] += widen(b[c]) * u[t * columns + c];
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t)
-    store_narrow(y[t] + o, load_wide(y[t] + o) + (totals(sums[t]) + load(rest[t])));
+  for (int t = 0; t < Tokens; ++t) store(y[t] + o, load(y[t] + o) + (totals(sums[t]) + load(rest[t])));
 }
 
 // y[t][o] += B[o] . u[t] for the rows of B in [first, end) and all tokens of a group.
-template <typename X, typename W>
-void expand(const W* B, int64_t columns, const float* u, X* const* y, int tokens, int64_t first, int64_t end) {
+template <typename W>
+void expand(const W* B, int64_t columns, const float* u, float* const* y, int tokens, int64_t first, int64_t end) {
   int64_t o = first;
   for (; o + lanes <= end; o += lanes) {
     if (tokens > 2)
-      expand_turned<X>(B, columns, u, y, tokens, o);
+      expand_turned(B, columns, u, y, tokens, o);
     else if (tokens == 2)
       expand_block<2>(B, columns, u, y, o);
     else
       expand_block<1>(B, columns, u, y, o);
   }
-  for (; o < end; ++o) {
-    float sums[decode_max_tokens];
-    dot_all(B + o * columns, u, columns, columns, tokens, sums);
-    for (int t = 0; t < tokens; ++t) y[t][o] = narrow<X>(widen(y[t][o]) + sums[t]);
-  }
+  for (; o < end; ++o)
+    for (int t = 0; t < tokens; ++t) {
+      float sum = 0;
+      for (int64_t c = 0; c < columns; ++c) sum += widen(B[o * columns + c]) * u[t * columns + c];
+      y[t][o] += sum;
+    }
 }
 
 inline int adapter_columns(const DecodeGroup& g) { return g.rank * (g.experts > 0 ? g.experts : 1); }
+inline int all_columns(const DecodeGroup& g) { return adapter_columns(g) + g.experts; }
 
-// u[t] = scaling * gate * h for the group's tokens; projected is [columns, tokens].
-inline void mix(const DecodeGroup& g, const float* projected, float* u) {
+// u = scaling * gate * h [tokens, columns] for the group's tokens; h is [tokens, all_columns].
+inline void mix(const DecodeGroup& g, const float* h, float* u) {
   const int columns = adapter_columns(g);
-  for (int t = 0; t < g.count; ++t) {
-    float logits[max_experts], gates[max_experts];
-    for (int n = 0; n < g.experts; ++n) logits[n] = projected[(columns + n) * g.count + t];
-    if (g.experts > 0) softmax<float, float>(logits, gates, g.experts, g.top_k);
-    for (int c = 0; c < columns; ++c) {
-      const float gate = g.experts > 0 ? gates[c / g.rank] : 1.0f;
-      u[t * columns + c] = g.scaling * gate * projected[c * g.count + t];
-    }
+  for (int t = 0; t < g.count; ++t, h += all_columns(g), u += columns) {
+    float gates[max_experts];
+    if (g.experts > 0) softmax<float, float>(h + columns, gates, g.experts, g.top_k);
+    for (int c = 0; c < columns; ++c) u[c] = g.scaling * (g.experts > 0 ? gates[c / g.rank] : 1.0f) * h[c];
   }
 }
 
-// What thread `me` of `team` takes of `count` things.
-inline int64_t share(int64_t count, int64_t me, int64_t team) { return count * me / team; }
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// projected [columns, tokens] of each group in turn = [A; router] @ x.T, by all threads of a team.
+// What the threads of a step share.
+struct Progress {
+  int tasks = 0, done = 0, blocks = 0;  // taken, finished, taken
+};
+
+inline int take(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
 template <typename X, typename W>
-void project_all(const DecodeArgs& a, float* wide, float* projected, int64_t me, int64_t team) {
-  int64_t total_columns = 0;
-  for (int g = 0; g < a.num_groups; ++g) total_columns += adapter_columns(a.groups[g]) + a.groups[g].experts;
-  for (int t = 0; t < a.tokens; ++t) {  // in the groups' order
-    const int64_t first = share(a.in, me, team);
-    widen_row(static_cast<const X*>(a.x) + a.rows[t] * a.ld_x + first, share(a.in, me + 1, team) - first,
-              wide + t * a.in + first);
-  }
-#pragma omp barrier
-  int64_t before = 0;
-  for (int i = 0; i < a.num_groups; ++i) {
-    const DecodeGroup& g = a.groups[i];
-    const int64_t columns = adapter_columns(g), all = columns + g.experts;
-    const int64_t first = share(total_columns, me, team) - before, end = share(total_columns, me + 1, team) - before;
-    for (int64_t c = first < 0 ? 0 : first; c < (end < all ? end : all); ++c) {
-      const W* row = c < columns ? static_cast<const W*>(g.A) + c * a.in
-                                 : static_cast<const W*>(g.router) + (c - columns) * a.in;
-      dot_all(row, wide + g.first * a.in, a.in, a.in, g.count, projected + c * g.count);
+class Step {
+ public:
+  Step(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& base, float* workspace, int threads)
+      : a_(a), attend_(attend), base_(base), sums_(workspace), h_(sums_ + a.tokens * a.out) {
+    int64_t columns = 0, floats = 0;
+    for (int i = 0; i < a.num_groups; ++i)
+      columns += all_columns(a.groups[i]), floats += a.groups[i].count * int64_t(all_columns(a.groups[i]));
+    scratch_ = h_ + floats;
+    chunk_ = min_of(parts(columns, threads), lanes);
+    block_ = parts(parts(a.out, int64_t(4) * threads), lanes) * lanes;
+    for (int i = 0; i < a.num_groups; ++i) tasks_ += tasks_of(a.groups[i]);
+    for (int t = 0; t < a.tokens; ++t) {
+      x_[t] = static_cast<const X*>(a.x) + a.rows[t] * a.ld_x;
+      y_[t] = sums_ + t * a.out;
     }
-    before += all;
-    projected += all * g.count;
   }
-#pragma omp barrier
-}
 
-template <typename X, typename W>
-void step(const DecodeArgs& a, const float* given, float* workspace, int threads) {
-  float *wide = workspace, *projected = wide + a.tokens * a.in;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    if (!given) project_all<X, W>(a, wide, projected, me, team);
-    const float* h = projected;
+  // What one thread does.
+  void work(Progress& progress) const {
+    for (int i; (i = take(&progress.tasks)) < tasks_; __atomic_fetch_add(&progress.done, 1, __ATOMIC_RELEASE)) task(i);
     float u[decode_max_tokens * decode_max_columns];  // every thread its own: the gates are a few exponentials
-    for (int i = 0; i < a.num_groups; ++i) {
-      const DecodeGroup& g = a.groups[i];
+    bool mixed = false;
+    int64_t waiting[8];  // blocks whose base product is done
+    int count = 0;
+    for (int64_t o; (o = take(&progress.blocks) * block_) < a_.out;) {
+      start(o, min_of(o + block_, a_.out));
+      waiting[count++] = o;
+      const bool ready = __atomic_load_n(&progress.done, __ATOMIC_ACQUIRE) == tasks_;
+      if (ready || count == 8) finish_all(progress, u, &mixed, waiting, &count);
+    }
+    finish_all(progress, u, &mixed, waiting, &count);
+  }
+
+ private:
+  int64_t tasks_of(const DecodeGroup& g) const {
+    return attend_ ? g.count : parts(adapter_columns(g), chunk_) + parts(g.experts, chunk_);
+  }
+
+  // A part of the first half: some columns of a group's h, or the attention of one of its tokens.
+  void task(int64_t i) const {
+    float *h = h_, *scratch = scratch_;
+    int group = 0;
+    for (; i >= tasks_of(a_.groups[group]); ++group) {
+      const DecodeGroup& g = a_.groups[group];
+      i -= tasks_of(g);
+      h += g.count * int64_t(all_columns(g));
+      if (attend_) scratch += g.count * attend_floats(g.rank, *attend_->past);
+    }
+    const DecodeGroup& g = a_.groups[group];
+    if (attend_) {
+      const int t = g.first + int(i);
+      return attend<X, W>(g, attend_->groups[group], *attend_, a_.in, a_.rows[t], x_[t],
+                          scratch + i * attend_floats(g.rank, *attend_->past), h + i * g.rank);
+    }
+    const int64_t columns = adapter_columns(g), of_A = parts(columns, chunk_);
+    const bool routed = i >= of_A;
+    const int64_t first = (routed ? i - of_A : i) * chunk_, count = min_of(chunk_, (routed ? g.experts : columns) - first);
+    multiply_all(static_cast<const W*>(routed ? g.router : g.A) + first * a_.in, a_.in, count, x_ + g.first, g.count,
+                 h + (routed ? columns : 0) + first, all_columns(g));
+  }
+
+  // The base product of some outputs, or what y holds of it.
+  void start(int64_t first, int64_t end) const {
+    if (!base_.weight) {
+      for (int t = 0; t < a_.tokens; ++t) widen_row(row_of_y(t) + first, end - first, y_[t] + first);
+      return;
+    }
+    multiply_all(static_cast<const X*>(base_.weight) + first * a_.in, a_.in, end - first, x_, a_.tokens, sums_ + first,
+                 a_.out);
+    if (const X* bias = static_cast<const X*>(base_.bias))
+      for (int t = 0; t < a_.tokens; ++t)
+        for (int64_t o = first; o < end; ++o) y_[t][o] += widen(bias[o]);
+  }
+
+  void finish(const float* u, int64_t first, int64_t end) const {
+    for (int i = 0; i < a_.num_groups; ++i) {
+      const DecodeGroup& g = a_.groups[i];
       const int64_t columns = adapter_columns(g);
-      if (given)
-        for (int64_t c = 0; c < g.count * columns; ++c) u[c] = g.scaling * given[g.first * columns + c];
-      else
-        mix(g, h, u);
-      X* y[decode_max_tokens];
-      for (int t = 0; t < g.count; ++t) y[t] = static_cast<X*>(a.y) + a.rows[g.first + t] * a.ld_y;
-      expand<X>(static_cast<const W*>(g.B), columns, u, y, g.count, share(a.out, me, team), share(a.out, me + 1, team));
-      h += (columns + g.experts) * g.count;
+      expand(static_cast<const W*>(g.B), columns, u, y_ + g.first, g.count, first, end);
+      u += g.count * columns;
+    }
+    for (int t = 0; t < a_.tokens; ++t) narrow_row(y_[t] + first, end - first, row_of_y(t) + first);
+  }
+
+  void finish_all(const Progress& progress, float* u, bool* mixed, const int64_t* waiting, int* count) const {
+    if (!*count) return;
+    for (int turns = 0; __atomic_load_n(&progress.done, __ATOMIC_ACQUIRE) < tasks_; ++turns)
+      if (turns > 1000) sched_yield();
+    if (!*mixed) mix_all(u);
+    *mixed = true;
+    for (int i = 0; i < *count; ++i) finish(u, waiting[i], min_of(waiting[i] + block_, a_.out));
+    *count = 0;
+  }
+
+  void mix_all(float* u) const {
+    const float* h = h_;
+    for (int i = 0; i < a_.num_groups; ++i) {
+      const DecodeGroup& g = a_.groups[i];
+      mix(g, h, u);
+      h += g.count * int64_t(all_columns(g));
+      u += g.count * int64_t(adapter_columns(g));
     }
   }
+
+  X* row_of_y(int t) const { return static_cast<X*>(a_.y) + a_.rows[t] * a_.ld_y; }
+
+  const DecodeArgs& a_;
+  const AttendArgs* attend_;
+  const DecodeBase& base_;
+  float *sums_, *h_, *scratch_;  // [tokens, out]; h of each group in turn; what attention needs
+  int64_t chunk_, block_, tasks_ = 0;
+  const X* x_[decode_max_tokens];
+  float* y_[decode_max_tokens];  // rows of sums_
+};
+
+template <typename X, typename W>
+void run(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& base, float* workspace, int threads) {
+  const Step<X, W> step(a, attend, base, workspace, threads);
+  Progress progress;
+#pragma omp parallel num_threads(threads)
+  step.work(progress);
 }
 
 }  // namespace
 
-void decode(const DecodeArgs& a, const float* given, float* workspace, int threads) {
+void decode(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& base, float* workspace, int threads) {
   const bool wide = a.adapter_dtype == DType::float32;
-  if (a.dtype == DType::float32) return step<float, float>(a, given, workspace, threads);
+  if (a.dtype == DType::float32) return run<float, float>(a, attend, base, workspace, threads);
   if (a.dtype == DType::bfloat16)
-    return wide ? step<bfloat16, float>(a, given, workspace, threads)
-                : step<bfloat16, bfloat16>(a, given, workspace, threads);
-  return wide ? step<float16, float>(a, given, workspace, threads)
-              : step<float16, float16>(a, given, workspace, threads);
+    return wide ? run<bfloat16, float>(a, attend, base, workspace, threads)
+                : run<bfloat16, bfloat16>(a, attend, base, workspace, threads);
+  return wide ? run<float16, float>(a, attend, base, workspace, threads)
+              : run<float16, float16>(a, attend, base, workspace, threads);
 }
 
 }  // namespace gci::GCI_ISA

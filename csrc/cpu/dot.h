@@ -1,56 +1,125 @@
-// Dot products of adapter rows, in whatever dtype they are stored, with float32 vectors.
+// Products of rows with a few vectors, every row read once: what a decoding step is made of.
 #pragma once
 
 #include "cpu/isa.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace gci::GCI_ISA {
 
-template <typename X>
-inline void widen_row(const X* x, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(out + i, load_wide(x + i));
-  for (; i < n; ++i) out[i] = widen(x[i]);
+typedef int32_t Index __attribute__((vector_size(sizeof(Vec))));
+
+// Element i is element index[i] of a and b, b's counted from `lanes` on.
+inline Vec shuffle(Vec a, Vec b, Index index) {
+#if defined(__clang__)
+  float all[2 * lanes];
+  store(all, a), store(all + lanes, b);
+  Vec chosen;
+  for (int i = 0; i < lanes; ++i) chosen[i] = all[index[i]];
+  return chosen;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
 }
 
-inline float total(Vec v) {
-  float parts[lanes];
-  store(parts, v);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
+// Neighbours added: those of a, then those of b.
+inline Vec add_pairs(Vec a, Vec b) {
+  Index even;
+  for (int i = 0; i < lanes; ++i) even[i] = 2 * i;
+  return shuffle(a, b, even) + shuffle(a, b, even + 1);
 }
 
-// out[t] = a . x[t] for `Tokens` rows of x; several sums at a time, for one would wait for its own last step.
-template <int Tokens, typename W>
-inline void dot(const W* a, const float* x, int64_t ld_x, int64_t n, float* out) {
-  constexpr int chains = Tokens == 1 ? 4 : Tokens == 2 ? 2 : 1;
-  Vec sum[Tokens][chains] = {};
-  int64_t i = 0;
-  for (; i + chains * lanes <= n; i += chains * lanes)
+// Element i becomes the total of v[i].
+inline Vec totals(Vec (&v)[lanes]) {
 #pragma GCC unroll 4
-    for (int c = 0; c < chains; ++c) {
-      const Vec v = load_wide(a + i + c * lanes);
-#pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) sum[t][c] += v * load(x + t * ld_x + i + c * lanes);
-    }
-  for (; i + lanes <= n; i += lanes)
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sum[t][0] += load_wide(a + i) * load(x + t * ld_x + i);
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
-    float rest = 0;
-    for (int64_t j = i; j < n; ++j) rest += widen(a[j]) * x[t * ld_x + j];
-    for (int c = 1; c < chains; ++c) sum[t][0] += sum[t][c];
-    out[t] = total(sum[t][0]) + rest;
+  for (int count = lanes; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+// How a row of W and a vector of X are multiplied: `size` elements at once, widened, or as the processor's own pairs.
+template <typename X, typename W>
+struct Unit {
+  static constexpr int size = lanes;
+  template <typename T>
+  static Vec read(const T* p) {
+    return load_wide(p);
   }
+  static Vec add(Vec sum, Vec w, Vec x) { return sum + w * x; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Unit<bfloat16, bfloat16> {
+  static constexpr int size = 2 * lanes;
+  static __m512bh read(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Vec add(Vec sum, __m512bh w, __m512bh x) { return Vec(_mm512_dpbf16_ps(__m512(sum), w, x)); }
+};
+#endif
+
+template <typename X, typename W>
+inline Vec multiply_rest(const W* row, const X* x, int64_t n) {
+  Vec sum = {};
+  for (int64_t j = 0; j < n; ++j) sum[j % lanes] += widen(row[j]) * widen(x[j]);
+  return sum;
 }
 
-template <typename W>
-inline void dot_all(const W* a, const float* x, int64_t ld_x, int64_t n, int tokens, float* out) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) dot<4>(a, x + t * ld_x, ld_x, n, out + t);
-  for (; t + 2 <= tokens; t += 2) dot<2>(a, x + t * ld_x, ld_x, n, out + t);
-  for (; t < tokens; ++t) dot<1>(a, x + t * ld_x, ld_x, n, out + t);
+// sums[t][first + r] = the lanes of rows[r] . x[t].
+template <int R, int T, typename X, typename W>
+inline void multiply(const W* rows, int64_t n, const X* const* x, Vec (&sums)[T][lanes], int first) {
+  typedef Unit<X, W> U;
+  Vec sum[R][T] = {};
+  int64_t k = 0;
+  for (; k + U::size <= n; k += U::size) {
+    decltype(U::read(x[0])) values[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) values[t] = U::read(x[t] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const auto row = U::read(rows + r * n + k);
+      // Several vectors keep the processor too busy to run ahead by itself. Behind the last row nothing is read.
+      if (R > 1) __builtin_prefetch(rows + (r + R) * n + k);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sum[r][t] = U::add(sum[r][t], row, values[t]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      if (k < n) sum[r][t] += multiply_rest(rows + r * n + k, x[t] + k, n - k);
+      sums[t][first + r] = sum[r][t];
+    }
+}
+
+// out[t * ld + r] = rows[r] . x[t] for `count` <= lanes rows and T vectors.
+template <int T, typename X, typename W>
+inline void multiply_rows(const W* rows, int64_t n, int count, const X* const* x, float* out, int64_t ld) {
+  // One vector waits for memory alone, and one row at a time is read fastest. More share what is in the registers.
+  constexpr int R = T < 4 ? 1 : lanes / 4;
+  Vec sums[T][lanes];
+  int r = 0;
+  for (; r + R <= count; r += R) multiply<R, T>(rows + r * n, n, x, sums, r);
+  for (; r < count; ++r) multiply<1, T>(rows + r * n, n, x, sums, r);
+  for (; r < lanes; ++r)
+    for (int t = 0; t < T; ++t) sums[t][r] = Vec{};
+  for (int t = 0; t < T; ++t) store_part(out + t * ld, totals(sums[t]), count);
+}
+
+// out[t * ld + r] = rows[r] . x[t] for `count` rows and `tokens` vectors.
+template <typename X, typename W>
+inline void multiply_all(const W* rows, int64_t n, int64_t count, const X* const* x, int tokens, float* out, int64_t ld) {
+  for (int64_t r = 0; r < count; r += lanes) {
+    const int some = int(min_of(lanes, count - r));
+    int t = 0;
+    if (lanes == 16)  // else they would not fit the registers
+      for (; t + 8 <= tokens; t += 8) multiply_rows<8>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
+    for (; t + 4 <= tokens; t += 4) multiply_rows<4>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
+    for (; t + 2 <= tokens; t += 2) multiply_rows<2>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
+    for (; t < tokens; ++t) multiply_rows<1>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
+  }
 }
 
 }  // namespace gci::GCI_ISA

@@ -125,6 +125,19 @@ inline void store_narrow(float16* p, Vec v) {
   for (int i = 0; i < lanes; ++i) p[i] = narrow<float16>(v[i]);
 }
 
+template <typename X>
+inline void widen_row(const X* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(out + i, load_wide(x + i));
+  for (; i < n; ++i) out[i] = widen(x[i]);
+}
+template <typename X>
+inline void narrow_row(const float* x, int64_t n, X* out) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_narrow(out + i, load(x + i));
+  for (; i < n; ++i) out[i] = narrow<X>(x[i]);
+}
+
 // The type sums are kept in.
 template <typename T>
 struct Accumulator {

@@ -14,8 +14,7 @@ void project(const float*, int64_t, const float*, float*, int64_t, int64_t, int6
 void pack_panel(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 void reduce(const float*, int64_t, const float*, int64_t, float*, float*, int64_t, int64_t, int64_t, int);
 void pack_pairs(const void*, DType, int64_t, int64_t, void*, int64_t, int64_t);
-void decode(const DecodeArgs&, const float*, float*, int);
-void attend(const AttendArgs&, float*, int);
+void decode(const DecodeArgs&, const AttendArgs*, const DecodeBase&, float*, int);
 #if defined(__AVX512BF16__)
 void project_bf16(const void*, int64_t, const void*, float*, int64_t, int64_t, int64_t, int64_t, int);
 void expand_bf16(const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int64_t, int);
@@ -29,8 +28,8 @@ constexpr decltype(Kernels::reduce_bf16) reduce_bf16 = nullptr;
 #define GCI_NAME(isa) #isa
 #define GCI_STRING(isa) GCI_NAME(isa)
 extern const Kernels table = {
-    GCI_STRING(GCI_ISA), gate_forward, gate_backward, attention_forward, attention_backward, dropout,
-    project,             pack_panel,   reduce,        pack_pairs,        project_bf16,       expand_bf16,
-    reduce_bf16,         decode,       attend};
+    GCI_STRING(GCI_ISA), gate_forward,  gate_backward, attention_forward, attention_backward,
+    dropout,             project,       pack_panel,    reduce,            pack_pairs,
+    project_bf16,        expand_bf16,   reduce_bf16,   decode};
 
 }  // namespace gci::GCI_ISA

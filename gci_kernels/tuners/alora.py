@@ -1,5 +1,6 @@
 """ALoRA (arXiv 2405.17830) as the PEFT method GCI_ALORA."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels import sequence
-from gci_kernels.ops import alora_linear
+from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.attention.api import check_heads
-from gci_kernels.ops.decode import find_step
+from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer, register
 
 
@@ -44,6 +46,11 @@ class ALoRAConfig(BottleneckConfig):
         check_heads(self.r, self.num_heads)
         if not isinstance(self.residual, bool):
             raise TypeError(f"residual must be True or False, got {self.residual!r}")
+
+
+def mixed_key(names: list[str]) -> str:
+    """What stands for the adapter in a cache that a mixed batch fills; no other batch may go on with it."""
+    return f"a mix of {', '.join(names)}"
 
 
 class ALoRALinear(BottleneckLayer):
@@ -91,39 +98,66 @@ class ALoRALinear(BottleneckLayer):
         context = sequence.required()
         rows = x.view(*context.shape, x.shape[-1])  # some models give their inner layers [batch * time, features]
         past = context.past(self.key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
-        y, kv = alora_linear(
-            rows, weight, bias,
-            self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
-            num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
-            dropout_p=self.dropout_p[name] if self.training else 0.0,
-            sequence=context.sequence, past=past,
-        )  # fmt: skip
+        y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
         context.keep(self.key, name, kv)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
-        if self.training and self.dropout_p[name]:
-            return False
-        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
-        step, context = find_step(x, A, None, B, scaling=self.scaling[name]), sequence.required()
-        segments, batch = context.sequence.segments, context.shape[0]
-        if (
-            step is None
-            or y.dtype != x.dtype
-            or qkv.dtype != A.dtype
-            or not (y.is_contiguous() and qkv.is_contiguous())
-        ):
-            return False
-        kv = context.room(self.key, name, x.new_empty(batch, 0, 2 * self.r[name]))
-        if kv is None:
-            return False
-        if segments is not None and segments.stride(1) != 1:
-            segments = segments.contiguous()
-        step.attend(
-            y, x.contiguous(), qkv, kv, context.sequence.past, segments,
-            num_heads=self.num_heads[name], residual=self.residual[name],
+    def _attended(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return alora_linear(
+            x, weight, bias, self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
+            num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
+            dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
         )  # fmt: skip
-        return True
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
+        context, key = sequence.required(), mixed_key(names)
+        rows = x.view(*context.shape, x.shape[-1])
+        mixed.check(rows, names)
+        tokens = mixed.Tokens(rows, names, self.r)
+        width = max((2 * self.r[name] for name in tokens.samples), default=0)
+        kept: list[Tensor] = []
+
+        def step(rows, weight, bias, y, tokens) -> Tensor | None:
+            if context.shape[1] != 1:
+                return None
+            found = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
+            place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
+            return None if place is None else found.attend(rows, y, *place)
+
+        def add(y, rows, name, samples) -> Tensor:
+            if not kept:
+                past = context.past(self.key, key, rows.new_empty(rows.shape[0], 0, width))
+                kept.extend((rows.new_zeros(*context.shape, width), past))
+            sub = context.sequence.select(samples)
+            past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
+            update, kv = self._attended(rows.index_select(0, samples), name, None, None, sub, past)
+            kept[0][samples, :, : kv.shape[-1]] = kv
+            return y.index_add(0, samples, update.to(y.dtype))
+
+        y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.decodes(rows) else None)
+        if kept:
+            context.keep(self.key, key, kept[0])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _step(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
+    ) -> Tensor | None:
+        context = sequence.required()
+        if context.shape[1] != 1 or (self.training and self.dropout_p[name]):
+            return None
+        group = self._group(name, context.shape[0])
+        step = find_step(x, weight, bias, (group,))
+        kept = None if step is None else context.room(self.key, name, 2 * self.r[name], x.dtype, x.device)
+        if kept is None:
+            return None
+        return step.attend(x, y, *kept)
+
+    def _group(self, name: str, count: int, first: int = 0) -> Group:
+        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
+        return Group(A, B, self.scaling[name], first, count, None, None, qkv, self.num_heads[name], self.residual[name])
 
     def describe(self, name: str) -> str:
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
@@ -139,6 +173,7 @@ class ALoRAModel(BottleneckModel):
     def _pre_injection_hook(self, model: nn.Module, config: ALoRAConfig, adapter_name: str) -> None:
         if not hasattr(self, "adapted"):
             self.adapted: list[ALoRALinear] = []
+            self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
 
     def _post_injection_hook(self, model: nn.Module, config: ALoRAConfig, adapter_name: str) -> None:
         self.attached = sequence.attach(model, self.wanted)
@@ -149,9 +184,22 @@ class ALoRAModel(BottleneckModel):
 
     def wanted(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
+        names = self.mixing
         for layer in self.adapted:
-            if not layer.disable_adapters:
+            if layer.disable_adapters:
+                continue
+            if names is None:
                 yield from ((layer.key, name) for name in layer.adapters())
+            elif any(name in layer.r for name in names):
+                yield layer.key, mixed_key(names)
+
+    @contextlib.contextmanager
+    def _mixing(self, names: list[str]):
+        self.mixing = names
+        try:
+            yield
+        finally:
+            self.mixing = None
 
     def _detach(self) -> None:
         self.attached.detach()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import fusion
+from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.tuners import fusion, mixed
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -89,17 +90,25 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.r]
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """x [..., in] -> [..., out] in the base layer's dtype."""
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+        """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
         if args or kwargs:
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
+        if adapter_names is not None and self.merged:
+            raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
         return self._adapted(x, self.adapters())
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        """Every row of x with the adapter of its own; see tuners/mixed.py."""
         raise NotImplementedError
 
     def describe(self, name: str) -> str:
@@ -125,18 +134,36 @@ class BottleneckLayer(AdaptedLinear):
     no_merge: str
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        def update(*arguments) -> Tensor:
-            return self._update(x, *arguments)
-
-        if fusion.decodes(self.base_layer, x):
-            return fusion.decoded(self.base_layer, x, names, lambda y, name: self._add_step(y, x, name), update)
-        return fusion.combine(self.base_layer, x, names, update)
-
-    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
-        """Adds the adapter's update of a few tokens to y where a kernel can; whether one could."""
-        return False
+        return fusion.combine(self.base_layer, x, names, self._update, self._step if fusion.decodes(x) else None)
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The adapter's addition, with the base product where a weight is given: fusion.Update."""
+        raise NotImplementedError
+
+    def _step(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
+    ) -> Tensor | None:
+        """The same for a few tokens, by a kernel made for them or not at all: fusion.Step."""
+        raise NotImplementedError
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        mixed.check(x, names)
+        step = self._mixed_step if fusion.decodes(x) else None
+        return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, self.r), self._add_update, step)
+
+    def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
+        update = self._update(x.index_select(0, samples), name, None, None)
+        return y.index_add(0, samples, update.to(y.dtype))
+
+    def _mixed_step(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
+    ) -> Tensor | None:
+        """:meth:`_step` of several adapters at once."""
+        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
+        return None if step is None else step.run(x, y)
+
+    def _group(self, name: str, count: int, first: int = 0) -> Group:
+        """The adapter as a decoding step takes it, for `count` tokens from its token `first` on."""
         raise NotImplementedError
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
@@ -175,11 +202,18 @@ class AdaptedModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT's way into mixed batches; without it PEFT would drop the argument."""
-        if kwargs.get("adapter_names") is not None:
-            method = self.tuner_layer_cls.method_name
-            raise ValueError(f"adapter_names: {method} does not run several adapters in one batch; use set_adapter")
-        yield
+        """PEFT's way into mixed batches, around a forward or generate() whose arguments it gets."""
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.r}
+        names = mixed.checked_names(self, kwargs["adapter_names"], kwargs.get("num_beams"), known)
+        with self._mixing(names), mixed.given(self.modules(), names, AdaptedLinear):
+            yield
+
+    def _mixing(self, names: list[str]) -> contextlib.AbstractContextManager:
+        """What else has to know meanwhile."""
+        return contextlib.nullcontext()
 
 
 class BottleneckModel(AdaptedModel):

@@ -1,65 +1,69 @@
-"""When an adapter may take over its base layer's product, and what both tuners do with the answer."""
+"""When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 
-# What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
+Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
+# step(x, adapter's name, weight, bias, y): the same for a decoding step, in a kernel of its own or not at all (None);
+# with y, which holds the base product, instead of a weight it may write into that.
+Step = Callable[[Tensor, str, Tensor | None, Tensor | None, Tensor | None], Tensor | None]
 
 
 def obstacle(module: nn.Module) -> str | None:
     """Why `module`'s product must stay its own call, or None where a kernel may read its weight and bias instead."""
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not torch.nn.Linear"
-    if "forward" in module.__dict__:
+    has = module.__dict__
+    if "forward" in has:
         return "its forward is replaced on the instance"
-    if any(getattr(module, name) for name in _HOOKS):
+    # What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
+    if has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"]:
         return "it has hooks"
-    if type(module.weight) not in (nn.Parameter, Tensor):
-        return f"its weight is a {type(module.weight).__name__}"
+    kind = type(has["_parameters"].get("weight"))
+    if kind is not nn.Parameter and (kind := type(module.weight)) not in (nn.Parameter, Tensor):
+        return f"its weight is a {kind.__name__}"
     return None
 
 
-def combine(
-    base: nn.Module, x: Tensor, names: Iterable[str], update: Callable[[str, Tensor | None, Tensor | None], Tensor]
-) -> Tensor:
-    """base(x) plus the updates of all named adapters; `update(name, weight, bias)` includes the base where it can.
+def operands(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, without what looking them up costs by way of nn.Module.__getattr__."""
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    return (module.weight, module.bias) if weight is None else (weight, parameters["bias"])
 
-    The first adapter is fused with the base product if nothing stands against it, the others are added.
+
+def decodes(x: Tensor) -> bool:
+    """Whether x may be a decoding step for kernels of its own: a few tokens, and no gradients."""
+    if torch.is_grad_enabled() or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+        return False
+    device = x.device.type
+    return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)
+
+
+def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, step: Step | None = None) -> Tensor:
+    """base(x) plus the updates of all named adapters.
+
+    The first adapter is fused with the base product if nothing stands against it, the others are added. `step` is asked
+    first, where one is given.
     """
-    y = None if obstacle(base) is None else base(x)
+    y, own = (None, True) if obstacle(base) is None else (base(x), False)
     for name in names:
-        if y is None:
-            y = update(name, base.weight, base.bias)
-        else:
-            y = y + update(name, None, None).to(y.dtype)
+        weight, bias = operands(base) if y is None else (None, None)
+        made = None
+        if step is not None and (y is None or y.dtype == x.dtype):
+            if y is not None and not (own and y.is_contiguous()):  # a hook may have kept what it saw
+                y = y.clone(memory_format=torch.contiguous_format)
+            made = step(x, name, weight, bias, y)
+        if made is None:
+            made = update(x, name, weight, bias)
+            made = made if y is None else y + made.to(y.dtype)
+        y, own = made, True
     return base(x) if y is None else y
-
-
-def decodes(base: nn.Module, x: Tensor) -> bool:
-    """Whether x is a decoding step that kernels may take: a few tokens, no gradients, a base product to add to."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > MAX_TOKENS * x.shape[-1]:
-        return False
-    if not has_kernels(x.dtype, x.device.type):
-        return False
-    return obstacle(base) is None and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
-
-
-def decoded(
-    base: nn.Module, x: Tensor, names: Iterable[str], add: Callable[[Tensor, str], bool],
-    update: Callable[[str, Tensor | None, Tensor | None], Tensor],
-) -> Tensor:  # fmt: skip
-    """:func:`combine` for a decoding step: `add(y, name)` adds an adapter's update to y where a kernel can."""
-    y = F.linear(x, base.weight, base.bias)
-    for name in names:
-        if not add(y, name):
-            y = y + update(name, None, None).to(y.dtype)
-    return y
 
 
 def matmul_dtype(module: nn.Module) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
-from gci_kernels.tuners import fusion
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import AdaptedLinear, AdaptedModel, check_integer, check_number, register
 from gci_kernels.tuners.loki_positions import Positions, resolve
 
@@ -152,13 +152,22 @@ class LoKILinear(AdaptedLinear):
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         self._check_apart(names)
         y = None
-        step = fusion.decodes(self.base_layer, x)  # then replacing the outputs costs least
+        plain = fusion.obstacle(self.base_layer) is None
+        step = plain and fusion.decodes(x)  # then replacing the outputs costs least
         for name in names:
-            if y is None and (self.r[name] or not step) and fusion.obstacle(self.base_layer) is None:
+            if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
             else:
                 y = self._replace(self.base_layer(x) if y is None else y, x, name, in_place=step)
         return self.base_layer(x) if y is None else y
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        mixed.check(x, names)
+        return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, self.r), self._replace_some, None)
+
+    def _replace_some(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
+        some = self._replace(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
+        return y.index_copy(0, samples, some)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base weight."""

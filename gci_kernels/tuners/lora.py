@@ -4,8 +4,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
-from gci_kernels.ops.decode import add_update
-from gci_kernels.tuners import fusion
+from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.tuners import fusion, mixed
 
 
 def lora_obstacle(layer: lora.Linear, name: str) -> str | None:
@@ -13,14 +13,16 @@ def lora_obstacle(layer: lora.Linear, name: str) -> str | None:
     variant = layer.lora_variant.get(name)
     if variant is not None:
         return f"adapter {name!r} uses {type(variant).__name__}, which changes the formula"
-    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    dropout = _part(layer, "lora_dropout", name)
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"adapter {name!r} has dropout of type {type(dropout).__name__}"
-    for part in (down, up):
-        reason = fusion.obstacle(part)
-        if reason is not None:
-            return f"adapter {name!r}: {reason}"
-    return None
+    reason = fusion.obstacle(_part(layer, "lora_A", name)) or fusion.obstacle(_part(layer, "lora_B", name))
+    return None if reason is None else f"adapter {name!r}: {reason}"
+
+
+def _part(layer: lora.Linear, part: str, name: str) -> nn.Module:
+    """layer.<part>[name], without what looking it up costs by way of two modules."""
+    return layer._modules[part]._modules[name]
 
 
 class FusedLoraLinear(lora.Linear):
@@ -40,20 +42,29 @@ class FusedLoraLinear(lora.Linear):
         return None
 
     def _present_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
+        present = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in present]
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed(x, *args, adapter_names=adapter_names, **kwargs)
         if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
             return super().forward(x, *args, **kwargs)
+        step = self._step if fusion.decodes(x) else None
+        return fusion.combine(self.base_layer, x, self._present_adapters(), self._update, step)
 
-        names = self._present_adapters()
+    def _mixed(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
+        present = self._modules["lora_A"]._modules
+        fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
+        if args or kwargs or self.disable_adapters or self.merged or not fused:
+            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        step = self._mixed_step if fusion.decodes(x) else None
+        return mixed.combine(self.base_layer, x, mixed.Tokens(x, adapter_names, present), self._add_update, step)
 
-        def update(*arguments) -> Tensor:
-            return self._update(x, *arguments)
-
-        if fusion.decodes(self.base_layer, x):
-            return fusion.decoded(self.base_layer, x, names, lambda y, name: self._add_step(y, x, name), update)
-        return fusion.combine(self.base_layer, x, names, update)
+    def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
+        update = self._update(x.index_select(0, samples), name, None, None)
+        return y.index_add(0, samples, update.to(y.dtype))
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         scaling, extra = self.scaling[name], self.lora_B[name].bias
@@ -66,14 +77,31 @@ class FusedLoraLinear(lora.Linear):
         return y if extra is None else y + extra
 
     def _dropout_p(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        dropout = _part(self, "lora_dropout", name)
+        return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
-    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
-        down, up = self.lora_A[name], self.lora_B[name]
-        if up.bias is not None or self._dropout_p(name):
-            return False
-        return add_update(y, x, down.weight, None, up.weight, scaling=self.scaling[name])
+    def _step(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
+    ) -> Tensor | None:
+        if not self._has_step(name):
+            return None
+        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
+        return None if step is None else step.run(x, y)
+
+    def _mixed_step(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
+    ) -> Tensor | None:
+        if not all(map(self._has_step, tokens.samples)):
+            return None
+        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
+        return None if step is None else step.run(x, y)
+
+    def _has_step(self, name: str) -> bool:
+        return _part(self, "lora_B", name)._parameters.get("bias") is None and not self._dropout_p(name)
+
+    def _group(self, name: str, count: int, first: int = 0) -> Group:
+        A, B = (fusion.operands(_part(self, part, name))[0] for part in ("lora_A", "lora_B"))
+        return Group(A, B, self.scaling[name], first, count)
 
 
 def is_plain_lora(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.ops import loramoe_linear
-from gci_kernels.ops.decode import add_update
+from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners.balance import BalanceCollector
 from gci_kernels.tuners.base import (
     BottleneckConfig,
@@ -112,12 +112,17 @@ class LoRAMoELinear(BottleneckLayer):
             )  # fmt: skip
         return y
 
-    def _add_step(self, y: Tensor, x: Tensor, name: str) -> bool:
+    def _step(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
+    ) -> Tensor | None:
         if self.collector.active or (self.training and self.dropout_p[name]):
-            return False
-        parts = (self.parameter(part, name) for part in ("loramoe_A", "loramoe_router", "loramoe_B"))
-        top_k = self.top_k[name] or self.num_experts[name]
-        return add_update(y, x, *parts, scaling=self.scaling[name], top_k=top_k)
+            return None
+        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
+        return None if step is None else step.run(x, y)
+
+    def _group(self, name: str, count: int, first: int = 0) -> Group:
+        A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
+        return Group(A, B, self.scaling[name], first, count, router, self.top_k[name])
 
     def describe(self, name: str) -> str:
         return f"{self.num_experts[name]}x{self.r[name]}"

@@ -41,6 +41,10 @@ class Sequence:
         if self.past > self.segments.shape[1]:
             raise ValueError(f"past must be at most keys={self.segments.shape[1]}, got {self.past}")
 
+    def select(self, rows: Tensor) -> "Sequence":
+        """The sequences of some rows; rows: int64 [any], on the device of segments."""
+        return self if self.segments is None else Sequence(self.segments.index_select(0, rows), self.past)
+
     @classmethod
     def from_mask(cls, attention_mask: Tensor, past: int = 0) -> "Sequence":
         """One sequence a row, padded anywhere.

@@ -1,6 +1,7 @@
-"""One decoding step of a bottleneck adapter: y += scaling * mix(x @ A.T) @ B.T for a few tokens, without gradients."""
+"""A decoding step of adapted layers: x @ W.T + b + scaling * mix(x @ A.T) @ B.T for a few tokens, no gradients."""
 
-from gci_kernels.ops.decode.plan import MAX_TOKENS, choose_decode, has_kernels
-from gci_kernels.ops.decode.step import add_update, find_step
+from gci_kernels.ops.decode.api import find_step
+from gci_kernels.ops.decode.group import Group
+from gci_kernels.ops.decode.plan import MAX_TOKENS, DecodePlan, choose_decode, has_kernels
 
-__all__ = ["MAX_TOKENS", "add_update", "choose_decode", "find_step", "has_kernels"]
+__all__ = ["MAX_TOKENS", "DecodePlan", "Group", "choose_decode", "find_step", "has_kernels"]

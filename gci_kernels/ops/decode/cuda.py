@@ -51,6 +51,10 @@ class Group:
         )  # fmt: skip
 
 
+class Step:
+    pass
+
+
 def current(t: Tensor) -> torch.cuda.device:
     """Makes the tensor's GPU the current one, on which kernels are launched."""
     if not t.is_cuda:

@@ -1,7 +1,7 @@
 """The adapters of a decoding step, and what C++ makes of them once for all calls."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,7 @@ from torch import Tensor
 from gci_kernels.native import DTYPE_CODES
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
+class Group(NamedTuple):
     """The adapter of the tokens rows[first] to rows[first + count - 1] of a step.
 
     Its tensors lie on one device, without gaps, in the dtype of x or in float32, all of them in the same one.

@@ -1,58 +1,65 @@
-"""The step in C++ (csrc/cpu/decode.cpp) for CPU tensors."""
+"""The step in C++ (csrc/cpu/decode.cpp) for CPU tensors: base product, adapters and their sum in one call."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gci_kernels.native import DTYPE_CODES, extension
+from gci_kernels.native import extension
+from gci_kernels.ops.decode.group import Group, native_step
+
+_CPU = torch.device("cpu")
 
 
 class Step:
-    """A step of one adapter for a number of tokens; what differs from call to call is x and y.
+    """A step of some adapters for some rows of x and y.
 
     Args:
-        A [rank, in], router [experts, in] or None, B [out, rank]: in one dtype, without gaps; they have to live and
-            stay where they are as long as this is used.
+        groups, rows, dtype: as native_step takes them.
+        weight, bias: [out, in] and [out] or None; weight None: y comes with the base product.
     """
 
     def __init__(
-        self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int, tokens: int, dtype: torch.dtype
-    ) -> None:
-        experts = 0 if router is None else router.shape[0]
-        self.in_features, self.out_features = A.shape[1], B.shape[0]
-        # What the kernel keeps between its halves: x widened, and the projected values.
-        self.rank, self.tokens = A.shape[0], tokens
-        self.workspace = tokens * (self.in_features + A.shape[0] + experts)
-        addresses = (A.data_ptr(), 0 if router is None else router.data_ptr(), B.data_ptr())
-        group = (*addresses, A.shape[0] // max(experts, 1), experts, top_k, scaling, 0, tokens)
-        self.run = extension().DecodeStep(
-            DTYPE_CODES[dtype], DTYPE_CODES[A.dtype], self.in_features, self.out_features, list(range(tokens)), [group]
-        )
-
-    def __call__(self, y: Tensor, x: Tensor) -> None:
-        """y [tokens, out] += the update of x [tokens, in], both in the step's dtype and without gaps."""
-        workspace = torch.empty(self.workspace, dtype=torch.float32)
-        self.run(
-            x.data_ptr(), self.in_features, y.data_ptr(), self.out_features, workspace.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-
-    def attend(
-        self, y: Tensor, x: Tensor, qkv: Tensor, kv: Tensor, past: int, segments: Tensor | None,
-        *, num_heads: int, residual: bool,
+        self, groups: Sequence[Group], rows: Sequence[int], dtype: torch.dtype, weight: Tensor | None,
+        bias: Tensor | None,
     ) -> None:  # fmt: skip
-        """ALoRA's update of one new token of each sequence, whose k and v are written into the cache.
+        self.step, self.lib = native_step(extension(), groups, rows, dtype, weight, bias), extension()
+        self.shapes: dict[torch.Size, tuple[int, ...]] = {}  # of y by that of x
+        self.out_features, self.in_features = groups[0].B.shape[0], groups[0].A.shape[1]
+
+    def run(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """y [..., out] for x [..., in], both in the step's dtype; y without gaps, None where the step has a weight."""
+        x, y = self._operands(x, y)
+        self.lib.decode(
+            self.step, x.data_ptr(), self.in_features, y.data_ptr(), self.out_features, torch.get_num_threads()
+        )
+        return y
+
+    def attend(self, x: Tensor, y: Tensor | None, kv: Tensor, past: int | Tensor, segments: Tensor | None) -> Tensor:
+        """The same with attention, one new token of each sequence; its k and v are written into the cache.
 
         Args:
-            y [batch, out], x [batch, in]: as above.
-            qkv: [3 * rank, rank] in A's dtype, without gaps.
-            kv: [batch, capacity, 2 * rank] in the step's dtype, rows without gaps; filled up to `past` < capacity.
-            segments: [batch, past + 1] int32, rows without gaps, or None: all keys are seen.
+            kv: [batch, capacity, at least 2 * rank] in the step's dtype, numbers without gaps; filled up to `past`.
+            past: below the capacity; a tensor holds one number.
+            segments: [batch, at least past + 1] int32, rows without gaps, or None: all keys are seen.
         """
-        floats = self.tokens * (self.in_features + 4 * self.rank + past + 1)
-        workspace, u = (torch.empty(n, dtype=torch.float32) for n in (floats, self.tokens * self.rank))
-        self.run.attend(
-            x.data_ptr(), self.in_features, y.data_ptr(), self.out_features, qkv.data_ptr(), num_heads, residual,
-            (kv.data_ptr(), kv.stride(0), kv.shape[1]), past,
-            (0, 0) if segments is None else (segments.data_ptr(), segments.stride(0)),
-            u.data_ptr(), workspace.data_ptr(), torch.get_num_threads(),
+        x, y = self._operands(x, y)
+        if isinstance(past, Tensor):
+            past = int(past)
+        if not 0 <= past < kv.shape[1]:
+            raise IndexError(f"the cache has places for {kv.shape[1]} tokens, {past} of which are filled")
+        self.lib.decode_attend(
+            self.step, x.data_ptr(), self.in_features, y.data_ptr(), self.out_features,
+            kv.data_ptr(), kv.stride(0), kv.stride(1), kv.shape[1], past,
+            0 if segments is None else segments.data_ptr(), 0 if segments is None else segments.stride(0),
+            torch.get_num_threads(),
         )  # fmt: skip
+        return y
+
+    def _operands(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        if y is None:
+            shape = self.shapes.get(x.shape)
+            if shape is None:
+                shape = self.shapes[x.shape] = (*x.shape[:-1], self.out_features)
+            y = torch.empty(shape, dtype=x.dtype, device=_CPU)
+        return (x if x.is_contiguous() else x.contiguous()), y

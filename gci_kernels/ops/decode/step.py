@@ -1,95 +1,94 @@
-"""Steps that are made once for an adapter and used as long as its tensors are the same ones."""
+"""Steps that are made once for some adapters and used as long as their tensors are the same ones."""
 
-import functools
 import weakref
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from gci_kernels.ops.decode.native import Step
-from gci_kernels.ops.decode.plan import MAX_TOKENS, choose_decode
+from gci_kernels.ops.decode import cuda, native
+from gci_kernels.ops.decode.group import Group
+from gci_kernels.ops.decode.plan import DecodePlan, choose_decode
+
+AnyStep = native.Step | cuda.Step
+# What a step belongs to -> the addresses that it holds, and the step; None: there is no kernel for it. The key is made
+# of the tensors' ids and of settings; an entry goes when one of its tensors does, before its id can be another's.
+# Nothing is put on the tensors or their modules, and nothing keeps them alive.
+_steps: dict[tuple, tuple[list[int], AnyStep | None]] = {}
+_keys: dict[int, tuple[weakref.ref, set[tuple]]] = {}  # by the id of a tensor
 
 
-class _Adapter:
-    """What is known of the adapter that a B belongs to: its steps by dtype and number of tokens."""
-
-    def __init__(self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int) -> None:
-        self.A, self.B = weakref.ref(A), weakref.ref(B, functools.partial(_forget, id(B)))
-        self.router = None if router is None else weakref.ref(router)
-        self.settings = (scaling, top_k)
-        self.addresses = _addresses(A, router, B)
-        self.steps: dict[tuple[torch.dtype, int], Step | None] = {}
-
-    def is_of(self, A: Tensor, router: Tensor | None, B: Tensor, scaling: float, top_k: int) -> bool:
-        return (
-            self.B() is B
-            and self.A() is A
-            and (router is None if self.router is None else self.router() is router)
-            and self.settings == (scaling, top_k)
-            and self.addresses == _addresses(A, router, B)
-        )
+def _forget(tensor_id: int) -> None:
+    for key in _keys.pop(tensor_id, (None, ()))[1]:
+        _steps.pop(key, None)
 
 
-# By the id of B. Nothing is put on the tensors or their modules, and nothing keeps them alive.
-_adapters: dict[int, _Adapter] = {}
+def find_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: Sequence[int] | None
+) -> AnyStep | None:
+    """The step for x [..., in]; None where there is no kernel for it.
 
-
-def _forget(key: int, _: weakref.ref) -> None:
-    _adapters.pop(key, None)
-
-
-def _addresses(A: Tensor, router: Tensor | None, B: Tensor) -> tuple:
-    return A.data_ptr(), B.data_ptr(), 0 if router is None else router.data_ptr(), A.dtype
-
-
-def find_step(x: Tensor, A: Tensor, router: Tensor | None, B: Tensor, *, scaling: float, top_k: int = 0) -> Step | None:
-    """The step of an adapter for as many tokens as x [..., in] has; None where there is no kernel for it.
-
-    Made for calls of some microseconds: nothing is checked but what the choice needs.
+    Made for calls of a microsecond: nothing is checked but what the choice needs.
 
     Args:
-        A: [rank, in], router: [experts, in] or None, B: [out, rank]: as :func:`gci_kernels.ops.loramoe_linear` takes
-            them, in one dtype.
-        top_k: experts where all gates count; not used without a router.
+        weight, bias: [out, in] and [out] or None; None: y comes with the base product.
+        groups: as csrc takes them, every tensor of the shape that its name says.
+        rows: which rows of x, seen as [tokens, in], the groups' tokens are; None: all, in order.
     """
-    tokens = x.numel() // A.shape[1]
-    if tokens > MAX_TOKENS:
+    key = (x.dtype, id(weight), id(bias), rows, *[_identity(*g) for g in groups])
+    addresses, found = _addresses(weight, bias, groups), _steps.get(key)
+    if found is None or found[0] != addresses:
+        found = addresses, _make(x, weight, bias, groups, rows)
+        if found[1] is not None or x.device.type == "cpu":  # on a GPU "no" may be for now: a graph is being captured
+            _keep(key, found, [t for t in (weight, bias) if t is not None], groups)
+    return found[1]
+
+
+def _identity(A, B, scaling, first, count, router, top_k, qkv, num_heads, residual) -> tuple:
+    return id(A), id(B), scaling, first, count, id(router), top_k, id(qkv), num_heads, residual
+
+
+def _addresses(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> list[int]:
+    addresses = [t.data_ptr() for t in (weight, bias) if t is not None]
+    for A, B, _, _, _, router, _, qkv, _, _ in groups:
+        addresses += A.data_ptr(), B.data_ptr()
+        if router is not None:
+            addresses.append(router.data_ptr())
+        if qkv is not None:
+            addresses.append(qkv.data_ptr())
+    return addresses
+
+
+def _keep(key: tuple, found: tuple, base: list[Tensor], groups: Sequence[Group]) -> None:
+    _steps[key] = found
+    for tensor in (*base, *(t for g in groups for t in g.tensors)):
+        number = id(tensor)
+        if number not in _keys:
+            _keys[number] = weakref.ref(tensor, lambda _, number=number: _forget(number)), set()
+        _keys[number][1].add(key)
+
+
+def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> DecodePlan | None:
+    """The plan for x and groups as :func:`find_step` takes them; None where there is no kernel for them."""
+    adapter_dtype, device = groups[0].A.dtype, x.device
+    adapters = (t for g in groups for t in g.tensors)
+    plain = all(t.is_contiguous() and t.dtype == adapter_dtype and t.device == device for t in adapters)
+    base = (t for t in (weight, bias) if t is not None)
+    plain = plain and all(t.is_contiguous() and t.dtype == x.dtype and t.device == device for t in base)
+    if not plain:
         return None
-    adapter = _adapters.get(id(B))
-    if adapter is None or not adapter.is_of(A, router, B, scaling, top_k):
-        adapter = _adapters[id(B)] = _Adapter(A, router, B, scaling, top_k)
-    key = (x.dtype, tokens)
-    if key not in adapter.steps:
-        adapter.steps[key] = _make(adapter, A, router, B, tokens, x)
-    return adapter.steps[key]
-
-
-def add_update(
-    y: Tensor, x: Tensor, A: Tensor, router: Tensor | None, B: Tensor, *, scaling: float, top_k: int = 0
-) -> bool:
-    """y += scaling * mix(x @ A.T) @ B.T in place, if there is a kernel for such a step; whether there was.
-
-    The caller sees to it that no gradient is wanted, that the shapes fit, and that y is its own.
-
-    Args:
-        y: [..., out], holds the base product.
-        x, A, router, B, scaling, top_k: as in :func:`find_step`.
-    """
-    step = find_step(x, A, router, B, scaling=scaling, top_k=top_k)
-    if step is None or y.dtype != x.dtype or not y.is_contiguous():
-        return False
-    step(y, x if x.is_contiguous() else x.contiguous())
-    return True
-
-
-def _make(adapter: _Adapter, A: Tensor, router: Tensor | None, B: Tensor, tokens: int, x: Tensor) -> Step | None:
-    experts = 0 if router is None else router.shape[0]
-    parts = [part for part in (A, router, B) if part is not None]
-    chosen = choose_decode(
-        tokens=tokens, columns=A.shape[0] + experts, experts=experts, dtype=x.dtype, adapter_dtype=A.dtype,
-        device_type=x.device.type,
+    return choose_decode(
+        tokens=x.numel() // x.shape[-1], columns=max(g.columns for g in groups), experts=max(g.experts for g in groups),
+        dtype=x.dtype, adapter_dtype=adapter_dtype, device_type=device.type,
+        head=None if groups[0].qkv is None else max(g.A.shape[0] // g.num_heads for g in groups),
     )  # fmt: skip
-    plain = all(part.is_contiguous() and part.dtype == A.dtype and part.device == x.device for part in parts)
-    if chosen is None or not plain:
+
+
+def _make(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: Sequence[int] | None
+) -> AnyStep | None:
+    if plan_step(x, weight, bias, groups) is None:
         return None
-    return Step(A, router, B, *adapter.settings, tokens, x.dtype)
+    if rows is None:
+        rows = range(x.numel() // x.shape[-1])
+    made = cuda.Step if x.device.type == "cuda" else native.Step
+    return made(groups, rows, x.dtype, weight, bias)
