@@ -89,7 +89,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "gci_kernels._native",
-            ["csrc/bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
+            ["csrc/bindings.cpp", "csrc/decode_bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
             include_dirs=["csrc"],
             define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
             extra_compile_args=FLAGS,
