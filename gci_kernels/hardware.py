@@ -90,9 +90,13 @@ def digest(kernel: str) -> str:
 
 
 @functools.cache
+def triton_version() -> str:
+    return importlib.metadata.version("triton")
+
+
 def compiler(kernel: str) -> str:
     """What compiles, or has compiled, the kernel here, with its version."""
-    return native.CUDA_COMPILER if kernel in CUDA_KERNELS else f"triton {importlib.metadata.version('triton')}"
+    return native.CUDA_COMPILER if kernel in CUDA_KERNELS else f"triton {triton_version()}"
 
 
 def gpu(device: torch.device) -> tuple[str, str]:
@@ -252,9 +256,7 @@ def renew_all(device: torch.device, whole_op_failure: str | None = None) -> list
     records = [renew(kernel, device) for kernel in KERNELS if not missing(kernel)]
     if whole_op_failure is not None:
         failed = dict(passed=False, reason=f"the whole op failed: {whole_op_failure}")
-        records = [
-            dataclasses.replace(r, **failed) if r.passed and r.kernel in TRITON_KERNELS else r for r in records
-        ]
+        records = [dataclasses.replace(r, **failed) if r.passed and r.kernel in TRITON_KERNELS else r for r in records]
         keep(*records)
     return [dataclasses.replace(record, source=str(own_path())) for record in records]
 

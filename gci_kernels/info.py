@@ -25,8 +25,8 @@ def show(console: Console) -> None:
     console.print(_plans(devices[:1]))
     console.print(_kernels(devices))
     console.print(
-        '"native", the C++ kernels for CPUs, is proved by `gci-kernels verify`; the kernels for GPUs, in Triton and CUDA '
-        "C++, are proved GPU by GPU, by `gci-kernels verify --device cuda` or at their first use."
+        '"native", the C++ kernels for CPUs, is proved by `gci-kernels verify`; the kernels for GPUs, in Triton and '
+        "CUDA C++, are proved GPU by GPU, by `gci-kernels verify --device cuda` or at their first use."
     )
 
 

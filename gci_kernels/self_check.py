@@ -1,9 +1,9 @@
 """One GPU kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
 
-Truth is the stage's library form (aten.py of its folder in ops/; for a decoding step its definition, here) in float64 on
-the same rounded inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice for the
-same bits. tests/test_gpu.py asks the Triton kernels for more shapes; under TRITON_INTERPRET=1 all of that runs on CPU
-tensors. tests/test_gpu_decode.py does so for those in CUDA C++.
+Truth is the stage's library form (aten.py of its folder in ops/; for a decoding step its definition, below) in float64
+on the same rounded inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice
+for the same bits. tests/test_gpu.py and, for CUDA C++, tests/test_gpu_decode.py ask for more shapes; Triton's kernels
+run on CPU tensors under TRITON_INTERPRET=1.
 """
 
 import contextlib
@@ -241,8 +241,17 @@ def _decode_attend(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     where = torch.tensor(past, dtype=torch.int32, device=t.x.device)
     for precision, (A, B, qkv) in _parts(t, t.stack, t.B, t.x / 4):
         groups = [
-            Group(A[:r], B[:, :r].contiguous(), 2.0, first, count, None, None, qkv[: 3 * r, :r].contiguous(), heads, more)
-            for r, heads, first, count, more in ((16, 4, 0, 1, False), (half, 2, 2, 2, True))
+            Group(
+                A[:r],
+                B[:, :r].contiguous(),
+                2.0,
+                first,
+                count,
+                qkv=qkv[: 3 * r, :r].contiguous(),
+                num_heads=heads,
+                residual=residual,
+            )
+            for r, heads, first, count, residual in ((16, 4, 0, 1, False), (half, 2, 2, 2, True))
         ]
         for name, ids in (("", None), (", packed", segments)):
             kv, y = t.x[: 4 * capacity].unflatten(0, (4, capacity)).clone(), t.dy[:4].clone()
@@ -299,7 +308,7 @@ def _attend_plainly(g: Group, own: list[int], x: Tensor, kv: Tensor, past: int, 
     return u + z if g.residual else u
 
 
-#: stage -> every way that ops/bottleneck/autograd.py, ops/row_linear/autograd.py or ops/decode calls it, as named outputs.
+#: stage -> every way that an autograd.py of ops/ or a decoding step calls it, as named outputs.
 STAGES = {
     "project": _project, "expand": _expand, "reduce": _reduce, "dropout": _dropout, "gate": _gate,
     "attention": _attention, "row_linear": _row_linear, "decode_step": _decode_step, "decode_attend": _decode_attend,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gci_kernels import native, self_check
+from gci_kernels import hardware, native, self_check
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.cuda import Step
 from gci_kernels.ops.decode.group import Group
@@ -273,8 +273,8 @@ ATTEND = [
 def test_attend(sizes, dtypes, segments):
     batch, inside, rank, heads, past, capacity = sizes
     group = make_attending(dtypes[1], inside, rank, heads, 0, batch, residual=segments)
-    gap, offset = 8 * (rank == 16), int(rank == 6)
-    check_attend(make_case(dtypes[0], [group], list(range(batch)), past, capacity, segments=segments, gap=gap, offset=offset))
+    where = dict(gap=8 * (rank == 16), offset=int(rank == 6))
+    check_attend(make_case(dtypes[0], [group], list(range(batch)), past, capacity, segments=segments, **where))
 
 
 # rank, heads, first, count, residual
@@ -349,7 +349,46 @@ def test_self_check(kernel, dtype):
     assert len(checks) >= 16 and not [check for check in checks if not check.passed]
 
 
+FAULTS = {
+    "step": [
+        ("project", lambda right: lambda step, x: right(step, x) * 1.01),
+        ("project", lambda right: lambda step, x: right(step, x).half().float()),
+        ("expand", lambda right: lambda step, y, partial: right(step, y, partial.roll(1, 1))),
+        ("expand", lambda right: lambda step, y, partial: [right(step, y, partial) for _ in range(2)]),
+    ],
+    "attend": [
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past, None)),
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past - 1, segments)),
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x.roll(1, 0), kv, past, segments)),
+        ("expand", lambda right: lambda step, y, partial: right(step, y.clone(), partial)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", range(4))
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_self_check_stops_wrong_kernels(monkeypatch, kernel, fault):
+    where, wrong = FAULTS[kernel][fault]
+    monkeypatch.setattr(cuda, where, wrong(getattr(cuda, where)))
+    kernel, device = f"decode_{kernel}", torch.device(DEVICE)
+    for dtype in (F32, BF16) if (kernel, fault) != ("decode_step", 1) else (F32,):
+        for shape in (self_check.ODD, self_check.LARGE):
+            checks = self_check.check_kernel(kernel, device, dtypes=(dtype,), shapes=(shape,))
+            assert not all(check.passed for check in checks)
+
+
 # What only a GPU shows
+
+
+@only_gpu
+@pytest.mark.parametrize("kernel", ("step", "attend"))
+def test_self_check_proves(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path))
+    kernel, device = f"decode_{kernel}", torch.device("cuda", torch.cuda.current_device())
+    with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
+        record = hardware.renew(kernel, device)
+    assert record.passed, record.reason
+    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
 
 
 @only_gpu

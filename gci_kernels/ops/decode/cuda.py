@@ -48,7 +48,7 @@ class Step:
         expand(self, y, project(self, x))
 
     def attend(self, y: Tensor, x: Tensor, kv: Tensor, past: Tensor, segments: Tensor | None = None) -> None:
-        """ALoRA's y[rows] += scaling * u @ B.T: each row is the new token of one sequence; arguments: :func:`attend`."""
+        """ALoRA's y[rows] += scaling * u @ B.T: a row is the new token of a sequence; arguments: :func:`attend`."""
         if not is_current(self.index):
             with torch.cuda.device(self.index):
                 return self.attend(y, x, kv, past, segments)
@@ -72,7 +72,8 @@ def stream_of(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
-# The two halves, on the current GPU. expand must directly follow, on its stream, what made its `partial`: it starts early.
+# The two halves, on the current GPU. expand must directly follow, on its stream, what made its `partial`, for it starts
+# while that runs.
 
 
 def project(step: Step, x: Tensor) -> Tensor:
