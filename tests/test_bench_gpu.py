@@ -1,10 +1,12 @@
 """`python -m bench.gpu`: a rehearsal on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -178,23 +180,18 @@ def test_every_gpu_test_is_in_one_group():
     assert all("attend" not in test and "decode" in test for test in by_group["decode_step"])
 
 
-def test_a_record_names_what_was_built_meanwhile(checkout, tmp_path):
+@pytest.mark.parametrize("program", ("true", "false"))
+def test_a_record_names_what_was_built_meanwhile(monkeypatch, program):
     """csrc is built beside the first tests: a process that began without it takes it from then on."""
-    folder = tmp_path / "checkout"
-    shutil.copytree(checkout, folder)
-    (built,) = (folder / "gci_kernels").glob("*.so")
-    shutil.move(built, tmp_path)
-    code = f"""
-import subprocess, tempfile
-from gci_kernels import hardware, native
-from bench import gpu
-assert not native.available()
-building = subprocess.Popen(["cp", {str(tmp_path / built.name)!r}, "gci_kernels"], start_new_session=True)
-with tempfile.TemporaryFile("w+") as log:
-    gpu.finish_build(building, log, 60)
-print(native.available(), native.CUDA_DIGEST == {native.CUDA_DIGEST!r}, hardware.missing("decode_step") == "")
-"""
-    assert python(folder, "-c", code).stdout.split() == ["True", "True", str(bool(native.CUDA_DIGEST))]
+    monkeypatch.setattr(native, "_extension", None)
+    monkeypatch.setattr(native, "CUDA_DIGEST", "of nothing")
+    building = subprocess.Popen([program], start_new_session=True)
+    built = program == "true"
+    with tempfile.TemporaryFile("w+") as log:
+        with contextlib.nullcontext() if built else pytest.raises(RuntimeError, match="csrc was not built"):
+            gpu.finish_build(building, log, 60)
+    assert native.available() == built and (native.CUDA_DIGEST == "of nothing") == (not built)
+    assert not built or native.CUDA_DIGEST == native.extension().cuda_digest
 
 
 # What is left when something goes wrong

@@ -21,6 +21,7 @@ def test_on_cpu(tmp_path):
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "checks.cpp"]
     sources += [CSRC / "cuda_bindings.cpp", CSRC / "decode_bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-x", "c++"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU faults on what is not aligned
     command = [os.environ.get("CXX", "g++"), *flags, *(f"-I{folder}" for folder in folders), *map(str, sources)]
     command += [str(TESTS / "cuda_on_cpu" / "fibers.cpp"), "-o", str(module)]
     done = subprocess.run(command, capture_output=True, text=True)

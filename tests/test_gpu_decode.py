@@ -372,9 +372,8 @@ def test_self_check_stops_wrong_kernels(monkeypatch, kernel, fault):
     monkeypatch.setattr(cuda, where, wrong(getattr(cuda, where)))
     kernel, device = f"decode_{kernel}", torch.device(DEVICE)
     for dtype in (F32, BF16) if (kernel, fault) != ("decode_step", 1) else (F32,):
-        for shape in (self_check.ODD, self_check.LARGE):
-            checks = self_check.check_kernel(kernel, device, dtypes=(dtype,), shapes=(shape,))
-            assert not all(check.passed for check in checks)
+        checks = self_check.check_kernel(kernel, device, dtypes=(dtype,), shapes=(self_check.ODD,))
+        assert not all(check.passed for check in checks)
 
 
 # What only a GPU shows
