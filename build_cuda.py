@@ -4,6 +4,7 @@ GCI_BUILD_CUDA=1 demands the CUDA kernels, 0 leaves them out; unset, they are bu
 GCI_CUDA_ARCH_LIST, "9.0a" or "8.0;10.0+PTX", names the GPUs; +PTX adds code that newer ones compile for themselves.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,10 @@ class Toolkit:
     include: Path
     runtime: Path  # libcudart_static.a
 
+    @property
+    def name(self) -> str:
+        return "nvcc " + ".".join(map(str, self.version))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,8 +73,7 @@ def decide(environment: Mapping[str, str] = os.environ) -> Plan:
         if wanted == "1":
             sys.exit(f"\nGCI_BUILD_CUDA=1, but gci_kernels cannot build its CUDA kernels: {reason}\n")
         return Plan(f"not built: {reason}")
-    version = ".".join(map(str, toolkit.version))
-    return Plan("; ".join([f"{' '.join(targets)}, by nvcc {version}", *left_out]), toolkit, targets)
+    return Plan("; ".join([f"{' '.join(targets)}, by {toolkit.name}", *left_out]), toolkit, targets)
 
 
 def parse(listed: str) -> list[tuple[str, bool]]:
@@ -161,9 +165,22 @@ def probe(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, 
         raise Unavailable(f"{toolkit.nvcc} cannot compile: {said[0] if said else last_line(done.stderr)}")
 
 
+def digest(compiler: str, csrc: Path = Path("csrc")) -> str:
+    """sha256 over what the kernels are made of: a test that one build passed tells of another with the same digest."""
+    total = hashlib.sha256(" ".join([compiler, *FLAGS]).encode() + b"\0")
+    for path in sorted(path for folder in ("common", "cuda") for path in (csrc / folder).iterdir()):
+        total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
 def write_header(plan: Plan, folder: Path) -> Path:
     """cuda_build.h, which tells the extension what was built; touched only where it changes: it stands for the plan."""
-    text = f"#define GCI_CUDA_BUILD {json.dumps(plan.description)}\n" + "#define GCI_HAS_CUDA 1\n" * bool(plan.toolkit)
+    defined = {"GCI_CUDA_BUILD": json.dumps(plan.description)}
+    if plan.toolkit is not None:
+        compiler = plan.toolkit.name
+        defined |= {"GCI_HAS_CUDA": "1", "GCI_CUDA_COMPILER": json.dumps(compiler)}
+        defined |= {"GCI_CUDA_DIGEST": json.dumps(digest(compiler))}
+    text = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     header = folder / "cuda_build.h"
     folder.mkdir(parents=True, exist_ok=True)
     if not header.exists() or header.read_text() != text:

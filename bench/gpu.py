@@ -8,6 +8,7 @@ each. The commit comes from git, or from GCI_COMMIT where there is no git. `--de
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def start_build(log: TextIO) -> subprocess.Popen | None:
-    """Begin to build csrc/ in place, where it is not built: for the step "decode", and for no number."""
+    """Begin to build csrc/ in place, where it is not built: for the step "decode", and what comes after it."""
     if native.available():
         return None
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -106,6 +107,8 @@ def finish_build(process: subprocess.Popen | None, log: TextIO, limit: float) ->
     if process.returncode:
         log.seek(0)
         raise RuntimeError(f"csrc was not built: {log.read().strip()[-600:]}")
+    importlib.invalidate_caches()
+    importlib.reload(native)  # a record of its kernels names what was built
 
 
 def end(process: subprocess.Popen) -> None:
@@ -118,23 +121,22 @@ def end(process: subprocess.Popen) -> None:
 def prove(run: Run, limit: float) -> None:
     """The tests on the GPU, and the records they make. On a CPU one kernel's are interpreted, and prove nothing."""
     on_gpu = run.device.type == "cuda"
-    groups = [group for group in gpu_proof.GROUPS if group != gpu_proof.DECODE] if on_gpu else ["dropout"]
-    outcomes = gpu_proof.run_tests(groups, limit, interpreted=not on_gpu)
-    if on_gpu:
-        records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
-        run.result["proved"] = [record.as_json() for record in records]
-        hardware.keep(*records)  # what "auto" takes in the steps that follow
-    note(run, outcomes)
+    groups = [*hardware.TRITON_KERNELS, gpu_proof.WHOLE] if on_gpu else ["dropout"]
+    note(run, gpu_proof.run_tests(groups, limit, interpreted=not on_gpu))
 
 
 def prove_decode(run: Run, limit: float) -> None:
-    """The CUDA C++ kernels' tests, once csrc is built."""
+    """The same for the CUDA C++ kernels, once csrc is built: apart, for a fault of theirs would end a whole process."""
     if run.device.type == "cuda":
-        note(run, gpu_proof.run_tests([gpu_proof.DECODE], limit))
+        note(run, gpu_proof.run_tests(list(hardware.CUDA_KERNELS), limit))
 
 
 def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
-    """Make the outcomes part of the result; RuntimeError where a test failed."""
+    """Make the outcomes, and the records that they make, part of the result; RuntimeError where a test failed."""
+    if run.device.type == "cuda":
+        records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
+        run.result["proved"] += [record.as_json() for record in records]
+        hardware.keep(*records)  # what "auto" takes in the steps that follow
     run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
     wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
              if o.trouble or o.failed}  # fmt: skip

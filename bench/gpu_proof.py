@@ -1,7 +1,8 @@
 """Which kernels pass the tests marked `gpu`; each kernel's run in a process of their own, for a crash ends all in one.
 
-A kernel is proved by at least one test whose id names it, none of which failed or broke, as long as no test of the
-whole op in Triton failed either (its id names "triton", and no kernel).
+A Triton kernel is proved by at least one test whose id names it, none of which failed or broke, as long as no test of
+the whole op in Triton failed either (its id names "triton", and no kernel). The CUDA C++ kernels are proved by the
+tests of their own file, whose names tell ALoRA's from the others'.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,11 @@ from gci_kernels import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "whole op"
-#: The CUDA C++ kernels, whose tests need csrc built; apart, for a fault of theirs would end what else a process runs.
-DECODE = "decode"
 _DECODE_FILE = "test_gpu_decode"
 #: `-k` for pytest, by the group of tests that a process runs.
-GROUPS = {kernel: f"{kernel} and not {_DECODE_FILE}" for kernel in hardware.KERNELS}
-GROUPS |= {WHOLE: f"not ({' or '.join((*hardware.KERNELS, _DECODE_FILE))})", DECODE: _DECODE_FILE}
+GROUPS = {kernel: f"{kernel} and not {_DECODE_FILE}" for kernel in hardware.TRITON_KERNELS}
+GROUPS |= {WHOLE: f"not ({' or '.join((*hardware.TRITON_KERNELS, _DECODE_FILE))})"}
+GROUPS |= {"decode_step": f"{_DECODE_FILE} and not attend", "decode_attend": f"{_DECODE_FILE} and attend"}
 
 
 @dataclass
@@ -85,16 +85,23 @@ def read_junit(path: Path, returncode: int, log: str) -> Outcome:
 
 
 def verdicts(outcomes: dict[str, Outcome], device: torch.device) -> list[hardware.Record]:
-    """The records that the outcomes make: none for a kernel whose tests came to no verdict."""
-    whole = {name: why for name, why in outcomes[WHOLE].failed.items() if re.search(r"\btriton\b", name)}
+    """The records that the outcomes make: none for a kernel whose tests were not run or came to no verdict."""
     records = []
-    for kernel in hardware.KERNELS:
-        outcome = outcomes[kernel]
-        failed = outcome.failed | whole
+    for kernel in filter(outcomes.__contains__, hardware.KERNELS):
+        outcome, other = outcomes[kernel], _relied_on(kernel, outcomes)
+        failed = outcome.failed | other.failed
         if failed:
             name, why = next(iter(failed.items()))
             reason = f"{len(failed)} tests, first {name}: {why}"
             records.append(hardware.make_record(kernel, device, False, reason))
-        elif outcome.passed and not outcome.trouble and not outcomes[WHOLE].trouble:
+        elif outcome.passed and other.passed and not outcome.trouble and not other.trouble:
             records.append(hardware.make_record(kernel, device, True))
     return records
+
+
+def _relied_on(kernel: str, outcomes: dict[str, Outcome]) -> Outcome:
+    """What has to be right beside the kernel's own tests: the whole op in Triton; behind attend, the step's expand."""
+    if kernel in hardware.CUDA_KERNELS:
+        return outcomes["decode_step"]
+    whole = outcomes[WHOLE]
+    return replace(whole, failed={name: why for name, why in whole.failed.items() if re.search(r"\btriton\b", name)})

@@ -45,7 +45,8 @@ void bind_decode_step(pybind11::module_& module) {
   namespace py = pybind11;
   module.attr("decode_max_tokens") = gci::decode_max_tokens;
   module.attr("decode_max_columns") = gci::decode_max_columns;
-  py::class_<gci::DecodeStep>(module, "DecodeStep")
+  // Of this module alone: tests/cuda_on_cpu binds it too, beside the extension.
+  py::class_<gci::DecodeStep>(module, "DecodeStep", py::module_local())
       .def(py::init(&make_step), py::arg("dtype"), py::arg("adapter_dtype"), py::arg("in_features"),
            py::arg("out_features"), py::arg("rows"), py::arg("groups"), py::arg("attentions") = std::vector<Attention>(),
            py::arg("base") = Base(0, 0));

@@ -51,6 +51,8 @@ def verify(args: argparse.Namespace) -> int:
         for record in hardware.renew_all(torch.device(args.device), whole):
             print(f"kernel {record.kernel} on {record.gpu}: {record}")
             unproved |= not record.passed
+        for kernel in filter(hardware.missing, hardware.KERNELS):
+            print(f"kernel {kernel}: {hardware.missing(kernel)}")
     return 1 if failed or unproved else 0
 
 

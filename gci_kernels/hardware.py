@@ -1,6 +1,6 @@
 """Which kernels have proved themselves on which GPU: what impl="auto" may take there.
 
-A record says that one kernel, as its source files are now, passed or failed its tests on one GPU with one Triton.
+A record says that one kernel, as its source files are now, passed or failed its tests on one GPU with one compiler.
 Records are shipped (the section "proved" of bench/results/*.json, written by `python -m bench.gpu`) or this machine's
 own (hardware.json in the cache folder), which count first. On a GPU without one, a kernel's first use checks it against
 float64 (self_check.py: seconds, nearly all of them spent in the compiler, once for each GPU and version) and keeps the
@@ -23,11 +23,13 @@ from pathlib import Path
 
 import torch
 
+from gci_kernels import native
 from gci_kernels.cache import cache_dir
 
 _BOTTLENECK = "ops/bottleneck/triton/"
 _DROPOUT = (_BOTTLENECK + "dropout.py", "ops/bottleneck/philox.py", "ops/triton_config.py")
 _PRODUCT = (*_DROPOUT, _BOTTLENECK + "splits.py", "ops/tuned.py")
+_DECODE = ("ops/decode/cuda.py", "ops/decode/group.py")
 #: kernel -> the files it is made of. A record counts as long as none of them has changed.
 KERNELS: dict[str, tuple[str, ...]] = {
     "project": (_BOTTLENECK + "project.py", *_PRODUCT),
@@ -37,7 +39,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gate": ("ops/gate/triton.py", "ops/triton_config.py"),
     "attention": ("ops/attention/triton.py", "ops/attention/config.py", "ops/triton_config.py"),
     "row_linear": ("ops/row_linear/triton.py", "ops/triton_config.py", "ops/tuned.py"),
+    "decode_step": _DECODE,
+    "decode_attend": _DECODE,
 }
+#: Those in CUDA C++, which are made of csrc/cuda too: of what the extension was built from.
+CUDA_KERNELS = ("decode_step", "decode_attend")
+TRITON_KERNELS = tuple(kernel for kernel in KERNELS if kernel not in CUDA_KERNELS)
 _PACKAGE = Path(__file__).parent
 _LOCK = threading.RLock()
 # (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
@@ -50,7 +57,7 @@ class Record:
 
     gpu: str
     capability: str  # "sm_90", "gfx942"
-    triton: str
+    compiler: str  # "triton 3.6.0", "nvcc 13.0"
     kernel: str
     digest: str
     passed: bool
@@ -66,10 +73,17 @@ class Record:
         return f"{verdict} ({self.source or 'not kept'}, {self.when[:10]})"
 
 
+def missing(kernel: str) -> str:
+    """Why there is no such kernel here, whatever the GPU; empty where there is one."""
+    if kernel not in CUDA_KERNELS or native.CUDA_DIGEST:
+        return ""
+    return native.CUDA_BUILD if native.available() else f"not built: {native.why_unavailable()}"
+
+
 @functools.cache
 def digest(kernel: str) -> str:
     """sha256 over the kernel's source files, names included."""
-    total = hashlib.sha256()
+    total = hashlib.sha256(native.CUDA_DIGEST.encode() if kernel in CUDA_KERNELS else b"")
     for name in KERNELS[kernel]:
         total.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
     return total.hexdigest()
@@ -78,6 +92,11 @@ def digest(kernel: str) -> str:
 @functools.cache
 def triton_version() -> str:
     return importlib.metadata.version("triton")
+
+
+def compiler(kernel: str) -> str:
+    """What compiles, or has compiled, the kernel here, with its version."""
+    return native.CUDA_COMPILER if kernel in CUDA_KERNELS else f"triton {triton_version()}"
 
 
 def gpu(device: torch.device) -> tuple[str, str]:
@@ -90,7 +109,7 @@ def gpu(device: torch.device) -> tuple[str, str]:
 def make_record(kernel: str, device: torch.device, passed: bool, reason: str = "") -> Record:
     """The record of `kernel` as it is now, on `device`."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Record(*gpu(device), triton_version(), kernel, digest(kernel), passed, reason, now)
+    return Record(*gpu(device), compiler(kernel), kernel, digest(kernel), passed, reason, now)
 
 
 # Where records are kept
@@ -164,9 +183,9 @@ def keep(*records: Record) -> None:
 def find(kernel: str, device: torch.device) -> Record | None:
     """The record that counts for `kernel`, as it is now, on `device`: this machine's own, else a shipped one."""
     name, capability = gpu(device)
-    wanted = (name, capability, triton_version(), kernel, digest(kernel))
+    wanted = (name, capability, compiler(kernel), kernel, digest(kernel))
     for record in (*own(), *shipped()):
-        if (record.gpu, record.capability, record.triton, record.kernel, record.digest) == wanted:
+        if (record.gpu, record.capability, record.compiler, record.kernel, record.digest) == wanted:
             return record
     return None
 
@@ -201,6 +220,9 @@ def proves(kernel: str, device: torch.device | None = None) -> bool:
 def _ask(kernel: str, index: int) -> bool:
     device = torch.device("cuda", index)
     with _LOCK:
+        if missing(kernel):
+            _answers[kernel, index] = False
+            return False
         record = find(kernel, device)
         if record is None:
             # Launches during a capture would become part of the graph. Neither answer is kept: both are for now.
@@ -219,21 +241,22 @@ def renew(kernel: str, device: torch.device) -> Record:
         keep(record)
     if not passed:
         warn_once(
-            f"gci_kernels: the Triton kernel {kernel!r} failed its check on {record.gpu} and is left out: {reason}. "
+            f"gci_kernels: the GPU kernel {kernel!r} failed its check on {record.gpu} and is left out: {reason}. "
             "`gci-kernels verify --device cuda` checks it again"
         )
     return record
 
 
 def renew_all(device: torch.device, whole_op_failure: str | None = None) -> list[Record]:
-    """Check every kernel on `device` now and keep the answers.
+    """Check every kernel that there is on `device` now and keep the answers.
 
-    `whole_op_failure`: a case in which all of them together failed; then no kernel is proved, for any may be the cause.
+    `whole_op_failure`: a case in which all Triton kernels together failed; then none of them is proved, for any may be
+    the cause.
     """
-    records = [renew(kernel, device) for kernel in KERNELS]
+    records = [renew(kernel, device) for kernel in KERNELS if not missing(kernel)]
     if whole_op_failure is not None:
-        reason = f"the whole op failed: {whole_op_failure}"
-        records = [r if not r.passed else dataclasses.replace(r, passed=False, reason=reason) for r in records]
+        failed = dict(passed=False, reason=f"the whole op failed: {whole_op_failure}")
+        records = [dataclasses.replace(r, **failed) if r.passed and r.kernel in TRITON_KERNELS else r for r in records]
         keep(*records)
     return [dataclasses.replace(record, source=str(own_path())) for record in records]
 

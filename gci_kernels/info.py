@@ -25,8 +25,8 @@ def show(console: Console) -> None:
     console.print(_plans(devices[:1]))
     console.print(_kernels(devices))
     console.print(
-        '"native", the C++ kernels for CPUs, is proved by `gci-kernels verify`; the Triton kernels are proved GPU by '
-        "GPU, by `gci-kernels verify --device cuda` or at their first use."
+        '"native", the C++ kernels for CPUs, is proved by `gci-kernels verify`; the kernels for GPUs, in Triton and '
+        "CUDA C++, are proved GPU by GPU, by `gci-kernels verify --device cuda` or at their first use."
     )
 
 
@@ -76,8 +76,8 @@ def _plans(gpus: list[torch.device]) -> Table:
 
 
 def _kernels(devices: list[torch.device]) -> Table | str:
-    """Triton kernels by GPU: the ones of this machine; without any, those that the shipped records name."""
-    table = Table("Triton kernel", title="What is proved where")
+    """Kernels by GPU: the ones of this machine; without any, those that the shipped records name."""
+    table = Table("GPU kernel", title="What is proved where")
     if devices:
         columns = {torch.cuda.get_device_name(device): device for device in devices}
         cells = {
@@ -87,7 +87,7 @@ def _kernels(devices: list[torch.device]) -> Table | str:
         }
     else:
         if not hardware.shipped():
-            return f"Triton kernels: no GPU here, and {NO_RECORD}."
+            return f"GPU kernels: no GPU here, and {NO_RECORD}."
         columns = dict.fromkeys(record.gpu for record in hardware.shipped())
         cells = {
             (record.kernel, record.gpu): record
@@ -97,5 +97,6 @@ def _kernels(devices: list[torch.device]) -> Table | str:
     for name in columns:
         table.add_column(escape(name))
     for kernel in hardware.KERNELS:
-        table.add_row(kernel, *(escape(str(cells.get((kernel, name)) or "no record")) for name in columns))
+        without = hardware.missing(kernel) or "no record"
+        table.add_row(kernel, *(escape(str(cells.get((kernel, name)) or without)) for name in columns))
     return table

@@ -15,7 +15,6 @@ else:
 
 # The order of csrc/common/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
-CUDA_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}
 
 
 def available() -> bool:
@@ -50,7 +49,9 @@ def cuda_extension():
 
 #: What was built of csrc/cuda, "sm_90a, by nvcc 13.0", or "not built: " and why. Neither says that there is a GPU.
 CUDA_BUILD: str = _extension.cuda_build if _extension is not None else "none"
-CUDA_DIGEST: str = getattr(_extension, "cuda_digest", "")
+#: Which compiler that was, "nvcc 13.0", and sha256 over it and what it compiled; empty where nothing was built.
+CUDA_COMPILER: str = _extension.cuda_compiler if _extension is not None else ""
+CUDA_DIGEST: str = _extension.cuda_digest if _extension is not None else ""
 #: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension.
 #: A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"

@@ -1,25 +1,30 @@
-"""One Triton kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
+"""One GPU kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
 
-Truth is the stage's library form (aten.py of its folder in ops/) in float64 on the same rounded
-inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice for the same bits.
-tests/test_gpu.py asks for more shapes; under TRITON_INTERPRET=1 all of it runs on CPU tensors.
+Truth is the stage's library form (aten.py of its folder in ops/; for a decoding step its definition, below) in float64
+on the same rounded inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice
+for the same bits. tests/test_gpu.py and, for CUDA C++, tests/test_gpu_decode.py ask for more shapes; Triton's kernels
+run on CPU tensors under TRITON_INTERPRET=1.
 """
 
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gci_kernels import hardware
 from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import run
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.decode import cuda
+from gci_kernels.ops.decode.group import Group
 from gci_kernels.testing import Check, error_bound, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Of a stage's two forms TRITON is the kernel; a decoding step's is in CUDA C++.
 ATEN, TRITON = (Plan(*[impl] * len(dataclasses.fields(Plan))) for impl in ("aten", "triton"))
 # The kernels return float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. What this leaves to
 # matrix units is that they may cut off a sum's last bits at every step.
@@ -194,10 +199,119 @@ def _row_linear(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     return results
 
 
-#: stage -> every way that ops/bottleneck/autograd.py or ops/row_linear/autograd.py calls it, as named outputs.
+# A decoding step: a few rows of the inputs, in no order, for adapters of different kinds; and tokens without one.
+
+
+def _parts(t: _Inputs, *adapter: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+    """An adapter's tensors as steps take them, in the dtype of x and in float32: the same rounded numbers."""
+    for name, dtype in (("", t.dtype), (", float32 adapter", torch.float32)):
+        yield name, [part.to(t.dtype).to(torch.promote_types(t.dtype, dtype)).contiguous() for part in adapter]
+
+
+def _decode_step(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+    """In the layer's direction and, for a longer sum, in the other; with nine tokens an adapter, four and one."""
+    rank, experts, results = t.shape.rank, t.shape.experts, {}
+    rows = (19, 3, 0, 7, 5, 6, 8, 1, 2, 9, 10, 18, 4, 12, 16, 14)
+    layer = (t.x, t.dy, t.stack[:rank], t.stack[rank:], t.B)
+    turned = (t.dy, t.x, t.B.t(), t.weight.t()[:experts], t.stack[:rank].t())
+    for direction, (x, y, *adapter) in (("", layer), (", turned", turned)):
+        for precision, (A, router, B) in _parts(t, *adapter):
+            for most in (9, 4, 1):
+                groups = [
+                    Group(A, B, 2.0, 0, most, router, t.shape.top_k),
+                    Group(A[:7], B[:, :7].contiguous(), -1.0, 10, min(most, 3)),
+                    Group(A, B, 0.5, 14, min(most, 2), router),
+                ]
+                for name, start in (("y", y[:20]), ("update", torch.zeros_like(y[:20]))):
+                    made = start.clone()
+                    if plan is TRITON:
+                        cuda.Step(groups, rows, t.dtype).add(made, x)
+                    else:
+                        _add_plainly(made, groups, rows, [_projected(g, x[_own(g, rows)]) for g in groups])
+                    results[f"{name}{direction}{precision}, {most} tokens"] = made
+    return results
+
+
+def _decode_attend(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+    """Four sequences, one of them padding and one without an adapter; their cache lies in wider rows."""
+    rows, capacity, results = (2, 1, 0, 3), t.shape.tokens // 4, {}
+    past, half = capacity - 2, t.shape.rank // 2
+    segments = (torch.arange(capacity, dtype=torch.int32, device=t.x.device) // max(capacity // 3, 1)).repeat(4, 1)
+    segments[3] = -1
+    where = torch.tensor(past, dtype=torch.int32, device=t.x.device)
+    for precision, (A, B, qkv) in _parts(t, t.stack, t.B, t.x / 4):
+        groups = [
+            Group(
+                A[:r],
+                B[:, :r].contiguous(),
+                2.0,
+                first,
+                count,
+                qkv=qkv[: 3 * r, :r].contiguous(),
+                num_heads=heads,
+                residual=residual,
+            )
+            for r, heads, first, count, residual in ((16, 4, 0, 1, False), (half, 2, 2, 2, True))
+        ]
+        for name, ids in (("", None), (", packed", segments)):
+            kv, y = t.x[: 4 * capacity].unflatten(0, (4, capacity)).clone(), t.dy[:4].clone()
+            if plan is TRITON:
+                step = cuda.Step(groups, rows, t.dtype)
+                step.add_attended(y, t.x, kv, where, ids)
+                made = cuda.attend(step, t.x, kv, where, ids)[0]  # writes the same into the cache again
+                u = [made[g.first : g.first + g.count, : g.A.shape[0]] for g in groups]
+            else:
+                u = [_attend_plainly(g, _own(g, rows), t.x, kv, past, ids) for g in groups]
+                _add_plainly(y, groups, rows, u)
+            # u is right to the cache's rounding: of the new k and v, two results may round a value differently.
+            made = {"u": torch.cat([each.flatten() for each in u]).to(t.dtype), "kv": kv, "y": y}
+            results |= {key + name + precision: value for key, value in made.items()}
+    return results
+
+
+def _own(group: Group, rows: Sequence[int]) -> list[int]:
+    return list(rows[group.first : group.first + group.count])
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _projected(g: Group, x: Tensor) -> Tensor:
+    h = _wide(x) @ _wide(g.A).t()
+    if g.router is None:
+        return h
+    values, kept = (_wide(x) @ _wide(g.router).t()).topk(g.top_k or g.experts, 1)
+    gates = h.new_zeros(len(x), g.experts).scatter(1, kept, values.softmax(1))
+    return h * gates.repeat_interleave(h.shape[1] // g.experts, 1)
+
+
+def _add_plainly(y: Tensor, groups: Sequence[Group], rows: Sequence[int], u: Sequence[Tensor]) -> None:
+    for g, values in zip(groups, u, strict=True):
+        own = _own(g, rows)
+        y[own] = (_wide(y[own]) + g.scaling * values @ _wide(g.B).t()).to(y.dtype)
+
+
+def _attend_plainly(g: Group, own: list[int], x: Tensor, kv: Tensor, past: int, segments: Tensor | None) -> Tensor:
+    rank, heads = g.A.shape[0], (g.num_heads, -1)
+    z = _wide(x[own]) @ _wide(g.A).t()
+    q, new = (z @ _wide(g.qkv).t()).split((rank, 2 * rank), 1)
+    kv[own, past, : 2 * rank] = new.to(kv.dtype)
+    k, v = (part.unflatten(2, heads) for part in _wide(kv[own, : past + 1, : 2 * rank]).split(rank, 2))
+    scores = torch.einsum("nhd,nkhd->nhk", q.unflatten(1, heads), k) * (rank // g.num_heads) ** -0.5
+    if segments is not None:
+        ids = segments[own, : past + 1]
+        seen = (ids == ids[:, -1:]) & (ids[:, -1:] >= 0)
+        scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    weights = scores.softmax(2).nan_to_num(0.0)  # where nothing is seen
+    u = torch.einsum("nhk,nkhd->nhd", weights, v).flatten(1)
+    return u + z if g.residual else u
+
+
+#: stage -> every way that an autograd.py of ops/ or a decoding step calls it, as named outputs.
 STAGES = {
     "project": _project, "expand": _expand, "reduce": _reduce, "dropout": _dropout, "gate": _gate,
-    "attention": _attention, "row_linear": _row_linear,
+    "attention": _attention, "row_linear": _row_linear, "decode_step": _decode_step, "decode_attend": _decode_attend,
 }  # fmt: skip
 
 
@@ -205,7 +319,7 @@ def check_kernel(
     kernel: str, device: torch.device, *, dtypes: Iterable[torch.dtype] = DTYPES, shapes: Iterable[Shape] = (ODD, LARGE)
 ) -> Iterator[Check]:
     """The checks of one kernel, a key of :data:`STAGES`, on `device`; what it raises is raised."""
-    stage = STAGES[kernel]
+    stage, impl = STAGES[kernel], "cuda" if kernel in hardware.CUDA_KERNELS else "triton"
     for shape in shapes:
         for dtype in dtypes:
             inputs = _make_inputs(shape, dtype, device)
@@ -215,7 +329,7 @@ def check_kernel(
             for name, value in actual.items():
                 case = f"{kernel} {' '.join(f'{k}={v}' for k, v in vars(shape).items())}"
                 check = Check(
-                    case, "triton", str(dtype).removeprefix("torch."), name,
+                    case, impl, str(dtype).removeprefix("torch."), name,
                     relative_error(value, truth[name]),
                     _bound(relative_error(plain[name], truth[name]), dtype, value.dtype),
                 )  # fmt: skip

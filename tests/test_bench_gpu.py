@@ -1,10 +1,12 @@
 """`python -m bench.gpu`: a rehearsal on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -118,6 +120,10 @@ def imagined(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
 
 
+TRITON = set(hardware.TRITON_KERNELS)
+CUDA = set(hardware.CUDA_KERNELS)
+
+
 def verdicts(**changed: Outcome) -> dict[str, hardware.Record]:
     outcomes = {group: Outcome(passed=3) for group in gpu_proof.GROUPS} | changed
     return {record.kernel: record for record in gpu_proof.verdicts(outcomes, CPU)}
@@ -134,8 +140,58 @@ def test_a_kernel_is_proved_by_its_tests_and_the_whole_op(imagined):
     whole = Outcome(passed=2, failed={"test_op[case-aten-float16]": "x"})
     assert all(record.passed for record in verdicts(**{WHOLE: whole}).values())
     whole = Outcome(passed=2, failed={"test_op[case-triton-float16]": "x"})
-    assert not any(record.passed for record in verdicts(**{WHOLE: whole}).values())
-    assert verdicts(**{WHOLE: Outcome(trouble="crashed")}) == {}
+    assert {name for name, record in verdicts(**{WHOLE: whole}).items() if record.passed} == CUDA
+    assert set(verdicts(**{WHOLE: Outcome(trouble="crashed")})) == CUDA
+
+
+def test_attend_is_proved_by_the_step_too(imagined):
+    failed = {"test_step_of_one_group[x]": "assert x"}
+    found = verdicts(decode_step=Outcome(passed=9, failed=failed))
+    assert {name for name, record in found.items() if record.passed} == TRITON
+    assert found["decode_attend"].reason == "1 tests, first test_step_of_one_group[x]: assert x"
+    found = verdicts(decode_attend=Outcome(passed=9, failed={"test_attend[x]": "assert x"}))
+    assert {name for name, record in found.items() if not record.passed} == {"decode_attend"}
+    for none in (Outcome(), Outcome(skipped=4), Outcome(passed=2, trouble="still running")):
+        assert set(verdicts(decode_step=none)) == TRITON
+        assert set(verdicts(decode_attend=none)) == TRITON | {"decode_step"}
+
+
+def test_kernels_that_were_not_tested_get_no_record(imagined):
+    """The two kinds are tested one after the other, and either makes records of its own."""
+    for kernels, others in ((TRITON, {WHOLE}), (CUDA, set())):
+        outcomes = {group: Outcome(passed=3) for group in kernels | others}
+        assert {record.kernel for record in gpu_proof.verdicts(outcomes, CPU)} == kernels
+
+
+@pytest.mark.slow
+def test_every_gpu_test_is_in_one_group():
+    """By pytest's own reading of the names; a sanitizer's are of the half that it looks at."""
+    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_decode.py")]
+
+    def collected(*chosen: str) -> list[str]:
+        command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", *chosen, *files)
+        done = python(ROOT, *command, TRITON_INTERPRET="1")
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    by_group = {group: collected("-k", gpu_proof.GROUPS[group]) for group in gpu_proof.GROUPS}
+    together = [test for tests in by_group.values() for test in tests]
+    assert sorted(together) == sorted(collected()) and all(by_group.values())
+    assert all("attend" in test for test in by_group["decode_attend"])
+    assert all("attend" not in test and "decode" in test for test in by_group["decode_step"])
+
+
+@pytest.mark.parametrize("program", ("true", "false"))
+def test_a_record_names_what_was_built_meanwhile(monkeypatch, program):
+    """csrc is built beside the first tests: a process that began without it takes it from then on."""
+    monkeypatch.setattr(native, "_extension", None)
+    monkeypatch.setattr(native, "CUDA_DIGEST", "of nothing")
+    building = subprocess.Popen([program], start_new_session=True)
+    built = program == "true"
+    with tempfile.TemporaryFile("w+") as log:
+        with contextlib.nullcontext() if built else pytest.raises(RuntimeError, match="csrc was not built"):
+            gpu.finish_build(building, log, 60)
+    assert native.available() == built and (native.CUDA_DIGEST == "of nothing") == (not built)
+    assert not built or native.CUDA_DIGEST == native.extension().cuda_digest
 
 
 # What is left when something goes wrong

@@ -129,15 +129,42 @@ def test_a_build_that_demands_cuda_ends_with_one_message(tmp_path):
     assert done.stderr.count("gci_kernels cannot build its CUDA kernels: there is no bin/nvcc in /nonexistent") == 1
 
 
-def test_header_says_what_was_built_and_changes_only_with_it(tmp_path):
+def test_header_says_what_was_built_and_changes_only_with_it(tmp_path, monkeypatch):
     plan = build_cuda.Plan('not built: "quoted" \\ reason')
     header = build_cuda.write_header(plan, tmp_path)
     os.utime(header, (1, 1))
     build_cuda.write_header(plan, tmp_path)
     assert header.stat().st_mtime == 1
     assert header.read_text() == '#define GCI_CUDA_BUILD "not built: \\"quoted\\" \\\\ reason"\n'
-    build_cuda.write_header(build_cuda.Plan("sm_80", toolkit="any"), tmp_path)
-    assert header.read_text() == '#define GCI_CUDA_BUILD "sm_80"\n#define GCI_HAS_CUDA 1\n'
+    monkeypatch.chdir(ROOT)
+    toolkit = build_cuda.Toolkit(Path("nvcc"), (12, 8), Path("include"), Path("runtime"))
+    build_cuda.write_header(build_cuda.Plan("sm_80", toolkit), tmp_path)
+    said = ['BUILD "sm_80"', 'COMPILER "nvcc 12.8"', f'DIGEST "{build_cuda.digest("nvcc 12.8")}"']
+    assert header.read_text().splitlines() == [
+        f"#define GCI_CUDA_{said[0]}", "#define GCI_HAS_CUDA 1", *(f"#define GCI_CUDA_{each}" for each in said[1:]),
+    ]  # fmt: skip
+
+
+def test_digest_is_of_all_that_is_compiled_and_by_what(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.chdir(tmp_path)
+
+    def digest(compiler: str = "nvcc 13.0") -> str:
+        return build_cuda.digest(compiler)
+
+    seen = [digest(), digest("nvcc 12.9")]
+    (tmp_path / "csrc" / "bindings.cpp").write_text("// not compiled by nvcc")
+    (tmp_path / "csrc" / "cpu" / "gate.cpp").write_text("// nor this")
+    assert digest() == seen[0]
+    for path in ("cuda/decode_attend.cu", "cuda/checks.cpp", "cuda/launch.h", "common/decode.h", "cuda/new.cuh"):
+        with open(tmp_path / "csrc" / path, "a") as file:
+            file.write("// changed\n")
+        seen.append(digest())
+    (tmp_path / "csrc" / "cuda" / "new.cuh").rename(tmp_path / "csrc" / "cuda" / "newer.cuh")
+    seen.append(digest())
+    monkeypatch.setattr(build_cuda, "FLAGS", [*build_cuda.FLAGS, "-use_fast_math"])
+    seen.append(digest())
+    assert len(set(seen)) == len(seen) == 9
 
 
 @pytest.mark.parametrize("with_ninja", (True, False))
@@ -255,7 +282,8 @@ def test_importing_touches_no_driver(extension):
         "import importlib.util as u; s = u.spec_from_file_location('_native', {!r}); m = u.module_from_spec(s)\n"
         "s.loader.exec_module(m); print(m.cuda_build, m.decode_splits(1, 16, 4096)); {}"
     )
-    launch = "m.decode_project((0, 0), (64, 4, 4), [0], [(64, 0, 0, 1, 0, 0, 1.0, 0, 1)], 64, 1, 1, 0)"
+    step = "m.DecodeStep(0, 0, 4, 4, [0], [(64, 0, 0, 1, 0, 0, 1.0, 0, 1)])"
+    launch = f"m.cuda_project({step}, 64, 4, 64, 1, 1, 0)"
 
     def trace(then: str) -> str:
         command = [sys.executable, "-c", script.format(extension.__file__, then)]
@@ -267,21 +295,24 @@ def test_importing_touches_no_driver(extension):
         assert "libcuda.so" in trace(launch)
 
 
-def project_arguments(**changes) -> tuple:
-    group = dict(A=64, router=64, B=64, rank=4, experts=2, top_k=2, scaling=1.0, first=0, count=2)
-    given = dict(dtypes=(1, 0), x=64, ld=8, length=8, rows=[0, 1], partial=64, splits=1, columns=10)
-    group |= {key: value for key, value in changes.items() if key in group}
-    given |= {key: value for key, value in changes.items() if key in given}
-    groups = changes.get("groups", [tuple(group.values())])
-    length = (given["x"], given["ld"], given["length"])
-    return given["dtypes"], length, given["rows"], groups, given["partial"], given["splits"], given["columns"], 0
+GROUP = dict(A=64, router=64, B=64, rank=4, experts=2, top_k=2, scaling=1.0, first=0, count=2)
+FULL = (64, 64, 64, 4, 2, 2, 1.0, 0, 2)
+
+
+def launch(extension, kernel: str, **changes) -> None:
+    """One of the step's halves, on addresses that are none; `x` is x or y, and `length` in or out."""
+    given = dict(dtypes=(1, 0), x=64, ld=8, length=8, rows=[0, 1], partial=64, splits=1, columns=10) | changes
+    group = tuple((GROUP | {key: value for key, value in changes.items() if key in GROUP}).values())
+    length = given["length"]
+    step = extension.DecodeStep(*given["dtypes"], length, length, given["rows"], given.get("groups", [group]))
+    run = getattr(extension, f"cuda_{kernel}")
+    run(step, given["x"], given["ld"], given["partial"], given["splits"], given["columns"], 0)
 
 
 BOTH = [
     ("x must be float32, bfloat16 or float16", dict(dtypes=(2, 2))), ("x must be", dict(dtypes=(9, 0))),
     ("the adapter must be in the dtype of x or in float32", dict(dtypes=(0, 1))), ("adapter", dict(dtypes=(1, 3))),
-    ("tokens must be 1 to 16", dict(rows=[])), ("tokens", dict(rows=list(range(17)))),
-    ("groups must be 1 to 16", dict(groups=[])), ("groups", dict(groups=[(64, 64, 64, 4, 2, 2, 1.0, 0, 1)] * 17)),
+    ("tokens must be 1 to 16", dict(rows=[])), ("groups must be 1 to 16", dict(groups=[])),
     ("splits must be 1 to 32", dict(splits=0)), ("splits", dict(splits=33)),
     ("columns must be 1 to 512", dict(columns=0)), ("columns must be 1", dict(columns=513)),
     ("columns must be at least", dict(columns=9)), ("partial must be an aligned address", dict(partial=0)),
@@ -290,16 +321,24 @@ BOTH = [
     ("more than 512 columns", dict(rank=256)), ("top_k must be 1 to experts", dict(top_k=0)), ("top_k", dict(top_k=3)),
     ("a group's tokens must be", dict(first=-1)), ("a group's tokens", dict(count=0)),
     ("a group's tokens", dict(count=3)), ("a group's tokens", dict(first=2**31 - 1)),
-    ("a token is in two groups", dict(groups=[(64, 64, 64, 4, 2, 2, 1.0, 0, 2), (64, 64, 64, 4, 2, 2, 1.0, 1, 1)])),
+    ("a token is in two groups", dict(groups=[FULL, (*FULL[:-2], 1, 1)])),
     ("two tokens name one row", dict(rows=[3, 3])),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("why", "changes"), BOTH, ids=[str(changes) for _, changes in BOTH])
 def test_both_launches_refuse(extension, why, changes):
-    for launch in (extension.decode_project, extension.decode_expand):
+    for kernel in ("project", "expand"):
         with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: .*{why}"):
-            launch(*project_arguments(**changes))
+            launch(extension, kernel, **changes)
+
+
+def test_a_step_holds_so_many_tokens_and_groups(extension):
+    for changes in (dict(rows=list(range(17))), dict(groups=[FULL] * 17)):
+        with pytest.raises(ValueError, match="takes at most 16 tokens and as many groups"):
+            launch(extension, "project", **changes)
+    with pytest.raises(ValueError, match="attention must be given for every group or for none"):
+        extension.DecodeStep(0, 0, 8, 8, [0, 1], [FULL[:-1] + (1,)] * 2, [(64, 2, False)])
 
 
 ONE = [
@@ -314,48 +353,68 @@ ONE = [
 
 @pytest.mark.parametrize(("project", "expand", "changes"), ONE, ids=[str(changes) for *_, changes in ONE])
 def test_one_launch_refuses(extension, project, expand, changes):
-    for launch, why in ((extension.decode_project, project), (extension.decode_expand, expand)):
+    for kernel, why in (("project", project), ("expand", expand)):
         if why:
             with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: {why}"):
-                launch(*project_arguments(**changes))
+                launch(extension, kernel, **changes)
 
 
-def attend_arguments(**changes) -> tuple:
+NARROW, WIDE = (64, 0, 64, 4, 0, 0, 1.0, 0, 1), (64, 0, 64, 8, 0, 0, 1.0, 1, 1)
+
+
+def attend(extension, **changes) -> None:
+    """One token of each of two sequences, with adapters of rank 4 and 8."""
     given = dict(
-        dtypes=(1, 0), x=(64, 8, 8), batch=2, A=64, qkv=64, rank=8, heads=2, residual=False, kv=(64, 80, 5), past=64,
-        segments=(0, 0), u=64, stream=0,
-    )  # fmt: skip
-    return tuple((given | changes).values())
+        dtypes=(1, 0), length=8, rows=[0, 1], groups=[NARROW, WIDE], attentions=[(64, 1, True), (64, 2, False)],
+        x=64, ld=8, kv=(64, 80, 16, 5), past=64, segments=(0, 0), partial=64, columns=8,
+    ) | changes  # fmt: skip
+    types, length, rows, groups, attentions, *rest = given.values()
+    extension.cuda_attend(extension.DecodeStep(*types, length, 1, rows, groups, attentions), *rest, 0)
+
+
+def wide(**changes) -> list[tuple]:
+    """The groups, the second one changed."""
+    return [NARROW, tuple((dict(zip(GROUP, WIDE, strict=True)) | changes).values())]
 
 
 ATTEND = [
     ("x must be float32", dict(dtypes=(2, 2))), ("the adapter must", dict(dtypes=(3, 1))),
-    ("batch must be 1 to 65535", dict(batch=0)), ("batch", dict(batch=65536)), ("rank must be 1 to 512", dict(rank=0)),
-    ("rank", dict(rank=513)), ("heads must divide rank", dict(heads=3)), ("heads", dict(heads=0)),
-    ("a head must have at most 128 columns", dict(rank=258)), ("in must be 1 to 2", dict(x=(64, 8, 0))),
-    ("capacity must be 1 to 2", dict(kv=(64, 80, 0))), ("x must be an aligned", dict(x=(0, 8, 8))),
-    ("A must be an aligned", dict(A=1)), ("qkv must be an aligned", dict(qkv=0)),
-    ("kv must be an aligned", dict(kv=(65, 80, 5))), ("u must be an aligned", dict(u=0)),
+    ("tokens must be 1 to 16", dict(rows=[])), ("rank must be 1 to 512", dict(groups=wide(rank=0))),
+    ("rank", dict(groups=wide(rank=513))), ("columns must be at least", dict(columns=7)),
+    ("an adapter that attends must have no experts", dict(groups=wide(router=64, experts=1, top_k=1), columns=9)),
+    ("heads must divide rank", dict(attentions=[(64, 1, True), (64, 3, False)])),
+    ("heads", dict(attentions=[(64, 1, True), (64, 0, False)])),
+    ("a head must have at most 128 columns", dict(groups=wide(rank=258), columns=258)),
+    ("in must be 1 to 2", dict(length=0)), ("capacity must be 1 to 2", dict(kv=(64, 80, 16, 0))),
+    ("capacity", dict(kv=(64, 80, 16, 2**31 + 1))), ("x must be an aligned", dict(x=0)),
+    ("A must be an aligned", dict(groups=wide(A=1))), ("two tokens name one row", dict(rows=[3, 3])),
+    ("a token is in two groups", dict(groups=wide(first=0))), ("partial must be an aligned", dict(partial=0)),
+    ("qkv must be an aligned", dict(attentions=[(64, 1, True), (66, 2, False)])),
+    ("qkv", dict(attentions=[(0, 1, True), (64, 2, False)])), ("qkv", dict(attentions=[])),
+    ("kv must be an aligned", dict(kv=(65, 80, 16, 5))), ("kv must", dict(kv=(0, 80, 16, 5))),
     ("past must be an aligned", dict(past=0)), ("past", dict(past=66)),
-    ("segments must be an aligned", dict(segments=(2, 5))), ("the rows of x", dict(x=(64, 7, 8))),
-    ("the sequences of kv must not overlap", dict(kv=(64, 79, 5))),
+    ("segments must be an aligned", dict(segments=(2, 5))), ("the rows of x", dict(ld=7)),
+    ("a row of kv must hold 2", dict(kv=(64, 80, 15, 5))), ("a row of kv", dict(kv=(64, 2**40, 2**31 + 1, 5))),
+    ("the sequences of kv must not overlap", dict(kv=(64, 79, 16, 5))), ("the seq", dict(kv=(64, 95, 20, 5))),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("why", "changes"), ATTEND, ids=[str(changes) for _, changes in ATTEND])
 def test_attend_refuses(extension, why, changes):
     with pytest.raises(ValueError, match=f"^cudaErrorInvalidValue: {why}"):
-        extension.decode_attend(*attend_arguments(**changes))
+        attend(extension, **changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are none")
 def test_without_a_driver_the_error_has_cudas_name(extension):
     name = "^cudaError(InsufficientDriver|NoDevice|InitializationError): "
-    for launch in (extension.decode_project, extension.decode_expand):
+    for kernel in ("project", "expand"):
         with pytest.raises(RuntimeError, match=name):
-            launch(*project_arguments())
-    with pytest.raises(RuntimeError, match=name):
-        extension.decode_attend(*attend_arguments())
+            launch(extension, kernel)
+    one = dict(rows=[7], groups=[NARROW], attentions=[(64, 2, False)], kv=(64, 1, 8, 5))  # nothing can overlap
+    for fits in ({}, dict(kv=(64, 96, 20, 5)), dict(kv=(64, 16, 999, 1)), dict(segments=(64, 5)), one):
+        with pytest.raises(RuntimeError, match=name):
+            attend(extension, **fits)
 
 
 def test_splits(extension):

@@ -1,4 +1,4 @@
-"""What needs a GPU. An id that names a kernel of hardware.KERNELS decides whether that kernel counts as proved there,
+"""What needs a GPU. An id that names one of hardware.TRITON_KERNELS decides whether that kernel counts as proved there,
 one that names triton whether any does: bench/gpu.py reads them. test_gpu_interpreted.py runs all of it without a GPU.
 """
 
@@ -43,7 +43,7 @@ KERNEL_DTYPES = [dtype for dtype in self_check.DTYPES if obstacle("triton", DEVI
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
-@pytest.mark.parametrize("kernel", hardware.KERNELS)
+@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
 def test_against_float64_and_the_same_bits_twice(kernel, dtype):
     # Over a few tokens attention's dq and dk are nothing but rounding, and an error relative to that says nothing.
     shapes = [shape for shape in SHAPES if kernel != "attention" or shape.tokens >= 64]
@@ -53,7 +53,7 @@ def test_against_float64_and_the_same_bits_twice(kernel, dtype):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", hardware.KERNELS)
+@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
 def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
     device = torch.device("cuda", torch.cuda.current_device())
@@ -175,7 +175,7 @@ def test_op_gives_the_same_bits_twice(impl, case, dtype):
 
 
 @pytest.mark.parametrize("others", ("aten", "triton"))
-@pytest.mark.parametrize("kernel", sorted(hardware.KERNELS.keys() - {"row_linear"}))
+@pytest.mark.parametrize("kernel", sorted(set(hardware.TRITON_KERNELS) - {"row_linear"}))
 def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"

@@ -1,23 +1,23 @@
 """The CUDA C++ kernels of a decoding step (csrc/cuda) against float64; test_cuda_on_cpu.py runs this without a GPU.
 
-No name here holds that of a Triton kernel: bench/gpu_proof.py tells by names which kernel a test is about.
+bench/gpu_proof.py tells by names which kernel a test is about: attend in a name is ALoRA's, all others are the step's.
 """
 
-import contextlib
+import dataclasses
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gci_kernels import native
+from gci_kernels import hardware, native, self_check
 from gci_kernels.ops.decode import cuda
-from gci_kernels.ops.decode.cuda import Group
+from gci_kernels.ops.decode.cuda import Step
+from gci_kernels.ops.decode.group import Group
 from gci_kernels.testing import error_bound, relative_error
 
 ON_CPU = os.environ.get("GCI_CUDA_ON_CPU")  # the kernels as compiled by tests/cuda_on_cpu
@@ -46,8 +46,9 @@ def kernels():
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "extension", lambda: module)
-        patch.setattr(cuda, "stream_of", lambda t: 0)
-        patch.setattr(cuda, "current", lambda t: contextlib.nullcontext())
+        patch.setattr(cuda, "index_of", lambda t: 0)
+        patch.setattr(cuda, "is_current", lambda index: True)
+        patch.setattr(cuda, "stream_of", lambda index: 0)
         yield module
 
 
@@ -85,7 +86,7 @@ def plain(x: torch.Tensor, y: torch.Tensor, groups: list[Group], rows: list[int]
 
 def step(x: torch.Tensor, y: torch.Tensor, groups: list[Group], rows: list[int]) -> torch.Tensor:
     y = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=DEVICE).copy_(y)
-    cuda.expand(cuda.project(x, groups, rows), y, groups, rows)
+    Step(groups, rows, x.dtype).add(y, x)
     return y
 
 
@@ -162,49 +163,100 @@ def test_ties_go_to_the_lower_expert():
 # Attention
 
 
-def plain_attend(s: SimpleNamespace, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """u and the new rows [k | v], by the definition at `dtype`; attended is what the cache keeps of them."""
-    past, rank = int(s.past), s.A.shape[0]
-    z = s.x.to(dtype) @ s.A.to(dtype).t()
-    q, new = (z @ s.qkv.to(dtype).t()).split((rank, 2 * rank), 1)
-    kv = torch.cat((s.kv[:, :past], new.to(s.kv.dtype).unsqueeze(1)), 1).to(dtype)
-    u = torch.zeros_like(z)
-    for b in range(len(z)):
-        seen = torch.ones(past + 1, dtype=torch.bool, device=DEVICE)
-        if s.segments is not None:
-            own = s.segments[b, past]
-            seen = (s.segments[b, : past + 1] == own) & (own >= 0)
-        if seen.any():
-            k, v = (half.unflatten(1, (s.heads, -1)) for half in kv[b, seen].split(rank, 1))
-            scores = torch.einsum("hd,khd->hk", q[b].unflatten(0, (s.heads, -1)), k) * (rank // s.heads) ** -0.5
-            u[b] = torch.einsum("hk,khd->hd", scores.softmax(1), v).flatten()
-    return u + z if s.residual else u, new
+@dataclasses.dataclass
+class Case:
+    """What one launch reads and writes."""
+
+    x: torch.Tensor
+    kv: torch.Tensor
+    past: torch.Tensor
+    groups: list[Group]
+    rows: list[int]
+    segments: torch.Tensor | None = None
+
+    def step(self) -> Step:
+        return Step(self.groups, self.rows, self.x.dtype)
+
+    def attend(self, step: Step | None = None) -> torch.Tensor:
+        return cuda.attend(step or self.step(), self.x, self.kv, self.past, self.segments)[0]
 
 
-def make_attend(dtypes, batch, inside, rank, heads, past, capacity, segments=False, residual=False, gap=0, offset=0):
-    dtype, adapter = dtypes
-    kv = randn(batch * capacity, 2 * rank, dtype=dtype, offset=offset).view(batch, capacity, 2 * rank)
+def plain_attend(c: Case, dtype: torch.dtype) -> tuple[list, list]:
+    """For each group u and the new rows [k | v] of its tokens, by the definition at `dtype`."""
+    past, us, news = int(c.past), [], []
+    for g in c.groups:
+        rank, rows = g.A.shape[0], c.rows[g.first : g.first + g.count]
+        z = c.x[rows].to(dtype) @ g.A.to(dtype).t()
+        q, new = (z @ g.qkv.to(dtype).t()).split((rank, 2 * rank), 1)
+        kept = c.kv[rows, :past, : 2 * rank]
+        kv = torch.cat((kept, new.to(kept.dtype).unsqueeze(1)), 1).to(dtype)  # what the cache keeps is what is attended
+        u = torch.zeros_like(z)
+        for i, row in enumerate(rows):
+            seen = torch.ones(past + 1, dtype=torch.bool, device=DEVICE)
+            if c.segments is not None:
+                own = c.segments[row, past]
+                seen = (c.segments[row, : past + 1] == own) & (own >= 0)
+            if seen.any():
+                k, v = (half.unflatten(1, (g.num_heads, -1)) for half in kv[i, seen].split(rank, 1))
+                scores = torch.einsum("hd,khd->hk", q[i].unflatten(0, (g.num_heads, -1)), k)
+                weights = (scores * (rank // g.num_heads) ** -0.5).softmax(1)
+                u[i] = torch.einsum("hk,khd->hd", weights, v).flatten()
+        us.append(u + z if g.residual else u)
+        news.append(new)
+    return us, news
+
+
+def make_attending(
+    dtype: torch.dtype, inside: int, rank: int, heads: int, first: int, count: int, residual: bool = False, out: int = 1
+) -> Group:
+    return Group(
+        randn(rank, inside, dtype=dtype) * inside**-0.5, randn(out, rank, dtype=dtype), 0.5, first, count,
+        qkv=randn(3 * rank, rank, dtype=dtype) * 2 * rank**-0.5, num_heads=heads, residual=residual,
+    )  # fmt: skip
+
+
+def make_case(
+    dtype, groups, rows, past, capacity, *, sequences=None, width=None, segments=False, gap=0, offset=0
+) -> Case:
+    """The cache is NaN where nothing is to be read: beyond `past`, beside a group's columns, in padding."""
+    sequences = sequences or max(rows) + 1
+    width = width or 2 * max(g.A.shape[0] for g in groups)
+    kv = randn(sequences * capacity, width, dtype=dtype, offset=offset).view(sequences, capacity, width)
     kv[:, past:] = float("nan")
+    used = {row: 2 * g.A.shape[0] for g in groups for row in rows[g.first : g.first + g.count]}
+    for row in range(sequences):
+        kv[row, :, used.get(row, 0) :] = float("nan")
     ids = None
     if segments:
-        ids = torch.randint(-1, 2, (batch, capacity + 3), dtype=torch.int32, device=DEVICE)
-        ids[:, past] = torch.arange(batch, device=DEVICE) % 3 - 1
+        ids = torch.randint(-1, 2, (sequences, capacity + 3), dtype=torch.int32, device=DEVICE)
+        ids[:, past] = torch.arange(sequences, device=DEVICE) % 3 - 1
         kv[:, :past][ids[:, :past] < 0] = float("nan")
         ids[:, past + 1 :] = 2**31 - 1
-    return SimpleNamespace(
-        x=randn(batch, inside, dtype=dtype, gap=gap, offset=offset),
-        A=randn(rank, inside, dtype=adapter) * inside**-0.5,
-        qkv=randn(3 * rank, rank, dtype=adapter) * 2 * rank**-0.5,
-        heads=heads,
-        kv=kv,
-        residual=residual,
-        segments=ids,
-        past=torch.tensor(past, dtype=torch.int32, device=DEVICE),
-    )
+    x = randn(sequences, groups[0].A.shape[1], dtype=dtype, gap=gap, offset=offset)
+    return Case(x, kv, torch.tensor(past, dtype=torch.int32, device=DEVICE), groups, rows, ids)
 
 
-def attend(s: SimpleNamespace) -> torch.Tensor:
-    return cuda.attend(s.x, s.A, s.qkv, s.heads, s.kv, s.past, s.segments, s.residual)[0]
+def check_attend(c: Case) -> None:
+    def joined(parts) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in parts])
+
+    truth, working = ([joined(parts) for parts in plain_attend(c, dtype)] for dtype in (torch.float64, F32))
+    step, dtype, past, before = c.step(), c.x.dtype, int(c.past), c.kv.clone()
+    actual = c.attend(step)
+    us, kept = [], []
+    for g in c.groups:
+        tokens, rank = slice(g.first, g.first + g.count), g.A.shape[0]
+        us.append(actual[tokens, :rank])
+        assert actual[tokens, rank:].isnan().all(), "nothing behind a group's columns is written"
+        kept.append(c.kv[c.rows[tokens], past, : 2 * rank])
+        c.kv[c.rows[tokens], past, : 2 * rank] = before[c.rows[tokens], past, : 2 * rank]
+    # The two may round one value of the new row differently, so that u too is right to the cache's rounding only.
+    assert relative_error(joined(us), truth[0]) <= error_bound(relative_error(working[0], truth[0]), dtype)
+    assert relative_error(joined(kept), truth[1]) <= error_bound(relative_error(working[1].to(dtype), truth[1]), dtype)
+    assert torch.equal(c.kv.nan_to_num(7), before.nan_to_num(7)), "nothing but the new rows is written"
+    idle = sorted(set(range(len(c.rows))) - {t for g in c.groups for t in range(g.first, g.first + g.count)})
+    assert actual[idle].isnan().all(), "tokens without an adapter get nothing"
+    assert torch.equal(c.attend(step).nan_to_num(7), actual.nan_to_num(7)), "the same bits twice"
 
 
 # batch, in, rank, heads, past, capacity: aligned; no past; odd; one column a head; wide heads; more heads than lanes
@@ -219,72 +271,156 @@ ATTEND = [
 @pytest.mark.parametrize("sizes", ATTEND, ids=str)
 @pytest.mark.parametrize("segments", (False, True), ids=("whole", "segments"))
 def test_attend(sizes, dtypes, segments):
-    offset = 1 if sizes[2] == 6 else 0
-    s = make_attend(dtypes, *sizes, segments=segments, residual=segments, gap=8 * (sizes[2] == 16), offset=offset)
-    (truth, new), (working, working_new), before = plain_attend(s, torch.float64), plain_attend(s, F32), s.kv.clone()
-    actual, past = attend(s), int(s.past)
-    # The two may round one value of the new row differently, so that u too is right to the cache's rounding only.
-    assert relative_error(actual, truth) <= error_bound(relative_error(working, truth), dtypes[0])
-    bound = error_bound(relative_error(working_new.to(dtypes[0]), new), dtypes[0])
-    assert relative_error(s.kv[:, past], new) <= bound
-    s.kv[:, past] = before[:, past]
-    assert torch.equal(s.kv.nan_to_num(7), before.nan_to_num(7)), "nothing but the new rows is written"
-    assert torch.equal(attend(s), actual), "the same bits twice"
+    batch, inside, rank, heads, past, capacity = sizes
+    group = make_attending(dtypes[1], inside, rank, heads, 0, batch, residual=segments)
+    where = dict(gap=8 * (rank == 16), offset=int(rank == 6))
+    check_attend(make_case(dtypes[0], [group], list(range(batch)), past, capacity, segments=segments, **where))
+
+
+# rank, heads, first, count, residual
+MIXED = [((16, 4, 0, 2, False), (8, 1, 3, 1, True), (4, 2, 4, 2, False)), ((24, 3, 0, 1, True), (5, 5, 2, 3, False))]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=name)
+@pytest.mark.parametrize("segments", (False, True), ids=("whole", "segments"))
+@pytest.mark.parametrize("width", (48, 52, 55))
+@pytest.mark.parametrize("kinds", MIXED, ids=("aligned", "odd"))
+def test_attend_for_several_adapters_in_rows_of_any_order(dtypes, segments, width, kinds):
+    groups = [make_attending(dtypes[1], 72, *kind) for kind in kinds]
+    rows = [6, 1, 4, 8, 0, 7][: max(g.first + g.count for g in groups) + 1]
+    check_attend(make_case(dtypes[0], groups, [*rows, 3], 37, 41, sequences=9, width=width, segments=segments))
+
+
+@pytest.mark.parametrize("where", ("A", "kv", "x"))
+def test_attend_where_only_one_adapter_or_row_is_aligned(where):
+    """What one launch may read at once is decided over all groups and strides."""
+    groups = [make_attending(F32, 64, 8, 2, 0, 1), make_attending(F32, 64, 8, 2, 1, 2)]
+    if where == "A":
+        groups[1] = dataclasses.replace(groups[1], A=randn(8, 64, offset=1))
+    c = make_case(F32, groups, [2, 0, 1], 9, 12, width=17 if where == "kv" else 16, gap=int(where == "x"))
+    check_attend(c)
+
+
+def test_attend_in_a_part_of_a_longer_cache():
+    groups = [make_attending(BF16, 64, 8, 2, 0, 1), make_attending(BF16, 64, 4, 2, 1, 1)]
+    c = make_case(BF16, groups, [3, 1], 6, 9)
+    longer = torch.full((5, 20, 40), float("nan"), dtype=BF16, device=DEVICE)
+    longer[:4, 4:13, 8:24] = c.kv
+    c.kv = longer[:4, 4:13, 8:24]
+    check_attend(c)
+    c.attend()
+    inside = torch.zeros_like(longer, dtype=torch.bool)
+    inside[:4, 4:13, 8:24] = True
+    assert longer[~inside].isnan().all()
 
 
 @pytest.mark.parametrize("past", (5, 6, -1, 2**31 - 1))
-def test_a_full_cache_shows_and_is_not_written_beyond(past):
-    s = make_attend((BF16, BF16), 2, 64, 16, 4, 4, 5)
-    s.past.fill_(past)
-    before = s.kv.clone()
-    assert attend(s).isnan().all()
-    assert torch.equal(s.kv.nan_to_num(7), before.nan_to_num(7))
+def test_attend_over_a_full_cache_shows_and_is_not_written_beyond(past):
+    groups = [make_attending(BF16, 64, 16, 4, 0, 1), make_attending(BF16, 64, 8, 1, 1, 1)]
+    c = make_case(BF16, groups, [1, 0], 4, 5)
+    c.past.fill_(past)
+    before, u = c.kv.clone(), torch.zeros(1, 2, 16, device=DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: u)
+        c.attend()
+    assert u[0, 0].isnan().all() and u[0, 1, :8].isnan().all() and (u[0, 1, 8:] == 0).all()
+    assert torch.equal(c.kv.nan_to_num(7), before.nan_to_num(7))
 
 
-def test_attend_then_the_second_half():
-    s = make_attend((BF16, F32), 3, 128, 16, 4, 20, 30, residual=True)
-    group, y = make_group(F32, (128, 48, 16, 0, None), 0, 3), randn(3, 48, dtype=BF16)
-    group = Group(s.A, group.B, 0.5, 0, 3)
-    truth = y.double() + 0.5 * plain_attend(s, torch.float64)[0] @ group.B.double().t()
-    cuda.expand(attend(s).unsqueeze(0), y, [group], [0, 1, 2])
-    assert relative_error(y, truth) <= 2 * torch.finfo(BF16).eps
+@pytest.mark.parametrize("dtypes", DTYPES, ids=name)
+def test_attend_then_the_second_half(dtypes):
+    kinds = ((16, 4, 0, 2, True), (6, 3, 3, 1, False))
+    groups = [make_attending(dtypes[1], 128, *kind, out=48) for kind in kinds]
+    c, y = make_case(dtypes[0], groups, [5, 0, 2, 3], 20, 30, segments=True), randn(6, 48, dtype=dtypes[0])
+    truth = y.double()
+    for g, u in zip(groups, plain_attend(c, torch.float64)[0], strict=True):
+        truth[c.rows[g.first : g.first + g.count]] += g.scaling * u @ g.B.double().t()
+    before, step = y.clone(), c.step()
+    step.add_attended(y, c.x, c.kv, c.past, c.segments)
+    assert step.launches == ("decode_attend", "decode_expand")
+    assert relative_error(y, truth) <= max(2 * torch.finfo(dtypes[0]).eps, 1e-6)
+    assert torch.equal(y[[1, 2, 4]], before[[1, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", self_check.DTYPES, ids=name)
+@pytest.mark.parametrize("kernel", ("step", "attend"))
+def test_self_check(kernel, dtype):
+    checks = list(self_check.check_kernel(f"decode_{kernel}", torch.device(DEVICE), dtypes=(dtype,)))
+    assert len(checks) >= 16 and not [check for check in checks if not check.passed]
+
+
+FAULTS = {
+    "step": [
+        ("project", lambda right: lambda step, x: right(step, x) * 1.01),
+        ("project", lambda right: lambda step, x: right(step, x).half().float()),
+        ("expand", lambda right: lambda step, y, partial: right(step, y, partial.roll(1, 1))),
+        ("expand", lambda right: lambda step, y, partial: [right(step, y, partial) for _ in range(2)]),
+    ],
+    "attend": [
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past, None)),
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past - 1, segments)),
+        ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x.roll(1, 0), kv, past, segments)),
+        ("expand", lambda right: lambda step, y, partial: right(step, y.clone(), partial)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", range(4))
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_self_check_stops_wrong_kernels(monkeypatch, kernel, fault):
+    where, wrong = FAULTS[kernel][fault]
+    monkeypatch.setattr(cuda, where, wrong(getattr(cuda, where)))
+    kernel, device = f"decode_{kernel}", torch.device(DEVICE)
+    for dtype in (F32, BF16) if (kernel, fault) != ("decode_step", 1) else (F32,):
+        checks = self_check.check_kernel(kernel, device, dtypes=(dtype,), shapes=(self_check.ODD,))
+        assert not all(check.passed for check in checks)
 
 
 # What only a GPU shows
 
 
 @only_gpu
+@pytest.mark.parametrize("kernel", ("step", "attend"))
+def test_self_check_proves(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path))
+    kernel, device = f"decode_{kernel}", torch.device("cuda", torch.cuda.current_device())
+    with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
+        record = hardware.renew(kernel, device)
+    assert record.passed, record.reason
+    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
+
+
+@only_gpu
 def test_attend_in_a_graph_over_a_growing_sequence():
     """1,000 replays, each a token further: the position is read on the GPU, and nothing else changes."""
-    s = make_attend((BF16, BF16), 2, 256, 16, 4, 0, 1200)
+    groups = [make_attending(BF16, 256, 16, 4, 0, 1, out=64), make_attending(BF16, 256, 8, 2, 1, 1, out=64)]
+    c = make_case(BF16, groups, [1, 0], 0, 1200)
     inputs, one = torch.randn(1000, 2, 256, device=DEVICE).to(BF16), torch.ones((), dtype=torch.int32, device=DEVICE)
-    group, y = make_group(BF16, (256, 64, 16, 0, None), 0, 2), torch.zeros(2, 64, dtype=BF16, device=DEVICE)
-    group, at = Group(s.A, group.B, 1.0, 0, 2), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    y, at, step = randn(2, 64, dtype=BF16), torch.zeros(1, dtype=torch.int64, device=DEVICE), c.step()
 
     def whole():
-        s.x.copy_(inputs.index_select(0, at)[0])
+        c.x.copy_(inputs.index_select(0, at)[0])
         y.zero_()
-        u = cuda.attend(s.x, s.A, s.qkv, s.heads, s.kv, s.past)
-        cuda.expand(u, y, [group], [0, 1])
-        s.past.add_(one)
+        step.add_attended(y, c.x, c.kv, c.past)
+        c.past.add_(one)
         at.add_(1)
-        return u
 
     torch.use_deterministic_algorithms(False)  # poisoning adds launches
     whole()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        u = whole()
-    s.past.zero_(), at.zero_()
+        whole()
+    c.past.zero_(), at.zero_()
     for token in range(1000):
         graph.replay()
         if token in (0, 1, 31, 500, 999):
-            s.past.fill_(token)
-            truth, new = plain_attend(s, torch.float64)
-            assert relative_error(u[0], truth) <= 3e-2 and torch.equal(s.x, inputs[token])
-            assert relative_error(y, truth @ group.B.double().t()) <= 4e-2
-            assert relative_error(s.kv[:, token], new) <= 1e-2
-            s.past.fill_(token + 1)
+            c.past.fill_(token)
+            assert torch.equal(c.x, inputs[token])
+            for g, u, new in zip(groups, *plain_attend(c, torch.float64), strict=True):
+                row = c.rows[g.first]
+                assert relative_error(y[row], 0.5 * u[0] @ g.B.double().t()) <= 4e-2
+                assert relative_error(c.kv[row, token, : 2 * g.A.shape[0]], new[0]) <= 1e-2
+            c.past.fill_(token + 1)
 
 
 @only_gpu
@@ -293,10 +429,11 @@ def test_step_in_a_graph(dtypes):
     x, y = randn(4, 1024, dtype=dtypes[0]), torch.zeros(4, 512, dtype=dtypes[0], device=DEVICE)
     kinds = [((4, 8, None), 0, 3), ((16, 0, None), 3, 1)]
     groups = [make_group(dtypes[1], (1024, 512, *kind), first, count) for kind, first, count in kinds]
+    step = Step(groups, [0, 1, 2, 3], dtypes[0])
 
     def whole():
         y.zero_()
-        cuda.expand(cuda.project(x, groups, [0, 1, 2, 3]), y, groups, [0, 1, 2, 3])
+        step.add(y, x)
 
     whole()
     graph = torch.cuda.CUDAGraph()
@@ -312,7 +449,7 @@ def test_step_in_a_graph(dtypes):
 
 @only_gpu
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck", "synccheck"))
-@pytest.mark.parametrize("some", ("one_group and 131", "several", "test_attend and not then"))
+@pytest.mark.parametrize("some", ("one_group and 131", "step and several", "attend and several", "test_attend and 67"))
 def test_sanitizer(tool, some):
     beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
     program = shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)

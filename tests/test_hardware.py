@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gci_kernels import cli, hardware, info, self_check, verify
+from gci_kernels import cli, hardware, info, native, self_check, verify
 from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck.plan import prefers_triton
@@ -36,6 +36,8 @@ def imagined(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "_current_index", lambda: 0)
     monkeypatch.setattr(hardware, "_capturing", lambda: False)
     monkeypatch.setattr(hardware, "results_folder", lambda: tmp_path / "results")
+    for name, value in (("CUDA_DIGEST", "of csrc"), ("CUDA_COMPILER", "nvcc 13.0"), ("CUDA_BUILD", "all of it")):
+        monkeypatch.setattr(native, name, value)
     forget()
     yield
     forget()
@@ -60,6 +62,14 @@ def checks(monkeypatch) -> list[str]:
     return asked
 
 
+def leave_out_cuda(monkeypatch) -> None:
+    """The extension as it is where it was built without nvcc."""
+    for name, value in (("CUDA_DIGEST", ""), ("CUDA_COMPILER", ""), ("CUDA_BUILD", "not built: no nvcc [here]")):
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(native, "available", lambda: True)
+    forget()
+
+
 def ship(tmp_path: Path, *records: hardware.Record) -> None:
     (tmp_path / "results").mkdir()
     content = {"schema": 1, "proved": [record.as_json() for record in records]}
@@ -79,11 +89,45 @@ def test_a_shipped_record_counts_without_a_check(tmp_path, checks):
     assert str(hardware.find("expand", GPU)).startswith(f"failed: wrong ({tmp_path / 'results' / 'imagined.json'}, 20")
 
 
-@pytest.mark.parametrize("changed", [{"gpu": "Other"}, {"capability": "sm_80"}, {"triton": "1.0"}, {"digest": "0"}])
-def test_a_record_of_something_else_does_not_count(tmp_path, changed):
-    record = hardware.make_record("project", GPU, True)
+CHANGES = [{"gpu": "Other"}, {"capability": "sm_80"}, {"compiler": "triton 1.0"}, {"digest": "0"}]
+
+
+@pytest.mark.parametrize("kernel", ("project", "decode_step"))
+@pytest.mark.parametrize("changed", CHANGES, ids=str)
+def test_a_record_of_something_else_does_not_count(tmp_path, changed, kernel):
+    record = hardware.make_record(kernel, GPU, True)
+    assert record.compiler.split()[0] == ("nvcc" if kernel == "decode_step" else "triton")
     ship(tmp_path, hardware.Record(**vars(record) | changed))
-    assert len(hardware.shipped()) == 1 and hardware.state("project", GPU) == "unproved"
+    assert len(hardware.shipped()) == 1 and hardware.state(kernel, GPU) == "unproved"
+
+
+@pytest.mark.parametrize("name", ("CUDA_DIGEST", "CUDA_COMPILER"))
+def test_another_build_of_csrc_is_unproved(monkeypatch, name):
+    hardware.keep(*(hardware.make_record(kernel, GPU, True) for kernel in ALL))
+    assert {hardware.state(kernel, GPU) for kernel in ALL} == {"proved"}
+    monkeypatch.setattr(native, name, "another")
+    forget()
+    assert {kernel for kernel in ALL if hardware.state(kernel, GPU) == "unproved"} == set(hardware.CUDA_KERNELS)
+
+
+def test_what_was_not_built_is_not_asked(monkeypatch, checks, tmp_path, capsys):
+    """Neither run nor kept, whatever is shipped; and everything says why."""
+    ship(tmp_path, *(hardware.make_record(kernel, GPU, True) for kernel in hardware.CUDA_KERNELS))
+    leave_out_cuda(monkeypatch)
+    assert not any(hardware.proves(kernel) or hardware.proves(kernel) for kernel in hardware.CUDA_KERNELS)
+    assert checks == [] and not hardware.own_path().exists()
+    for gpus in (0, 1):
+        rows = {line.split()[1]: line for line in shown(monkeypatch, gpus).splitlines() if line.startswith("│")}
+        assert all("not built: no nvcc [here]" in rows[kernel] for kernel in hardware.CUDA_KERNELS)
+        assert "no record" in rows["gate"]
+    monkeypatch.setattr(verify, "verify", lambda device: iter([[Check("case", "aten", "float32", "y", 0.0, 1.0)]]))
+    with pytest.warns(RuntimeWarning, match="the GPU kernel 'expand' failed its check"):
+        cli.verify(argparse.Namespace(device="cuda"))
+    assert tuple(checks) == hardware.TRITON_KERNELS
+    assert "kernel decode_step: not built: no nvcc [here]" in capsys.readouterr().out
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_unavailable", lambda: "no such file")
+    assert hardware.missing("decode_attend") == "not built: no such file" and not hardware.missing("gate")
 
 
 def test_changed_code_is_unproved(tmp_path, monkeypatch):
@@ -255,7 +299,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
     shown = interpreted(
         """
         import importlib, torch
-        from gci_kernels import self_check
+        from gci_kernels import hardware, self_check
         from gci_kernels.ops import triton_config as config
         from gci_kernels.ops.bottleneck import triton as stages
         from gci_kernels.ops.gate import triton as gate
@@ -273,7 +317,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
 
         one_config = config.choose_project_reduce_config
         config.choose_project_reduce_config = lambda tokens, *_: small if tokens == 48 else None
-        for kernel in self_check.STAGES:
+        for kernel in hardware.TRITON_KERNELS:
             print("right", kernel, failed(kernel))
 
         def unwritten(right):
@@ -318,7 +362,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
         """
     )
     lines = shown.splitlines()
-    assert len(lines) == len(hardware.KERNELS) + 10, shown
+    assert len(lines) == len(hardware.TRITON_KERNELS) + 10, shown
     for line in lines:
         verdict, _, names = line.split(maxsplit=2)
         assert (names == "[]") == (verdict == "right"), line
@@ -375,7 +419,9 @@ def test_verify_renews_every_record(monkeypatch, capsys, checks, fails):
     status = cli.verify(argparse.Namespace(device="cuda"))
     assert status == (0 if fails == "nothing" else 1) and sorted(checks) == sorted(ALL)
     whole = "failed: the whole op failed: case bfloat16: dx"
-    assert all(str(hardware.find(kernel, GPU)).startswith(whole if fails == "triton" else "proved") for kernel in ALL)
+    wrong = set(hardware.TRITON_KERNELS) if fails == "triton" else set()  # what is wrong in Triton is not CUDA C++'s
+    for kernel in ALL:
+        assert str(hardware.find(kernel, GPU)).startswith(whole if kernel in wrong else "proved")
     assert f"kernel gate on Imagined 1000: {whole if fails == 'triton' else 'proved'}" in capsys.readouterr().out
 
 
@@ -403,7 +449,9 @@ def test_auto_takes_what_is_proved_and_expected_to_be_faster():
         assert set(vars(plan(tokens, dtype)).values()) == {"aten"}
 
 
-@pytest.mark.parametrize("kernel", sorted(ALL - {"row_linear"}))  # its plan: test_row_linear.py
+@pytest.mark.parametrize(
+    "kernel", sorted(set(hardware.TRITON_KERNELS) - {"row_linear"})
+)  # test_row_linear.py has its plan
 def test_auto_leaves_out_what_is_not_proved(kernel):
     stage, mixer = ("mix", kernel) if kernel in ("gate", "attention") else (kernel, "gate")
     made = vars(plan(8192, torch.bfloat16, ALL - {kernel}, mixer=mixer))

@@ -57,6 +57,25 @@ const char* step_objection(const DecodeArgs& a, const float* partial, int splits
   return overlap_objection(a);
 }
 
+const char* attention_objection(const DecodeGroup& g, const AttendGroup& attend, DType adapter) {
+  if (g.experts != 0) return "an adapter that attends must have no experts";
+  if (!usable(attend.qkv, adapter)) return "qkv must be an aligned address";
+  if (attend.heads < 1 || g.rank % attend.heads) return "heads must divide rank";
+  if (g.rank / attend.heads > decode_max_head) return "a head must have at most 128 columns";
+  return nullptr;
+}
+
+// `used`: the most that a group keeps of a token.
+const char* cache_objection(const DecodeArgs& a, const AttendArgs& t, int64_t used) {
+  if (t.capacity < 1 || t.capacity > max_length) return "capacity must be 1 to 2^31";
+  if (!usable(t.kv, a.dtype)) return "kv must be an aligned address";
+  if (!t.past || !aligned(t.past, sizeof *t.past)) return "past must be an aligned address";
+  if (!aligned(t.segments, sizeof *t.segments)) return "segments must be an aligned address";
+  if (t.ld_kv < used || t.ld_kv > max_length) return "a row of kv must hold 2 * rank values of every group, and at most 2^31";
+  if (a.tokens > 1 && t.stride_kv < (t.capacity - 1) * t.ld_kv + used) return "the sequences of kv must not overlap";
+  return nullptr;
+}
+
 }  // namespace
 
 int decode_splits(int tokens, int columns, int64_t in) {
@@ -85,24 +104,14 @@ const char* decode_expand_objection(const DecodeArgs& a, const float* partial, i
   return nullptr;
 }
 
-const char* decode_attend_objection(const AttendArgs& a) {
-  if (const char* objection = dtypes_objection(a.dtype, a.adapter_dtype)) return objection;
-  if (a.batch < 1 || a.batch > 65535) return "batch must be 1 to 65535";
-  if (a.rank < 1 || a.rank > decode_max_columns) return "rank must be 1 to 512";
-  if (a.heads < 1 || a.rank % a.heads) return "heads must divide rank";
-  if (a.rank / a.heads > decode_max_head) return "a head must have at most 128 columns";
-  if (a.in < 1 || a.in > max_length) return "in must be 1 to 2^31";
-  if (a.capacity < 1 || a.capacity > max_length) return "capacity must be 1 to 2^31";
-  if (!usable(a.x, a.dtype)) return "x must be an aligned address";
-  if (!usable(a.A, a.adapter_dtype)) return "A must be an aligned address";
-  if (!usable(a.qkv, a.adapter_dtype)) return "qkv must be an aligned address";
-  if (!usable(a.kv, a.dtype)) return "kv must be an aligned address";
-  if (!usable(a.u, DType::float32)) return "u must be an aligned address";
-  if (!a.past || !aligned(a.past, sizeof *a.past)) return "past must be an aligned address";
-  if (!aligned(a.segments, sizeof *a.segments)) return "segments must be an aligned address";
-  if (a.batch > 1 && a.ld_x < a.in) return "the rows of x must not overlap";
-  if (a.batch > 1 && a.stride_kv < a.capacity * 2 * a.rank) return "the sequences of kv must not overlap";
-  return nullptr;
+const char* decode_attend_objection(const DecodeArgs& a, const AttendArgs& t, const float* partial, int columns) {
+  if (const char* objection = decode_project_objection(a, partial, 1, columns)) return objection;
+  int64_t used = 0;
+  for (int i = 0; i < a.num_groups; ++i) {
+    if (const char* objection = attention_objection(a.groups[i], t.groups[i], a.adapter_dtype)) return objection;
+    used = 2 * a.groups[i].rank > used ? 2 * a.groups[i].rank : used;
+  }
+  return cache_objection(a, t, used);
 }
 
 }  // namespace gci

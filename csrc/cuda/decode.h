@@ -36,9 +36,10 @@ const char* decode_project_objection(const DecodeArgs&, const float* partial, in
 int decode_expand(const DecodeArgs&, const float* partial, int splits, int columns, void* stream);
 const char* decode_expand_objection(const DecodeArgs&, const float* partial, int splits, int columns);
 
-// Where *past is negative or not below capacity, nothing is written into the cache and u is NaN.
-int decode_attend(const AttendArgs&, void* stream);
-const char* decode_attend_objection(const AttendArgs&);
+// partial[token] = u of the token's group, float32 [tokens, columns], as decode_project writes it with one split. Where
+// *past is negative or not below capacity, nothing is written into the cache and u is NaN.
+int decode_attend(const DecodeArgs&, const AttendArgs&, float* partial, int columns, void* stream);
+const char* decode_attend_objection(const DecodeArgs&, const AttendArgs&, const float* partial, int columns);
 
 const char* cuda_error_name(int error);
 const char* cuda_error_text(int error);

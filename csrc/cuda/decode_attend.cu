@@ -1,5 +1,6 @@
-// The first half of ALoRA's decoding step (arXiv 2405.17830, as ops/attention reads it), a block for each sequence:
-// z = x @ A.T, [q | k | v] = z @ qkv.T, k and v behind the cache, and the attention of q to all that the cache then holds.
+// The first half of ALoRA's decoding step (arXiv 2405.17830, as ops/attention reads it), a block for each token, which is
+// the new one of a sequence: z = x @ A.T, [q | k | v] = z @ qkv.T, k and v behind the cache, and the attention of q to all
+// that the cache then holds.
 //
 // A thread owns four columns of one head, of every so-manieth key, with an online softmax of its own; its neighbours own
 // the rest of the row, so that rows are read whole. But for the sums of a head's columns no thread waits for another until
@@ -103,8 +104,8 @@ __device__ inline Place place_of(int position, int lanes, int parts, int rank, i
 
 // All keys that are this thread's, in the order of their number.
 template <typename X>
-__device__ inline State attend(const Place& p, const float* q, const X* kv, int64_t keys, int rank, const int32_t* segments,
-                               int32_t own, bool vector) {
+__device__ inline State attend(const Place& p, const float* q, const X* kv, int64_t ld_kv, int64_t keys, int rank,
+                               const int32_t* segments, int32_t own, bool vector) {
   constexpr int N = keys_at_once<X>;
   const int slots = threads / p.lanes, slot = threadIdx.x / p.lanes;
   State s = {-INFINITY, 0, {}};
@@ -119,7 +120,7 @@ __device__ inline State attend(const Place& p, const float* q, const X* kv, int6
     for (int n = 0; n < N; ++n) {
       const int64_t key = first + n * slots + slot;
       visible[n] = key < keys && (!segments || segments[key] == own);
-      const X* row = kv + key * 2 * rank + p.column;
+      const X* row = kv + key * ld_kv + p.column;
       const int width = visible[n] ? p.width : 0;  // what nobody sees may be NaN, and is not read
       k[n] = load4(row, 0, width, vector);
       v[n] = load4(row + rank, 0, width, vector);
@@ -166,39 +167,52 @@ __device__ inline float finish(const float* states, int lanes, int index, int i)
 
 __device__ inline int round_to_power_of_two(int n) { return n > 1 ? 1 << (32 - __clz(n - 1)) : 1; }
 
+// The group of a token, or num_groups where it has none.
+__device__ inline int group_of(const DecodeArgs& a, int token) {
+  int n = 0;
+  while (n < a.num_groups && (token < a.groups[n].first || token >= a.groups[n].first + a.groups[n].count)) ++n;
+  return n;
+}
+
 template <typename X, typename W>
 __global__ void __launch_bounds__(threads, 1)
-    decode_attend_kernel(const __grid_constant__ AttendArgs a, bool wide, bool quads) {
+    decode_attend_kernel(const __grid_constant__ DecodeArgs a, const __grid_constant__ AttendArgs t, float* partial,
+                         int columns, bool wide, bool quads) {
   __shared__ float states[warps * 32 * state_size], z[decode_max_columns], q[decode_max_columns];
   let_next_start();
-  const int64_t b = blockIdx.x, past = *a.past;
-  float* u = a.u + b * a.rank;
-  if (past < 0 || past >= a.capacity) {
-    for (int c = threadIdx.x; c < a.rank; c += threads) u[c] = NAN;
+  const int n = group_of(a, blockIdx.x);
+  if (n == a.num_groups) return;  // the whole block
+  const DecodeGroup& g = a.groups[n];
+  const int rank = g.rank, heads = t.groups[n].heads;
+  const bool residual = t.groups[n].residual;
+  const int64_t sequence = a.rows[blockIdx.x], past = *t.past;
+  float* u = partial + int64_t(blockIdx.x) * columns;
+  if (past < 0 || past >= t.capacity) {
+    for (int c = threadIdx.x; c < rank; c += threads) u[c] = NAN;
     return;
   }
-  X* kv = static_cast<X*>(a.kv) + b * a.stride_kv;
-  const W* qkv = static_cast<const W*>(a.qkv);
-  // Both are needed once z is known; on their way from memory until then.
+  X* kv = static_cast<X*>(t.kv) + sequence * t.stride_kv;
+  const W* qkv = static_cast<const W*>(t.groups[n].qkv);
+  // Both are needed once z is known; on their way from memory until then. Rows of kv are as wide as the widest group's.
   constexpr int line = 128;
-  for (int64_t i = int64_t(threadIdx.x) * line; i < 3 * a.rank * a.rank * int64_t(sizeof(W)); i += threads * line)
+  for (int64_t i = int64_t(threadIdx.x) * line; i < 3 * rank * rank * int64_t(sizeof(W)); i += threads * line)
     prefetch_to_l2(reinterpret_cast<const char*>(qkv) + i);
-  for (int64_t i = int64_t(threadIdx.x) * line; i < past * 2 * a.rank * int64_t(sizeof(X)); i += threads * line)
+  for (int64_t i = int64_t(threadIdx.x) * line; i < past * t.ld_kv * int64_t(sizeof(X)); i += threads * line)
     prefetch_to_l2(reinterpret_cast<const char*>(kv) + i);
 
-  project(static_cast<const X*>(a.x) + b * a.ld_x, static_cast<const W*>(a.A), a.rank, a.in, wide, states, z);
-  const int size = a.rank / a.heads;
-  make_qkv(z, qkv, a.rank, rsqrtf(float(size)), q, kv + past * 2 * a.rank);
+  project(static_cast<const X*>(a.x) + sequence * a.ld_x, static_cast<const W*>(g.A), rank, a.in, wide, states, z);
+  const int size = rank / heads;
+  make_qkv(z, qkv, rank, rsqrtf(float(size)), q, kv + past * t.ld_kv);
   __syncthreads();  // the new row can be read, by this block
 
-  const int32_t* segments = a.segments ? a.segments + b * a.ld_segments : nullptr;
+  const int32_t* segments = t.segments ? t.segments + sequence * t.ld_segments : nullptr;
   const int32_t own = segments ? segments[past] : 0;
   const int64_t keys = own < 0 ? 0 : past + 1;
-  const int parts = round_to_power_of_two((size + part - 1) / part), positions = a.heads * parts;
+  const int parts = round_to_power_of_two((size + part - 1) / part), positions = heads * parts;
   const int lanes = min(round_to_power_of_two(positions), 32);
   for (int first = 0; first < positions; first += lanes) {
-    const Place place = place_of(first + threadIdx.x % lanes, lanes, parts, a.rank, a.heads);
-    const State s = attend(place, q, kv, keys, a.rank, segments, own, quads);
+    const Place place = place_of(first + threadIdx.x % lanes, lanes, parts, rank, heads);
+    const State s = attend(place, q, kv, t.ld_kv, keys, rank, segments, own, quads);
     if (lane_id() < lanes) {
       float* state = states + (warp_id() * lanes + lane_id()) * state_size;
       state[0] = s.largest;
@@ -209,25 +223,37 @@ __global__ void __launch_bounds__(threads, 1)
     __syncthreads();
     const int index = threadIdx.x / part, i = threadIdx.x % part;
     if (index < lanes) {
-      const Place other = place_of(first + index, lanes, parts, a.rank, a.heads);
+      const Place other = place_of(first + index, lanes, parts, rank, heads);
       const int c = other.column + i;
-      if (i < other.width) u[c] = finish(states, lanes, index, i) + (a.residual ? z[c] : 0.0f);
+      if (i < other.width) u[c] = finish(states, lanes, index, i) + (residual ? z[c] : 0.0f);
     }
     __syncthreads();
   }
 }
 
+// Whether every 16 bytes of x and A that the kernel reads at once lie on a multiple of 16.
+bool reads_wide(const DecodeArgs& a) {
+  const int64_t unit = a.dtype == DType::float32 ? 4 : 8;
+  bool result = a.in % unit == 0 && a.ld_x % unit == 0 && aligned(a.x, 16);
+  for (int n = 0; n < a.num_groups; ++n) result &= aligned(a.groups[n].A, 16);
+  return result;
+}
+
+// Whether every four values of kv that a thread reads at once are of one head and lie on a multiple of their size.
+bool reads_quads(const DecodeArgs& a, const AttendArgs& t) {
+  bool result = t.stride_kv % part == 0 && t.ld_kv % part == 0 && aligned(t.kv, a.dtype == DType::float32 ? 16 : 8);
+  for (int n = 0; n < a.num_groups; ++n) result &= a.groups[n].rank / t.groups[n].heads % part == 0;
+  return result;
+}
+
 }  // namespace
 
-int decode_attend(const AttendArgs& a, void* stream) {
-  if (decode_attend_objection(a)) return invalid_argument;
-  const int64_t unit = a.dtype == DType::float32 ? 4 : 8;
-  const bool wide = a.in % unit == 0 && (a.ld_x % unit == 0 || a.batch == 1) && aligned(a.x, 16) && aligned(a.A, 16);
-  const bool quads =
-      a.rank / a.heads % part == 0 && (a.stride_kv % part == 0 || a.batch == 1) && aligned(a.kv, unit == 4 ? 16 : 8);
-  const LaunchShape shape = {unsigned(a.batch), 1, 1, threads, 0, false};
+int decode_attend(const DecodeArgs& a, const AttendArgs& t, float* partial, int columns, void* stream) {
+  if (decode_attend_objection(a, t, partial, columns)) return invalid_argument;
+  const LaunchShape shape = {unsigned(a.tokens), 1, 1, threads, 0, false};
   return with_dtypes(a.dtype, a.adapter_dtype, [&](auto x, auto w) {
-    return launch(decode_attend_kernel<decltype(x), decltype(w)>, shape, stream, a, wide, quads);
+    return launch(decode_attend_kernel<decltype(x), decltype(w)>, shape, stream, a, t, partial, columns, reads_wide(a),
+                  reads_quads(a, t));
   });
 }
 

@@ -12,6 +12,7 @@
 #include "cuda/instructions.cuh"
 #include "cuda/launch.h"
 #include "cuda_bindings.h"
+#include "decode_bindings.h"
 
 Index threadIdx, blockIdx;
 
@@ -150,6 +151,7 @@ const char* cuda_error_text(int) { return "on a CPU"; }
 }  // namespace gci
 
 PYBIND11_MODULE(cuda_on_cpu, module) {
+  bind_decode_step(module);
   bind_cuda(module);
   module.def("seed", [](unsigned seed) { draws.seed(seed); });
 }
