@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -73,8 +74,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except ConvertError:
         raise
     except Exception as error:  # of a dozen kinds, by what the damage hits
-        # What torch.load says next is how to load the file all the same.
-        reason = str(error).strip().partition("\n")[0].partition(" In PyTorch")[0] or type(error).__name__
+        # Around what it found torch.load says how to load the file all the same.
+        found = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        reason = str(found).partition("\n")[0].partition(" Please ")[0] or type(found).__name__
         raise ConvertError(f"{path} is damaged, or holds other things than tensors: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConvertError(f"{path} must hold tensors by name, it holds a {type(found).__name__}")
@@ -208,7 +210,7 @@ def write_safetensors(path: Path, plan: Plan, advance: Callable[[int], None]) ->
 
 
 def _write_values(file: BinaryIO, tensor: Tensor) -> None:
-    file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_model(folder: Path, source: Checkpoint, replaced: Mapping[str, Plan], text: str, progress: bool) -> None:

@@ -75,9 +75,10 @@ def loramoe_from_published(
     reason = f"r={config.r} and lora_nums={config.num_experts}"
     for module, found in parts.items():
         inner, outer = _sizes(found.get("A0"), found.get("B0"))
-        allowed = {"route": (config.num_experts, inner)}
+        allowed = {}
         for i in range(config.num_experts):
             allowed |= {f"A{i}": (config.r, inner), f"B{i}": (outer, config.r)}
+        allowed["route"] = (config.num_experts, inner)
         _check(found, allowed, f"{module}.lora_{{}}.weight", where, reason)
         plan |= _stacked(PREFIX + module, found, config.num_experts)
     with new_folder(out) as scratch:
@@ -191,10 +192,12 @@ def _check(
     missing = [part for part in allowed if part not in found]
     if missing:
         raise ConvertError(f"{where} lacks {key.format(missing[0])}")
+    extra = sorted(found.keys() - allowed.keys())
+    if extra:
+        raise ConvertError(f"{where} holds {key.format(extra[0])}: an expert more than {reason} allow")
     dtype = found[next(iter(allowed))].dtype
-    for part, tensor in found.items():
-        if part not in allowed:
-            raise ConvertError(f"{where} holds {key.format(part)}: an expert more than {reason} allow")
+    for part in allowed:
+        tensor = found[part]
         if tuple(tensor.shape) != allowed[part]:
             shapes = f"{list(tensor.shape)}, and {reason} make it {list(allowed[part])}"
             raise ConvertError(f"{where}: {key.format(part)} has shape {shapes}")
