@@ -145,6 +145,8 @@ MOE_CONFIG_FAULTS = [
     (dict(bias="all"), "bias must be 'none'"), (dict(fan_in_fan_out=True), "fan_in_fan_out must be False"),
     (dict(target_modules=[3]), "target_modules must be a list"), (dict(target_modules=[]), "must be a list"),
     (dict(modules_to_save="lm_head"), "modules_to_save must be a list"),
+    (dict(target_modules="(up"), "target_modules is no regular expression"),
+    (dict(peft_type=["LORA"]), "an adapter of"),
 ]  # fmt: skip
 
 
@@ -247,6 +249,7 @@ def our_moe(moe, tmp_path):
 OUR_CONFIG_FAULTS = [
     (dict(top_k=2), "top_k=2: the published LoRAMoE uses every expert"), (dict(r=None), "lacks r"),
     (dict(r=4), "not this"), (dict(num_experts=300), "num_experts must be"), (dict(later=1), "has later, which"),
+    (dict(target_modules=[3]), "target_modules must be a list"),
 ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path} is damaged, or no JSON file: {error}") from error
     if not isinstance(found, dict):
         raise ConvertError(f"{path} must hold a JSON object, it holds a {type(found).__name__}")
@@ -75,8 +75,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # of a dozen kinds, by what the damage hits
         # Around what it found torch.load says how to load the file all the same.
-        found = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
-        reason = str(found).partition("\n")[0].partition(" Please ")[0] or type(found).__name__
+        cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        reason = str(cause).partition("\n")[0].partition(" Please ")[0] or type(cause).__name__
         raise ConvertError(f"{path} is damaged, or holds other things than tensors: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConvertError(f"{path} must hold tensors by name, it holds a {type(found).__name__}")

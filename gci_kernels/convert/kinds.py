@@ -46,7 +46,7 @@ def recognise(folder: str | os.PathLike) -> Kind:
         found = read_json(config)
         method = found.get("peft_type")
         ours = {LoRAMoEConfig.method: Kind.LORAMOE, LoKIConfig.method: Kind.LOKI}
-        if method in ours:
+        if isinstance(method, str) and method in ours:
             return ours[method]
         if method == "LORA" and "lora_nums" in found:
             return Kind.PUBLISHED_LORAMOE

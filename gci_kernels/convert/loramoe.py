@@ -75,7 +75,7 @@ def loramoe_from_published(
     reason = f"r={config.r} and lora_nums={config.num_experts}"
     for module, found in parts.items():
         inner, outer = _sizes(found.get("A0"), found.get("B0"))
-        allowed = {}
+        allowed: dict[str, tuple[int, int]] = {}
         for i in range(config.num_experts):
             allowed |= {f"A{i}": (config.r, inner), f"B{i}": (outer, config.r)}
         allowed["route"] = (config.num_experts, inner)
@@ -233,6 +233,10 @@ def _check_modules(path: Path, field: str, value: object) -> None:
     allowed = isinstance(value, str) if field == "target_modules" else value in (None, [])
     if not names and not allowed:
         raise ConvertError(f"{path}: {field} must be a list of module names, got {value!r}")
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        raise ConvertError(f"{path}: {field} is no regular expression: {error}") from error
 
 
 def _our_config(published: dict[str, Any], parts: Parts, path: Path, where: Path) -> LoRAMoEConfig:
@@ -287,6 +291,8 @@ def _read_our_config(path: Path) -> LoRAMoEConfig:
     if missing:
         raise ConvertError(f"{path} lacks {missing[0]}")
     _check_modules(path, "modules_to_save", found.get("modules_to_save"))
+    if found.get("target_modules") is not None:
+        _check_modules(path, "target_modules", found["target_modules"])
     try:
         config = LoRAMoEConfig(**found)
     except (ValueError, TypeError) as error:
