@@ -109,6 +109,9 @@ def test_widths_of_values_never_put_a_tensor_askew(tmp_path):
         "d": torch.tensor(3.0, dtype=torch.float64), "e": torch.empty(0, 4), "f": torch.arange(6).view(2, 3).t(),
     }.items()}  # fmt: skip
     files.write_safetensors(tmp_path / "file", plan, lambda count: None)
+    data = (tmp_path / "file").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert all(header[name]["data_offsets"][0] % planned.dtype.itemsize == 0 for name, planned in plan.items())
     same_bits(load_file(tmp_path / "file"), {name: planned.make().contiguous() for name, planned in plan.items()})
 
 

@@ -158,10 +158,29 @@ def test_positions_that_the_checkpoint_does_not_say(split, tmp_path):
         refused(split, tmp_path, "rows.json", "of which 3 of 16 are trained", positions=tmp_path / "rows.json")
 
 
+def test_a_low_rank_change_is_added_as_merging_adds_it(tmp_path):
+    """In float32, and rounded once."""
+    base = tiny_llama(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    model = our_loki(tmp_path / "ours", torch.bfloat16, bias=False, r=3, positions=[list(range(16)), [1]])
+    convert(tmp_path / "ours", tmp_path / "published", base=tmp_path / "base", progress=False)
+    convert(tmp_path / "published", tmp_path / "plain", to="plain", progress=False)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    same_bits(plain.state_dict(), model.merge_and_unload().state_dict())
+
+
+def test_nan_is_equal_to_itself(split, tmp_path):
+    for folder, name in ((split, DOWN + "frozen.weight"), (tmp_path / "base", DOWN + "weight")):
+        _tensors(lambda w, name=name: w[name][0, 0].fill_(torch.nan))(folder)
+    convert(split, tmp_path / "ours", base=tmp_path / "base", progress=False)
+
+
 def test_a_tied_model_saves_its_head_once(tmp_path):
     tiny_llama(tied=True).save_pretrained(tmp_path / "base")
     source = save_split(tmp_path / "published", split_model(tiny_llama(tied=True)))
     convert(source, tmp_path / "ours", base=tmp_path / "base", progress=False)
+    _tensors(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(source)
+    convert(source, tmp_path / "again", base=tmp_path / "base", progress=False)
 
 
 DOWN = "model.layers.0.mlp.down_proj."
