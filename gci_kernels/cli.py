@@ -1,4 +1,4 @@
-"""The command line: gci-kernels info | verify | bench | tune | attribute | select."""
+"""The command line: gci-kernels info | verify | bench | tune | attribute | select | convert."""
 
 import argparse
 import sys
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `gci-kernels` and `python -m gci_kernels`."""
     from gci_kernels.bench import run as bench
     from gci_kernels.bench import tune
+    from gci_kernels.convert import cli as convert
     from gci_kernels.loki import cli as loki
 
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
@@ -81,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("select", help="LoKI: choose rows to train by their scores")
     loki.add_select_arguments(command)
     command.set_defaults(run=loki.choose)
+    command = commands.add_parser("convert", help="checkpoints of the published LoRAMoE and LoKI to ours, and back")
+    convert.add_arguments(command)
+    command.set_defaults(run=convert.main)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -1,0 +1,11 @@
+"""Checkpoints of the published LoRAMoE and LoKI repositories, to ours and back."""
+
+from gci_kernels.convert.files import Converted, ConvertError
+from gci_kernels.convert.kinds import Kind, convert, recognise
+from gci_kernels.convert.loki import loki_from_published, loki_merge_published, loki_to_published
+from gci_kernels.convert.loramoe import loramoe_from_published, loramoe_to_published
+
+__all__ = [
+    "ConvertError", "Converted", "Kind", "convert", "loki_from_published", "loki_merge_published", "loki_to_published",
+    "loramoe_from_published", "loramoe_to_published", "recognise",
+]  # fmt: skip

@@ -1,0 +1,281 @@
+"""The files of checkpoints: read with every fault named, and written so that a killed run leaves nothing half-made."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MODEL = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What goes along with the weights, whatever these become.
+_COMPANIONS = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*|generation_config\.json"
+)
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class ConvertError(ValueError):
+    """A checkpoint that is damaged, incomplete, or cannot be converted. Its message names the file and the reason."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is damaged, or no JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise ConvertError(f"{path} must hold a JSON object, it holds a {type(found).__name__}")
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, on the CPU; nothing in it is run.
+
+    Raises:
+        ConvertError: it is damaged, or holds anything but floating-point tensors by name.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                broken = parts.testzip()
+            if broken is not None:
+                raise ConvertError(f"{path} is damaged: its part {broken} does not match its checksum")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except ConvertError:
+        raise
+    except Exception as error:  # of a dozen kinds, by what the damage hits
+        # Around what it found torch.load says how to load the file all the same.
+        cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        reason = str(cause).partition("\n")[0].partition(" Please ")[0] or type(cause).__name__
+        raise ConvertError(f"{path} is damaged, or holds other things than tensors: {reason}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ConvertError(f"{path} must hold tensors by name, it holds a {type(found).__name__}")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise ConvertError(f"{path}: {name} is no tensor, it is a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.dtype not in _FLOATS or tensor.device.type != "cpu":
+            raise ConvertError(f"{path}: {name} must be a dense tensor of 16, 32 or 64-bit floating-point numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ConvertError(f"{path} is damaged: {name} has shape {list(tensor.shape)}, and fewer values")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+class Checkpoint:
+    """The tensors of a safetensors file or of several with an index, by name. Each is mapped, and read when used.
+
+    Args:
+        folder: holds the file `name`, or else shards and their index.
+        name: of the one file.
+
+    Raises:
+        ConvertError: a file is missing or damaged, or the index does not fit the shards.
+    """
+
+    def __init__(self, folder: Path, name: str = MODEL) -> None:
+        self.folder, index = folder, folder / INDEX
+        self.sharded = not (folder / name).is_file() and name == MODEL and index.is_file()
+        self.path = index if self.sharded else folder / name
+        self._where: dict[str, str] = _weight_map(index) if self.sharded else {}
+        self._files = {file: _open(folder / file) for file in (sorted(set(self._where.values())) or [name])}
+        held = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
+        for tensor, file in self._where.items():
+            if tensor not in self._files[file].keys():
+                raise ConvertError(f"{folder / file} lacks {tensor}, which {INDEX} says is there")
+        if self.sharded and held.keys() != self._where.keys():
+            extra = min(held.keys() - self._where.keys())
+            raise ConvertError(f"{folder / held[extra]} holds {extra}, which {INDEX} does not name")
+        self._where = self._where or held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._where))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        path = self.file(name)
+        try:
+            return self._files[path.name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ConvertError(f"{path}: {name} cannot be read ({error})") from error
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.folder / self._where[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self._files[self._where[name]].get_slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise ConvertError(f"{self.file(name)}: {name} has dtype {code}; known: {', '.join(_DTYPES)}")
+        return _DTYPES[code]
+
+    def nbytes(self, name: str) -> int:
+        return self.planned(name).nbytes
+
+    def shards(self) -> dict[str, list[str]]:
+        """The names of the tensors in each file."""
+        return {file: [name for name in self if self._where[name] == file] for file in self._files}
+
+    def planned(self, name: str) -> "Planned":
+        """The tensor as it is, to be written."""
+        return Planned(self.dtype(name), self.shape(name), lambda: self[name])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    files = found.values() if isinstance(found, dict) else ()
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise ConvertError(f"{index} must have a weight_map from tensors to files beside it")
+    assert isinstance(found, dict)
+    return found
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ConvertError(f"{path} does not exist")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{path} is damaged, or no safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of a file that is going to be written; `make` gives it, so that few are in memory at a time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+Plan = Mapping[str, Planned]
+
+
+def write_safetensors(path: Path, plan: Plan, advance: Callable[[int], None]) -> None:
+    """Writes a safetensors file, one tensor in memory at a time; `advance` is told the bytes of each."""
+    # The widest first: every tensor then begins at a multiple of its values' size, as readers need it.
+    names = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + plan[name].nbytes
+        header[name] = {
+            "dtype": _CODES[plan[name].dtype], "shape": plan[name].shape, "data_offsets": [start, end],
+        }  # fmt: skip
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in names:
+            _write_values(file, plan[name].make())
+            advance(plan[name].nbytes)
+
+
+def _write_values(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_model(folder: Path, source: Checkpoint, replaced: Mapping[str, Plan], text: str, progress: bool) -> None:
+    """A model's weights as `source` has them and in the same shards, some tensors replaced by others (or by none)."""
+    plans: dict[str, dict[str, Planned]] = {}
+    for file, names in source.shards().items():
+        plan: dict[str, Planned] = {}
+        for name in names:
+            plan |= replaced.get(name, {name: source.planned(name)})
+        plans[file] = plan
+    total = sum(planned.nbytes for plan in plans.values() for planned in plan.values())
+    with progress_bar(text, total, progress) as advance:
+        for file, plan in plans.items():
+            write_safetensors(folder / file, plan, advance)
+    if source.sharded:
+        where = {name: file for file, plan in plans.items() for name in plan}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when all has gone well, and is gone when not.
+
+    Raises:
+        ConvertError: `target` is there and not an empty folder, or has no folder to be made in.
+    """
+    check_target(target)
+    target = Path(os.path.abspath(target))
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConvertError(f"{target} is there already: choose another name, or an empty folder")
+    if not target.absolute().parent.is_dir():
+        raise ConvertError(f"{target}: its folder does not exist")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """The tokenizer and the like, where `source` has them."""
+    for path in source.iterdir():
+        if path.is_file() and _COMPANIONS.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, in bytes, which goes when all is done; gives what moves it on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: the adapted modules' number, and what its user should know."""
+
+    modules: int
+    notes: tuple[str, ...] = ()

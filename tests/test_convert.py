@@ -1,0 +1,143 @@
+"""What conversion does whatever it converts: what it recognises and refuses, how it writes, and the command."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gci_kernels.cli import main
+from gci_kernels.convert import ConvertError, Kind, convert, files, loki_from_published, recognise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+if "published_layers" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("published_layers", Path(__file__).with_name("published_layers.py"))
+    sys.modules["published_layers"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["published_layers"])
+from published_layers import ROWS, our_loki, refused, same_bits  # noqa: E402
+
+moe = sys.modules["published_layers"].moe
+split = sys.modules["published_layers"].split
+
+
+def test_what_is_no_checkpoint(moe, split, tmp_path):
+    refused(tmp_path / "none", tmp_path, "none", "does not exist")
+    refused(moe / "tokenizer.json", tmp_path, "tokenizer.json", "is no folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, "empty", "holds none of adapter_config.json, model.safetensors and")
+    refused(tmp_path / "base", tmp_path, "base", "is a plain model, which can become nothing else")
+
+
+def test_what_it_cannot_become(moe, split, tmp_path):
+    our_loki(tmp_path / "ours")
+    for source, options, reason in (
+        (moe, dict(to="published"), "can become ours, not published"),
+        (moe, dict(to="plain"), "can become ours, not plain"),
+        (moe, dict(base=split), "base is of no use"),
+        (moe, dict(positions="rows.json"), "positions are of no use"),
+        (split, dict(to="published"), "can become ours or plain, not published"),
+        (split, dict(to="plain", base=tmp_path / "base"), "base is of no use"),
+        (tmp_path / "ours", {}, "give base"),
+    ):
+        refused(source, tmp_path, source.name, reason, **options)
+
+
+@pytest.mark.parametrize("there", ("file", "full", "empty", "orphan"))
+def test_a_target_that_is_there(moe, tmp_path, there):
+    target = tmp_path / "target"
+    if there == "file":
+        target.write_text("mine")
+    elif there == "orphan":
+        with pytest.raises(ConvertError, match="its folder does not exist"):
+            convert(moe, target / "deeper", progress=False)
+        return
+    else:
+        target.mkdir()
+    if there == "full":
+        (target / "mine").write_text("mine")
+    if there == "empty":
+        convert(moe, target, progress=False)
+        assert recognise(target) == Kind.LORAMOE
+        return
+    refused(moe, tmp_path, "target", "is there already")
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, OSError))
+def test_a_run_that_ends_early_leaves_nothing(split, tmp_path, monkeypatch, error):
+    seen = []
+
+    def failing(path, plan, advance):
+        path.write_bytes(b"half")
+        seen.append((tmp_path / "target").exists())
+        raise error
+
+    for module in ("loramoe.write_safetensors", "loki.write_safetensors", "files.write_safetensors"):
+        monkeypatch.setattr(f"gci_kernels.convert.{module}", failing)
+    before = sorted(os.listdir(tmp_path))
+    for to in ("ours", "plain"):
+        with pytest.raises(error):
+            convert(split, tmp_path / "target", to=to, progress=False)
+        assert sorted(os.listdir(tmp_path)) == before
+    assert seen == [False, False]
+
+
+def test_weights_are_written_one_tensor_at_a_time(split, tmp_path, monkeypatch):
+    """Nothing but the tensor on its way is made."""
+    alive, most = set(), []
+    real = files._write_values
+
+    def watched(file, tensor):
+        alive.add(id(tensor))
+        most.append(len(alive))
+        real(file, tensor)
+        alive.clear()
+
+    monkeypatch.setattr(files, "_write_values", watched)
+    convert(split, tmp_path / "plain", to="plain", progress=False)
+    assert max(most) == 1 and len(most) == len(load_file(tmp_path / "plain" / "model.safetensors"))
+
+
+def test_widths_of_values_never_put_a_tensor_askew(tmp_path):
+    plan = {name: files.Planned(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in {
+        "a": torch.tensor([True, False, True]), "b": torch.randn(3), "c": torch.randn(1, 5).half(),
+        "d": torch.tensor(3.0, dtype=torch.float64), "e": torch.empty(0, 4), "f": torch.arange(6).view(2, 3).t(),
+    }.items()}  # fmt: skip
+    files.write_safetensors(tmp_path / "file", plan, lambda count: None)
+    data = (tmp_path / "file").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert all(header[name]["data_offsets"][0] % planned.dtype.itemsize == 0 for name, planned in plan.items())
+    same_bits(load_file(tmp_path / "file"), {name: planned.make().contiguous() for name, planned in plan.items()})
+
+
+def test_command(moe, split, tmp_path, capsys):
+    assert main(["convert", str(moe), str(tmp_path / "ours")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{moe}: an adapter of the published LoRAMoE", f"{tmp_path}/ours: a GCI_LORAMOE adapter, 6 modules"]
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "published"]) == 0
+    assert recognise(tmp_path / "back") == Kind.PUBLISHED_LORAMOE
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    base, rows = ["--base", str(tmp_path / "base")], ["--positions", str(tmp_path / "rows.json")]
+    assert main(["convert", str(split), str(tmp_path / "rows"), *base, *rows]) == 0
+    assert main(["convert", str(tmp_path / "loki"), str(tmp_path / "split"), *base]) == 0
+    assert main(["convert", str(split), str(tmp_path / "plain"), "--to", "plain"]) == 0
+    assert recognise(tmp_path / "plain") == Kind.PLAIN
+    capsys.readouterr()
+    assert main(["convert", str(split), str(tmp_path / "unchecked")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("note: nothing was compared")
+    assert main(["convert", str(moe), str(tmp_path / "ours")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"{tmp_path}/ours is there already: choose another name, or an empty folder\n"
+
+
+def test_functions_take_strings_and_show_a_bar_on_stderr(split, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "Console", lambda **options: Console(**options, force_terminal=True))
+    capsys.readouterr()
+    loki_from_published(str(split), str(tmp_path / "ours"), base=str(tmp_path / "base"))
+    out, err = capsys.readouterr()
+    assert out == "" and "comparing with the base" in err and "writing rows" in err
