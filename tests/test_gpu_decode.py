@@ -296,7 +296,7 @@ def test_attend_where_only_one_adapter_or_row_is_aligned(where):
     """What one launch may read at once is decided over all groups and strides."""
     groups = [make_attending(F32, 64, 8, 2, 0, 1), make_attending(F32, 64, 8, 2, 1, 2)]
     if where == "A":
-        groups[1] = dataclasses.replace(groups[1], A=randn(8, 64, offset=1))
+        groups[1] = groups[1]._replace(A=randn(8, 64, offset=1))
     c = make_case(F32, groups, [2, 0, 1], 9, 12, width=17 if where == "kv" else 16, gap=int(where == "x"))
     check_attend(c)
 
