@@ -14,6 +14,7 @@ from rich.table import Table
 from gci_kernels import __version__, hardware, native
 from gci_kernels.cache import cache_dir
 from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.ops.decode import choose_decode
 
 NO_RECORD = "no record: these kernels have never run on real hardware"
 
@@ -72,6 +73,10 @@ def _plans(gpus: list[torch.device]) -> Table:
                 what = dict(tokens=tokens, dtype=dtype, device_type=device.type, mixer="gate")
                 plan = choose_plan("auto", **what, proved=proved)
                 plans.add_row(device.type, str(dtype).removeprefix("torch."), str(tokens), str(plan))
+            step = dict(tokens=1, columns=40, experts=8, dtype=dtype, adapter_dtype=dtype, device_type=device.type)
+            launches = choose_decode(**step, proved=proved)
+            if launches is not None:
+                plans.add_row(device.type, str(dtype).removeprefix("torch."), "1, generating", str(launches))
     return plans
 
 

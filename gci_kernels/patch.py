@@ -194,7 +194,10 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer: `plan` says which implementation runs each stage, or `declined` why PEFT's own code does."""
+    """One adapted layer: `plan` says which implementation runs each stage, or `declined` why PEFT's own code does.
+
+    `decode` is what a decoding step of one token launches, None where it takes the plan's stages too.
+    """
 
     name: str
     method: str
@@ -203,18 +206,20 @@ class LayerReport:
     base: str
     plan: str | None
     declined: str | None
+    decode: str | None = None
 
 
 class Report(list[LayerReport]):
     """The adapted layers of a model; printing it gives a table, equal layers in one row."""
 
     def __str__(self) -> str:
-        table = Table("layers", "method", "shape", "dtype", "base product", "plan, or why declined", expand=False)
+        columns = ("layers", "method", "shape", "dtype", "base product", "plan, or why declined", "decoding step")
+        table = Table(*columns, expand=False)
         groups: dict[tuple, list[str]] = {}
         for layer in self:
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
             plan = layer.plan or f"declined: {layer.declined}"
-            row = (pattern, layer.method, layer.shape, layer.dtype, layer.base, plan)
+            row = (pattern, layer.method, layer.shape, layer.dtype, layer.base, plan, layer.decode or "by stages")
             groups.setdefault(row, []).append(layer.name)
         for row, names in groups.items():
             table.add_row(f"{row[0]} x {len(names)}", *row[1:])
@@ -227,7 +232,8 @@ class Report(list[LayerReport]):
 def report(model: nn.Module) -> Report:
     """What runs where: one :class:`LayerReport` for each adapted layer of `model`, as it is now.
 
-    The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another.
+    The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another. What a decoding step
+    launches is said of the active adapters' first.
     """
     made = (_layer_report(name, module) for name, module in model.named_modules())
     return Report(layer for layer in made if layer is not None)
@@ -260,12 +266,13 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         method = "LoRA " + ", ".join(f"r={rank}" for rank in module.r.values())
     else:
         method = type(module).__name__
-    plan = None
+    plan = decode = None
     if declined is None:
         device = next(module.parameters()).device.type
-        shape = dict(tokens=2048, dtype=dtype or next(module.parameters()).dtype, device_type=device)
+        shape = dict(dtype=dtype or next(module.parameters()).dtype, device_type=device)
         own = isinstance(module, AdaptedLinear)
-        plan = module.plan(**shape) if own else str(choose_plan("auto", **shape, mixer="identity"))
+        plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
+        decode = module.decode_plan(**shape)
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"
     return LayerReport(
@@ -276,4 +283,5 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         base="fused" if obstacle is None and declined is None else f"own call: {obstacle or 'declined'}",
         plan=plan,
         declined=declined,
+        decode=None if decode is None else str(decode),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gci_kernels import ops
 from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.ops.decode import Group, find_step, plan_groups
 from gci_kernels.ops.row_linear.plan import NO_NATIVE
 from gci_kernels.testing import Check, error_bound, relative_error
 
@@ -17,7 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op over x [tokens, in]: "lora", "loramoe", "alora" or "loki", whose `r` is its active rows."""
+    """One call of an op over x [tokens, in]: "lora", "loramoe", "alora" or "loki", whose `r` is its active rows.
+
+    `step`: a decoding step, which has no gradients and is C++ and CUDA C++ alone; of ALoRA the new tokens of as many
+    sequences, whose past is all before.
+    """
 
     method: str
     tokens: int
@@ -28,12 +33,13 @@ class Case:
     top_k: int | None = None
     heads: int = 1
     dropout_p: float = 0.0
+    step: bool = False
 
     def __str__(self) -> str:
         size = {"loramoe": f"{self.experts}x{self.r}", "loki": f"{self.r} rows"}.get(self.method, f"r={self.r}")
         more = {"loramoe": f" top_k={self.top_k}", "alora": f" {self.heads} heads"}.get(self.method, "")
         shape = f"T={self.tokens} {self.in_features}->{self.out_features}"
-        return f"{self.method} {size}{more} {shape} p={self.dropout_p}"
+        return f"{self.method} {size}{more} {shape} " + ("decoding" if self.step else f"p={self.dropout_p}")
 
 
 # Odd sizes, one token, one expert, larger than a tile.
@@ -48,7 +54,12 @@ CASES = (
     Case("loki", 130, 67, 45, 9),
     Case("loki", 1, 64, 48, 48),
     Case("loramoe", 64, 96, 80, 4, experts=6, dropout_p=0.25),
+    Case("lora", 1, 67, 145, 16, step=True),
+    Case("loramoe", 8, 130, 77, 4, experts=8, step=True),
+    Case("loramoe", 16, 67, 45, 3, experts=5, top_k=2, step=True),
+    Case("alora", 3, 67, 45, 16, heads=4, step=True),
 )
+_PAST = 70  # tokens before an ALoRA step's own
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -86,6 +97,9 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run_case(case: Case, tensors: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     """The outputs and every gradient of one case, for a fixed random dout and a fixed dropout seed."""
+    if case.step:
+        with torch.no_grad():
+            return _step(case, tensors, impl)
     frozen = ("weight", "bias", "positions") if case.method == "loki" else ()
     leaves = {name: t.clone().requires_grad_(name not in frozen) for name, t in tensors.items()}
     torch.manual_seed(1)
@@ -107,6 +121,39 @@ def _outputs(case: Case, leaves: dict[str, Tensor], impl: str) -> dict[str, Tens
     if case.method == "loramoe":
         return dict(zip(("y", "gates"), ops.loramoe_linear(**leaves, top_k=case.top_k, **options), strict=True))
     return dict(zip(("y", "kv"), ops.alora_linear(**leaves, num_heads=case.heads, **options), strict=True))
+
+
+def _step(case: Case, t: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+    """One token of each sequence; the reference in full, and the kernel over a cache with places to spare."""
+    x, weight, bias, A, B, qkv, heads = t["x"], t["weight"], t["bias"], t["A"], t["B"], t.get("qkv"), case.heads
+    past = None
+    if qkv is not None:
+        generator = torch.Generator().manual_seed(3)
+        past = torch.randn(case.tokens, _PAST, 2 * case.r, generator=generator, dtype=torch.float64).to(x)
+    if impl == "reference":
+        if past is None:
+            return {"y": _outputs(case, t, impl)["y"]}
+        options = dict(num_heads=heads, scaling=2.0, sequence=ops.Sequence(None, _PAST), past=past, impl=impl)
+        y, kv = ops.alora_linear(x[:, None], weight, bias, A, qkv, B, **options)
+        return {"y": y[:, 0], "kv": kv[:, 0]}
+    group = Group(A, B, 2.0, 0, case.tokens, t.get("router"), case.top_k, qkv, heads)
+    step = find_step(x, weight, bias, (group,))
+    if past is None:
+        return {"y": step.run(x)}
+    cache = torch.cat((past, past.new_full((case.tokens, 2, 2 * case.r), float("nan"))), 1)
+    filled = torch.tensor([_PAST], dtype=torch.int32, device=x.device)
+    return {"y": step.attend(x, None, cache, filled, None), "kv": cache[:, _PAST]}
+
+
+def step_obstacle(case: Case, impl: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` takes no decoding step there, or None where it does."""
+    if impl != "native":
+        return "steps are C++ and CUDA C++"
+    tensors = make_inputs(case, dtype, device)
+    group = Group(tensors["A"], tensors["B"], 2.0, 0, case.tokens, tensors.get("router"), None, tensors.get("qkv"))
+    if plan_groups((group,), case.tokens, dtype, torch.device(device).type) is None:
+        return f"no kernel takes a step of {dtype} on {device}"
+    return None
 
 
 def obstacle(impl: str, device: str, dtype: torch.dtype, method: str = "lora") -> str | None:
@@ -139,5 +186,9 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: str) -> list[C
 def verify(device: str = "cpu") -> Iterator[list[Check]]:
     """One list of checks for each case, dtype and implementation that can run on `device`."""
     for case, dtype, impl in itertools.product(CASES, DTYPES, ("aten", "native", "triton")):
-        if obstacle(impl, device, dtype, case.method) is None:
+        if case.step:
+            reason = step_obstacle(case, impl, device, dtype)
+        else:
+            reason = obstacle(impl, device, dtype, case.method)
+        if reason is None:
             yield check_case(case, dtype, impl, device)

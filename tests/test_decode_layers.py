@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
+from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion
 
@@ -178,6 +178,14 @@ def test_a_layer_of_peft_with_a_bias_of_its_own():
     with torch.no_grad():
         before = model.eval()(IDS[:, :1]).logits
         assert relative_error(patch(model)(IDS[:, :1]).logits, before) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_report_names_what_a_step_launches(method):
+    model = adapted(method)
+    assert {line.decode for line in report(model)} == {"decode"}
+    assert "decoding step" in str(report(model))
+    assert {line.decode for line in report(model.double())} == {None}
 
 
 # Mixed batches

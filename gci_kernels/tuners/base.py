@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
 from gci_kernels.tuners import fusion, mixed
 
 
@@ -123,6 +123,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """The adapter's parameter, without what looking it up costs by way of two modules."""
         return self._modules[part]._parameters[name]
 
+    def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
+        """What a decoding step of one token launches for the first active adapter, None: the plan's stages."""
+        return None
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
 
@@ -168,6 +172,10 @@ class BottleneckLayer(AdaptedLinear):
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
+
+    def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
+        names = self.adapters()
+        return plan_groups((self._group(names[0], 1),), 1, dtype, device_type) if names else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(self.no_merge)

@@ -1,10 +1,11 @@
 """PEFT's LoRA linear layer with a fused forward. The instance changes its class and nothing else."""
 
+import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
-from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
 from gci_kernels.tuners import fusion, mixed
 
 
@@ -95,6 +96,13 @@ class FusedLoraLinear(lora.Linear):
             return None
         step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
         return None if step is None else step.run(x, y)
+
+    def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
+        """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
+        names = self._present_adapters()
+        if not names or not self._has_step(names[0]):
+            return None
+        return plan_groups((self._group(names[0], 1),), 1, dtype, device_type)
 
     def _has_step(self, name: str) -> bool:
         return _part(self, "lora_B", name)._parameters.get("bias") is None and not self._dropout_p(name)

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gci_kernels.ops.decode import cuda, native
@@ -69,16 +70,20 @@ def _keep(key: tuple, found: tuple, base: list[Tensor], groups: Sequence[Group])
 
 def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> DecodePlan | None:
     """The plan for x and groups as :func:`find_step` takes them; None where there is no kernel for them."""
-    adapter_dtype, device = groups[0].A.dtype, x.device
     adapters = (t for g in groups for t in g.tensors)
-    plain = all(t.is_contiguous() and t.dtype == adapter_dtype and t.device == device for t in adapters)
     base = (t for t in (weight, bias) if t is not None)
-    plain = plain and all(t.is_contiguous() and t.dtype == x.dtype and t.device == device for t in base)
-    if not plain:
+    if not all(t.is_contiguous() and t.dtype == groups[0].A.dtype and t.device == x.device for t in adapters):
         return None
+    if not all(t.is_contiguous() and t.dtype == x.dtype and t.device == x.device for t in base):
+        return None
+    return plan_groups(groups, x.numel() // x.shape[-1], x.dtype, x.device.type)
+
+
+def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
+    """:func:`choose_decode` for adapters whose tensors are as csrc takes them, and x [tokens, in] in `dtype`."""
     return choose_decode(
-        tokens=x.numel() // x.shape[-1], columns=max(g.columns for g in groups), experts=max(g.experts for g in groups),
-        dtype=x.dtype, adapter_dtype=adapter_dtype, device_type=device.type,
+        tokens=tokens, columns=max(g.columns for g in groups), experts=max(g.experts for g in groups),
+        dtype=dtype, adapter_dtype=groups[0].A.dtype, device_type=device_type,
         head=None if groups[0].qkv is None else max(g.A.shape[0] // g.num_heads for g in groups),
     )  # fmt: skip
 
