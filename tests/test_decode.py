@@ -13,6 +13,7 @@ from gci_kernels import ops
 from gci_kernels.native import DTYPE_CODES, extension
 from gci_kernels.ops.decode import MAX_TOKENS, Group, choose_decode, find_step, plan, step
 from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -295,6 +296,18 @@ def test_what_no_kernel_takes_is_left_alone():
         dict(x=x[:, :19]),
     ):  # fmt: skip
         assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None, changed.keys()
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose address is nobody's business."""
+
+
+def test_tensors_of_other_classes_are_left_alone():
+    x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
+    for changed in (dict(A=A.as_subclass(Wrapped)), dict(y=None, weight=torch.randn(9, 20).as_subclass(Wrapped))):
+        assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None
+    with torch.no_grad():
+        assert fusion.decodes(x) and not fusion.decodes(x.as_subclass(Wrapped))
 
 
 def test_x_with_gaps():

@@ -27,6 +27,37 @@ def test_same_greedy_tokens_as_eager(smollm2):
     assert tokenizer.decode(fused) == tokenizer.decode(eager)
 
 
+@pytest.mark.parametrize("batch", (1, 8))
+def test_same_choices_as_eager_in_bfloat16(smollm2, batch):
+    """Token by token along eager's own answer, where eager's first choice leads by more than its rounding.
+
+    Its logits lie 1/8 apart, so that ties are common, and each of the two rounds where the other does not.
+    """
+    method, variants, tokenizer = smollm2
+    models = {name: copy.deepcopy(variants[name]).bfloat16().eval() for name in ("eager", "gci")}
+    prompt = {name: t.expand(batch, -1) for name, t in make_prompt(models["eager"], tokenizer).items()}
+    eager = models["eager"].generate(
+        **prompt,
+        do_sample=False,
+        max_new_tokens=32,
+        min_new_tokens=32,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits, answers = torch.stack(eager.logits, 1).float(), eager.sequences[:, prompt["input_ids"].shape[1] :]
+    made, cache = [], None
+    with torch.no_grad():
+        for ids in (prompt["input_ids"], *answers[:, :-1].split(1, 1)):
+            output = models["gci"](ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            made.append(output.logits[:, -1].float())
+    made, best = torch.stack(made, 1), logits.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 4 * torch.finfo(torch.bfloat16).eps * best[..., 0]
+    same = made.argmax(-1) == answers
+    assert clear.float().mean() > 0.5 and same[clear].all()
+    assert same.float().mean() > 0.9
+
+
 def test_same_losses_while_training(smollm2):
     _, variants, _ = smollm2
     ids = random_ids(variants["frozen"], 2, 64)

@@ -39,7 +39,8 @@ def operands(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def decodes(x: Tensor) -> bool:
     """Whether x may be a decoding step for kernels of its own: a few tokens, and no gradients."""
-    if torch.is_grad_enabled() or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+    # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
+    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
         return False
     device = x.device.type
     return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gci_kernels.ops.decode import cuda, native
 from gci_kernels.ops.decode.group import Group
@@ -72,11 +72,17 @@ def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Seq
     """The plan for x and groups as :func:`find_step` takes them; None where there is no kernel for them."""
     adapters = (t for g in groups for t in g.tensors)
     base = (t for t in (weight, bias) if t is not None)
-    if not all(t.is_contiguous() and t.dtype == groups[0].A.dtype and t.device == x.device for t in adapters):
+    adapter_dtype = groups[0].A.dtype
+    if not all(_is_plain(t, adapter_dtype, x.device) for t in adapters):
         return None
-    if not all(t.is_contiguous() and t.dtype == x.dtype and t.device == x.device for t in base):
+    if not all(_is_plain(t, x.dtype, x.device) for t in base):
         return None
     return plan_groups(groups, x.numel() // x.shape[-1], x.dtype, x.device.type)
+
+
+def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an address says all of it; that of a subclass, sharded or quantised, may not."""
+    return type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.dtype == dtype and t.device == device
 
 
 def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
