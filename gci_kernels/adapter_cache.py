@@ -183,6 +183,8 @@ class AdapterCache:
     def _checked(self, layer_key: str, adapter: str, past: int) -> _Entry | None:
         """The entry, holding `past` tokens."""
         entry = self._entries.get((layer_key, adapter))
+        if entry is not None and entry.length is None:
+            entry.length = past
         if (0 if entry is None else entry.length) != past:
             self.check(((layer_key, adapter),), past)
         return entry
@@ -209,9 +211,16 @@ class AdapterCache:
         return kv
 
     def static_dtype(self, wanted: Iterable[tuple[str, str]]) -> torch.dtype | None:
-        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer."""
-        entries = [self._entries.get(key) for key in wanted]
-        whole = [e is not None and e.owned and e.kv.shape[1] == self.max_length for e in entries]
+        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer.
+
+        Nor where some lack tokens that the model's cache has. A graph of torch.compile does not look, for it would be
+        made again when the count goes over to the device.
+        """
+        entries, tracing = [self._entries.get(key) for key in wanted], torch.compiler.is_compiling()
+        whole = [
+            e is not None and e.owned and e.kv.shape[1] == self.max_length and (tracing or e.length == self.tokens)
+            for e in entries
+        ]
         return entries[0].kv.dtype if whole and all(whole) and self.packed is None else None
 
     def place(self, layer_key: str, adapter: str, form: Form) -> Tensor:
