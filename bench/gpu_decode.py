@@ -78,6 +78,10 @@ class Decoding:
         with torch.no_grad():
             return self.forward()
 
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.step()
+
     def forward(self) -> Tensor:
         return self.run(self.token, past_key_values=self.cache, position_ids=self.position).logits
 
@@ -139,7 +143,7 @@ def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torc
             made.pop(name, None)
             known = reasons(device).values()
             left_out[name] = str(error) if str(error) in known else f"{type(error).__name__}: {error}"
-    steps = {name: lambda d=decoding: [d.step() for _ in range(sizes.steps)] for name, decoding in made.items()}
+    steps = {name: lambda d=decoding: d.steps(sizes.steps) for name, decoding in made.items()}
     seconds = interleave(steps, device=device, rounds=sizes.rounds, warmup=2)
     return {
         "method": method, "batch": batch, "past": past, "required": REQUIRED[method],

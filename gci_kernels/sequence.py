@@ -280,7 +280,7 @@ def _frame(given: dict, wanted: Wanted | None) -> _Frame | None:
     if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, batch, device):
         frame.position = adapter_cache.position(cache)
         frame.segments = None if mask is None else _segments(mask.to(device), batch, cache.gci_adapters.max_length)
-        cache.gci_adapters.tokens = None
+        cache.gci_adapters.leave_count()
         return frame
     segments = frame.sequence.segments  # made now, so that what is wrong is said before the model does anything
     frame.packed = mask is None and segments is not None

@@ -434,10 +434,11 @@ def test_what_no_kernel_will_take_is_counted_by_the_process(as_on_gpu):
     with torch.no_grad():
         wide = static(model, IDS[:1].expand(17, -1))
         model(IDS[:1, :1].expand(17, -1), past_key_values=wide)
+        assert wide.gci_adapters.tokens == 6
+        asked = static(model), None, model.base_model.wanted, 2, torch.device("cpu")
+        assert sequence._counts_on_device(*asked)
         with torch.autocast("cpu", torch.bfloat16):
-            narrow = static(model)
-            model(IDS[:, :1], past_key_values=narrow)
-    assert wide.gci_adapters.tokens == narrow.gci_adapters.tokens == 6
+            assert not sequence._counts_on_device(*asked)
 
 
 def test_a_graph_reads_no_further_than_a_short_mask(as_on_gpu, monkeypatch):

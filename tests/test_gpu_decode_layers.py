@@ -104,7 +104,7 @@ def config(method, **changes):
     return LoRAMoEConfig(**dict(r=4, num_experts=4, target_modules=TARGETS, init_weights=False) | changes)
 
 
-OTHERS = {"lora": dict(r=6), "loramoe": dict(num_experts=2, top_k=1), "alora": dict(r=12, num_heads=3, residual=True)}
+OTHERS = {"lora": dict(r=6), "loramoe": dict(num_experts=2), "alora": dict(r=12, num_heads=3, residual=True)}
 
 
 def adapted(method, dtype=torch.float32):
@@ -204,7 +204,7 @@ def test_a_graph_is_replayed_over_growing_sequences(method, dtype, masked, mixed
                 prepare(at)
                 replay()
                 rows.append(result.clone())
-            assert torch.equal(rows[0], plain)
+            assert relative_error(rows[0], plain) < BOUND[dtype] / 10
             assert relative_error(torch.cat(rows, 1), whole[:, PROMPT:end]) < BOUND[dtype]
             last, given = slice(end, end + following), seen[:, : end + following] if masked else None
             more = model(ids[:, last], attention_mask=given, past_key_values=cache, **names).logits
