@@ -448,7 +448,7 @@ def test_a_graph_reads_no_further_than_a_short_mask(as_on_gpu, monkeypatch):
     with torch.no_grad():
         cache = static(model)
         model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)  # floating: looked at
-        model(IDS[:, :1], attention_mask=torch.ones(1, 7, dtype=int), past_key_values=cache)
+        model(IDS[:, :1], attention_mask=torch.ones(2, 7, dtype=int), past_key_values=cache)
         assert seen[-1][2].tolist() == [[0] * 7 + [-1] * 5] * 2 and seen[-1][2].dtype == torch.int32
         with pytest.raises(ValueError, match="a 4-D mask must be causal"):
             heads = torch.ones(2, 4, 1, 12, dtype=torch.bool)
