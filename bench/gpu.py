@@ -28,15 +28,17 @@ from rich.console import Console
 from gci_kernels import hardware, native
 from gci_kernels.verify import obstacle
 
-from . import gpu_cases, gpu_proof, gpu_report
+from . import gpu_cases, gpu_decode, gpu_proof, gpu_report
 from .machine import commit, gpu_software, machine, versions
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 #: The timed steps, each a generator of entries.
-STEPS = {"stages": gpu_cases.stages, "layers": gpu_cases.layers, "slices": gpu_cases.slices}
+STEPS = {
+    "stages": gpu_cases.stages, "decode": gpu_cases.decode, "layers": gpu_cases.layers, "slices": gpu_cases.slices,
+}  # fmt: skip
 # Seconds that a step may take at most, beside the whole's limit: what comes later gets what is left.
-LIMITS = {"prove": 190, "build": 60, "decode": 120, "stages": 90, "layers": 150, "slices": 540}
+LIMITS = {"prove": 190, "build": 60, "prove decode": 120, "stages": 90, "decode": 150, "layers": 150, "slices": 540}
 # A step stops between cases when its time is up; this much later its process is ended.
 GRACE = 15
 
@@ -55,9 +57,9 @@ class Run:
             "versions": versions(),
             "commit": commit() or {"sha": os.environ.get("GCI_COMMIT", "unknown"), "changed": None},
             "quick": args.quick,
-            "left_out": {"triton": no_triton} if no_triton else {},
+            "left_out": ({"triton": no_triton} if no_triton else {}) | gpu_decode.reasons(self.device),
             "timing": "medians of interleaved rounds; stages and layers by CUDA events, with an empty L2 and the GPU "
-            "busy until all is launched; slices with their launches; all without an optimizer step",
+            "busy until all is launched; slices and decode with their launches; all without an optimizer step",
             "proved": [], "tests": {}, **{step: [] for step in STEPS}, "steps": {}, "errors": {},
         }  # fmt: skip
         slug = re.sub(r"[^a-z0-9]+", "-", (self.result["machine"]["gpu"] or "cpu").lower()).strip("-")
@@ -90,7 +92,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def start_build(log: TextIO) -> subprocess.Popen | None:
-    """Begin to build csrc/ in place, where it is not built: for the step "decode", and what comes after it."""
+    """Begin to build csrc/ in place, where it is not built: for the step "prove decode", and what comes after it."""
     if native.available():
         return None
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -128,7 +130,7 @@ def prove(run: Run, limit: float) -> None:
 def prove_decode(run: Run, limit: float) -> None:
     """The same for the CUDA C++ kernels, once csrc is built: apart, for a fault of theirs would end a whole process."""
     if run.device.type == "cuda":
-        note(run, gpu_proof.run_tests(list(hardware.CUDA_KERNELS), limit))
+        note(run, gpu_proof.run_tests([*hardware.CUDA_KERNELS, gpu_proof.LAYERS], limit))
 
 
 def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         building = start_build(log)
         run.step("prove", lambda limit: prove(run, limit))
         run.step("build", lambda limit: finish_build(building, log, limit))
-    run.step("decode", lambda limit: prove_decode(run, limit))
+    run.step("prove decode", lambda limit: prove_decode(run, limit))
     for name in STEPS:
         run.step(name, lambda limit, name=name: timed(run, name, limit))
     gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))

@@ -15,6 +15,7 @@ from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.verify import obstacle
 
+from . import gpu_decode
 from .baselines import shared_copy
 from .cases import (
     METHODS,
@@ -49,19 +50,28 @@ class Sizes:
     layer_tokens: tuple[int, ...]
     llama: dict[str, int]
     slices: tuple[tuple[int, int, int], ...]  # layers, batch, seq
+    decode: gpu_decode.Sizes
     gate_seq: int  # tokens of a slice's correctness gate: enough for the plan that is timed
     rounds: int
     compiler: str
 
 
-FULL = Sizes(
-    features=4096, stage_tokens=8192, layer_tokens=(8192, 2048), llama=RANDOM_LLAMAS["8b"] | {"vocab_size": 4096},
-    slices=((1, 1, 8192), (4, 4, 2048)), gate_seq=640, rounds=15, compiler="inductor",
+_LLAMA = RANDOM_LLAMAS["8b"] | {"vocab_size": 4096}
+_DECODE = gpu_decode.Sizes(
+    _LLAMA | {"num_hidden_layers": 4}, {"lora": 128, "loramoe": 128, "alora": 4096},
+    compiled=("loramoe", "alora", "lora"), steps=8, rounds=15, compiler="inductor",
 )  # fmt: skip
+FULL = Sizes(
+    features=4096, stage_tokens=8192, layer_tokens=(8192, 2048), llama=_LLAMA,
+    slices=((1, 1, 8192), (4, 4, 2048)), decode=_DECODE, gate_seq=640, rounds=15, compiler="inductor",
+)  # fmt: skip
+_QUICK_DECODE = gpu_decode.Sizes(
+    RANDOM_LLAMAS["tiny"], dict.fromkeys(gpu_decode.REQUIRED, 12), ("alora",), steps=2, rounds=2, compiler="eager"
+)
 #: A rehearsal: every line runs, no number means anything.
 QUICK = Sizes(
     features=64, stage_tokens=96, layer_tokens=(96,), llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
-    gate_seq=32, rounds=2, compiler="eager",
+    decode=_QUICK_DECODE, gate_seq=32, rounds=2, compiler="eager",
 )  # fmt: skip
 
 
@@ -135,6 +145,11 @@ def compare(seconds: dict[str, Timing]) -> dict:
     """The times, and their ratios to the frozen base, round by round."""
     taxes = {name: asdict(timing / seconds["frozen"]) for name, timing in seconds.items() if name != "frozen"}
     return {"seconds": {name: asdict(timing) for name, timing in seconds.items()}, "tax": taxes}
+
+
+def decode(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+    """Single tokens of a few layers of a Llama, on a static cache."""
+    yield from gpu_decode.decode(sizes.decode, device)
 
 
 def slices(sizes: Sizes, device: torch.device) -> Iterator[dict]:

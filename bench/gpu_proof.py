@@ -2,7 +2,8 @@
 
 A Triton kernel is proved by at least one test whose id names it, none of which failed or broke, as long as no test of
 the whole op in Triton failed either (its id names "triton", and no kernel). The CUDA C++ kernels are proved by the
-tests of their own file, whose names tell ALoRA's from the others'.
+tests of their own file, whose names tell ALoRA's from the others'. The tests of layers that decode with them prove no
+kernel: what they find may be anything's fault.
 """
 
 import os
@@ -20,12 +21,15 @@ import torch
 from gci_kernels import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = "whole op"
-_DECODE_FILE = "test_gpu_decode"
+WHOLE, LAYERS = "whole op", "decoding layers"
+_DECODE_FILE = "test_gpu_decode"  # part of the name of the next, too
+_LAYERS_FILE = "test_gpu_decode_layers"
 #: `-k` for pytest, by the group of tests that a process runs.
 GROUPS = {kernel: f"{kernel} and not {_DECODE_FILE}" for kernel in hardware.TRITON_KERNELS}
 GROUPS |= {WHOLE: f"not ({' or '.join((*hardware.TRITON_KERNELS, _DECODE_FILE))})"}
-GROUPS |= {"decode_step": f"{_DECODE_FILE} and not attend", "decode_attend": f"{_DECODE_FILE} and attend"}
+_KERNELS = f"{_DECODE_FILE} and not {_LAYERS_FILE}"
+GROUPS |= {"decode_step": f"{_KERNELS} and not attend", "decode_attend": f"{_KERNELS} and attend"}
+GROUPS |= {LAYERS: _LAYERS_FILE}
 
 
 @dataclass

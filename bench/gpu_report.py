@@ -6,7 +6,8 @@ from rich.table import Table
 
 
 def show(result: dict, console: Console) -> None:
-    for table in (_proved(result), _stages(result["stages"]), _layers(result["layers"]), _slices(result["slices"])):
+    tables = (_stages, "stages"), (_layers, "layers"), (_decode, "decode"), (_slices, "slices")
+    for table in (_proved(result), *(make(result[step]) for make, step in tables)):
         console.print(table)
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["steps"].items())
     console.print(f"Steps: {steps}.", highlight=False)
@@ -104,3 +105,39 @@ def _slices(entries: list[dict]) -> Table:
         cells = (f"{peaks[name] / 2**30:.2f}" if peaks.get(name) is not None else "" for name in SLICE_COLUMNS)
         table.add_row("  peak memory, GiB", *cells)
     return table
+
+
+DECODE_COLUMNS = ("frozen", "eager", "gci")
+
+
+def _decode(entries: list[dict]) -> Table:
+    """A row for each way to run: plain calls, CUDA graphs, compiled."""
+    table = _table("Decoding of Llama layers, tokens/s, and per cent of the frozen base's", "", "frozen", "eager", "%",
+                   "gci", "%", "asked for")  # fmt: skip
+    for entry in entries:
+        tried = {**entry.get("seconds", {}), **entry.get("left_out", {})}
+        ways = list(dict.fromkeys(" ".join(name.split()[1:]) for name in tried)) or [""]
+        for way in ways:
+            cells = []
+            for variant in DECODE_COLUMNS:
+                name = f"{variant} {way}".strip()
+                cells += [_rate(entry, name)] + ([_share(entry, name)] if variant != "frozen" else [])
+            asked = f"{entry['required']:.0%}" if way == "graph" and "required" in entry else ""
+            table.add_row(f"{entry['name']}{f', {way}' if way else ''}", *cells, asked)
+        if entry.get("plan"):
+            kernels = entry.get("kernels", {})
+            counts = (str(kernels[name]) if kernels.get(name) is not None else "" for name in DECODE_COLUMNS)
+            frozen, eager, gci = counts
+            table.add_row("  kernels a step", frozen, eager, "", gci)
+            table.add_row(f"  one of {entry['adapted_layers']} adapted layers: {entry['plan']}")
+    return table
+
+
+def _rate(entry: dict, name: str) -> str:
+    rates = entry.get("tokens_per_second", {})
+    return f"{rates[name]['median']:,.0f}" if name in rates else _ms(entry, name)
+
+
+def _share(entry: dict, name: str) -> str:
+    shares = entry.get("share", {})
+    return f"{shares[name]['median']:.1%}" if name in shares else ""

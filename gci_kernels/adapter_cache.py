@@ -106,8 +106,10 @@ class AdapterCache:
 
     def __init__(self, tokens: int, max_length: int) -> None:
         # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too. It
-        # is not (None) once steps are taken that may be replayed without this code: they count on the device alone.
+        # is not (None) behind steps that may be replayed without this code: they count on the device alone. From the
+        # first of these on (`replayed`) there may have been replays at any time, and the count is only what is known.
         self.tokens: int | None = tokens
+        self.replayed = False
         self.max_length = max_length
         self.packed: Tensor | None = None
         self._entries: dict[tuple[str, str], _Entry] = {}
@@ -117,12 +119,16 @@ class AdapterCache:
         entry = self._entries.get((layer_key, adapter))
         return 0 if entry is None else entry.length
 
+    def leave_count(self) -> None:
+        """From here on the tokens are counted on the device alone."""
+        self.tokens, self.replayed = None, True
+
     def count(self, tokens: int) -> None:
-        """Goes on counting here what was counted on the device alone."""
-        self.tokens = tokens
+        """Goes on counting here what was counted on the device alone: of what had as many tokens as was known here."""
         for entry in self._entries.values():
-            if entry.length is None:
+            if entry.length is None or entry.length == self.tokens:
                 entry.length = tokens
+        self.tokens = tokens
 
     def check(self, wanted: Iterable[tuple[str, str]], past: int) -> None:
         """Raises ValueError unless every (layer, adapter) in `wanted` has exactly `past` tokens here."""
@@ -183,6 +189,8 @@ class AdapterCache:
     def _checked(self, layer_key: str, adapter: str, past: int) -> _Entry | None:
         """The entry, holding `past` tokens."""
         entry = self._entries.get((layer_key, adapter))
+        if entry is not None and entry.length is None:
+            entry.length = past
         if (0 if entry is None else entry.length) != past:
             self.check(((layer_key, adapter),), past)
         return entry
@@ -209,9 +217,16 @@ class AdapterCache:
         return kv
 
     def static_dtype(self, wanted: Iterable[tuple[str, str]]) -> torch.dtype | None:
-        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer."""
-        entries = [self._entries.get(key) for key in wanted]
-        whole = [e is not None and e.owned and e.kv.shape[1] == self.max_length for e in entries]
+        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer.
+
+        Nor where some lack tokens that the model's cache has. A graph of torch.compile does not look, for it would be
+        made again when the count goes over to the device.
+        """
+        entries, tracing = [self._entries.get(key) for key in wanted], torch.compiler.is_compiling()
+        whole = [
+            e is not None and e.owned and e.kv.shape[1] == self.max_length and (tracing or e.length == self.tokens)
+            for e in entries
+        ]
         return entries[0].kv.dtype if whole and all(whole) and self.packed is None else None
 
     def place(self, layer_key: str, adapter: str, form: Form) -> Tensor:
@@ -272,13 +287,13 @@ class _Adopted(Swapped):
 
 
 def length(cache: Cache) -> int:
-    """The number of tokens in a model's cache; waits for the device only if it is a static one that was not counted."""
+    """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there."""
     tokens = cache.get_seq_length()
     if not isinstance(tokens, Tensor):
         return tokens
     if not isinstance(cache, _Adopted):
         return int(tokens)
-    if cache.gci_adapters.tokens is None:
+    if cache.gci_adapters.tokens is None or cache.gci_adapters.replayed:
         cache.gci_adapters.count(int(tokens))
     return cache.gci_adapters.tokens
 

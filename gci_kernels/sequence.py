@@ -34,7 +34,7 @@ from transformers import Cache, PreTrainedModel
 from gci_kernels import adapter_cache
 from gci_kernels.adapter_cache import AdapterCache
 from gci_kernels.ops.attention import Sequence
-from gci_kernels.ops.decode import has_kernels
+from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.swapped import Swapped, subclass
 
 Wanted = Callable[[], Iterable[tuple[str, str]]]
@@ -110,7 +110,7 @@ class Context:
         kv, segments = self.cache.room(layer_key, adapter, form, past=sequence.past), sequence.segments
         if segments is not None and segments.stride(1) != 1:
             segments = segments.contiguous()
-        return kv, sequence.past if device.type == "cpu" else frame.past_on(device), segments
+        return kv, frame.past_on(device) if _runs_by_itself(device) else sequence.past, segments
 
 
 class _State:
@@ -161,7 +161,7 @@ class _Frame:
     where something asks for it after all.
     """
 
-    def __init__(self, make: Callable[[], Sequence], shape: tuple[int, int], wanted: Wanted | None) -> None:
+    def __init__(self, make: Callable[..., Sequence], shape: tuple[int, int], wanted: Wanted | None) -> None:
         self._make, self.shape, self.wanted = make, shape, wanted
         self._sequence: Sequence | None = None
         self.position: Tensor | None = None  # int32 [1], the cache's length on its device
@@ -174,7 +174,8 @@ class _Frame:
     @property
     def sequence(self) -> Sequence:
         if self._sequence is None:
-            self._sequence = self._make()
+            # The cache's own length would be another one here: the first layer has written to it.
+            self._sequence = self._make() if self.position is None else self._make(int(self.position))
         return self._sequence
 
     def past_on(self, device: torch.device) -> Tensor:
@@ -194,6 +195,9 @@ class _Frame:
         # Checkpointing takes the cache out of a layer's arguments, so the layer's own count, not the backbone's.
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if self.position is not None and cache is not None:
+            if self.position.device != hidden.device:  # of a model on several
+                self.position = self.position.to(hidden.device)
+                self.segments = None if self.segments is None else self.segments.to(hidden.device)
             return Context(self, adapter_cache.adopt(cache), None)
         segments = self.sequence.segments
         if segments is not None and segments.device != hidden.device:
@@ -273,10 +277,10 @@ def _frame(given: dict, wanted: Wanted | None) -> _Frame | None:
     if isinstance(mask, dict):
         mask = _full_mask(mask)
     frame = _Frame(functools.partial(_sequence, given, mask, batch, time, device), (batch, time), wanted)
-    if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, device):
+    if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, batch, device):
         frame.position = adapter_cache.position(cache)
-        frame.segments = None if mask is None else _seen(mask).expand(batch, -1).int() - 1
-        cache.gci_adapters.tokens = None
+        frame.segments = None if mask is None else _segments(mask.to(device), batch, cache.gci_adapters.max_length)
+        cache.gci_adapters.leave_count()
         return frame
     segments = frame.sequence.segments  # made now, so that what is wrong is said before the model does anything
     frame.packed = mask is None and segments is not None
@@ -285,31 +289,57 @@ def _frame(given: dict, wanted: Wanted | None) -> _Frame | None:
     return frame
 
 
-def _sequence(given: dict, mask: Tensor | None, batch: int, time: int, device: torch.device) -> Sequence:
-    cache = given.get("past_key_values")
-    past = 0 if cache is None else adapter_cache.length(cache)
+def _sequence(
+    given: dict, mask: Tensor | None, batch: int, time: int, device: torch.device, past: int | None = None
+) -> Sequence:
+    if past is None:
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else adapter_cache.length(cache)
     if mask is not None:
         return _from_mask(mask, batch, time, past, device)
     return _from_positions(given, batch, time, past)
 
 
-def _counts_on_device(cache: Cache, mask: Tensor | None, wanted: Wanted | None, device: torch.device) -> bool:
+def _runs_by_itself(device: torch.device) -> bool:
+    """Whether `device` works while this process goes on, which would wait for it to read a tensor there."""
+    return device.type == "cuda"
+
+
+def _counts_on_device(
+    cache: Cache, mask: Tensor | None, wanted: Wanted | None, batch: int, device: torch.device
+) -> bool:
     """Whether a step on `cache` needs no number of this process; see _Frame."""
-    if wanted is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or device.type == "cuda"):
+    if wanted is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or _runs_by_itself(device)):
         return False
-    # A floating mask has to be looked at, for it may hold more than what is seen and what is not.
-    if mask is not None and (not isinstance(mask, Tensor) or mask.is_floating_point() or mask.dim() not in (2, 4)):
+    if batch > MAX_TOKENS or torch.is_autocast_enabled(device.type):  # no layer will take the step then
+        return False
+    if mask is not None and not _is_plain(mask, batch):
         return False
     kept = getattr(cache, "gci_adapters", None)
     if kept is None or adapter_cache.position(cache) is None:
         return False
     dtype = kept.static_dtype(wanted())
-    return dtype is not None and has_kernels(dtype, device.type)
+    return dtype is not None and has_kernels(dtype, device.type, attends=True)
 
 
-def _seen(mask: Tensor) -> Tensor:
-    """Which keys the last query attends to, bool [batch or 1, keys]."""
-    return mask.bool() if mask.dim() == 2 else mask[:, 0, -1].bool()
+def _is_plain(mask: object, batch: int) -> bool:
+    """Whether the mask of one query says by its shape and dtype what it is.
+
+    A floating one has to be looked at, for it may hold more than what is seen and what is not.
+    """
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.shape[0] not in (1, batch):
+        return False
+    return mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1:3] == (1, 1))
+
+
+def _segments(mask: Tensor, batch: int, capacity: int) -> Tensor:
+    """Segments of the keys that the only query attends to, int32 [batch, at least capacity].
+
+    A kernel that is replayed reads those of tokens that came after the mask, which then are padding.
+    """
+    segments = (mask if mask.dim() == 2 else mask[:, 0, 0]).bool().expand(batch, -1).int() - 1
+    missing = capacity - segments.shape[1]
+    return segments if missing <= 0 else torch.nn.functional.pad(segments, (0, missing), value=-1)
 
 
 def _full_mask(masks: dict):

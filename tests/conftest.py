@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import gci_kernels
+from gci_kernels import native
+from gci_kernels.ops.decode import cuda
 
 # CI tries the same examples every time; a developer's runs look for new ones. The tests that need a GPU do without.
 if importlib.util.find_spec("hypothesis"):
@@ -45,3 +47,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The CUDA kernels; with GCI_CUDA_ON_CPU the module of tests/cuda_on_cpu in place of the extension, and given."""
+    on_cpu = os.environ.get("GCI_CUDA_ON_CPU")
+    if on_cpu is None:
+        if not native.available() or not native.extension().has_cuda:
+            pytest.skip(f"no CUDA kernels: {native.why_unavailable() or native.CUDA_BUILD}")
+        yield None
+        return
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", on_cpu)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "extension", lambda: module)
+        patch.setattr(cuda, "index_of", lambda t: 0)
+        patch.setattr(cuda, "is_current", lambda index: True)
+        patch.setattr(cuda, "stream_of", lambda index: 0)
+        yield module

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from gci_kernels import hardware, native
-from gci_kernels.bench import gpu, gpu_cases, gpu_proof, gpu_stages
+from gci_kernels.bench import gpu, gpu_cases, gpu_decode, gpu_proof, gpu_stages
 from gci_kernels.bench.cases import METHODS
 from gci_kernels.bench.correctness import CorrectnessError
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
@@ -55,7 +56,7 @@ def test_rehearsal(checkout, tmp_path):
     result = json.loads(path.read_text())
     assert result["schema"] == gpu.SCHEMA and result["commit"] == {"sha": sha, "changed": None} and result["quick"]
     assert result["versions"]["torch"] and "driver" in result["machine"] and result["errors"] == {}
-    assert list(result["left_out"]) == ["triton"] and set(result["steps"]) == set(gpu.LIMITS)
+    assert list(result["left_out"]) == ["triton", "graph"] and set(result["steps"]) == set(gpu.LIMITS)
     assert result["proved"] == [] and not (tmp_path / "cache").exists()
     assert result["tests"]["dropout"]["passed"] > 5 and not result["tests"]["dropout"]["failed"]
 
@@ -74,8 +75,24 @@ def test_rehearsal(checkout, tmp_path):
         assert set(entry["left_out"]) == {"gci triton"} and set(entry["errors"]) == set(entry["tax"]) - {"eager"}
     for entry in result["slices"]:
         assert set(entry["seconds"]) == {"frozen", "eager", "compiled", "gci"} == set(entry["tokens_per_second"])
-    for words in ("what they prove", "Stages, ms", "One adapted layer", "Train steps", "adapter tax", sha[:10]):
+    check_rehearsed_decoding(result["decode"])
+    tables = ("what they prove", "Stages, ms", "One adapted layer", "Train steps", "Decoding of Llama layers")
+    for words in (*tables, "adapter tax", "kernels a step", "adapted layers: decode", sha[:10]):
         assert words in done.stdout, words
+
+
+def check_rehearsed_decoding(entries: list[dict]) -> None:
+    plain, compiled = {"frozen", "eager", "gci"}, {"frozen compiled", "gci compiled"}
+    cases = [(entry["method"], entry["batch"]) for entry in entries]
+    assert cases == [*((method, batch) for method in gpu_decode.REQUIRED for batch in gpu_decode.BATCHES), ("alora", 1)]
+    for entry in entries:
+        last = entry is entries[-1]
+        timed = compiled if last else plain
+        assert set(entry["seconds"]) == timed == set(entry["tokens_per_second"]) and entry["plan"] == "decode"
+        assert set(entry["share"]) == {name for name in timed if "frozen" not in name}
+        assert entry["left_out"] == ({} if last else {f"{name} graph": gpu_decode.NO_GRAPHS for name in plain})
+        assert set(entry["errors"]) == {"3", "12"} and entry["past"] == 12
+        assert entry["adapted_layers"] == (8 if entry["method"] == "alora" else 6)
 
 
 def test_a_fault_in_a_kernel_is_found_by_its_tests(checkout, tmp_path):
@@ -166,7 +183,8 @@ def test_kernels_that_were_not_tested_get_no_record(imagined):
 @pytest.mark.slow
 def test_every_gpu_test_is_in_one_group():
     """By pytest's own reading of the names; a sanitizer's are of the half that it looks at."""
-    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_decode.py")]
+    names = ("test_gpu.py", "test_gpu_decode.py", "test_gpu_decode_layers.py")
+    files = [str(ROOT / "tests" / name) for name in names]
 
     def collected(*chosen: str) -> list[str]:
         command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", *chosen, *files)
@@ -176,6 +194,7 @@ def test_every_gpu_test_is_in_one_group():
     by_group = {group: collected("-k", gpu_proof.GROUPS[group]) for group in gpu_proof.GROUPS}
     together = [test for tests in by_group.values() for test in tests]
     assert sorted(together) == sorted(collected()) and all(by_group.values())
+    assert all("decode_layers" in test for test in by_group[gpu_proof.LAYERS])
     assert all("attend" in test for test in by_group["decode_attend"])
     assert all("attend" not in test and "decode" in test for test in by_group["decode_step"])
 
@@ -267,6 +286,74 @@ def test_a_wrong_model_is_left_out_and_the_others_are_timed(monkeypatch):
     (entry, _) = gpu_cases.slices(gpu_cases.QUICK, CPU)
     assert set(entry["seconds"]) == {"frozen", "eager"} == set(entry["peak_memory"])
     assert entry["left_out"] == {"compiled": "CorrectnessError: wrong", "gci": "CorrectnessError: wrong"}
+
+
+@pytest.fixture
+def decodings(monkeypatch) -> Callable[..., dict]:
+    """The entry of one case on a CPU, on which ours and the frozen base run in a second way, "graph", given here."""
+
+    def measure(method: str, graph: Callable[[gpu_decode.Decoding], object]) -> dict:
+        right = gpu_decode._variants
+
+        def variants(models, ids, *others):
+            def make(name: str) -> gpu_decode.Decoding:
+                decoding = gpu_decode.Decoding(models[name], ids)
+                graph(decoding)
+                return decoding
+
+            plain = {name: made for name, made in right(models, ids, *others).items() if "graph" not in name}
+            return plain | {f"{name} graph": lambda name=name: make(name) for name in ("frozen", "gci")}
+
+        monkeypatch.setattr(gpu_decode, "_variants", variants)
+        return gpu_decode._measure(method, 2, False, gpu_cases.QUICK.decode, CPU)
+
+    return measure
+
+
+def test_a_graph_that_stays_behind_gets_no_time(decodings):
+    """One whose adapters see one token too few is found, beside the base that has none."""
+
+    def behind(decoding):
+        right = decoding.step
+
+        def step():
+            kept = getattr(decoding.cache, "gci_adapters", None)
+            if kept is not None and decoding.at > gpu_decode.SHORT:
+                for entry in kept._entries.values():
+                    entry.kv[:, decoding.at - 1] = 0
+            return right()
+
+        decoding.step = step
+
+    entry = decodings("alora", behind)
+    assert entry["left_out"].keys() == {"gci graph"} and "after 12 tokens it differs" in entry["left_out"]["gci graph"]
+    assert set(entry["share"]) == {"eager", "gci"} and "frozen graph" in entry["seconds"]
+    console = Console(file=open(os.devnull, "w"), record=True, width=150)
+    console.print(gpu.gpu_report._decode([entry | {"name": "a case"}]))
+    assert "left out" in console.export_text()
+
+
+def test_wrong_logits_get_no_time(monkeypatch):
+    right = gpu_decode.Decoding.logits
+
+    def wrong(decoding, tokens):
+        logits = right(decoding, tokens)
+        return logits * (1.05 if "Peft" in type(decoding.model).__name__ else 1)
+
+    monkeypatch.setattr(gpu_decode.Decoding, "logits", wrong)
+    with pytest.raises(CorrectnessError, match="after 3 tokens logits differ from float64 by 5"):
+        gpu_decode._measure("loramoe", 1, False, gpu_cases.QUICK.decode, CPU)
+
+
+def test_shares_are_of_the_same_way_to_run():
+    seconds = {name: gpu_decode.Timing.of([value]) for name, value in (
+        ("frozen", 1.0), ("gci", 2.0), ("gci graph", 0.5), ("frozen graph", 0.25), ("eager graph", 1.0), ("gci x", 9.0)
+    )}  # fmt: skip
+    made = gpu_decode._compare(seconds, 8)
+    assert {name: share["median"] for name, share in made["share"].items()} == {
+        "gci": 0.5, "gci graph": 0.5, "eager graph": 0.25,
+    }  # fmt: skip
+    assert made["tokens_per_second"]["gci graph"]["median"] == 16
 
 
 def test_the_compilers_loss_is_looked_at(monkeypatch):

@@ -4,7 +4,6 @@ bench/gpu_proof.py tells by names which kernel a test is about: attend in a name
 """
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gci_kernels import hardware, native, self_check
+from gci_kernels import hardware, self_check
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.cuda import Step
 from gci_kernels.ops.decode.group import Group
@@ -31,25 +30,6 @@ DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 
 def name(value: object) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
-
-
-@pytest.fixture(scope="session")
-def kernels():
-    """On a CPU, the module in place of the extension."""
-    if ON_CPU is None:
-        if not native.available() or not native.extension().has_cuda:
-            pytest.skip(f"no CUDA kernels: {native.why_unavailable() or native.CUDA_BUILD}")
-        yield None
-        return
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu", ON_CPU)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "extension", lambda: module)
-        patch.setattr(cuda, "index_of", lambda t: 0)
-        patch.setattr(cuda, "is_current", lambda index: True)
-        patch.setattr(cuda, "stream_of", lambda index: 0)
-        yield module
 
 
 def randn(*shape: int, dtype: torch.dtype = F32, gap: int = 0, offset: int = 0) -> torch.Tensor:

@@ -49,7 +49,8 @@ class Tokens:
 @functools.lru_cache(maxsize=256)
 def indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 on `device`, made once: to bring them there a GPU would be waited for."""
-    return torch.tensor(samples, device=device)
+    with torch.inference_mode(False):  # a later call may need them for its gradients
+        return torch.tensor(samples, device=device)
 
 
 def check(x: Tensor, names: Sequence[str]) -> None:

@@ -32,11 +32,15 @@ _GPU = DecodePlan(("base product", "decode_project", "decode_expand"))
 _GPU_ATTENTION = DecodePlan(("base product", "decode_attend", "decode_expand"))
 
 
-def has_kernels(dtype: torch.dtype, device_type: str) -> bool:
+def has_kernels(dtype: torch.dtype, device_type: str, attends: bool = False) -> bool:
     """Whether steps of x in `dtype` have kernels that "auto" may take; on a GPU its first call may check them."""
     if dtype not in _BUILT.get(device_type, ()):
         return False
-    return device_type == "cpu" or hardware.proves("decode_step")
+    return device_type == "cpu" or all(map(hardware.proves, _needed(attends)))
+
+
+def _needed(attends: bool) -> tuple[str, ...]:
+    return ("decode_step", "decode_attend") if attends else ("decode_step",)
 
 
 def choose_decode(
@@ -58,7 +62,6 @@ def choose_decode(
         return None
     if device_type == "cpu":
         return _CPU
-    needed = ("decode_step",) if head is None else ("decode_step", "decode_attend")
-    if not all(hardware.proves(kernel) if proved is None else kernel in proved for kernel in needed):
+    if not all(hardware.proves(kernel) if proved is None else kernel in proved for kernel in _needed(head is not None)):
         return None
     return _GPU if head is None else _GPU_ATTENTION

@@ -1,0 +1,239 @@
+"""Decoding of a few Llama layers with random weights: one token of some sequences on a static cache, in bfloat16.
+
+Each variant runs by plain calls and as a CUDA graph, captured once and replayed; then, compiled, as torch runs it. Its
+times stand behind two gates: our logits and eager's against float64, and each graph's against plain calls of its model.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from gci_kernels import sequence
+from gci_kernels.ops.decode import choose_decode
+from gci_kernels.testing import error_bound, relative_error
+
+from .baselines import adapter_leaves
+from .cases import HEADS, RANKS
+from .correctness import CorrectnessError
+from .gpu_stages import guarded
+from .models import random_llama
+from .timing import Timing, interleave
+from .variants import model_variants, random_ids
+
+#: The least share of the frozen base's tokens a second that is asked for under CUDA graphs.
+REQUIRED = {"lora": 0.95, "loramoe": 0.95, "alora": 0.90}
+BATCHES = (1, 8)
+CHECKED = 4  # steps that a gate looks at, at every length
+SHORT = 3  # tokens: a length at which one too many or too few is plain to see
+NO_GRAPHS = "CUDA graphs need a GPU"
+NO_EAGER_GRAPH = "eager ALoRA's past has another length at every step, which no CUDA graph can follow"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; `steps` are timed together."""
+
+    llama: dict[str, int]
+    past: dict[str, int]  # tokens in the cache, by method
+    compiled: tuple[str, ...]  # methods
+    steps: int
+    rounds: int
+    compiler: str
+
+
+def reasons(device: torch.device) -> dict[str, str]:
+    """What cannot run on `device` however right it is: no failure of a variant that is left out for it."""
+    return {"graph": NO_GRAPHS} if device.type != "cuda" else {"eager graph": NO_EAGER_GRAPH}
+
+
+class Decoding:
+    """A model with a static cache of its own; `step` is one token of each sequence.
+
+    What a step reads (the token and its position) and the cache stay where they are, so that a graph may be made of it.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.model, self.ids, self.run = model, ids, model
+        self.cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+        self.token, self.position = ids[:, :1].clone(), torch.zeros_like(ids[:, :1])
+        self.at = 0
+        self.fill(SHORT)
+
+    def fill(self, tokens: int) -> None:
+        """Begins again with the first `tokens` of each sequence."""
+        self.cache.reset()
+        with torch.no_grad():
+            self.model(self.ids[:, :tokens], past_key_values=self.cache, logits_to_keep=1)
+        self.at = tokens
+
+    def step(self) -> Tensor:
+        """The logits of the next token, [batch, 1, vocabulary]; the next step may write over them."""
+        self.token.copy_(self.ids[:, self.at : self.at + 1])
+        self.position.fill_(self.at)
+        self.at += 1
+        with torch.no_grad():
+            return self.forward()
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.step()
+
+    def forward(self) -> Tensor:
+        return self.run(self.token, past_key_values=self.cache, position_ids=self.position).logits
+
+    def logits(self, tokens: int) -> Tensor:
+        """[batch, CHECKED, vocabulary] of the steps after `tokens` tokens."""
+        self.fill(tokens)
+        return torch.cat([self.step().clone() for _ in range(CHECKED)], 1)
+
+    def capture(self) -> "Decoding":
+        """From now on a step replays a graph, whatever the length of the sequences."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            written = self.forward()
+
+        def forward() -> Tensor:
+            graph.replay()
+            return written
+
+        self.forward = forward
+        return self
+
+    def compile(self, compiler: str) -> "Decoding":
+        options = {"mode": "reduce-overhead"} if compiler == "inductor" else {"backend": compiler}
+        self.run = torch.compile(self.model, **options)
+        return self
+
+
+def decode(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+    """All plain calls and graphs first: a compiler may take what is left of the time."""
+    for compiled in (False, True):
+        for method in sizes.compiled if compiled else REQUIRED:
+            for batch in BATCHES[:1] if compiled else BATCHES:
+                case = f"{method}, batch {batch}, {sizes.past[method]} past{', compiled' if compiled else ''}"
+                yield guarded(case, lambda a=(method, batch, compiled): _measure(*a, sizes, device))
+
+
+def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict:
+    models = {
+        name: model.eval() for name, model in model_variants(
+            random_llama(sizes.llama, torch.bfloat16, device), method
+        ).items()
+    }  # fmt: skip
+    if method == "alora":
+        sequence.attach(models["eager"])  # it reads its past's length, which the process then counts by itself
+    past = sizes.past[method]
+    ids = random_ids(models["frozen"], batch, past + CHECKED + sizes.steps * (sizes.rounds + 3))
+    made, errors, left_out = {}, _check(models, ids, past), {}
+    for name, make in _variants(models, ids, method, compiled, sizes.compiler, device).items():
+        try:
+            made[name] = make()
+            _check_same(Decoding(models[name.split()[0]], ids), made[name], past, 4 if compiled else 1)
+        except Exception as error:  # one variant's trouble: reported, and the others are timed
+            made.pop(name, None)
+            known = reasons(device).values()
+            left_out[name] = str(error) if str(error) in known else f"{type(error).__name__}: {error}"
+    steps = {name: lambda d=decoding: d.steps(sizes.steps) for name, decoding in made.items()}
+    seconds = interleave(steps, device=device, rounds=sizes.rounds, warmup=2)
+    return {
+        "method": method, "batch": batch, "past": past, "required": REQUIRED[method],
+        "plan": str(_plan(method, batch, device)),
+        "adapted_layers": sum(bool(adapter_leaves(layer)) for layer in models["gci"].modules()),
+        "kernels": {name: _launched(decoding, device) for name, decoding in made.items() if name in models},
+        "errors": errors, "left_out": left_out, **_compare(seconds, batch * sizes.steps),
+    }  # fmt: skip
+
+
+def _variants(
+    models: dict[str, nn.Module], ids: Tensor, method: str, compiled: bool, compiler: str, device: torch.device
+) -> dict[str, Callable[[], Decoding]]:
+    """name -> how it is made; the second word of a name says how it runs."""
+
+    def graph(name: str) -> Decoding:
+        if device.type != "cuda":
+            raise RuntimeError(NO_GRAPHS)
+        if (name, method) == ("eager", "alora"):
+            raise RuntimeError(NO_EAGER_GRAPH)
+        return Decoding(models[name], ids).capture()
+
+    if compiled:
+        return {
+            f"{name} compiled": lambda name=name: Decoding(models[name], ids).compile(compiler)
+            for name in ("frozen", "gci")
+        }
+    plain = {name: lambda name=name: Decoding(models[name], ids) for name in models}
+    return plain | {f"{name} graph": lambda name=name: graph(name) for name in models}
+
+
+def _plan(method: str, batch: int, device: torch.device):
+    """What one adapted layer launches in a step."""
+    rank, experts = RANKS[method]
+    columns = rank * experts + (experts if method == "loramoe" else 0)
+    return choose_decode(
+        tokens=batch, columns=columns, experts=experts if method == "loramoe" else 0, dtype=torch.bfloat16,
+        adapter_dtype=torch.bfloat16, device_type=device.type, head=rank // HEADS if method == "alora" else None,
+    )  # fmt: skip
+
+
+def _launched(decoding: Decoding, device: torch.device) -> int | None:
+    """What one step starts on the GPU, copies included; None on a CPU, and where the profiler sees nothing."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        decoding.step()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
+
+
+def _compare(seconds: dict[str, Timing], tokens: int) -> dict:
+    """Rates, and their shares of the frozen base's that runs in the same way, round by round."""
+    shares = {}
+    for name, timing in seconds.items():
+        frozen = " ".join(("frozen", *name.split()[1:]))
+        if name != frozen and frozen in seconds:
+            shares[name] = asdict(seconds[frozen] / timing)
+    return {
+        "seconds": {name: asdict(timing) for name, timing in seconds.items()},
+        "tokens_per_second": {name: asdict(timing.rate(tokens)) for name, timing in seconds.items()},
+        "share": shares,
+    }
+
+
+# The gates
+
+
+def _check(models: dict[str, nn.Module], ids: Tensor, past: int) -> dict[str, dict[str, float]]:
+    """Errors of the steps' logits against float64 by length; CorrectnessError where ours pass twice eager's."""
+    exact, errors = copy.deepcopy(models["eager"]).double(), {}
+    for length in (SHORT, past):
+        # Row by row: float64 scores of a whole batch would fill a GPU.
+        truth = torch.cat([Decoding(exact, row.unsqueeze(0)).logits(length) for row in ids])
+        eager, gci = (relative_error(Decoding(models[name], ids).logits(length), truth) for name in ("eager", "gci"))
+        bound = error_bound(eager, torch.bfloat16)
+        errors[str(length)] = {"eager": eager, "gci": gci, "bound": bound}
+        if not (gci <= bound and eager <= torch.finfo(torch.bfloat16).eps ** 0.5):
+            raise CorrectnessError(
+                f"after {length} tokens logits differ from float64 by {gci:.2e}, eager PyTorch's by {eager:.2e}"
+            )
+    return errors
+
+
+def _check_same(plain: Decoding, other: Decoding, past: int, roundings: int) -> None:
+    """Another way to run the same steps gives the same, to so many roundings of bfloat16.
+
+    Filled again each time, so that a graph has to follow the cache to another length, and ends at `past`.
+    """
+    for length in (past, SHORT, past):
+        error = relative_error(other.logits(length), plain.logits(length))
+        if not error <= roundings * torch.finfo(torch.bfloat16).eps:
+            raise CorrectnessError(f"after {length} tokens it differs from plain calls by {error:.2e}")
