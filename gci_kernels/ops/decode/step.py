@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from gci_kernels.ops.decode import cuda, native
 from gci_kernels.ops.decode.group import Group
@@ -70,8 +71,10 @@ def _keep(key: tuple, found: tuple, base: list[Tensor], groups: Sequence[Group])
 def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> DecodePlan | None:
     """The plan for x and groups as :func:`find_step` takes them; None where there is no kernel for them."""
     adapter_dtype, device = groups[0].A.dtype, x.device
-    adapters = (t for g in groups for t in g.tensors)
-    plain = all(t.is_contiguous() and t.dtype == adapter_dtype and t.device == device for t in adapters)
+    adapters = [t for g in groups for t in g.tensors]
+    # A subclass (DTensor) may have no memory of its own at its address.
+    plain = all(type(t) in (Parameter, Tensor) for t in adapters)
+    plain = plain and all(t.is_contiguous() and t.dtype == adapter_dtype and t.device == device for t in adapters)
     base = (t for t in (weight, bias) if t is not None)
     plain = plain and all(t.is_contiguous() and t.dtype == x.dtype and t.device == device for t in base)
     if not plain:
