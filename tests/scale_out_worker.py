@@ -11,9 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import toy_training as toy
 import torch
 import torch.distributed as dist
+import toy_training as toy
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn

@@ -82,3 +82,16 @@ def test_adapter_saved_from_shards_is_whole(method, wrap, found):
 def test_step_on_what_is_not_gathered_raises(method, found):
     """A kernel that goes by addresses would read nothing there."""
     assert "mixed torch.Tensor and DTensor" in found("sharded")["refused"][method]
+
+
+def test_example_on_two_processes(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "two_processes.py"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
+    done = subprocess.run(
+        [*launch, str(example), "--steps=12", "--length=32", "--out=adapter"],
+        capture_output=True, text=True, timeout=500, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 12 and losses[-1] < 0.95 * losses[0] and "LoRAMoE 8x4" in done.stdout
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_model.safetensors"}
