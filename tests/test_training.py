@@ -133,6 +133,19 @@ def test_evaluating_and_generating_meanwhile_changes_nothing(method, tmp_path):
     assert ours[2] == theirs[2] and len(set(map(str, ours[2]))) > 1, "what is generated follows the training"
 
 
+@pytest.mark.parametrize("method", toy.METHODS)
+def test_output_may_be_written_into_as_a_linear_layers_may(method):
+    batch, found = toy.collate(toy.samples()[:2]), []
+    for in_place in (True, False):
+        model = toy.fused(method).train()
+        for name, module in model.named_modules():
+            if name.endswith(tuple(toy.TARGETS)):  # the adapted layers
+                module.register_forward_hook(lambda m, x, y, i=in_place: y.clamp_(-1, 1) if i else y.clamp(-1, 1))
+        model(**batch).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert found[0].norm() > 0 and torch.equal(*found)
+
+
 def balanced(**changes):
     return toy.fused("loramoe", balance_weight=0.5, balance_delta=0.3, **changes)
 

@@ -53,7 +53,7 @@ class BalanceCollector:
 
     `task_types` is always taken out of the batch, for the model does not know it. Outside of training nothing else
     happens. In training the sum over layers of weight * balance_loss is added to the output's loss, and also given as
-    output["balance_loss"], for loops that compute their loss themselves. With `num_items_in_batch`, which Trainer gives,
+    output["balance_loss"], for loops that compute their loss themselves. With Trainer's `num_items_in_batch`
     the loss is a part of a sum over the batches of an optimizer step, and what is added is the same part.
     """
 
