@@ -93,3 +93,23 @@ def test_packed_alora_under_gradient_checkpointing(tmp_path):
     for use_reentrant in (True, False):
         arguments = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         assert sft(toy.fused("alora"), tmp_path, packing=True, **arguments).losses == pytest.approx(expected, **TIGHT)
+
+
+class Balanced(toy.Recorded, SFTTrainer):
+    """TRL's loss is not the model's: the constraint is added here, as TRL adds that of a mixture's router."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["task_types"] = torch.tensor([0, 1])
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.__dict__.setdefault("added", []).append(outputs["balance_loss"].item())
+        loss = loss + outputs["balance_loss"]
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_balance_loss_in_a_compute_loss_of_ones_own(tmp_path):
+    arguments = SFTConfig(**toy.settings(tmp_path, max_length=32, bf16=False, max_steps=1))
+    model = toy.fused("loramoe", balance_weight=0.5)
+    run = Balanced(model, arguments, train_dataset=talks(), processing_class=tokenizer())
+    run.train()
+    plain = sft(toy.fused("loramoe", balance_weight=0.5), tmp_path, max_steps=1)
+    assert run.added[0] > 1e-2 and run.losses[0] == pytest.approx(plain.losses[0] + run.added[0], **TIGHT)
