@@ -51,3 +51,12 @@ def rows(x: Tensor) -> Tensor:
     """x as [tokens, features] with contiguous rows; a copy only where the strides allow no such view."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y [tokens, out], of which nothing else knows, as [..., out] beside x [..., in].
+
+    To autograd it is no view: of a Function's output that would forbid what models do to a linear layer's, to write
+    into it (OLMo's clamp_), and FSDP loses its hook there.
+    """
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])

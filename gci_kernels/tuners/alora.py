@@ -100,7 +100,7 @@ class ALoRALinear(BottleneckLayer):
         past = context.past(self.key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
         context.keep(self.key, name, kv)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
 
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None

@@ -27,6 +27,7 @@ class _Pass:
     attention_mask: Tensor | None
     has_labels: bool
     grad_enabled: bool
+    share: Tensor | float  # of the optimizer step's loss that this batch makes
     recorded: list[_Recorded] = field(default_factory=list)
 
     def total(self) -> Tensor:
@@ -52,7 +53,8 @@ class BalanceCollector:
 
     `task_types` is always taken out of the batch, for the model does not know it. Outside of training nothing else
     happens. In training the sum over layers of weight * balance_loss is added to the output's loss, and also given as
-    output["balance_loss"], for loops that compute their loss themselves.
+    output["balance_loss"], for loops that compute their loss themselves. With Trainer's `num_items_in_batch`
+    the loss is a part of a sum over the batches of an optimizer step, and what is added is the same part.
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,7 @@ class BalanceCollector:
                 given.get("attention_mask"),
                 has_labels=given.get("labels") is not None,
                 grad_enabled=torch.is_grad_enabled(),
+                share=_share(given.get("labels"), kwargs),
             )
         return args, kwargs
 
@@ -93,10 +96,10 @@ class BalanceCollector:
         if isinstance(output, tuple):
             if not done.has_labels:
                 raise TypeError("task_types needs the model's dict output, or labels in the batch (return_dict=False)")
-            return (output[0] + done.total().to(output[0]), *output[1:])
+            return (output[0] + (done.share * done.total()).to(output[0]), *output[1:])
         total = done.total()
         if output.get("loss") is not None:
-            output["loss"] = output["loss"] + total.to(output["loss"])
+            output["loss"] = output["loss"] + (done.share * total).to(output["loss"])
         output["balance_loss"] = total
         return output
 
@@ -106,3 +109,12 @@ class BalanceCollector:
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
         ]
+
+
+def _share(labels: Tensor | None, kwargs: dict) -> Tensor | float:
+    """Of the targets of an optimizer step those in this batch; 1 where nobody counted them."""
+    items, targets = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    if items is None or (labels is None and targets is None):
+        return 1.0
+    targets = labels[..., 1:] if targets is None else targets  # as Trainer counts
+    return targets.ne(-100).sum() / torch.as_tensor(items, device=targets.device)

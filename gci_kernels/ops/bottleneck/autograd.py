@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
-from gci_kernels.ops.arguments import rows
+from gci_kernels.ops.arguments import from_rows, rows
 from gci_kernels.ops.bottleneck import run
 from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
@@ -57,7 +57,7 @@ def _bottleneck(
     projected = run.project(stages, tokens, stack.t(), _drop(seed, dropout_p, A))
     u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, stages))
     y = run.expand(stages, u, B.t(), tokens, None if weight is None else weight.t(), bias)
-    return y.view(*x.shape[:-1], B.shape[0]), *kept, shown
+    return from_rows(y, x), *kept, shown
 
 
 def _bottleneck_fake(x, weight, bias, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p, plan):

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.arguments import rows
+from gci_kernels.ops.arguments import from_rows, rows
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
 _library.define(
@@ -36,7 +36,7 @@ def _row_linear(
     if active_bias is not None:
         bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
     y = _module(form).forward(rows(x), weight, bias, active, positions, form)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return from_rows(y, x)
 
 
 def _row_linear_fake(x, weight, bias, active, positions, active_bias, form):
