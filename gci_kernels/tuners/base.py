@@ -119,6 +119,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             )
         if adapter_names is not None and self.merged:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as PEFT's layers: what is disabled does not show
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         if adapter_names is not None:
