@@ -55,7 +55,7 @@ def step(call, model, inputs, seed: int | None = 0) -> dict[str, torch.Tensor]:
 
 
 def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
-    assert actual.keys() == expected.keys() and len(expected) > 2
+    assert actual.keys() == expected.keys() and len(expected) >= 2
     for name, value in expected.items():
         assert value.any() and relative_error(actual[name], value) < tolerance, name
 
@@ -106,7 +106,9 @@ def test_gradient_checkpointing(method):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()  # transformers' hook for reentrant checkpointing, which no graph can hold
     call, count = compiled(model)
-    assert_same(step(call, model, batch(9)), expected)
+    # ALoRA's decoder layers note for the time of their call what the sequences are.
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        assert_same(step(call, model, batch(9)), expected)
     assert count.frame_count == 1
 
 
