@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -122,9 +123,13 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
+    names = [name for name, _ in model.named_modules()]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or ():
+            if not any(get_pattern_key([pattern], name) is pattern for name in names):
+                raise ValueError(f"{field}: no module matches {pattern!r}")
     if not isinstance(config.target_modules, (list, set, tuple)):
         return
-    names = [name for name, _ in model.named_modules()]
     unknown = [t for t in config.target_modules if not any(name == t or name.endswith("." + t) for name in names)]
     if unknown:
         leaves = {re.sub(r".*\.", "", name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}

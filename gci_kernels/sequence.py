@@ -18,6 +18,8 @@ calls and threads don't mix.
 torch.compile traces all of it. The graph breaks where a new cache is adopted (see adapter_cache), where the values of
 cu_seq_lens_q are read, and where a 4-D mask is checked. A compiled forward with gradients that is given no cache keeps
 nothing of its adapters, so a cache that it returns is refused later; without gradients it does, with a break.
+Gradient checkpointing inside of one graph needs torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint, for
+torch traces no change of Python's state there; what a layer sets is set back when it returns, so nothing is skipped.
 """
 
 import functools

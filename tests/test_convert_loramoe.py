@@ -258,7 +258,8 @@ def our_moe(moe, tmp_path):
 OUR_CONFIG_FAULTS = [
     (dict(top_k=2), "top_k=2: the published LoRAMoE uses every expert"), (dict(r=None), "lacks r"),
     (dict(r=4), "not this"), (dict(num_experts=300), "num_experts must be"), (dict(later=1), "has later, which"),
-    (dict(target_modules=[3]), "target_modules must be a list"),
+    (dict(target_modules=[3]), "target_modules must be a list"), (dict(rank_pattern={"q_proj": 2}), "has one r"),
+    (dict(alpha_pattern={"q_proj": 2}), "has one r and lora_alpha"),
 ]  # fmt: skip
 
 

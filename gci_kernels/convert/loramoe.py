@@ -299,6 +299,8 @@ def _read_our_config(path: Path) -> LoRAMoEConfig:
         raise ConvertError(f"{path}: {error}") from error
     if config.top_k not in (None, config.num_experts):
         raise ConvertError(f"{path}: top_k={config.top_k}: the published LoRAMoE uses every expert for every token")
+    if config.rank_pattern or config.alpha_pattern:
+        raise ConvertError(f"{path}: rank_pattern, alpha_pattern: the published LoRAMoE has one r and lora_alpha")
     return config
 
 

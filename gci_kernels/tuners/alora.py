@@ -31,6 +31,8 @@ class ALoRAConfig(BottleneckConfig):
         residual: add z = x @ A.T to the attention's output.
         target_modules: names (suffixes), a regular expression, or "all-linear"; None: q_proj, k_proj, v_proj, o_proj.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in peft.LoraConfig.
+        rank_pattern, alpha_pattern: other r and lora_alpha by module: names (suffixes) or regular expressions, as in
+            peft.LoraConfig; num_heads has to divide every rank.
         init_weights: True: A uniform as in LoRA, q and k rows Xavier, v rows the identity, B zeros; False: B random
             too, so that tests see an effect.
     """
@@ -43,7 +45,8 @@ class ALoRAConfig(BottleneckConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("num_heads", self.num_heads, 1)
-        check_heads(self.r, self.num_heads)
+        for rank in (self.r, *self.rank_pattern.values()):
+            check_heads(rank, self.num_heads)
         if not isinstance(self.residual, bool):
             raise TypeError(f"residual must be True or False, got {self.residual!r}")
 

@@ -1,14 +1,16 @@
 """What the package's own PEFT methods share: the common part of their configs, layers and tuners."""
 
 import contextlib
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +45,8 @@ class BottleneckConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_weights: bool = True
 
     method: ClassVar[str]
@@ -53,6 +57,7 @@ class BottleneckConfig(PeftConfig):
         check_integer("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, "a finite number")
         check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
+        self._check_patterns()
         if (
             isinstance(self.target_modules, str)
             and self.target_modules != "all-linear"
@@ -63,6 +68,22 @@ class BottleneckConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
+        for pattern, rank in self.rank_pattern.items():
+            check_integer(f"rank_pattern[{pattern!r}]", rank, 1)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{pattern!r}]", alpha, "a finite number")
+
+    def of_module(self, key: str) -> "BottleneckConfig":
+        """A copy with the r and lora_alpha that the patterns give to the module `key`."""
+        own = copy.copy(self)
+        own.r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, key), self.r)
+        own.lora_alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), self.lora_alpha)
+        return own
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -98,6 +119,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             )
         if adapter_names is not None and self.merged:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as PEFT's layers: what is disabled does not show
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         if adapter_names is not None:
@@ -228,6 +251,12 @@ class BottleneckModel(AdaptedModel):
     """PEFT's tuner for layers of :class:`BottleneckLayer`."""
 
     default_targets: tuple[str, ...]
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        own = peft_config.of_module(current_key)
+        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
         if peft_config.target_modules is None:

@@ -35,7 +35,8 @@ class LoKIConfig(PeftConfig):
         lora_alpha: scaling = lora_alpha / r.
         target_modules: names (suffixes) or a regular expression of the projections, one in a decoder layer; None:
             down_proj or what the model calls it.
-        modules_to_save: as in peft.LoraConfig.
+        modules_to_save: as in peft.LoraConfig, of whose other choices (exclude_modules, layers_to_transform,
+            rank_pattern ...) there is none: positions say what is trained, and LoKI* has one rank.
         init_weights: True: the rows start as the model's own (B zeros); False: random, so that tests see an effect.
         keep_merged: keep, beside each adapted weight, a copy with the trained rows in it, which training then uses.
             False saves that memory; the products find the rows in other ways, at most some percent slower.

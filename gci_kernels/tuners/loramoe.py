@@ -36,6 +36,8 @@ class LoRAMoEConfig(BottleneckConfig):
         balance_include_padding: count padding tokens in the constraint, as the published code does.
         target_modules: names (suffixes), a regular expression, or "all-linear"; None: gate_proj, up_proj, down_proj.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in peft.LoraConfig.
+        rank_pattern, alpha_pattern: other r and lora_alpha by module: names (suffixes) or regular expressions, as in
+            peft.LoraConfig.
         init_weights: True: A and router uniform as in LoRA, B zeros; False: B random too, so that tests see an effect.
     """
 

@@ -156,7 +156,7 @@ def _check_linear(
         check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # torch.compile can follow that, where numbers are symbols, not isfinite
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

@@ -7,6 +7,7 @@ tokens, [batch, time, 2r], for a cache. q, k and v are made again in backward fr
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
 import torch
@@ -26,7 +27,7 @@ def _attention(impl: str) -> ModuleType:
 def _batch(call: Call) -> tuple[int, int]:
     """x's rows as batch and time; without a batch dimension there is one sequence."""
     *lead, time = call.lead
-    return torch.Size(lead).numel(), time
+    return math.prod(lead), time
 
 
 def _qkv(z: Tensor, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:

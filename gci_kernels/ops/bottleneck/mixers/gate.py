@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
 import torch
@@ -41,6 +42,6 @@ def backward(
 
 
 def shapes(inputs: Inputs, call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    tokens, experts = torch.Size(call.lead).numel(), inputs.weights.shape[0]
+    tokens, experts = math.prod(call.lead), inputs.weights.shape[0]
     gates = (*call.lead, experts), torch.promote_types(call.dtype, torch.float32)
     return [((tokens, call.rank + experts), call.sum_dtype), ((0,), call.dtype), ((0,), call.dtype), gates]

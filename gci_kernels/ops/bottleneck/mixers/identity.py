@@ -1,5 +1,7 @@
 """LoRA's mixer: u = scaling * h. It keeps u, and nothing is made again."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,5 +31,5 @@ def backward(
 
 
 def shapes(inputs: Inputs, call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    tokens = torch.Size(call.lead).numel()
+    tokens = math.prod(call.lead)
     return [((0,), call.dtype), ((tokens, call.rank), call.dtype), ((0,), call.dtype), ((0,), call.dtype)]
