@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, FusedLoraLinear, LoKIConfig, fusion, split
-from gci_kernels.tuners.lora import is_plain_lora, lora_obstacle
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
+from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
 _UNDO = "_gci_undo"
@@ -145,19 +145,19 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
     if needed and all(obstacles.values()):
         found = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "no adapter layers at all"
         raise ValueError(
-            "nothing to patch: looked for peft.tuners.lora.Linear layers with an adapter that is plain LoRA and for "
+            "nothing to patch: looked for linear layers of peft.tuners.lora with an adapter that is plain LoRA and for "
             f"layers of the published LoKI repository, found {found}. Pass a config to add an adapter"
         )
     for _, module in adapted:
         if is_plain_lora(module):
-            module.__class__ = FusedLoraLinear
+            swap(module)
 
 
 def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
     if isinstance(module, AdaptedLinear):
         return None
-    if not isinstance(module, FusedLoraLinear) and not is_plain_lora(module):
+    if not isinstance(module, FusedLora) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
     names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
     reasons = [reason for name in names if (reason := lora_obstacle(module, name)) is not None]
@@ -179,14 +179,14 @@ def unpatch(model: nn.Module) -> nn.Module:
         plain = tuner.model
         undo.apply(plain)
         return plain
-    fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    fused = [module for module in model.modules() if isinstance(module, FusedLora)]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
     if not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )
     for module in fused:
-        module.__class__ = lora.Linear
+        swap_back(module)
     for module in published:
         split.swap_back(module)
     return model
