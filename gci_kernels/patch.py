@@ -227,7 +227,8 @@ class Report(list[LayerReport]):
 def report(model: nn.Module) -> Report:
     """What runs where: one :class:`LayerReport` for each adapted layer of `model`, as it is now.
 
-    The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another.
+    The plan is the one for 2048 tokens in the base weight's dtype, or that which it is dequantised to; under autocast x
+    has another.
     """
     made = (_layer_report(name, module) for name, module in model.named_modules())
     return Report(layer for layer in made if layer is not None)
@@ -262,8 +263,8 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         method = type(module).__name__
     plan = None
     if declined is None:
-        device = next(module.parameters()).device.type
-        shape = dict(tokens=2048, dtype=dtype or next(module.parameters()).dtype, device_type=device)
+        first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
+        shape = dict(tokens=2048, dtype=dtype or first.dtype, device_type=first.device.type)
         own = isinstance(module, AdaptedLinear)
         plan = module.plan(**shape) if own else str(choose_plan("auto", **shape, mixer="identity"))
         if module.disable_adapters or module.merged:
@@ -272,7 +273,7 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         name=name,
         method=method,
         shape=f"{module.in_features} -> {module.out_features}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype or "quantised").removeprefix("torch."),
         base="fused" if obstacle is None and declined is None else f"own call: {obstacle or 'declined'}",
         plan=plan,
         declined=declined,

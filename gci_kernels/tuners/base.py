@@ -10,7 +10,6 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import Group, find_step
@@ -192,10 +191,10 @@ class AdaptedModel(BaseTuner):
             self._update_layer(target, adapter_name, peft_config, current_key)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)):
+        if not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
-                "torch.nn.Linear, layers derived from it, and transformers' Conv1D"
+                "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
         self._replace_module(parent, target_name, layer, target)

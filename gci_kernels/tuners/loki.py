@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -127,12 +127,13 @@ class LoKILinear(AdaptedLinear):
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew; positions [k], -1 where loading will bring them."""
         base = self.get_base_layer()
-        device, k, r = base.weight.device, positions.shape[0], config.r
+        own, k, r = self._base_rows(), positions.shape[0], config.r
+        device = own.device
         self.r[name], self.scaling[name] = r or 0, config.lora_alpha / (r or 1)
         self.loki_positions[name] = positions.to(device)
         rows = positions.clamp(min=0).to(device)
         if r is None:
-            active = self._base_rows().index_select(0, rows)
+            active = own.index_select(0, rows)
             self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
         else:
             self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
@@ -146,7 +147,7 @@ class LoKILinear(AdaptedLinear):
     def _base_rows(self) -> Tensor:
         """The base layer's weight, dequantised, as [out, in]."""
         base = self.get_base_layer()
-        weight = dequantize_module_weight(base).detach()
+        weight = _dequantised(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
@@ -208,8 +209,10 @@ class LoKILinear(AdaptedLinear):
         """Writes the rows into the base weight; its other rows keep their bits."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         base = self.get_base_layer()
-        if names and type(base.weight) not in (nn.Parameter, Tensor):
-            raise ValueError(f"LoKI cannot be merged into a {type(base.weight).__name__}: use unload()")
+        kind = type(getattr(base, "weight", None))
+        if names and kind not in (nn.Parameter, Tensor):
+            name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
+            raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
         self._check_apart([*self.merged_adapters, *names])
         for name in names:
             rows, positions = self._merged(name), self.loki_positions.require(name)
@@ -262,6 +265,16 @@ class LoKILinear(AdaptedLinear):
         keep = self.merged_rows is not None
         form = choose_form("auto", tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
         return f"rows={form}"
+
+
+def _dequantised(base: nn.Module) -> Tensor:
+    kind = type(getattr(base, "weight", None)).__name__
+    if kind == "Int8Params":
+        # dequantize_module_weight would then put the weight on its device anew, which loses its scales on a CPU.
+        return dequantize_bnb_weight(base.weight, state=base.state)
+    if kind == "Params4bit" and getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        base.state_dict()  # gives what inference packed for the CPU the layout back that can be dequantised
+    return dequantize_module_weight(base)
 
 
 def _random(like: Tensor) -> Tensor:
