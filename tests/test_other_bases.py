@@ -65,7 +65,7 @@ def _loaded(quantization):
 
 def _hqq(folder, dtype: torch.dtype) -> nn.Module:
     quantize = pytest.importorskip("hqq.core.quantize", reason="hqq has no wheels, and building it starts nvcc")
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
@@ -310,7 +310,8 @@ def test_unpatched_layers_are_as_they_were(folder, base):
     for layer, (kind, _) in zip(layers(model), before, strict=True):
         assert isinstance(layer, FusedLora) and isinstance(layer, kind)
         assert (type(layer).__name__, type(layer).__module__) == (kind.__name__, kind.__module__)
-    if base != "hqq":  # HQQLinear holds on to local functions
+    assert isinstance(layers(copy.deepcopy(model))[0], FusedLora)
+    if not base.startswith("torchao"):  # PEFT's own layer holds on to a function that cannot be pickled
         assert isinstance(layers(pickle.loads(pickle.dumps(model)))[0], FusedLora)
     assert patch(model) is model
     unpatch(model)
@@ -328,7 +329,7 @@ def test_report(folder, base):
     assert lines[0].plan == report(patch(with_lora(folder, "torchao int8")))[0].plan
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", [each for each in BASES if each != "int8"])  # whose second DoRA forward PEFT fails
 def test_dora_is_declined(folder, base):
     model = with_lora(folder, base, use_dora=True)
     with torch.no_grad():
@@ -346,7 +347,7 @@ def test_dora_is_declined(folder, base):
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_starts_that_are_plain_lora_afterwards(folder, start, fused_calls):
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = get_peft_model(model, lora_config(init_lora_weights=start)).double().eval()
     for layer in layers(model):
         nn.init.normal_(layer.lora_B["default"].weight)
