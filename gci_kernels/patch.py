@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
@@ -27,7 +28,7 @@ class _Absent:
 class _Undo:
     """What was changed in a module tree, and the way back: (module, attribute, key or None, old value) each."""
 
-    def __init__(self, changes: list[tuple[nn.Module, str, object, object]], trainable: set[str]) -> None:
+    def __init__(self, changes: list[tuple[nn.Module, str, Any, Any]], trainable: set[str]) -> None:
         self.changes, self.trainable = changes, trainable
 
     def apply(self, model: nn.Module) -> None:
@@ -120,7 +121,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     return peft_model
 
 
-def _check_targets(model: nn.Module, config: PeftConfig) -> None:
+def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | LoraConfig) -> None:
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
     if not isinstance(config.target_modules, (list, set, tuple)):
         return
@@ -140,7 +141,9 @@ def _take_over(model: nn.Module) -> None:
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     obstacles = {name: _obstacle(module) for name, module in adapted}
     if needed and all(obstacles.values()):
         found = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "no adapter layers at all"
@@ -153,7 +156,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
             swap(module)
 
 
-def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
+def _obstacle(module: Any, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
     if isinstance(module, AdaptedLinear):
         return None
@@ -173,7 +176,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was not patched.
     """
-    tuner = model.base_model if isinstance(model, PeftModel) else None
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
     undo = getattr(tuner, _UNDO, None)
     if undo is not None:
         plain = tuner.model
@@ -185,8 +188,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )
-    for module in fused:
-        swap_back(module)
+    for layer in fused:
+        swap_back(layer)
     for module in published:
         split.swap_back(module)
     return model
@@ -249,7 +252,7 @@ def _split_report(name: str, module: nn.Module) -> LayerReport:
     return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
 
 
-def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
+def _adapter_report(name: str, module: Any) -> LayerReport:
     base = module.base_layer
     dtype, declined = fusion.matmul_dtype(base), _obstacle(module, active_only=True)
     if declined is None and is_plain_lora(module):

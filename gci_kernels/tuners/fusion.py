@@ -1,6 +1,7 @@
 """When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def operands(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def operands(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, without what looking them up costs by way of nn.Module.__getattr__."""
     parameters = module._parameters
     weight = parameters.get("weight")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class LoKIConfig(PeftConfig):
     quota: float | None = None
     r: int | None = None
     lora_alpha: float = 32
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     keep_merged: bool = True
@@ -116,6 +116,11 @@ class LoKILinear(AdaptedLinear):
     adapter_layer_names = ("loki_active", "loki_A", "loki_B", "loki_active_bias")
     other_param_names = ("loki_positions", "r", "scaling")
     method_name = "LoKI"
+    loki_active: nn.ParameterDict
+    loki_A: nn.ParameterDict
+    loki_B: nn.ParameterDict
+    loki_active_bias: nn.ParameterDict
+    loki_positions: "RowPositions"
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
         super().__init__(base_layer, name)
@@ -126,7 +131,7 @@ class LoKILinear(AdaptedLinear):
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew; positions [k], -1 where loading will bring them."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         own, k, r = self._base_rows(), positions.shape[0], config.r
         device = own.device
         self.r[name], self.scaling[name] = r or 0, config.lora_alpha / (r or 1)
@@ -146,7 +151,7 @@ class LoKILinear(AdaptedLinear):
 
     def _base_rows(self) -> Tensor:
         """The base layer's weight, dequantised, as [out, in]."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight = _dequantised(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
 
@@ -172,7 +177,8 @@ class LoKILinear(AdaptedLinear):
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base weight."""
-        weight, bias, positions = self.base_layer.weight, self.base_layer.bias, self.loki_positions.require(name)
+        base: Any = self.base_layer
+        weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name] if bias is not None else None
         if not self.r[name]:
             return loki_linear(x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows)
@@ -182,7 +188,8 @@ class LoKILinear(AdaptedLinear):
 
     def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
-        positions, base = self.loki_positions.require(name), self.get_base_layer()
+        base: Any = self.get_base_layer()
+        positions = self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
         if not self.r[name]:
             columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
@@ -208,7 +215,7 @@ class LoKILinear(AdaptedLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the rows into the base weight; its other rows keep their bits."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         kind = type(getattr(base, "weight", None))
         if names and kind not in (nn.Parameter, Tensor):
             name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
@@ -234,7 +241,8 @@ class LoKILinear(AdaptedLinear):
     @torch.no_grad()
     def _merged(self, name: str) -> Tensor:
         """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
-        dtype = self.get_base_layer().weight.dtype
+        base: Any = self.get_base_layer()
+        dtype = base.weight.dtype
         if not self.r[name]:
             return self.loki_active[name].to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
@@ -243,7 +251,7 @@ class LoKILinear(AdaptedLinear):
         return (own.to(wide) + self.scaling[name] * change).to(dtype)
 
     def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self._base_rows().index_copy_(0, positions, rows)  # a view of the weight
         if bias is not None:
             base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
@@ -267,7 +275,7 @@ class LoKILinear(AdaptedLinear):
         return f"rows={form}"
 
 
-def _dequantised(base: nn.Module) -> Tensor:
+def _dequantised(base: Any) -> Tensor:
     kind = type(getattr(base, "weight", None)).__name__
     if kind == "Int8Params":
         # dequantize_module_weight would then put the weight on its device anew, which loses its scales on a CPU.
@@ -288,10 +296,10 @@ class LoKIModel(AdaptedModel):
     prefix = "loki_"
     tuner_layer_cls = LoKILinear
 
-    def _prepare_adapter_config(self, peft_config: LoKIConfig, model_config: dict) -> LoKIConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: LoKIConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         if peft_config.positions is not None:
             self.rows = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
@@ -303,7 +311,7 @@ class LoKIModel(AdaptedModel):
         self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
-    def _check_target_module_exists(peft_config: LoKIConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config.rows
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:

@@ -1,6 +1,7 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -30,12 +31,18 @@ def lora_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
     return None if reason is None else f"adapter {name!r}: {reason}"
 
 
-def _part(layer: lora.LoraLayer, part: str, name: str) -> nn.Module:
+def _part(layer: Any, part: str, name: str) -> Any:
     """layer.<part>[name], without what looking it up costs by way of two modules."""
     return layer._modules[part]._modules[name]
 
 
-class FusedLora(Swapped):
+if TYPE_CHECKING:  # what the mixin is mixed with
+    _Layer = lora.Linear
+else:
+    _Layer = object
+
+
+class FusedLora(Swapped, _Layer):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -52,11 +59,15 @@ class FusedLora(Swapped):
                 return reason
         return None
 
+    def _adapters(self) -> dict[str, Any]:
+        modules: dict[str, Any] = self._modules
+        return modules["lora_A"]._modules
+
     def _present_adapters(self) -> list[str]:
-        present = self._modules["lora_A"]._modules
+        present = self._adapters()
         return [name for name in self.active_adapters if name in present]
 
-    def forward(
+    def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
     ) -> Tensor:
         if adapter_names is not None:
@@ -70,7 +81,7 @@ class FusedLora(Swapped):
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str], **kwargs
     ) -> Tensor:
         self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
-        present = self._modules["lora_A"]._modules
+        present = self._adapters()
         fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
             return own_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
@@ -82,12 +93,12 @@ class FusedLora(Swapped):
         return y.index_add(0, samples, update.to(y.dtype))
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        scaling, extra = self.scaling[name], self.lora_B[name].bias
+        scaling, extra = self.scaling[name], _part(self, "lora_B", name).bias
         if extra is not None:
             extra = (extra * scaling).to(x.dtype)
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        A, B = (_part(self, part, name).weight for part in ("lora_A", "lora_B"))
         y = lora_linear(x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name))
         return y if extra is None else y + extra
 
@@ -131,11 +142,12 @@ def is_plain_lora(module: nn.Module) -> bool:
     )
 
 
-def swap(module: lora.LoraLayer) -> None:
+def swap(module: Any) -> None:
     """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
-    module.__class__ = subclass(type(module), FusedLora)
+    kind: Any = type(module)
+    module.__class__ = subclass(kind, FusedLora)
 
 
-def swap_back(module: FusedLora) -> None:
+def swap_back(module: Any) -> None:
     """Undoes :func:`swap`."""
     module.__class__ = module._gci_parts[0]
