@@ -1,6 +1,5 @@
 """What type checkers see: py.typed promises that annotations are right."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +38,10 @@ lora_linear(x, None, None, A, B)  # wrong
 """
 
 
-def mypy(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
-    """mypy's output, by its own cache beside the test's files."""
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--show-error-codes", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def mypy(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """What mypy prints, by pyproject.toml's settings."""
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,14 @@ def cache(tmp_path_factory) -> str:
 
 
 def test_the_package_is_clean(cache):
-    done = mypy(cache, cwd=ROOT)
+    done = mypy(cache)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
 
 
 def test_a_program_is_checked_against_it(cache, tmp_path):
-    """Without the project's configuration, as a user's checker reads the installed package."""
+    """By the same settings: what the first test read need not be read again."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    path = {"MYPYPATH": str(ROOT), **os.environ}
-    done = mypy(cache, "--follow-imports=silent", "--ignore-missing-imports", program, cwd=tmp_path, env=path)
+    done = mypy(cache, program)
     wrong = [number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")]
     assert [int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line] == wrong, done.stdout
