@@ -391,6 +391,14 @@ def test_layers_for_other_libraries(kind, dtype, fused_calls):
     assert type(unpatch(model)[0]) is kind
 
 
+def test_a_layer_of_the_same_name_from_elsewhere_is_left_alone():
+    for package in ("layer", "mine.lora.layer"):
+        kind = type("Linear", (lora.Linear,), {"__module__": package})
+        model = nn.Sequential(kind(nn.Linear(4, 4), "default", config=lora_config(), r=2, lora_alpha=2))
+        with pytest.raises(ValueError, match="layer.Linear has no fused form"):
+            patch(model)
+
+
 # The package's own methods
 
 OWN = {

@@ -137,9 +137,8 @@ FusedLoraLinear = subclass(lora.Linear, FusedLora)
 def is_plain_lora(module: nn.Module) -> bool:
     """Whether `module` is exactly one of PEFT's linear LoRA layers that :func:`swap` knows, and not swapped yet."""
     kind = type(module)
-    return f"{kind.__module__.removeprefix('peft.tuners.lora.')}.{kind.__name__}" in _PLAIN and not isinstance(
-        module, FusedLora
-    )
+    package, _, name = f"{kind.__module__}.{kind.__name__}".partition(".lora.")
+    return package == "peft.tuners" and name in _PLAIN and not isinstance(module, FusedLora)
 
 
 def swap(module: Any) -> None:
