@@ -255,8 +255,11 @@ def renew_all(device: torch.device, whole_op_failure: str | None = None) -> list
     """
     records = [renew(kernel, device) for kernel in KERNELS if not missing(kernel)]
     if whole_op_failure is not None:
-        failed = dict(passed=False, reason=f"the whole op failed: {whole_op_failure}")
-        records = [dataclasses.replace(r, **failed) if r.passed and r.kernel in TRITON_KERNELS else r for r in records]
+        reason = f"the whole op failed: {whole_op_failure}"
+        records = [
+            dataclasses.replace(r, passed=False, reason=reason) if r.passed and r.kernel in TRITON_KERNELS else r
+            for r in records
+        ]
         keep(*records)
     return [dataclasses.replace(record, source=str(own_path())) for record in records]
 

@@ -6,7 +6,7 @@ torch is imported first on purpose: the extension then shares torch's OpenMP run
 import torch
 
 try:
-    from gci_kernels import _native as _extension
+    from gci_kernels import _native as _extension  # type: ignore[attr-defined]  # made by the build
 except ImportError as failure:
     _extension = None
     _failure: ImportError | None = failure

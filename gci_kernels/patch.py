@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
@@ -14,8 +15,8 @@ from rich.table import Table
 from torch import nn
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, FusedLoraLinear, LoKIConfig, fusion, split
-from gci_kernels.tuners.lora import is_plain_lora, lora_obstacle
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
+from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
 _UNDO = "_gci_undo"
@@ -28,7 +29,7 @@ class _Absent:
 class _Undo:
     """What was changed in a module tree, and the way back: (module, attribute, key or None, old value) each."""
 
-    def __init__(self, changes: list[tuple[nn.Module, str, object, object]], trainable: set[str]) -> None:
+    def __init__(self, changes: list[tuple[nn.Module, str, Any, Any]], trainable: set[str]) -> None:
         self.changes, self.trainable = changes, trainable
 
     def apply(self, model: nn.Module) -> None:
@@ -121,7 +122,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     return peft_model
 
 
-def _check_targets(model: nn.Module, config: PeftConfig) -> None:
+def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | LoraConfig) -> None:
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
     names = [name for name, _ in model.named_modules()]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -145,24 +146,26 @@ def _take_over(model: nn.Module) -> None:
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     obstacles = {name: _obstacle(module) for name, module in adapted}
     if needed and all(obstacles.values()):
         found = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "no adapter layers at all"
         raise ValueError(
-            "nothing to patch: looked for peft.tuners.lora.Linear layers with an adapter that is plain LoRA and for "
+            "nothing to patch: looked for linear layers of peft.tuners.lora with an adapter that is plain LoRA and for "
             f"layers of the published LoKI repository, found {found}. Pass a config to add an adapter"
         )
     for _, module in adapted:
         if is_plain_lora(module):
-            module.__class__ = FusedLoraLinear
+            swap(module)
 
 
-def _obstacle(module: BaseTunerLayer, *, active_only: bool = False) -> str | None:
+def _obstacle(module: Any, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
     if isinstance(module, AdaptedLinear):
         return None
-    if not isinstance(module, FusedLoraLinear) and not is_plain_lora(module):
+    if not isinstance(module, FusedLora) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
     names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
     reasons = [reason for name in names if (reason := lora_obstacle(module, name)) is not None]
@@ -178,20 +181,20 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was not patched.
     """
-    tuner = model.base_model if isinstance(model, PeftModel) else None
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
     undo = getattr(tuner, _UNDO, None)
     if undo is not None:
         plain = tuner.model
         undo.apply(plain)
         return plain
-    fused = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    fused = [module for module in model.modules() if isinstance(module, FusedLora)]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
     if not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )
-    for module in fused:
-        module.__class__ = lora.Linear
+    for layer in fused:
+        swap_back(layer)
     for module in published:
         split.swap_back(module)
     return model
@@ -237,8 +240,8 @@ class Report(list[LayerReport]):
 def report(model: nn.Module) -> Report:
     """What runs where: one :class:`LayerReport` for each adapted layer of `model`, as it is now.
 
-    The plan is the one for 2048 tokens in the base weight's dtype; under autocast x has another. What a decoding step
-    launches is said of the active adapters' first.
+    The plan is the one for 2048 tokens in the base weight's dtype, or that which it is dequantised to; under autocast x
+    has another. What a decoding step launches is said of the active adapters' first.
     """
     made = (_layer_report(name, module) for name, module in model.named_modules())
     return Report(layer for layer in made if layer is not None)
@@ -259,7 +262,7 @@ def _split_report(name: str, module: nn.Module) -> LayerReport:
     return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
 
 
-def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
+def _adapter_report(name: str, module: Any) -> LayerReport:
     base = module.base_layer
     dtype, declined = fusion.matmul_dtype(base), _obstacle(module, active_only=True)
     if declined is None and is_plain_lora(module):
@@ -273,8 +276,8 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         method = type(module).__name__
     plan = decode = None
     if declined is None:
-        device = next(module.parameters()).device.type
-        shape = dict(dtype=dtype or next(module.parameters()).dtype, device_type=device)
+        first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
+        shape = dict(dtype=dtype or first.dtype, device_type=first.device.type)
         own = isinstance(module, AdaptedLinear)
         plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
         decode = module.decode_plan(**shape)
@@ -284,7 +287,7 @@ def _adapter_report(name: str, module: BaseTunerLayer) -> LayerReport:
         name=name,
         method=method,
         shape=f"{module.in_features} -> {module.out_features}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype or "quantised").removeprefix("torch."),
         base="fused" if obstacle is None and declined is None else f"own call: {obstacle or 'declined'}",
         plan=plan,
         declined=declined,

@@ -1,10 +1,13 @@
 """Gives an object a subclass of its own class: what it is made of, its name and its copies stay as they were."""
 
 import functools
+from typing import Any, ClassVar
 
 
 class Swapped:
     """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
+
+    _gci_parts: ClassVar[tuple[type, type]]
 
     def __reduce_ex__(self, protocol):
         # The class is made while the program runs; its parts can be found by name, it cannot.
@@ -13,7 +16,7 @@ class Swapped:
 
 
 @functools.cache
-def subclass(base: type, mixin: type) -> type:
+def subclass(base: Any, mixin: type) -> Any:
     """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; the same each time.
 
     `base` is given back by `_gci_parts[0]`. The name stays because transformers, accelerate and FSDP know classes by

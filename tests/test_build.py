@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -48,6 +49,70 @@ def test_wheel(source, tmp_path):
     needed = {line.split("[")[1].split(".so")[0] for line in done.stdout.splitlines() if "(NEEDED)" in line}
     needed -= {"libstdc++", "libm", "libgomp", "libgcc_s", "libc", "libdl", "librt", "libpthread"}
     assert all(name.startswith("ld-linux") for name in needed), "neither torch nor CUDA: it serves all versions of both"
+
+
+SMOKE = """
+import itertools, sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gci_kernels
+from gci_kernels import native, verify
+from gci_kernels.bench import run
+
+folder = Path(sys.prefix).resolve()
+for module in (gci_kernels, native.load(), run):
+    assert folder in Path(module.__file__).resolve().parents, module
+checks = [check for group in itertools.islice(verify.verify("cpu"), 9) for check in group]
+assert len(checks) > 9 and all(check.passed for check in checks)
+config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+model = gci_kernels.patch(LlamaForCausalLM(config), gci_kernels.LoRAMoEConfig(init_weights=False))
+ids = torch.tensor([[3, 5, 7]])
+model(input_ids=ids, labels=ids).loss.backward()
+assert all(each.grad.isfinite().all() for each in model.parameters() if each.requires_grad)
+assert model.eval().generate(input_ids=ids, max_new_tokens=2, eos_token_id=None).shape == (1, 5)
+print(gci_kernels.report(model))
+"""
+
+
+def test_installed_from_the_sdist(source, tmp_path):
+    """The source archive builds the wheel, and that works where there is nothing else of the project."""
+    backend = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    copied = tmp_path / "source"  # setuptools leaves its notes beside what it packs
+    shutil.copytree(source, copied)
+    for name in ("constraints.txt", "tests"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, copied / name)
+    subprocess.run([sys.executable, "-c", backend], cwd=copied, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as members:
+        names = {name.partition("/")[2] for name in members.getnames()}
+    tracked = {str(path.relative_to(copied)) for top in ("csrc", "bench", "tests", "gci_kernels")
+               for path in (copied / top).rglob("*.*") if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
+               and "__pycache__" not in path.parts}  # fmt: skip
+    assert tracked <= names, "the tests of a distribution run from its source archive"
+
+    done = build(archive, tmp_path, GCI_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    # The dependencies are this environment's; a path file takes no note of other path files, nor of their hooks.
+    (own,) = environment.glob("lib/python*/site-packages")
+    (own / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    install = ["-m", "pip", "-q", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    outside = dict(cwd=tmp_path, env=variables, capture_output=True, text=True)
+    script = environment / "bin" / "gci-kernels"
+    for command in ([script, "info"], [python, "-m", "gci_kernels", "info"], [python, "-c", SMOKE]):
+        done = subprocess.run(command, **outside)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "LoRAMoE 8x4" in done.stdout
 
 
 @pytest.mark.parametrize(("compiler", "why"), [("/nonexistent/c++", "No such file"), ("false", "")])

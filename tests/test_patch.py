@@ -638,7 +638,7 @@ def test_handles_still_remove_their_hooks_after_a_failed_patch():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (tiny_llama, "nothing to patch: looked for peft.tuners.lora.Linear.*no adapter layers at all.*config"),
+        (tiny_llama, "nothing to patch: looked for linear layers of peft.*no adapter layers at all.*config"),
         (lambda: nn.Linear(2, 2), "nothing to patch"),
         (
             lambda: get_peft_model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])),

@@ -5,6 +5,8 @@ last position is one decoding step. Each scaled copy of an output is a stream of
 those of the layers before it, and one backward gives the gradients of all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +58,8 @@ def attribute(
     """
     arch = Architecture.of(model, projection)
     mask = _check(input_ids, attention_mask, path, steps)
-    vocabulary = arch.model.config.get_text_config().vocab_size
+    config: Any = arch.model.config
+    vocabulary = config.get_text_config().vocab_size
     _check_ids("input_ids", input_ids[mask == 1], vocabulary)
     targets = _targets(target, input_ids, vocabulary)
     walk = last_position if path == "last_position" else all_positions

@@ -111,7 +111,7 @@ def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str | 
         ValueError: a line of a .jsonl file is neither a string, nor an object with `text` or `messages`; no sample.
     """
     path = Path(path)
-    texts = []
+    texts: list[str | list] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip() and (limit is None or len(texts) < limit):
             texts.append(_sample(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,13 +52,15 @@ def attribute_file(
     if hdf5 and is_finished_hdf5(out, texts, settings):
         return
     growing = out.with_name(out.name + ".partial") if hdf5 else out
-    shape = (len(arch.layers), model.config.get_text_config().hidden_size)
+    config: Any = model.config
+    shape = (len(arch.layers), config.get_text_config().hidden_size)
     with ScoresFile(growing, texts, shape, settings) as file, _bar(len(samples), progress) as bar:
         missing, size = file.missing, batch or samples_together(arch, path, steps)
         task = bar.add_task("attribution", total=len(samples), completed=len(samples) - len(missing))
         for first in range(0, len(missing), size):
             numbers = missing[first : first + size]
-            ids, mask = _padded([samples[number] for number in numbers], model.device)
+            device: Any = model.device
+            ids, mask = _padded([samples[number] for number in numbers], device)
             scores = attribute(model, ids, mask, path=path, steps=steps, projection=projection)
             for number, found in zip(numbers, scores, strict=True):
                 file.write(number, found)

@@ -4,9 +4,10 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from gci_kernels import sequence
@@ -65,6 +66,12 @@ class ALoRALinear(BottleneckLayer):
 
     adapter_layer_names = ("gci_alora_A", "gci_alora_qkv", "gci_alora_B")
     other_param_names = ("r", "num_heads", "scaling", "dropout_p", "residual")
+    num_heads: dict[str, int]
+    dropout_p: dict[str, float]
+    residual: dict[str, bool]
+    gci_alora_A: nn.ParameterDict
+    gci_alora_qkv: nn.ParameterDict
+    gci_alora_B: nn.ParameterDict
     method_name, mixer = "ALoRA", "attention"
     no_merge = "ALoRA cannot be merged into the base weight: its update depends on the other tokens; use unload()"
 
@@ -121,12 +128,12 @@ class ALoRALinear(BottleneckLayer):
         mixed.check(rows, names)
         tokens = mixed.Tokens(rows, names, self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
-        kept: list[Tensor] = []
+        kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
             if context.shape[1] != 1:
                 return None
-            found = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
+            found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
             place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 
@@ -152,7 +159,7 @@ class ALoRALinear(BottleneckLayer):
         if context.shape[1] != 1 or (self.training and self.dropout_p[name]):
             return None
         group = self._group(name, context.shape[0])
-        step = find_step(x, weight, bias, (group,))
+        step: Any = find_step(x, weight, bias, (group,))
         kept = None if step is None else context.room(self.key, name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
@@ -173,12 +180,12 @@ class ALoRAModel(BottleneckModel):
     tuner_layer_cls = ALoRALinear
     default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def _pre_injection_hook(self, model: nn.Module, config: ALoRAConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not hasattr(self, "adapted"):
             self.adapted: list[ALoRALinear] = []
             self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
 
-    def _post_injection_hook(self, model: nn.Module, config: ALoRAConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.attached = sequence.attach(model, self.wanted)
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:

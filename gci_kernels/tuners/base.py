@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.config import PeftConfig
@@ -12,7 +13,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
@@ -40,8 +40,8 @@ class BottleneckConfig(PeftConfig):
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -94,6 +94,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     """
 
     method_name: str
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+    r: dict[str, int]
+    scaling: dict[str, float]
+    update_layer: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -105,7 +111,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = name
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        sizes: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = sizes
 
     def adapters(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -142,9 +149,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """What "auto" takes for x [tokens, in]: for reports."""
         raise NotImplementedError
 
-    def parameter(self, part: str, name: str) -> nn.Parameter:
+    def parameter(self, part: str, name: str) -> Any:
         """The adapter's parameter, without what looking it up costs by way of two modules."""
-        return self._modules[part]._parameters[name]
+        return cast(nn.Module, self._modules[part])._parameters[name]
 
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
         """What a decoding step of one token launches for the first active adapter, None: the plan's stages."""
@@ -210,10 +217,12 @@ class BottleneckLayer(AdaptedLinear):
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
-    def _new_layer(self, target: nn.Module, name: str, config: PeftConfig, key: str) -> AdaptedLinear:
+    tuner_layer_cls: type[Any]
+
+    def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
         raise NotImplementedError
 
-    def _update_layer(self, layer: AdaptedLinear, name: str, config: PeftConfig, key: str) -> None:
+    def _update_layer(self, layer: Any, name: str, config: Any, key: str) -> None:
         layer.update_layer(name, config)
 
     def _create_and_replace(
@@ -223,10 +232,10 @@ class AdaptedModel(BaseTuner):
             self._update_layer(target, adapter_name, peft_config, current_key)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)):
+        if not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
-                "torch.nn.Linear, layers derived from it, and transformers' Conv1D"
+                "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
         self._replace_module(parent, target_name, layer, target)
@@ -258,7 +267,7 @@ class BottleneckModel(AdaptedModel):
         own = peft_config.of_module(current_key)
         super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
 
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BottleneckConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = set(self.default_targets)
         return peft_config
@@ -266,15 +275,15 @@ class BottleneckModel(AdaptedModel):
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> Any:
         if merge:
             raise ValueError(self.tuner_layer_cls.no_merge)
-        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         self._detach()
         return model
 
 
-def register(config: type[PeftConfig], tuner: type[AdaptedModel]) -> None:
+def register(config: Any, tuner: type[AdaptedModel]) -> None:
     """Makes the method known to PEFT under its plain string key."""
     PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
     PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner

@@ -1,9 +1,11 @@
 """When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 
@@ -30,7 +32,7 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def operands(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def operands(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, without what looking them up costs by way of nn.Module.__getattr__."""
     parameters = module._parameters
     weight = parameters.get("weight")
@@ -67,7 +69,22 @@ def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, st
     return base(x) if y is None else y
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer: torch's, transformers' Conv1D, or a quantised one that PEFT adapts too."""
+    # HQQ's, GPTQ's and AWQ's, and AQLM's derive from nn.Module alone; they are told by where they keep their codes.
+    return has_rows(module) or (
+        hasattr(module, "in_features") and (hasattr(module, "qweight") or hasattr(module, "codes"))
+    )
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer whose weight PEFT's dequantize_module_weight knows to give back."""
+    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "W_q")
+
+
 def matmul_dtype(module: nn.Module) -> torch.dtype | None:
-    """The floating dtype of the layer's weight, or None where it has none (quantised)."""
+    """The floating dtype of the layer's weight, or that which it is dequantised to; None where neither is known."""
     weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return getattr(module, "compute_dtype", None)

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +47,7 @@ class LoKIConfig(PeftConfig):
     quota: float | None = None
     r: int | None = None
     lora_alpha: float = 32
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     keep_merged: bool = True
@@ -117,6 +117,11 @@ class LoKILinear(AdaptedLinear):
     adapter_layer_names = ("loki_active", "loki_A", "loki_B", "loki_active_bias")
     other_param_names = ("loki_positions", "r", "scaling")
     method_name = "LoKI"
+    loki_active: nn.ParameterDict
+    loki_A: nn.ParameterDict
+    loki_B: nn.ParameterDict
+    loki_active_bias: nn.ParameterDict
+    loki_positions: "RowPositions"
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
         super().__init__(base_layer, name)
@@ -127,13 +132,14 @@ class LoKILinear(AdaptedLinear):
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew; positions [k], -1 where loading will bring them."""
-        base = self.get_base_layer()
-        device, k, r = base.weight.device, positions.shape[0], config.r
+        base: Any = self.get_base_layer()
+        own, k, r = self._base_rows(), positions.shape[0], config.r
+        device = own.device
         self.r[name], self.scaling[name] = r or 0, config.lora_alpha / (r or 1)
         self.loki_positions[name] = positions.to(device)
         rows = positions.clamp(min=0).to(device)
         if r is None:
-            active = self._base_rows().index_select(0, rows)
+            active = own.index_select(0, rows)
             self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
         else:
             self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
@@ -146,8 +152,8 @@ class LoKILinear(AdaptedLinear):
 
     def _base_rows(self) -> Tensor:
         """The base layer's weight, dequantised, as [out, in]."""
-        base = self.get_base_layer()
-        weight = dequantize_module_weight(base).detach()
+        base: Any = self.get_base_layer()
+        weight = _dequantised(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
@@ -172,7 +178,8 @@ class LoKILinear(AdaptedLinear):
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base weight."""
-        weight, bias, positions = self.base_layer.weight, self.base_layer.bias, self.loki_positions.require(name)
+        base: Any = self.base_layer
+        weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name] if bias is not None else None
         if not self.r[name]:
             return loki_linear(x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows)
@@ -182,7 +189,8 @@ class LoKILinear(AdaptedLinear):
 
     def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
-        positions, base = self.loki_positions.require(name), self.get_base_layer()
+        base: Any = self.get_base_layer()
+        positions = self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
         if not self.r[name]:
             columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
@@ -208,9 +216,11 @@ class LoKILinear(AdaptedLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the rows into the base weight; its other rows keep their bits."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        base = self.get_base_layer()
-        if names and type(base.weight) not in (nn.Parameter, Tensor):
-            raise ValueError(f"LoKI cannot be merged into a {type(base.weight).__name__}: use unload()")
+        base: Any = self.get_base_layer()
+        kind = type(getattr(base, "weight", None))
+        if names and kind not in (nn.Parameter, Tensor):
+            name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
+            raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
         self._check_apart([*self.merged_adapters, *names])
         for name in names:
             rows, positions = self._merged(name), self.loki_positions.require(name)
@@ -232,7 +242,8 @@ class LoKILinear(AdaptedLinear):
     @torch.no_grad()
     def _merged(self, name: str) -> Tensor:
         """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
-        dtype = self.get_base_layer().weight.dtype
+        base: Any = self.get_base_layer()
+        dtype = base.weight.dtype
         if not self.r[name]:
             return self.loki_active[name].to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
@@ -241,7 +252,7 @@ class LoKILinear(AdaptedLinear):
         return (own.to(wide) + self.scaling[name] * change).to(dtype)
 
     def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self._base_rows().index_copy_(0, positions, rows)  # a view of the weight
         if bias is not None:
             base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
@@ -265,6 +276,16 @@ class LoKILinear(AdaptedLinear):
         return f"rows={form}"
 
 
+def _dequantised(base: Any) -> Tensor:
+    kind = type(getattr(base, "weight", None)).__name__
+    if kind == "Int8Params":
+        # dequantize_module_weight would then put the weight on its device anew, which loses its scales on a CPU.
+        return dequantize_bnb_weight(base.weight, state=base.state)
+    if kind == "Params4bit" and getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        base.state_dict()  # gives what inference packed for the CPU the layout back that can be dequantised
+    return dequantize_module_weight(base)
+
+
 def _random(like: Tensor) -> Tensor:
     """Uniform as LoRA's A, shaped like `like`."""
     return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
@@ -276,10 +297,10 @@ class LoKIModel(AdaptedModel):
     prefix = "loki_"
     tuner_layer_cls = LoKILinear
 
-    def _prepare_adapter_config(self, peft_config: LoKIConfig, model_config: dict) -> LoKIConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: LoKIConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         if peft_config.positions is not None:
             self.rows = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
@@ -291,7 +312,7 @@ class LoKIModel(AdaptedModel):
         self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
-    def _check_target_module_exists(peft_config: LoKIConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config.rows
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:

@@ -14,6 +14,7 @@ from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
 from gci_kernels.ops.row_linear import check_positions
+from gci_kernels.tuners import fusion
 
 Positions = str | os.PathLike | Mapping[str | int, Sequence[int]] | Sequence[Sequence[int]]
 
@@ -64,7 +65,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, (nn.Linear, Conv1D)) and not name.startswith(adapted):
+        if fusion.has_rows(base) and not name.startswith(adapted):
             yield name, base
 
 

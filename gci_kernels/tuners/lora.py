@@ -1,4 +1,7 @@
-"""PEFT's LoRA linear layer with a fused forward. The instance changes its class and nothing else."""
+"""PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import lora
@@ -6,10 +9,18 @@ from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
+from gci_kernels.swapped import Swapped, subclass
 from gci_kernels.tuners import fusion, mixed
 
+# PEFT's layers that compute base(x) + scaling * B(A(dropout(x))), and differ in how they merge: one for each kind of
+# base layer. By name, because most of their modules cannot be imported without the library they are for.
+_PLAIN = {
+    "layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear", "hqq.HqqLoraLinear",
+    "gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "aqlm.AqlmLoraLinear", "eetq.EetqLoraLinear",
+}  # fmt: skip
 
-def lora_obstacle(layer: lora.Linear, name: str) -> str | None:
+
+def lora_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
     """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused."""
     variant = layer.lora_variant.get(name)
     if variant is not None:
@@ -21,17 +32,24 @@ def lora_obstacle(layer: lora.Linear, name: str) -> str | None:
     return None if reason is None else f"adapter {name!r}: {reason}"
 
 
-def _part(layer: lora.Linear, part: str, name: str) -> nn.Module:
+def _part(layer: Any, part: str, name: str) -> Any:
     """layer.<part>[name], without what looking it up costs by way of two modules."""
     return layer._modules[part]._modules[name]
 
 
-class FusedLoraLinear(lora.Linear):
-    """peft.tuners.lora.Linear whose forward is :func:`gci_kernels.ops.lora_linear`.
+if TYPE_CHECKING:  # what the mixin is mixed with
+    _Layer = lora.Linear
+else:
+    _Layer = object
 
-    Merged, disabled and mixed-batch calls, and adapters that PEFT computes by another formula (DoRA and its kin), run
-    PEFT's own forward; `gci_kernels.report` names them. The adapter's products take x as it is and sum in a wider
-    dtype, where PEFT converts x to the adapter's dtype first.
+
+class FusedLora(Swapped, _Layer):
+    """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
+
+    A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
+    adapters are added. Merged and disabled calls, and adapters that PEFT computes by another formula (DoRA and its
+    kin), run PEFT's own forward; `gci_kernels.report` names them. The adapter's products take x as it is and sum in a
+    wider dtype, where PEFT converts x to the adapter's dtype first.
     """
 
     def obstacle(self) -> str | None:
@@ -42,24 +60,32 @@ class FusedLoraLinear(lora.Linear):
                 return reason
         return None
 
+    def _adapters(self) -> dict[str, Any]:
+        modules: dict[str, Any] = self._modules
+        return modules["lora_A"]._modules
+
     def _present_adapters(self) -> list[str]:
-        present = self._modules["lora_A"]._modules
+        present = self._adapters()
         return [name for name in self.active_adapters if name in present]
 
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+    def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
+        self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
+    ) -> Tensor:
         if adapter_names is not None:
-            return self._mixed(x, *args, adapter_names=adapter_names, **kwargs)
+            return self._mixed(own_forward, x, *args, adapter_names=adapter_names, **kwargs)
         if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
-            return super().forward(x, *args, **kwargs)
+            return own_forward(self, x, *args, **kwargs)
         step = self._step if fusion.decodes(x) else None
         return fusion.combine(self.base_layer, x, self._present_adapters(), self._update, step)
 
-    def _mixed(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+    def _mixed(
+        self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str], **kwargs
+    ) -> Tensor:
         self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
-        present = self._modules["lora_A"]._modules
+        present = self._adapters()
         fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
-            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return own_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
         step = self._mixed_step if fusion.decodes(x) else None
         return mixed.combine(self.base_layer, x, mixed.Tokens(x, adapter_names, present), self._add_update, step)
 
@@ -68,12 +94,12 @@ class FusedLoraLinear(lora.Linear):
         return y.index_add(0, samples, update.to(y.dtype))
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        scaling, extra = self.scaling[name], self.lora_B[name].bias
+        scaling, extra = self.scaling[name], _part(self, "lora_B", name).bias
         if extra is not None:
             extra = (extra * scaling).to(x.dtype)
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        A, B = (_part(self, part, name).weight for part in ("lora_A", "lora_B"))
         y = lora_linear(x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name))
         return y if extra is None else y + extra
 
@@ -112,6 +138,23 @@ class FusedLoraLinear(lora.Linear):
         return Group(A, B, self.scaling[name], first, count)
 
 
+# What a patched peft.tuners.lora.Linear is.
+FusedLoraLinear = subclass(lora.Linear, FusedLora)
+
+
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether `module` is exactly PEFT's linear LoRA layer, the class that :class:`FusedLoraLinear` stands in for."""
-    return type(module) is lora.Linear
+    """Whether `module` is exactly one of PEFT's linear LoRA layers that :func:`swap` knows, and not swapped yet."""
+    kind = type(module)
+    package, _, name = f"{kind.__module__}.{kind.__name__}".partition(".lora.")
+    return package == "peft.tuners" and name in _PLAIN and not isinstance(module, FusedLora)
+
+
+def swap(module: Any) -> None:
+    """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
+    kind: Any = type(module)
+    module.__class__ = subclass(kind, FusedLora)
+
+
+def swap_back(module: Any) -> None:
+    """Undoes :func:`swap`."""
+    module.__class__ = module._gci_parts[0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from gci_kernels.ops import loramoe_linear
@@ -69,6 +70,13 @@ class LoRAMoELinear(BottleneckLayer):
 
     adapter_layer_names = ("loramoe_A", "loramoe_B", "loramoe_router")
     other_param_names = ("r", "num_experts", "scaling", "dropout_p", "top_k", "balance")
+    num_experts: dict[str, int]
+    dropout_p: dict[str, float]
+    top_k: dict[str, int | None]
+    balance: dict[str, tuple[float, float, bool]]
+    loramoe_A: nn.ParameterDict
+    loramoe_B: nn.ParameterDict
+    loramoe_router: nn.ParameterDict
     method_name, mixer = "LoRAMoE", "gate"
     no_merge = "LoRAMoE cannot be merged into the base weight: its update depends on each token's gates; use unload()"
 
@@ -137,10 +145,10 @@ class LoRAMoEModel(BottleneckModel):
     tuner_layer_cls = LoRAMoELinear
     default_targets = ("gate_proj", "up_proj", "down_proj")
 
-    def _pre_injection_hook(self, model: nn.Module, config: LoRAMoEConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.collector = BalanceCollector()
 
-    def _post_injection_hook(self, model: nn.Module, config: LoRAMoEConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.hook_handles = self.collector.attach(model)
 
     def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> LoRAMoELinear:

@@ -42,7 +42,7 @@ def low_rank_attention(
     check_impl(impl)
     _check_tensors(q, k, v)
     check_heads(q.shape[2], num_heads)
-    segments = check_sequence(sequence, *q.shape[:2], k.shape[1] - q.shape[1], q.device)
+    segments = check_sequence(sequence, q.shape[0], q.shape[1], k.shape[1] - q.shape[1], q.device)
     impl = _choose(impl, q)
     if impl == "reference":
         return reference.forward(q, k, v, num_heads, segments)[0]

@@ -53,7 +53,10 @@ def loki_linear(
         impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
         device_type=x.device.type, keep=_keeps(merged, x, active_weight),
     )  # fmt: skip
-    weight = merged.renewed(weight, active_weight, positions, x.dtype) if form == "kept" else weight.to(x.dtype)
+    if form == "kept" and merged is not None:
+        weight = merged.renewed(weight, active_weight, positions, x.dtype)
+    else:
+        weight = weight.to(x.dtype)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, form)
 
 
