@@ -24,6 +24,12 @@ METHODS = {
 DROPPING = ("lora", "loramoe", "alora")
 
 
+def quick(*methods: str) -> pytest.MarkDecorator:
+    """Every method, those not named here among the slow tests alone: each compilation takes seconds."""
+    marks = {method: () if method in methods else pytest.mark.slow for method in METHODS}
+    return pytest.mark.parametrize("method", [pytest.param(method, marks=mark) for method, mark in marks.items()])
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch.compiler.reset()
@@ -66,22 +72,29 @@ def compiled(model, backend: str = "aot_eager", **kwargs):
     return torch.compile(model, backend=count, fullgraph=True, **kwargs), count
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dynamic", (None, True), ids=("automatic", "dynamic"))
-def test_no_length_is_compiled_for_alone(method, dynamic):
+def lengths(method: str, dynamic: bool | None, known: int, backend: str = "aot_eager") -> None:
+    """Eager's numbers at every length; after the first `known` of them nothing is compiled."""
     model = patched(method)
-    call, count = compiled(model, dynamic=dynamic)
+    call, count = compiled(model, backend, dynamic=dynamic)
     graphs = []
     for length in LENGTHS:
         assert_same(step(call, model, batch(length)), step(model, model, batch(length)))
         graphs.append(count.frame_count)
-    # "automatic" takes the first length for a constant, and learns from the second.
-    assert len(set(graphs[0 if dynamic else 1 :])) == 1 and graphs[-1] <= 2, graphs
+    assert len(set(graphs[known - 1 :])) == 1 and graphs[-1] <= 2, graphs
 
 
-@pytest.mark.parametrize("method", ("lora", "alora"))
-def test_no_batch_size_is_compiled_for_alone(method):
-    model = patched(method)
+@quick("lora", "loramoe", "alora", "loki")
+def test_the_second_length_teaches_that_lengths_change(method):
+    lengths(method, dynamic=None, known=2)
+
+
+@quick("alora")
+def test_told_so_it_knows_at_the_first(method):
+    lengths(method, dynamic=True, known=1)
+
+
+def test_no_batch_size_is_compiled_for_alone():
+    model = patched("alora")
     call, count = compiled(model)
     for sequences in (2, 3, 4, 6):
         inputs = {name: value.repeat(3, 1)[:sequences] for name, value in batch(7).items()}
@@ -89,17 +102,21 @@ def test_no_batch_size_is_compiled_for_alone(method):
     assert count.frame_count == 2
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_autocast(method):
+@quick("lora", "loramoe", "alora", "loki")
+def test_a_padded_batch_under_autocast(method):
     model = patched(method)
     call, _ = compiled(model)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    inputs = batch(9) | {"attention_mask": mask}
+    inputs["labels"] = inputs["labels"].masked_fill(mask == 0, -100)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, actual = (step(each, model, batch(9)) for each in (model, call))
+        expected, actual = (step(each, model, inputs) for each in (model, call))
     assert_same(actual, expected, 1e-2)
-    assert relative_error(expected["loss"], step(model, model, batch(9))["loss"]) > 1e-6, "bfloat16 shows"
+    assert relative_error(expected["loss"], step(model, model, inputs)["loss"]) > 1e-6, "bfloat16 shows"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@quick("loramoe", "alora")
 def test_gradient_checkpointing(method):
     model = patched(method, dropout=0.3)
     expected = step(model, model, batch(9))
@@ -126,17 +143,6 @@ def test_each_call_of_a_graph_draws_its_own_masks(method):
     assert count.frame_count == 1
 
 
-@pytest.mark.parametrize("method", ("loramoe", "alora"))
-def test_padding(method):
-    model = patched(method)
-    call, _ = compiled(model)
-    mask = torch.ones(2, 9, dtype=torch.int64)
-    mask[0, :3] = 0
-    inputs = batch(9) | {"attention_mask": mask}
-    inputs["labels"] = inputs["labels"].masked_fill(mask == 0, -100)
-    assert_same(step(call, model, inputs), step(model, model, inputs))
-
-
 def test_the_balancing_constraint():
     config = LoRAMoEConfig(r=2, num_experts=4, balance_weight=0.1, **FEW)
     model = patch(patched("loramoe").unload(), config).train()
@@ -150,8 +156,4 @@ def test_the_balancing_constraint():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_inductor(method):
-    model = patched(method)
-    call, count = compiled(model, "inductor")
-    for length in LENGTHS:
-        assert_same(step(call, model, batch(length)), step(model, model, batch(length)))
-    assert count.frame_count == 2
+    lengths(method, dynamic=None, known=2, backend="inductor")
