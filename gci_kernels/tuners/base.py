@@ -81,8 +81,8 @@ class BottleneckConfig(PeftConfig):
     def of_module(self, key: str) -> "BottleneckConfig":
         """A copy with the r and lora_alpha that the patterns give to the module `key`."""
         own = copy.copy(self)
-        own.r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, key), self.r)
-        own.lora_alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), self.lora_alpha)
+        own.r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
+        own.lora_alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), key), self.lora_alpha)
         return own
 
 
