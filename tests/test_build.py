@@ -63,7 +63,7 @@ from gci_kernels import native, verify
 from gci_kernels.bench import run
 
 folder = Path(sys.prefix).resolve()
-for module in (gci_kernels, native.load(), run):
+for module in (gci_kernels, native.extension(), run):
     assert folder in Path(module.__file__).resolve().parents, module
 checks = [check for group in itertools.islice(verify.verify("cpu"), 9) for check in group]
 assert len(checks) > 9 and all(check.passed for check in checks)
