@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report, sequence
+from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, frame, patch, report
 from gci_kernels.ops.decode import plan
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion
@@ -372,7 +372,7 @@ def test_inductor_compiles_a_step(method):
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """The length of a static cache is the device's to know, as it is where that runs by itself."""
-    monkeypatch.setattr(sequence, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(frame, "_runs_by_itself", lambda device: True)
 
 
 def static(model, ids=IDS, capacity=12, **given):
@@ -444,15 +444,15 @@ def test_what_no_kernel_will_take_is_counted_by_the_process(as_on_gpu):
         model(IDS[:1, :1].expand(17, -1), past_key_values=wide)
         assert wide.gci_adapters.tokens == 6
         asked = static(model), None, model.base_model.wanted, 2, torch.device("cpu")
-        assert sequence._counts_on_device(*asked)
+        assert frame._counts_on_device(*asked)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not sequence._counts_on_device(*asked)
+            assert not frame._counts_on_device(*asked)
 
 
 def test_a_graph_reads_no_further_than_a_short_mask(as_on_gpu, monkeypatch):
     model, seen = adapted("alora"), []
-    own = sequence.Context.room
-    monkeypatch.setattr(sequence.Context, "room", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
+    own = frame.Context.room
+    monkeypatch.setattr(frame.Context, "room", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
     with torch.no_grad():
         cache = static(model)
         model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)  # floating: looked at

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from gci_kernels import ALoRAConfig, LoRAMoEConfig, patch, sequence
+from gci_kernels import ALoRAConfig, LoRAMoEConfig, frame, patch
 from gci_kernels.ops.decode import cuda, step
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import fusion
@@ -82,7 +82,7 @@ def recorded(kernels, monkeypatch):
     monkeypatch.setattr(cuda, "extension", lambda: recorded)
     monkeypatch.setattr(step.native, "Step", cuda.Step)
     monkeypatch.setattr(step, "_steps", {})
-    monkeypatch.setattr(sequence, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(frame, "_runs_by_itself", lambda device: True)
     return recorded
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gci_kernels import sequence
+from gci_kernels.frame import read
 from gci_kernels.sequence import attach, current, required
 from gci_kernels.testing import relative_error
 
@@ -108,10 +109,10 @@ def test_mask_may_be_longer_than_the_keys_there_are():
     causal = torch.ones(7, 7, dtype=torch.bool).tril() & LEFT.bool()[:, None]
     longer = torch.zeros(3, 1, 7, 11, dtype=torch.bool)
     longer[:, 0, :, :7] = causal
-    frame = sequence._frame({"input_ids": IDS, "attention_mask": longer}, None)
+    frame = read({"input_ids": IDS, "attention_mask": longer}, None)
     logits(model)
     assert torch.equal(frame.sequence.segments, seen[0].segments)
-    wide = sequence._frame({"input_ids": IDS, "attention_mask": torch.nn.functional.pad(LEFT, (0, 4))}, None)
+    wide = read({"input_ids": IDS, "attention_mask": torch.nn.functional.pad(LEFT, (0, 4))}, None)
     assert torch.equal(wide.sequence.segments, seen[0].segments)
     assert torch.equal(seen[0].segments, LEFT.int() - 1)
 
@@ -133,7 +134,7 @@ def test_of_several_masks_the_one_without_a_window_counts(order):
     masks = dict([("full_attention", full), ("sliding_attention", window)][::order])
     cache = DynamicCache()
     cache.update(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0)
-    frame = sequence._frame({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
+    frame = read({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
     assert frame.sequence.segments is None and frame.sequence.past == 4
 
 
