@@ -50,7 +50,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.is_view or not isinstance(result, Tensor):
+        # Autograd is not told that the second is a view, and it moves as little.
+        if func.is_view or func is torch.ops.aten._unsafe_view.default or not isinstance(result, Tensor):
             return result
         inputs = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(arg, Tensor)]
         in_place = any(result is arg for arg in inputs)

@@ -103,7 +103,7 @@ def test_installed_from_the_sdist(source, tmp_path):
     # The dependencies are this environment's; a path file takes no note of other path files, nor of their hooks.
     (own,) = environment.glob("lib/python*/site-packages")
     (own / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    install = ["-m", "pip", "-q", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    install = ["-m", "pip", "-q", "--python", str(python), "install", "--no-deps", "--no-index", "-I", str(wheel)]
     subprocess.run([sys.executable, *install], check=True, capture_output=True)
 
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
