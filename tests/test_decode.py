@@ -225,7 +225,7 @@ def test_attention_of_a_new_token(batch, past, in_features, rank, heads, residua
 
 def test_attention_of_adapters_of_their_own(threads):
     """Sequences in no order, adapters of several sizes in one cache, and one sequence without."""
-    past, rows, dtype = 11, (3, 0, 4, 1, 2), torch.float32
+    past, rows, dtype = 300, (3, 0, 4, 1, 2), torch.float32
     sizes = [(8, 2, True, rows[:2]), (4, 1, False, rows[2:4])]
     x, y, kv = torch.randn(5, 40), torch.randn(5, 45), torch.full((5, past + 2, 16), float("nan"))
     kv[:, :past] = torch.randn(5, past, 16)
@@ -240,9 +240,12 @@ def test_attention_of_adapters_of_their_own(threads):
         )
         wanted_kv[mine, past, : 2 * rank] = new.float()
         first += 2
-    actual = find_step(x, None, None, groups, rows).attend(x, y.clone(), kv, past, None)
-    assert relative_error(actual, wanted) < 1e-6 and torch.equal(actual[2], y[2])
-    assert torch.equal(kv.isnan(), wanted_kv.isnan()) and relative_error(kv.nan_to_num(), wanted_kv.nan_to_num()) < 1e-6
+    for _ in range(30):  # who takes what is another matter every time
+        cache = kv.clone()
+        actual = find_step(x, None, None, groups, rows).attend(x, y.clone(), cache, past, None)
+        assert relative_error(actual, wanted) < 1e-6 and torch.equal(actual[2], y[2])
+        assert torch.equal(cache.isnan(), wanted_kv.isnan())
+        assert relative_error(cache.nan_to_num(), wanted_kv.nan_to_num()) < 1e-6
 
 
 @pytest.mark.parametrize("past", (7, 12, -1))
