@@ -1,13 +1,11 @@
 """The past of an adapter beside the model's cache: generation with it equals recomputing, and misfits are refused."""
 
 import copy
-import importlib.util
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import toy_alora
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -18,11 +16,6 @@ from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if "toy_alora" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_alora", Path(__file__).with_name("toy_alora.py"))
-    sys.modules["toy_alora"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_alora"])
-toy_alora = sys.modules["toy_alora"]
 CONFIGS, FAMILIES, Wanted = toy_alora.CONFIGS, toy_alora.FAMILIES, toy_alora.Wanted
 attached, plain, toys, with_toys = toy_alora.attached, toy_alora.plain, toy_alora.toys, toy_alora.with_toys
 

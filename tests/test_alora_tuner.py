@@ -1,12 +1,10 @@
 """ALoRA as a PEFT method: batches of every kind, generation with its cache, saving, several adapters, patch."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import toy_alora
 from peft import PeftModel, get_peft_model
 from transformers import DynamicCache
 
@@ -17,11 +15,7 @@ from gci_kernels.tuners import ALoRALinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if "toy_alora" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_alora", Path(__file__).with_name("toy_alora.py"))
-    sys.modules["toy_alora"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_alora"])
-plain, tolerance = sys.modules["toy_alora"].plain, sys.modules["toy_alora"].tolerance
+plain, tolerance = toy_alora.plain, toy_alora.tolerance
 
 TARGETS = {
     "llama": None, "qwen2": None, "qwen3": None, "mistral": None, "gemma2": None,

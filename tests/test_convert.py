@@ -1,13 +1,12 @@
 """What conversion does whatever it converts: what it recognises and refuses, how it writes, and the command."""
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
 
+import published_layers
 import pytest
 import torch
+from published_layers import ROWS, our_loki, refused, same_bits
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -16,14 +15,9 @@ from gci_kernels.convert import ConvertError, Kind, convert, files, loki_from_pu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if "published_layers" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("published_layers", Path(__file__).with_name("published_layers.py"))
-    sys.modules["published_layers"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["published_layers"])
-from published_layers import ROWS, our_loki, refused, same_bits  # noqa: E402
 
-moe = sys.modules["published_layers"].moe
-split = sys.modules["published_layers"].split
+moe = published_layers.moe
+split = published_layers.split
 
 
 def test_what_is_no_checkpoint(moe, split, tmp_path):

@@ -1,29 +1,12 @@
 """Models of the published LoKI to ours and back: the same logits, the same bits, and one error for every fault."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import published_layers
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
-
-from gci_kernels import patch
-from gci_kernels.convert import ConvertError, Kind, convert, loki_merge_published, recognise
-from gci_kernels.loki import read_positions, write_positions
-from gci_kernels.testing import relative_error
-from gci_kernels.tuners.split import FusedSplit
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-if "published_layers" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("published_layers", Path(__file__).with_name("published_layers.py"))
-    sys.modules["published_layers"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["published_layers"])
-from published_layers import (  # noqa: E402
+from published_layers import (
     LAYOUTS,
     ROWS,
     TOLERANCE,
@@ -39,8 +22,19 @@ from published_layers import (  # noqa: E402
     split_model,
     tiny_llama,
 )
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-split = sys.modules["published_layers"].split
+from gci_kernels import patch
+from gci_kernels.convert import ConvertError, Kind, convert, loki_merge_published, recognise
+from gci_kernels.loki import read_positions, write_positions
+from gci_kernels.testing import relative_error
+from gci_kernels.tuners.split import FusedSplit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+split = published_layers.split
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

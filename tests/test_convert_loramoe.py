@@ -1,27 +1,13 @@
 """Adapters of the published LoRAMoE to ours and back: the same logits, the same bits, and one error for every fault."""
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
 
+import published_layers
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-
-from gci_kernels import LoRAMoEConfig, patch
-from gci_kernels.convert import Kind, convert, recognise
-from gci_kernels.testing import relative_error
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-if "published_layers" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("published_layers", Path(__file__).with_name("published_layers.py"))
-    sys.modules["published_layers"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["published_layers"])
-from published_layers import (  # noqa: E402
+from published_layers import (
     PUBLISHED_CONFIG,
     TARGETS,
     TOLERANCE,
@@ -37,8 +23,16 @@ from published_layers import (  # noqa: E402
     tiny_llama,
     with_experts,
 )
+from safetensors.torch import load_file, save_file
 
-moe = sys.modules["published_layers"].moe
+from gci_kernels import LoRAMoEConfig, patch
+from gci_kernels.convert import Kind, convert, recognise
+from gci_kernels.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+moe = published_layers.moe
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -152,6 +152,15 @@ def test_dropout_in_training_is_no_step_of_the_kernel(method, steps):
     assert steps == [False] * 12 + [True] * 6
 
 
+@pytest.mark.parametrize("method", ("lora", "loramoe"))
+def test_dropout_in_training_is_no_mixed_step_either(method):
+    layer = adapted(method, lora_dropout=0.5).train().base_model.model.model.layers[0].mlp.gate_proj
+    x, names = torch.randn(2, 1, 64), ["default", "__base__"]
+    with torch.no_grad():
+        first, second = (layer(x, adapter_names=names) for _ in range(2))
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
 MODES = {
     "left-padded": {}, "beams": {"num_beams": 3}, "static": {"cache_implementation": "static"},
     "assisted": {"prompt_lookup_num_tokens": 3},

@@ -4,24 +4,15 @@ Its Triton kernels need a GPU (the interpreter fails where they call methods of 
 Functions are stood in for by what they compute; which modules they are in, and what ours are then, is Liger's doing.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import toy_training as toy
 from liger_kernel.transformers import _apply_liger_kernel_to_instance, rms_norm, swiglu
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
 import gci_kernels
 from gci_kernels.testing import relative_error
-
-if "toy_training" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_training", Path(__file__).with_name("toy_training.py"))
-    sys.modules["toy_training"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_training"])
-toy = sys.modules["toy_training"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

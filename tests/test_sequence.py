@@ -1,16 +1,14 @@
 """What a sequence is, captured from whole tiny models: padded and packed batches equal separate runs."""
 
 import copy
-import importlib.util
 import inspect
 import io
 import pickle
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+import toy_alora
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -24,11 +22,6 @@ from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if "toy_alora" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_alora", Path(__file__).with_name("toy_alora.py"))
-    sys.modules["toy_alora"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_alora"])
-toy_alora = sys.modules["toy_alora"]
 FAMILIES, attached, plain = toy_alora.FAMILIES, toy_alora.attached, toy_alora.plain
 tolerance, toys, with_toys = toy_alora.tolerance, toy_alora.toys, toy_alora.with_toys
 

@@ -1,21 +1,12 @@
 """TRL's SFTTrainer, packing and not: its losses are the eager layers', and packed sequences do not see one another."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
+import toy_training as toy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-
-if "toy_training" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_training", Path(__file__).with_name("toy_training.py"))
-    sys.modules["toy_training"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_training"])
-toy = sys.modules["toy_training"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

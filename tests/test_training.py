@@ -1,25 +1,17 @@
 """Whole runs of transformers' Trainer: each method learns what the same layers learn without the package."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import toy_training as toy
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import gci_kernels
 from gci_kernels.bench.baselines import to_eager
-
-if "toy_training" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toy_training", Path(__file__).with_name("toy_training.py"))
-    sys.modules["toy_training"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toy_training"])
-toy = sys.modules["toy_training"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

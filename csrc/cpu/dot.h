@@ -103,7 +103,7 @@ inline void multiply_rows(const W* rows, int64_t n, int count, const X* const* x
   int r = 0;
   for (; r + R <= count; r += R) multiply<R, T>(rows + r * n, n, x, sums, r);
   for (; r < count; ++r) multiply<1, T>(rows + r * n, n, x, sums, r);
-  for (; r < lanes; ++r)
+  for (; r < lanes; ++r)  // added up with the others, and not stored
     for (int t = 0; t < T; ++t) sums[t][r] = Vec{};
   for (int t = 0; t < T; ++t) store_part(out + t * ld, totals(sums[t]), count);
 }

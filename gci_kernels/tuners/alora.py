@@ -131,7 +131,7 @@ class ALoRALinear(BottleneckLayer):
         kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
-            if context.shape[1] != 1:
+            if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
                 return None
             found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
             place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
@@ -156,7 +156,7 @@ class ALoRALinear(BottleneckLayer):
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
     ) -> Tensor | None:
         context = sequence.required()
-        if context.shape[1] != 1 or (self.training and self.dropout_p[name]):
+        if context.shape[1] != 1 or not self._has_step(name):
             return None
         group = self._group(name, context.shape[0])
         step: Any = find_step(x, weight, bias, (group,))

@@ -15,8 +15,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
+from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners.decoding import DecodingLayer
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -161,51 +162,25 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
 
 
-class BottleneckLayer(AdaptedLinear):
+class BottleneckLayer(DecodingLayer, AdaptedLinear):
     """A linear layer with adapters that add to its output; several active ones add up. They cannot be merged."""
 
     mixer: str  # of ops/bottleneck/mixers
     no_merge: str
+    dropout_p: dict[str, float]
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        return fusion.combine(self.base_layer, x, names, self._update, self._step if fusion.decodes(x) else None)
-
-    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The adapter's addition, with the base product where a weight is given: fusion.Update."""
-        raise NotImplementedError
-
-    def _step(
-        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
-    ) -> Tensor | None:
-        """The same for a few tokens, by a kernel made for them or not at all: fusion.Step."""
-        raise NotImplementedError
+        return self._run(x, names)
 
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         mixed.check(x, names)
-        step = self._mixed_step if fusion.decodes(x) else None
-        return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, self.r), self._add_update, step)
+        return self._run_mixed(x, names, self.r)
 
-    def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
-        update = self._update(x.index_select(0, samples), name, None, None)
-        return y.index_add(0, samples, update.to(y.dtype))
-
-    def _mixed_step(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
-    ) -> Tensor | None:
-        """:meth:`_step` of several adapters at once."""
-        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
-        return None if step is None else step.run(x, y)
-
-    def _group(self, name: str, count: int, first: int = 0) -> Group:
-        """The adapter as a decoding step takes it, for `count` tokens from its token `first` on."""
-        raise NotImplementedError
+    def _has_step(self, name: str) -> bool:
+        return not (self.training and self.dropout_p[name])
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
-
-    def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
-        names = self.adapters()
-        return plan_groups((self._group(names[0], 1),), 1, dtype, device_type) if names else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(self.no_merge)

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
-from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
+from gci_kernels.ops.decode import Group
 from gci_kernels.swapped import Swapped, subclass
-from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners import fusion
+from gci_kernels.tuners.decoding import DecodingLayer
 
 # PEFT's layers that compute base(x) + scaling * B(A(dropout(x))), and differ in how they merge: one for each kind of
 # base layer. By name, because most of their modules cannot be imported without the library they are for.
@@ -43,7 +43,7 @@ else:
     _Layer = object
 
 
-class FusedLora(Swapped, _Layer):
+class FusedLora(DecodingLayer, Swapped, _Layer):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -54,18 +54,18 @@ class FusedLora(Swapped, _Layer):
 
     def obstacle(self) -> str | None:
         """Why the active adapters are not fused, or None."""
-        for name in self._present_adapters():
+        for name in self.adapters():
             reason = lora_obstacle(self, name)
             if reason is not None:
                 return reason
         return None
 
-    def _adapters(self) -> dict[str, Any]:
+    def _present(self) -> dict[str, Any]:
         modules: dict[str, Any] = self._modules
         return modules["lora_A"]._modules
 
-    def _present_adapters(self) -> list[str]:
-        present = self._adapters()
+    def adapters(self) -> list[str]:
+        present = self._present()
         return [name for name in self.active_adapters if name in present]
 
     def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
@@ -75,23 +75,17 @@ class FusedLora(Swapped, _Layer):
             return self._mixed(own_forward, x, *args, adapter_names=adapter_names, **kwargs)
         if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
             return own_forward(self, x, *args, **kwargs)
-        step = self._step if fusion.decodes(x) else None
-        return fusion.combine(self.base_layer, x, self._present_adapters(), self._update, step)
+        return self._run(x, self.adapters())
 
     def _mixed(
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str], **kwargs
     ) -> Tensor:
         self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
-        present = self._adapters()
+        present = self._present()
         fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
             return own_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
-        step = self._mixed_step if fusion.decodes(x) else None
-        return mixed.combine(self.base_layer, x, mixed.Tokens(x, adapter_names, present), self._add_update, step)
-
-    def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
-        update = self._update(x.index_select(0, samples), name, None, None)
-        return y.index_add(0, samples, update.to(y.dtype))
+        return self._run_mixed(x, adapter_names, present)
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         scaling, extra = self.scaling[name], _part(self, "lora_B", name).bias
@@ -106,29 +100,6 @@ class FusedLora(Swapped, _Layer):
     def _dropout_p(self, name: str) -> float:
         dropout = _part(self, "lora_dropout", name)
         return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-
-    def _step(
-        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
-    ) -> Tensor | None:
-        if not self._has_step(name):
-            return None
-        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
-        return None if step is None else step.run(x, y)
-
-    def _mixed_step(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
-    ) -> Tensor | None:
-        if not all(map(self._has_step, tokens.samples)):
-            return None
-        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
-        return None if step is None else step.run(x, y)
-
-    def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
-        """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
-        names = self._present_adapters()
-        if not names or not self._has_step(names[0]):
-            return None
-        return plan_groups((self._group(names[0], 1),), 1, dtype, device_type)
 
     def _has_step(self, name: str) -> bool:
         return _part(self, "lora_B", name)._parameters.get("bias") is None and not self._dropout_p(name)

@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from gci_kernels.ops import loramoe_linear
-from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
 from gci_kernels.tuners.base import (
     BottleneckConfig,
@@ -122,13 +122,8 @@ class LoRAMoELinear(BottleneckLayer):
             )  # fmt: skip
         return y
 
-    def _step(
-        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
-    ) -> Tensor | None:
-        if self.collector.active or (self.training and self.dropout_p[name]):
-            return None
-        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
-        return None if step is None else step.run(x, y)
+    def _has_step(self, name: str) -> bool:
+        return not self.collector.active and super()._has_step(name)
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)

@@ -13,7 +13,7 @@ from gci_kernels.tuners import fusion
 
 #: PEFT's name for no adapter at all.
 BASE = "__base__"
-# step(x, weight, bias, y, groups by name and tokens, rows) as fusion.Step, for several adapters at once.
+# step(x, weight, bias, y, tokens): as fusion.Step, for the adapters of all tokens at once.
 MixedStep = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, "Tokens"], Tensor | None]
 
 
