@@ -10,6 +10,7 @@ import torch
 import gci_kernels
 from gci_kernels import native
 from gci_kernels.ops.decode import cuda
+from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion
 
 # CI tries the same examples every time; a developer's runs look for new ones. The tests that need a GPU do without.
 if importlib.util.find_spec("hypothesis"):
@@ -67,3 +68,29 @@ def kernels():
         patch.setattr(cuda, "is_current", lambda index: True)
         patch.setattr(cuda, "stream_of", lambda index: 0)
         yield module
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Whether a kernel took a layer's step, each time that it was asked."""
+    answers = []
+
+    def record(cls):
+        own = cls._step
+
+        def step(*args):
+            result = own(*args)
+            answers.append(result is not None)
+            return result
+
+        monkeypatch.setattr(cls, "_step", step)
+
+    for cls in (FusedLoraLinear, LoRAMoELinear, ALoRALinear):
+        record(cls)
+    return answers
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Takes the kernels for steps away."""
+    return lambda: monkeypatch.setattr(fusion, "decodes", lambda x: False)
