@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 WORDS = range(15, 111)
 OPENING = 8
+# How many of its runs of words a clause to train on may share with those held out.
+RUN = 5
+MOST_SHARED = 0.25
 
 # Licences that were written from one another, by how their ids start. All others are one more family: most are
 # variants of the BSD and MIT licences, and the few that are not lose nothing by staying on their side.
@@ -44,14 +47,21 @@ def family(licence: str) -> str:
 def split(texts: dict[str, str]) -> tuple[list[Clause], list[Clause]]:
     """The clauses to train on and those held out, in one order for all runs.
 
-    A clause to train on shares no sentence's first words with what is held out, and no text is there twice.
+    A clause to train on shares no sentence's first words with what is held out and few of its phrases: licences of
+    different families have borrowed from each other. No text is there twice.
     """
     train: list[Clause] = []
     held_out: list[Clause] = []
     for source in sorted(texts):
         (held_out if family(source) in HELD_OUT else train).extend(clauses(source, texts[source]))
-    seen = {start for clause in held_out for start in openings(clause.text)}
-    train = [clause for clause in train if seen.isdisjoint(openings(clause.text))]
+    starts = {start for clause in held_out for start in openings(clause.text)}
+    runs = {run for clause in held_out for run in _runs(clause.text)}
+    train = [
+        clause
+        for clause in train
+        if starts.isdisjoint(openings(clause.text))
+        and len(runs & _runs(clause.text)) <= MOST_SHARED * len(_runs(clause.text))
+    ]
     return _distinct(train), _distinct(held_out)
 
 
@@ -79,8 +89,16 @@ def openings(text: str) -> set[str]:
     return {opening(text)} | {start for start in starts if start.count(" ") == OPENING - 1}
 
 
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of RUN words in the text."""
+    words = normalised(text).split()
+    return set(zip(*(words[start:] for start in range(RUN)), strict=False))
+
+
 def sentences(text: str) -> list[str]:
-    return re.split(r"(?<![ .(][A-Za-z])(?<!\bInc)(?<!\bNo)(?<!\betc)(?<=[.?!])[\")]?\s+(?=[A-Z\"(])", text)
+    return re.split(
+        r"(?<![ .(][A-Za-z]\.)(?<!\bInc\.)(?<!\bNo\.)(?<!\betc\.)(?:(?<=[.?!])|(?<=[.?!][\")]))\s+(?=[A-Z\"(])", text
+    )
 
 
 _ENUMERATOR = (
@@ -137,13 +155,18 @@ def _pieces(body: str) -> Iterator[str]:
     yield " ".join(run)
 
 
+# Blanks to fill in, addresses, code, copyright lines, and enumerations inside a paragraph.
+_UNREADABLE = re.compile(
+    r"[\[\]{}<>|@_=#*~`\\]|https?:|www\.|\(c\)|copyright \d|\s[.,]|\.\.|\d\) .*\d\) |: - |(?:^|[.;:] )[a-z]\. [a-z]",
+    re.IGNORECASE,
+)
+
+
 def _readable(text: str) -> bool:
     letters = [c for c in text if c.isalpha()]
     return (
         len(text.split()) in WORDS
         and re.fullmatch(r"[A-Z\"][\x20-\x7e\u00a7\u00a9\u2013\u2014]*\.[\")]?", text) is not None
         and sum(c.isupper() for c in letters) < 0.15 * len(letters)
-        and not re.search(
-            r"[\[\]{}<>|@_=#*~`\\]|https?:|www\.|\(c\)|copyright \d|\s[.,]|\.\.|\d\) .*\d\) ", text, re.IGNORECASE
-        )
+        and not _UNREADABLE.search(text)
     )

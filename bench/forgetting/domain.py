@@ -18,7 +18,7 @@ from .permission import Action, all_actions, silent_about, verdict
 
 GROUPS = ("term", "summary", "permission")
 # A clause is asked about again, with other numbers or in other words, where there are fewer clauses than tasks.
-TIMES_ASKED = {"term": 6, "summary": 1, "permission": 3}
+TIMES_ASKED = {"term": 10, "summary": 1, "permission": 3}
 # SmolLM2 makes a token of about 4.5 characters: none is over 220 tokens.
 MAX_CHARACTERS = 900
 UNSAID = "The clause does not say."

