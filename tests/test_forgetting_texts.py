@@ -211,7 +211,9 @@ def test_no_sentence_is_on_both_sides() -> None:
     texts = {
         "GPL-1.0": f"First of all, {WORDS_20}. {shared}",
         "MIT": f"Apart from that, nobody knows who made it, nor when it was first sold, nor where.\n\n{shared}",
-        "X11": f"As an aside, {WORDS_20}. {shared.replace('keep it', 'sell it')}",
+        # Its second sentence alone begins as one that is held out does; it has few of that one's phrases.
+        "X11": "As an aside, toys last. Nobody who holds the work in hand may then be sure, say those that were asked "
+        "last spring, how many more of its wheels will break before the next one is sent out to replace them.",
     }
     train, held_out = clauses.split(texts)
     assert [c.source for c in held_out] == ["GPL-1.0"]
