@@ -14,14 +14,11 @@ WORDS = """you are a helpful model lawyer doctor answer as what is rent of the t
 colours three why does water boil yes no red blue green pay cold rest drink""".split()
 
 # As in ChatML: a turn is its role, its text and the end-of-turn token.
-SYSTEM = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' }} {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TURN = "{{ '<' + m['role'] + '>' }} {{ m['content'] }} <eos> "
+END = "{% if add_generation_prompt %}<assistant>{% endif %}"
+SYSTEM = "{% for m in messages %}" + TURN + "{% endfor %}" + END
 # The two ways in which templates lack a system turn.
-DROPS = "{% for m in messages %}{% if m['role'] != 'system' %}" + SYSTEM.removeprefix("{% for m in messages %}").replace(
-    "{% endfor %}", "{% endif %}{% endfor %}"
-)
+DROPS = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + END
 RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + SYSTEM
 TEMPLATES = {"system": SYSTEM, "drops": DROPS, "raises": RAISES}
 

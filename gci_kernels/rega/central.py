@@ -30,7 +30,7 @@ class CentralPrompt:
         self._model, self._tokenizer, self._system, self._cache = model, tokenizer, system, cache
         self._adapters, self._weights = state.adapters(model), state.weights(model)
 
-    def request(self, instructions: str | Sequence[str]) -> dict[str, Any]:
+    def request(self, instructions: str | Sequence[str], *, copies: int = 1) -> dict[str, Any]:
         """Arguments for generate(): `model.generate(**central.request("..."), max_new_tokens=64)`.
 
         In a batch, padding lies between the prefix and the shorter requests, masked, so that the prefix is in the same
@@ -39,10 +39,12 @@ class CentralPrompt:
 
         Args:
             instructions: the user's turn, or several for a batch.
+            copies: what generate() will be given as num_beams or num_return_sequences, whichever is more. It multiplies
+                tokens by that and leaves a cache as it is, so the cache has to be made so.
 
         Returns:
             input_ids and attention_mask [batch, time], on the model's device, prefix included; past_key_values, a copy
-            of the kept cache for this batch.
+            of the kept cache for this batch and its copies.
 
         Raises:
             RegaError: weights or active adapters have changed since the prefix was run, or the model is in training
@@ -54,6 +56,8 @@ class CentralPrompt:
         asked = [instructions] if isinstance(instructions, str) else list(instructions)
         if not asked:
             raise ValueError("instructions must be a string or a sequence of at least one")
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
         length = len(self.prefix)
         rests = [self._tokens(index, text)[length:] for index, text in enumerate(asked)]
         width = max(map(len, rests))
@@ -63,8 +67,8 @@ class CentralPrompt:
         ids = [self.prefix + [self._pad] * pad + rest for pad, rest in zip(pads, rests, strict=True)]
         mask = [[1] * length + [0] * pad + [1] * len(rest) for pad, rest in zip(pads, rests, strict=True)]
         cache: Any = copy.deepcopy(self._cache)
-        if len(asked) > 1:
-            cache.batch_repeat_interleave(len(asked))
+        if len(asked) * copies > 1:
+            cache.batch_repeat_interleave(len(asked) * copies)
         device = self._model.device
         return {
             "input_ids": torch.tensor(ids, device=device),

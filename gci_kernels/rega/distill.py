@@ -92,20 +92,13 @@ def distill(
     texts = [render(tokenizer, messages(prompt, text, system=system), generation=True) for text in instructions]
     sampling = _Sampling(float(temperature), float(top_p), max_new_tokens)
     seeds = [_batch_seed(seed, index // batch_size) for index in range(len(instructions))]
-    header = {
-        "model": _digest([fingerprint(model), state.adapters(model)]),
-        "device": _device(model).type,
-        "tokenizer": _digest([template_of(tokenizer), sorted(tokenizer.get_vocab().items())]),
-        "instructions": _digest(list(instructions)),
-        "count": len(instructions),
-        **vars(sampling),
-        "prompt": prompt,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
     with contextlib.ExitStack() as stack:
         file, records = None, []
         if out is not None:
+            header = {
+                **_identity(model, tokenizer, instructions), **vars(sampling),
+                "prompt": prompt, "batch_size": batch_size, "seed": seed,
+            }  # fmt: skip
             file = stack.enter_context(DistilledFile(Path(out), header, instructions, seeds, batch_size))
             records = list(file.records)
         stack.enter_context(_quiet(model))
@@ -150,6 +143,17 @@ def check_seed(seed: object) -> None:
     """Raises ValueError unless `seed` is a whole number of at least 0. Python's generator takes -1 for 1."""
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+
+
+def _identity(model: nn.Module, tokenizer: Any, instructions: Sequence[str]) -> dict[str, Any]:
+    """Who answers what. The device belongs to it, for each kind draws other numbers from a seed."""
+    return {
+        "model": _digest([fingerprint(model), state.adapters(model)]),
+        "device": _device(model).type,
+        "tokenizer": _digest([template_of(tokenizer), sorted(tokenizer.get_vocab().items())]),
+        "instructions": _digest(list(instructions)),
+        "count": len(instructions),
+    }
 
 
 def _digest(value: object) -> str:
@@ -214,7 +218,7 @@ def _special_tokens(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     if not ends:
-        raise ValueError("neither the model's generation_config nor the tokenizer has an eos token: no answer would end")
+        raise ValueError("no answer would end: the model's generation_config and the tokenizer have no eos token")
     return ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

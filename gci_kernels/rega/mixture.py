@@ -73,7 +73,8 @@ def mixture(
         raise ValueError("domains must hold at least one domain's pairs")
     for name in domains:
         if name not in roles.domains:
-            raise ValueError(f"domain {name!r} has no role prompt; there are some for {', '.join(sorted(roles.domains))}")
+            known = ", ".join(sorted(roles.domains))
+            raise ValueError(f"domain {name!r} has no role prompt; there are some for {known}")
     system = tokenizer is None or supports_system(tokenizer)
 
     def example(pair: Pair, prompt: str, part: str, domain: str) -> dict[str, Any]:
