@@ -132,8 +132,14 @@ def bump(model):
 
 
 def replace(model):
-    layer = model.get_base_model().model.layers[1].mlp
-    layer.up_proj.weight = torch.nn.Parameter(layer.up_proj.weight.clone())
+    """By a parameter that was written to as often."""
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    new = torch.nn.Parameter(layer.weight.detach().clone())
+    with torch.no_grad():
+        while new._version < layer.weight._version:
+            new.add_(0.1)
+    assert new._version == layer.weight._version
+    layer.weight = new
 
 
 def train_a_step(model):
@@ -226,6 +232,18 @@ def test_a_word_that_takes_in_the_prompts_end_is_not_kept():
     tokenizer = toy.tokenizer(glued)
     central = central_prompt_cache(build("plain"), tokenizer, toy.ROLES)
     assert tokenizer.convert_ids_to_tokens(central.prefix) == ["you", "are", "a", "helpful"]
+
+
+def test_line_breaks_that_run_together_are_not_kept():
+    """An instruction's first one may become a token with those in front of it."""
+    tokenizer = toy.tokenizer(toy.DROPS)
+    tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    model = build("plain")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    central = central_prompt_cache(model, tokenizer, toy.ROLES)
+    assert tokenizer.convert_ids_to_tokens(central.prefix) == ["<user>", *toy.ROLES.central.split()]
+    for text in ("why", "\nwhy"):
+        assert torch.equal(taken(model, central.request(text))[0], without(model, tokenizer, [text])[0])
 
 
 def sliding():

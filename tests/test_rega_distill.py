@@ -151,6 +151,15 @@ def test_a_killed_run_goes_on(model, tmp_path, calls):
     assert sorted(tmp_path.iterdir()) == [whole, out]
 
 
+def test_a_batch_is_on_the_disk_before_the_next_one(model, tmp_path, monkeypatch):
+    """A kill or a power cut costs one batch at most: nothing waits in a buffer."""
+    out, sizes, synced = tmp_path / "x.jsonl", [], []
+    monkeypatch.setattr("os.fsync", lambda _: synced.append(out.stat().st_size))
+    run(model, out, after=lambda count: sizes.append((count, out.read_bytes().count(b"\n"), out.stat().st_size)))
+    assert [(count, lines) for count, lines, _ in sizes] == [(2, 3), (4, 5), (6, 7), (7, 8)]
+    assert len(synced) == 5 and synced[1:] == [size for _, _, size in sizes]
+
+
 def test_a_run_killed_at_any_byte_goes_on(model, tmp_path):
     """Whatever part of the file was written: a cut line, a cut batch, half of a first line, nothing."""
     out = tmp_path / "x.jsonl"
