@@ -84,13 +84,37 @@ def load_model(
         return _random_llama(size or "tiny", dtype, device), None
     path = _smollm2(tell) if name == "smollm2" else Path(name)
     tell(f"loading {name}")
+    with _named_in_errors(name), _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(_source(name, path), dtype=dtype).to(device)
+        return model, _tokenizer(name, path)
+
+
+def load_tokenizer(
+    name: str, *, tell: Callable[[str], None] = _tell
+) -> transformers.PreTrainedTokenizerBase | None:  # fmt: skip
+    """The tokenizer that :func:`load_model` gives, without the model's weights."""
+    if name.partition(":")[0] == "random-llama":
+        return None
+    path = _smollm2(tell) if name == "smollm2" else Path(name)
+    with _named_in_errors(name):
+        return _tokenizer(name, path)
+
+
+def _source(name: str, path: Path) -> str:
+    """A name that is no folder goes to transformers as it was given: it may be a hub id."""
+    return str(path) if path.is_dir() else name
+
+
+def _tokenizer(name: str, path: Path) -> transformers.PreTrainedTokenizerBase | None:
+    if path.is_dir() and not (path / "tokenizer_config.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(_source(name, path))
+
+
+@contextlib.contextmanager
+def _named_in_errors(name: str) -> Iterator[None]:
     try:
-        with _no_progress_bars():
-            # A name that is no folder goes to transformers as it was given: it may be a hub id.
-            source = str(path) if path.is_dir() else name
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
-            has_tokenizer = not path.is_dir() or (path / "tokenizer_config.json").exists()
-            return model, AutoTokenizer.from_pretrained(source) if has_tokenizer else None
+        yield
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model {name}: neither smollm2, random-llama[:SIZE], a folder nor a hub id: {error}"

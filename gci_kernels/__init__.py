@@ -4,11 +4,12 @@ model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8)) 
 print(gci_kernels.report(model))
 """
 
-from gci_kernels import loki, ops
+from gci_kernels import loki, ops, rega
 from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
 from gci_kernels.tuners import ALoRAConfig, LoKIConfig, LoRAMoEConfig
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALoRAConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "report", "unpatch",
+    "ALoRAConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "rega", "report",
+    "unpatch",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: gci-kernels info | verify | bench | tune | attribute | select | convert."""
+"""The command line: gci-kernels info | verify | bench | tune | attribute | select | convert | rega."""
 
 import argparse
 import sys
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     from gci_kernels.bench import tune
     from gci_kernels.convert import cli as convert
     from gci_kernels.loki import cli as loki
+    from gci_kernels.rega import cli as rega
 
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("convert", help="checkpoints of the published LoRAMoE and LoKI to ours, and back")
     convert.add_arguments(command)
     command.set_defaults(run=convert.main)
+    command = commands.add_parser("rega", help="REGA: general answers by the model itself, and mixtures to train on")
+    rega.add_arguments(command)
     args = parser.parse_args(argv)
     return args.run(args)
 

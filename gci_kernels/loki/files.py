@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from gci_kernels.loki.architecture import Architecture
 from gci_kernels.loki.attribution import attribute, samples_together
 from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, fingerprint, is_finished_hdf5, write_hdf5
+from gci_kernels.progress import bar as progress_bar
 
 
 def attribute_file(
@@ -54,7 +53,7 @@ def attribute_file(
     growing = out.with_name(out.name + ".partial") if hdf5 else out
     config: Any = model.config
     shape = (len(arch.layers), config.get_text_config().hidden_size)
-    with ScoresFile(growing, texts, shape, settings) as file, _bar(len(samples), progress) as bar:
+    with ScoresFile(growing, texts, shape, settings) as file, progress_bar(len(samples), progress) as bar:
         missing, size = file.missing, batch or samples_together(arch, path, steps)
         task = bar.add_task("attribution", total=len(samples), completed=len(samples) - len(missing))
         for first in range(0, len(missing), size):
@@ -80,10 +79,3 @@ def _padded(samples: list[Sequence[int]], device: torch.device) -> tuple[torch.T
         ids[row, : len(tokens)] = torch.as_tensor(tokens)
         mask[row, : len(tokens)] = 1
     return ids.to(device), mask.to(device)
-
-
-def _bar(total: int, shown: bool) -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not shown or total < 2
-    )

@@ -1,0 +1,156 @@
+"""The central prompt, which precedes every request, computed once: its keys and values are given to each generate()."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from gci_kernels.rega import state
+from gci_kernels.rega.prompts import RegaError, Roles, messages, require_text, supports_system, tokens
+
+# User turns that begin in different ways, since a token may take in the prompt's end and a turn's first characters.
+# The empty one: where a vocabulary knows none of the others, all of them are the same unknown token.
+_BEGINNINGS = ("", "a", "Z", "0", " x", "\nx", "\tx", ".", "'s", "-", "é", "中", "🙂")
+
+
+class CentralPrompt:
+    """What :func:`central_prompt_cache` gives: the central prompt's tokens, and what the model keeps of them.
+
+    Attributes:
+        prompt: the central prompt.
+        prefix: the tokens that every request begins with, whose keys and values are kept.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prompt: str, system: bool, prefix: list[int], cache: Cache) -> None:
+        self.prompt, self.prefix = prompt, prefix
+        self._model, self._tokenizer, self._system, self._cache = model, tokenizer, system, cache
+        self._adapters, self._weights = state.adapters(model), state.weights(model)
+
+    def request(self, instructions: str | Sequence[str], *, copies: int = 1) -> dict[str, Any]:
+        """Arguments for generate(): `model.generate(**central.request("..."), max_new_tokens=64)`.
+
+        In a batch, padding lies between the prefix and the shorter requests, masked, so that the prefix is in the same
+        place in all. Generate with the model, and the adapters, that the prefix was made with; `adapter_names` would
+        have others go on where these began.
+
+        Args:
+            instructions: the user's turn, or several for a batch.
+            copies: what generate() will be given as num_beams or num_return_sequences, whichever is more. It multiplies
+                tokens by that and leaves a cache as it is, so the cache has to be made so.
+
+        Returns:
+            input_ids and attention_mask [batch, time], on the model's device, prefix included; past_key_values, a copy
+            of the kept cache for this batch and its copies.
+
+        Raises:
+            RegaError: weights or active adapters have changed since the prefix was run, or the model is in training
+                mode. Writes through `.data` are not noticed: make a new cache after them.
+            ValueError: an instruction is no text or doesn't continue the prefix; or the batch needs padding, and the
+                model has sliding windows or counts positions itself, so that padding would be counted too.
+        """
+        self._check_state()
+        asked = [instructions] if isinstance(instructions, str) else list(instructions)
+        if not asked:
+            raise ValueError("instructions must be a string or a sequence of at least one")
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        length = len(self.prefix)
+        rests = [self._tokens(index, text)[length:] for index, text in enumerate(asked)]
+        width = max(map(len, rests))
+        if any(len(rest) < width for rest in rests):
+            self._check_padding()
+        pads = [width - len(rest) for rest in rests]
+        ids = [self.prefix + [self._pad] * pad + rest for pad, rest in zip(pads, rests, strict=True)]
+        mask = [[1] * length + [0] * pad + [1] * len(rest) for pad, rest in zip(pads, rests, strict=True)]
+        cache: Any = copy.deepcopy(self._cache)
+        if len(asked) * copies > 1:
+            cache.batch_repeat_interleave(len(asked) * copies)
+        device = self._model.device
+        return {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+            "past_key_values": cache,
+        }
+
+    @property
+    def _pad(self) -> int:
+        """Any token at all: it is masked."""
+        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, self.prefix[0])
+        return next(token for token in known if token is not None)
+
+    def _tokens(self, index: int, instruction: str) -> list[int]:
+        require_text(f"instruction {index}", instruction)
+        ids = tokens(self._tokenizer, messages(self.prompt, instruction, system=self._system), generation=True)
+        if ids[: len(self.prefix)] != self.prefix or len(ids) == len(self.prefix):
+            raise ValueError(
+                f"instruction {index} doesn't continue the central prompt's {len(self.prefix)} tokens: its beginning "
+                "changes how the prompt is cut into tokens; give it to generate() without the kept prompt"
+            )
+        return ids
+
+    def _check_state(self) -> None:
+        changed = None
+        if self._model.training:
+            changed = "the model is in training mode: call model.eval()"
+        elif state.adapters(self._model) != self._adapters:
+            changed = "other adapters are active, or with other weight: set them as they were, or make a new cache"
+        elif state.weights(self._model) != self._weights:
+            changed = "the model's parameters have changed: make a new cache with central_prompt_cache"
+        if changed:
+            raise RegaError(f"the kept central prompt doesn't fit the model any more: {changed}")
+
+    def _check_padding(self) -> None:
+        if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
+            why = "it has sliding windows, in which padding takes the place of tokens"
+        elif "position_ids" not in inspect.signature(state.inner(self._model).forward).parameters:
+            why = "it takes no position_ids, so padding inside would move what follows"
+        else:
+            return
+        raise ValueError(f"requests of different lengths can't be one batch for this model: {why}. Ask one at a time")
+
+
+def central_prompt_cache(model: nn.Module, tokenizer: Any, roles: Roles) -> CentralPrompt:
+    """Run the central prompt once, for all requests: REGA's inference has no other (arXiv 2403.02756).
+
+    Kept is what all requests have in common: all up to the user's turn, or, where the chat template has no system turn,
+    up to the instruction in it.
+
+    Args:
+        model: a causal language model in evaluation mode, or a PeftModel around one.
+        tokenizer: its tokenizer, with a chat template.
+        roles: whose central prompt it is.
+
+    Raises:
+        RegaError: the model is in training mode.
+        ValueError: no chat template; it begins with the instruction, so requests share no token; or the model keeps
+            something other than the keys and values of past tokens.
+    """
+    if model.training:
+        raise RegaError("the model is in training mode, in which dropout changes what is kept: call model.eval()")
+    system = supports_system(tokenizer)
+    prefix = _shared(
+        [tokens(tokenizer, messages(roles.central, text, system=system), generation=True) for text in _BEGINNINGS]
+    )
+    if not prefix:
+        raise ValueError("the chat template puts nothing in front of the instruction, so requests have no common token")
+    device: Any = model.device
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([prefix], device=device), use_cache=True).past_key_values
+    if not isinstance(cache, Cache) or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    ):
+        raise ValueError("the model keeps more of past tokens than keys and values, or none: its prompt can't be kept")
+    return CentralPrompt(model, tokenizer, roles.central, system, prefix, cache)
+
+
+def _shared(rows: list[list[int]]) -> list[int]:
+    length = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return rows[0][:length]

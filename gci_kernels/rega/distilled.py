@@ -1,0 +1,146 @@
+"""Files of distilled answers: JSON lines that grow batch by batch, and that a killed run goes on with.
+
+The first line says whose run it is. Each line after it is one instruction's record, in order. A batch is written at
+once and synced, so a kill leaves whole batches, and of the next one a beginning, which is made again.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gci_kernels.rega.instructions import DISTILLED, Pair
+from gci_kernels.rega.prompts import RegaError
+
+FORMAT = f"{DISTILLED} 1"
+REASONS = (None, "empty", "repeated")
+_FIELDS = {"index": int, "instruction": str, "answer": str, "seed": int, "tokens": int, "finished": bool}
+
+
+def line(value: dict) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+class DistilledFile:
+    """A file on its way, held open. Use as a context manager.
+
+    Args:
+        path: the file; continued where it is there and of the same run, else made.
+        header: what the answers depend on.
+        instructions: all of the run's.
+        seeds: each instruction's.
+        batch: instructions are answered so many at a time.
+
+    Attributes:
+        records: those of finished batches.
+
+    Raises:
+        RegaError: the file is there and is another run's, damaged, or of another kind. It stays as it is.
+    """
+
+    def __init__(self, path: Path, header: dict, instructions: Sequence[str], seeds: Sequence[int], batch: int):
+        self.records: list[dict] = []
+        first, size = line({"format": FORMAT, **header}), 0
+        data = path.read_bytes() if path.exists() else b""
+        if not first.startswith(data):  # else a run was killed before its first line was whole
+            found, records = _parse(path, data)
+            _check_header(path, found, json.loads(first))
+            _check_records(path, records, instructions, seeds)
+            whole = len(records) if len(records) == len(instructions) else len(records) // batch * batch
+            self.records, size = records[:whole], sum(len(line(r)) for r in records[:whole]) + len(first)
+        self._file = path.open("r+b" if path.exists() else "x+b")
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
+            self._write(first)
+
+    def __enter__(self) -> "DistilledFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, records: list[dict]) -> None:
+        """Append a batch's records."""
+        self._write(b"".join(map(line, records)))
+        self.records += records
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict, list[dict]]:
+    """The header and the records; a last line that was cut is left out."""
+    values = []
+    for number, text in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise _damaged(path, number) from error
+        # As it was written, to the byte: so the records' places in the file are known, too.
+        if not isinstance(value, dict) or line(value) != text + b"\n":
+            raise _damaged(path, number)
+        values.append(value)
+    if not values or values[0].get("format") != FORMAT:
+        raise RegaError(f"{path} is no file of distilled answers of this version: choose another name")
+    for number, record in enumerate(values[1:], start=2):
+        if not _is_record(record, number - 2):
+            raise _damaged(path, number)
+    return values[0], values[1:]
+
+
+def _is_record(record: dict, index: int) -> bool:
+    return (
+        set(record) == {*_FIELDS, "dropped"}
+        and all(type(record[name]) is kind for name, kind in _FIELDS.items())
+        and record["index"] == index
+        and record["dropped"] in REASONS
+    )
+
+
+def _damaged(path: Path, number: int) -> RegaError:
+    return RegaError(f"{path} is damaged in line {number}: delete it to begin again")
+
+
+def _check_header(path: Path, found: dict, wanted: dict) -> None:
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    other = [f"{name} {found.get(name)!r:.60}, not {wanted.get(name)!r:.60}" for name in names]
+    if other:
+        raise RegaError(f"{path} is another run's: it has {'; '.join(other)}. Delete it or choose another name")
+
+
+def _check_records(path: Path, records: list[dict], instructions: Sequence[str], seeds: Sequence[int]) -> None:
+    for index, record in enumerate(records):
+        if index >= len(instructions) or (record["instruction"], record["seed"]) != (instructions[index], seeds[index]):
+            raise _damaged(path, index + 2)
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All records of a finished file, dropped ones too.
+
+    Raises:
+        RegaError: the file is missing, unfinished, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RegaError(f"{path} does not exist")
+    header, records = _parse(path, path.read_bytes())
+    if len(records) != header.get("count"):
+        raise RegaError(f"{path} is unfinished: {len(records)} of {header.get('count')} answers; run distill again")
+    return records
+
+
+def kept(records: Sequence[dict]) -> list[Pair]:
+    return [Pair(record["instruction"], record["answer"]) for record in records if record["dropped"] is None]
+
+
+def read_distilled(path: str | os.PathLike) -> list[Pair]:
+    """The pairs that :func:`.distill` has written to a file and kept.
+
+    Raises:
+        RegaError: as :func:`read_records`.
+    """
+    return kept(read_records(path))

@@ -1,0 +1,154 @@
+"""Instructions and pairs from files of people, in which a line may be broken."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from gci_kernels.rega.prompts import require_text
+
+INSTRUCTION = ("instruction", "prompt")
+ANSWER = ("answer", "completion", "response")
+DISTILLED = "gci_kernels.rega.distilled"  # how the format named in the first line of distill's files begins
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An instruction and its answer."""
+
+    instruction: str
+    answer: str
+
+
+class Problem(NamedTuple):
+    """A line that was left out, counted from 1, and why."""
+
+    line: int
+    message: str
+
+
+def read_instructions(path: str | os.PathLike) -> tuple[list[str], list[Problem]]:
+    """The instructions in a file, a line each, and the lines that hold none. Empty lines are neither.
+
+    Args:
+        path: .jsonl: a JSON string a line, or an object with "instruction", "prompt", or "messages", whose first user
+            turn is taken. Any other name: text, a line being an instruction.
+
+    Raises:
+        ValueError: no line can be used.
+        OSError: the file can't be read.
+    """
+    path = Path(path)
+    return _read(path, _instruction if path.suffix == ".jsonl" else _plain)
+
+
+def read_pairs(path: str | os.PathLike) -> tuple[list[Pair], list[Problem]]:
+    """The pairs in a .jsonl file, and the lines that hold none. Empty lines are neither.
+
+    Args:
+        path: an object a line: "instruction" or "prompt" beside "answer", "completion" or "response", all strings; or
+            "messages", of which the first user turn and the assistant's next one are taken.
+
+    Raises:
+        ValueError: no line can be used, or distill has written the file: :func:`.read_distilled` reads that.
+        OSError: the file can't be read.
+    """
+    path = Path(path)
+    if is_distilled(path):
+        raise ValueError(f"{path} is a file of distilled answers: read it with read_distilled")
+    return _read(path, _pair)
+
+
+def is_distilled(path: str | os.PathLike) -> bool:
+    """Whether the file's first line is that of distill's files."""
+    with Path(path).open("rb") as file:
+        first = file.readline(4096)
+    return first.startswith(b"{") and f'"{DISTILLED} '.encode() in first
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> tuple[list[T], list[Problem]]:
+    found: list[T] = []
+    problems: list[Problem] = []
+    for number, line in _lines(path):
+        try:
+            found.append(parse(line))
+        except ValueError as error:
+            problems.append(Problem(number, str(error)))
+    if not found:
+        first = f"; line {problems[0].line}: {problems[0].message}" if problems else ""
+        raise ValueError(f"{path} holds no line that can be used{first}")
+    return found, problems
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Those with something in them. Cut at line feeds alone: other line breaks may stand in a text."""
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def _plain(line: str) -> str:
+    return _text("the line", _utf8(line).strip())
+
+
+def _instruction(line: str) -> str:
+    value = _json(line)
+    if isinstance(value, str):
+        return _text("the instruction", value)
+    if not isinstance(value, dict):
+        raise ValueError("must be a string or an object")
+    if "messages" in value:
+        return _turn(value["messages"], "user", 0)[1]
+    return _field(value, INSTRUCTION)
+
+
+def _pair(line: str) -> Pair:
+    value = _json(line)
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    if "messages" not in value:
+        return Pair(_field(value, INSTRUCTION), _field(value, ANSWER))
+    place, instruction = _turn(value["messages"], "user", 0)
+    return Pair(instruction, _turn(value["messages"], "assistant", place + 1)[1])
+
+
+def _utf8(line: str) -> str:
+    if any("\udc80" <= character <= "\udcff" for character in line):
+        raise ValueError("not UTF-8")
+    return line
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(_utf8(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: nested too deeply") from error
+
+
+def _text(what: str, value: object) -> str:
+    require_text(what, value)
+    assert isinstance(value, str)
+    return value
+
+
+def _field(value: dict, names: tuple[str, ...]) -> str:
+    name = next((name for name in names if name in value), None)
+    if name is None:
+        raise ValueError(f"has no {', '.join(names[:-1])} or {names[-1]}")
+    return _text(name, value[name])
+
+
+def _turn(turns: object, role: str, start: int) -> tuple[int, str]:
+    """The place and text of the first turn of `role` at `start` or later."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("messages must be a list of objects with role and content")
+    for place, turn in enumerate(turns[start:], start):
+        if turn.get("role") == role:
+            return place, _text(f"the {role}'s content", turn.get("content"))
+    raise ValueError(f"messages has no {role}'s turn{' after the user' if start else ''}")
