@@ -1,0 +1,144 @@
+"""`python -m bench.forgetting`: who forgets how much, at the same domain loss, on a real model and real texts."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from gci_kernels.cache import cache_dir
+
+from ..fetch import FetchError
+from ..machine import machine, versions
+from ..models import ModelError, load_model, load_tokenizer
+from .materials import Materials, Sizes
+from .methods import EAGER, METHODS
+from .plot import draw
+from .report import markdown, summary
+from .runs import Runs
+from .training import History, Schedule
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that decides the numbers, but for the code and the machine."""
+
+    sizes: Sizes
+    schedule: Schedule
+    seeds: tuple[int, ...]
+
+    def name(self) -> str:
+        """Changes with every setting, so that results of different ones never mix."""
+        text = json.dumps([asdict(self), {name: m.learning_rate for name, m in (METHODS | EAGER).items()}])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+FULL = Comparison(
+    Sizes(
+        train=480, held_out=60, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=40, choices=40,
+        attributed=16,
+    ),
+    Schedule(batch=8, every=5, steps=50, target=0.5),
+    seeds=(0, 1, 2),
+)  # fmt: skip
+QUICK = Comparison(
+    Sizes(
+        train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, choices=10,
+        attributed=4,
+    ),
+    Schedule(batch=4, every=4, steps=12, target=0.9),
+    seeds=(0,),
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.forgetting", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, less of everything: ten minutes instead of two hours"
+    )
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="NAME",
+                        help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
+    parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache folder)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="where forgetting.json, .md and .png go (default: here)"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    console = Console(stderr=True)
+    comparison = QUICK if args.quick else FULL
+    folder = args.folder or cache_dir() / "forgetting" / comparison.name()
+    folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def tell(message: str) -> None:
+        console.print(message, markup=False, highlight=False)
+
+    tell(f"runs are kept in {folder}; the same command goes on where it was stopped")
+    try:
+        result = compare(comparison, folder, args.methods, tell, console)
+    except (FetchError, ModelError) as error:
+        tell(str(error))
+        return 1
+    (args.out / "forgetting.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "forgetting.md").write_text(markdown(result))
+    draw(result, args.out / "forgetting.png")
+    print(markdown(result))
+    return 0
+
+
+def compare(comparison: Comparison, folder: Path, methods: list[str], tell, console: Console) -> dict:
+    """Every run that is not there yet, and what all of them say."""
+    device = torch.device("cpu")
+    tokenizer = load_tokenizer("smollm2", tell=tell)
+
+    def load(dtype: torch.dtype) -> nn.Module:
+        return load_model("smollm2", dtype, device, tell=lambda message: None)[0]
+
+    materials = Materials(folder, tokenizer, comparison.sizes, tell)
+    materials.prepare(load)
+    runs = Runs(folder / "runs", materials, load, comparison.schedule)
+    untouched = runs.untouched()
+    # Seed by seed, so that a run that is stopped early has something of every method.
+    wanted = [(name, METHODS[name], seed) for seed in comparison.seeds for name in methods]
+    if "loramoe" in methods:
+        wanted += [(name, method, comparison.seeds[0]) for name, method in EAGER.items()]
+    results = []
+    with _bar(console) as bar:
+        task = bar.add_task("", total=len(wanted), state="")
+        for name, method, seed in wanted:
+            bar.update(task, description=f"{method.title}, seed {seed}", state="")
+
+            def after(history: History) -> None:
+                last = history.points[-1]
+                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl:.3f}")
+
+            results.append(runs.run(name, method, seed, after))
+            bar.advance(task)
+            last = results[-1]["points"][-1]
+            tell(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
+                 f"general {last['general_loss']:.3f}, KL {last['kl']:.3f}")  # fmt: skip
+    return {
+        "machine": machine(device),
+        "versions": versions(),
+        "settings": asdict(comparison),
+        "untouched": untouched,
+        "summary": summary(untouched, results),
+        "runs": results,
+    }
+
+
+def _bar(console: Console) -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    return Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Conversations as token ids, and batches of them in which only the answers' logits are computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one text, their labels (-100 where no loss is taken), and LoRAMoE's task type."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    task_type: int = 0
+
+    @classmethod
+    def of(cls, encoded: dict[str, list[int]], task_type: int = 0) -> "Example":
+        return cls(tuple(encoded["input_ids"]), tuple(encoded["labels"]), task_type)
+
+    @property
+    def answer(self) -> int:
+        """How many tokens there are from the first labelled one on."""
+        return len(self.ids) - next(place for place, label in enumerate(self.labels) if label != IGNORED)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the left, so that all answers end together and the last `keep` logits serve them all.
+
+    input_ids, attention_mask: [batch, time] int64. targets: [batch, keep - 1] int64, what the kept logits but the last
+    should say. task_types: [batch] int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    task_types: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return int(self.attention_mask.sum())
+
+    def logits(self, model: nn.Module, **more: Tensor) -> tuple[Tensor, dict]:
+        """[batch, keep - 1, vocabulary] in the model's dtype, and the model's whole output."""
+        keep = self.targets.shape[1] + 1
+        output = model(
+            input_ids=self.input_ids, attention_mask=self.attention_mask, logits_to_keep=keep, use_cache=False, **more
+        )
+        return output.logits[:, -keep:-1], output
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """[targets that count] float32: the cross entropy of each, row after row."""
+        counted = self.targets != IGNORED
+        return F.cross_entropy(logits[counted].float(), self.targets[counted], reduction="none")
+
+
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    """One batch of `examples`."""
+    width, answer = max(len(e.ids) for e in examples), max(e.answer for e in examples)
+    ids = torch.full((len(examples), width), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, example in enumerate(examples):
+        ids[row, width - len(example.ids) :] = torch.tensor(example.ids)
+        labels[row, width - len(example.ids) :] = torch.tensor(example.labels)
+        mask[row, width - len(example.ids) :] = 1
+    # The first token of a text has nothing before it to be predicted from.
+    answer = min(answer, width - 1)
+    return Batch(ids, mask, labels[:, width - answer :], torch.tensor([e.task_type for e in examples]))
+
+
+def by_length(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Indices of `examples` in groups of `size`, like lengths together, so that little is padding."""
+    order = sorted(range(len(examples)), key=lambda index: (len(examples[index].ids), index))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def plain(ids: Sequence[int]) -> Example:
+    """A text of which every token but the first is predicted."""
+    return Example(tuple(ids), (IGNORED, *ids[1:]))

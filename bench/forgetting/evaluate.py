@@ -1,0 +1,144 @@
+"""What a model has learned and what it has kept: losses, the distance from the untouched model, answers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .batches import Batch, Example, by_length, collate
+from .domain import GROUPS, Task, score
+from .general import Choice, Question, number_right
+
+BATCH = 16  # as many as a decoding step takes at once
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model after some training steps. Losses are nats a token; `kl` is from the untouched model to it."""
+
+    step: int
+    tokens: int
+    domain_loss: float
+    general_loss: float
+    kl: float
+
+    def json(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is kept from training.
+
+    Args:
+        domain: tasks whose answers are asked for.
+        looked: conversations, on some of these tasks, whose loss is taken.
+        texts: general texts, every token counts.
+        own: general instructions with the untouched model's own answers.
+        arithmetic, choices: questions with known answers.
+    """
+
+    domain: list[Task]
+    looked: list[Example]
+    texts: list[Example]
+    own: list[Example]
+    arithmetic: list[Question]
+    choices: list[Choice]
+
+
+class Evaluator:
+    """Compares models with the untouched one, whose logits over the general material are kept in its own dtype."""
+
+    def __init__(self, untouched: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, chat) -> None:
+        """`chat`: from a user's turn to token ids that end where the answer begins."""
+        self.tokenizer, self.held_out, self.chat = tokenizer, held_out, chat
+        self.pad = tokenizer.pad_token_id
+        self.domain = self._batches(held_out.looked)
+        self.general = {"texts": self._batches(held_out.texts), "own": self._batches(held_out.own)}
+        with torch.inference_mode():
+            self.reference = {
+                name: [self._counted(untouched, batch) for batch in batches] for name, batches in self.general.items()
+            }
+
+    def _batches(self, examples: list[Example]) -> list[Batch]:
+        return [collate([examples[i] for i in rows], self.pad) for rows in by_length(examples, BATCH)]
+
+    @staticmethod
+    def _counted(model: nn.Module, batch: Batch) -> Tensor:
+        """[targets that count, vocabulary]: the logits that predict them."""
+        return batch.logits(model)[0][batch.targets != -100].clone()
+
+    @torch.inference_mode()
+    def point(self, model: nn.Module, step: int, tokens: int) -> Point:
+        """The three losses of `model`, which is in evaluation mode."""
+        domain = [batch.losses(batch.logits(model)[0]) for batch in self.domain]
+        general, distances = [], []
+        for name, batches in self.general.items():
+            for batch, reference in zip(batches, self.reference[name], strict=True):
+                logits = self._counted(model, batch)
+                distances.append(_kl(reference, logits))
+                if name == "texts":
+                    general.append(
+                        F.cross_entropy(logits.float(), batch.targets[batch.targets != -100], reduction="none")
+                    )
+        return Point(step, tokens, *(torch.cat(found).double().mean().item() for found in (domain, general, distances)))
+
+    @torch.inference_mode()
+    def answers(self, model: nn.Module) -> dict[str, float]:
+        """Shares of right answers, 0 to 1, by group of tasks, of arithmetic, and of words' meanings."""
+        found: dict[str, float] = {}
+        tasks = self.held_out.domain
+        written = self.generate(model, [task.prompt for task in tasks], 40)
+        for group in GROUPS:
+            scores = [score(task, text) for task, text in zip(tasks, written, strict=True) if task.group == group]
+            found[group] = sum(scores) / len(scores)
+        questions = self.held_out.arithmetic
+        written = self.generate(model, [question.prompt for question in questions], 24)
+        right = [number_right(question, text) for question, text in zip(questions, written, strict=True)]
+        found["arithmetic"] = sum(right) / len(right)
+        found["glosses"] = self.choose(model, self.held_out.choices)
+        return found
+
+    def generate(self, model: nn.Module, prompts: Sequence[str], new_tokens: int) -> list[str]:
+        """The greedy answer to each prompt."""
+        examples = [Example(tuple(ids), (0,) * len(ids)) for ids in map(self.chat, prompts)]
+        texts = [""] * len(prompts)
+        for rows in by_length(examples, BATCH):
+            batch = collate([examples[i] for i in rows], self.pad)
+            output = model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=new_tokens,
+                do_sample=False, pad_token_id=self.pad,
+            )  # fmt: skip
+            answers = self.tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, answers, strict=True):
+                texts[row] = text
+        return texts
+
+    def choose(self, model: nn.Module, choices: Sequence[Choice]) -> float:
+        """The share of `choices` whose right option is the likeliest, by the mean over its tokens."""
+        examples = []
+        for choice in choices:
+            prompt = list(self.chat(choice.prompt))
+            for option in choice.options:
+                ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
+                examples.append(Example((*prompt, *ids), (-100,) * len(prompt) + tuple(ids)))
+        likelihood = torch.empty(len(examples))
+        for rows in by_length(examples, BATCH):
+            batch = collate([examples[i] for i in rows], self.pad)
+            losses = batch.losses(batch.logits(model)[0])
+            counts = (batch.targets != -100).sum(1).tolist()
+            likelihood[rows] = torch.stack([-part.mean() for part in losses.split(counts)])
+        chosen = likelihood.view(len(choices), -1).argmax(1).tolist()
+        return sum(pick == choice.right for pick, choice in zip(chosen, choices, strict=True)) / len(choices)
+
+
+def _kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """[rows] float32: KL divergence of each row's distribution from the reference's."""
+    parts = []
+    for old, new in zip(reference.split(256), logits.split(256), strict=True):
+        old, new = old.float().log_softmax(-1), new.float().log_softmax(-1)
+        parts.append((old.exp() * (old - new)).sum(-1))
+    return torch.cat(parts)

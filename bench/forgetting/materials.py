@@ -1,0 +1,125 @@
+"""What all runs share: the tasks, the general material, the model's own answers, LoKI's scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gci_kernels import loki, rega
+
+from . import domain, general, sources
+from .batches import Example, plain
+from .evaluate import HeldOut
+
+# What SmolLM2's chat template says where no system prompt is given: the prompt of inference, for every method alike.
+CENTRAL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+LAW = "You are a lawyer who reads clauses of software licences and answers exactly what they say."
+ROLES = rega.Roles(central=CENTRAL, domains={"law": LAW})
+INTEGRATION = 0.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything there is.
+
+    Args:
+        train, held_out: tasks of the domain.
+        looked: those of the held-out tasks whose loss is taken, as many of each group.
+        texts: general texts for the held-out loss.
+        own: general instructions whose answers, the model's own, are kept from training.
+        replayed: those that REGA's mixture replays.
+        new_tokens: of an own answer, at most.
+        arithmetic, choices: questions with known answers.
+        attributed: own conversations that LoKI's attribution reads.
+        max_tokens: of a training example.
+    """
+
+    train: int
+    held_out: int
+    looked: int
+    texts: int
+    own: int
+    replayed: int
+    new_tokens: int
+    arithmetic: int
+    choices: int
+    attributed: int
+    max_tokens: int = 320
+
+
+class Materials:
+    """Made in `folder` on first use, and found there again."""
+
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes, tell: Callable[[str], None]
+    ) -> None:
+        self.folder, self.tokenizer, self.sizes, self.tell = folder, tokenizer, sizes, tell
+        self.licences = sources.licences(tell)
+        self.tasks = domain.make(self.licences, train=sizes.train, held_out=sizes.held_out, seed=0)[1]
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores.safetensors"
+
+    def chat(self, instruction: str) -> list[int]:
+        """Token ids of a request under the central prompt, up to where the answer begins."""
+        return list(
+            self.tokenizer.apply_chat_template(
+                rega.messages(CENTRAL, instruction), add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+
+    def _encode(self, instruction: str, answer: str) -> dict[str, list[int]]:
+        return rega.encode(self.tokenizer, rega.messages(CENTRAL, instruction, answer))
+
+    def prepare(self, load: Callable[[torch.dtype], nn.Module]) -> None:
+        """What needs the untouched model: its own answers and, in float32, LoKI's scores of them."""
+        model = load(torch.bfloat16).eval().requires_grad_(False)
+        wanted = self.sizes.own + self.sizes.replayed
+        # Some answers are dropped, so a fifth more are asked for.
+        questions = general.instructions(wanted + wanted // 5, seed=0)
+        self.tell(f"the model answers {len(questions)} general instructions")
+        pairs = rega.distill(
+            model, self.tokenizer, questions, out=self.folder / "distilled.jsonl", prompt=CENTRAL,
+            max_new_tokens=self.sizes.new_tokens, batch_size=16, seed=0,
+        )  # fmt: skip
+        if len(pairs) < wanted:
+            raise RuntimeError(f"only {len(pairs)} of {len(questions)} own answers are usable, {wanted} are needed")
+        self.own, self.replayed = pairs[: self.sizes.own], pairs[self.sizes.own : wanted]
+        self.tell(f"LoKI's attribution over {self.sizes.attributed} of them")
+        samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(self.replayed[: self.sizes.attributed])]
+        loki.attribute_file(model.float(), samples, self.scores)
+
+    @staticmethod
+    def _pairs(pairs: list[rega.Pair]) -> list[tuple[str, str]]:
+        return [(pair.instruction, pair.answer) for pair in pairs]
+
+    def held_out(self) -> HeldOut:
+        sizes = self.sizes
+        each = sizes.looked // len(domain.GROUPS)
+        looked = [t for group in domain.GROUPS for t in [t for t in self.tasks if t.group == group][:each]]
+        return HeldOut(
+            domain=self.tasks,
+            looked=[Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in looked],
+            texts=[
+                plain(self.tokenizer(text)["input_ids"][:128]) for text in general.held_out_texts(sizes.texts, seed=0)
+            ],
+            own=[Example.of(self._encode(*pair)) for pair in self._pairs(self.own)],
+            arithmetic=general.arithmetic(sizes.arithmetic, seed=0),
+            choices=general.gloss_choices(sizes.choices, seed=0),
+        )
+
+    def examples(self, seed: int, with_rega: bool) -> tuple[list[Example], dict | None]:
+        """The training examples of a seed, and the counts of REGA's mixture, None without it."""
+        tasks = domain.make(self.licences, train=self.sizes.train, held_out=self.sizes.held_out, seed=seed)[0]
+        if not with_rega:
+            return [Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in tasks], None
+        pairs = [rega.Pair(task.prompt, task.answer) for task in tasks]
+        mixed, counts = rega.mixture(self.replayed, {"law": pairs}, ROLES, integration=INTEGRATION, seed=seed)
+        encoded = [rega.encode(self.tokenizer, m["messages"], max_length=self.sizes.max_tokens) for m in mixed]
+        return [Example.of(found) for found in encoded], {
+            "general": counts.general, "domain": counts.domains["law"], "integrated": counts.integrated["law"],
+        }  # fmt: skip

@@ -1,0 +1,84 @@
+"""What is compared: each way to adapt the model, with the learning rate it is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import gci_kernels
+from gci_kernels import loki
+
+from ..variants import MLP
+
+RANK = 32  # LoRAMoE's eight experts of rank 4 together
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        title: its name there.
+        learning_rate: AdamW's; the lowest of 2.5e-4 times a power of two (2e-5 for full fine-tuning) at which seed 100
+            comes to a domain loss of 0.5 within 20 steps. A higher one comes there sooner and forgets more on its way.
+        config: the adapter's, from the scores file of LoKI's attribution; None: every weight is trained, in float32.
+        rega: train on REGA's mixture instead of the domain's samples alone.
+        eager: LoRAMoE in eager PyTorch, the published computation.
+    """
+
+    title: str
+    learning_rate: float
+    config: Callable[[Path], object] | None
+    rega: bool = False
+    eager: bool = False
+
+
+def _lora(_: Path) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MLP)
+
+
+def _loramoe(balance: float) -> Callable[[Path], gci_kernels.LoRAMoEConfig]:
+    return lambda _: gci_kernels.LoRAMoEConfig(r=4, num_experts=8, lora_alpha=32, balance_weight=balance)
+
+
+def _loki(quota: float, rank: int | None = None) -> Callable[[Path], gci_kernels.LoKIConfig]:
+    def config(scores: Path) -> gci_kernels.LoKIConfig:
+        positions = loki.select(loki.load_scores(scores), quota)
+        return gci_kernels.LoKIConfig(positions=positions, r=rank, lora_alpha=2 * (rank or 1))
+
+    return config
+
+
+def _alora(_: Path) -> gci_kernels.ALoRAConfig:
+    return gci_kernels.ALoRAConfig(r=RANK, num_heads=4, lora_alpha=2 * RANK, target_modules=MLP)
+
+
+METHODS = {
+    "full": Method("full fine-tuning", 2e-5, None),
+    "lora": Method("LoRA r=32", 5e-4, _lora),
+    "lora_rega": Method("LoRA r=32 + REGA", 5e-4, _lora, rega=True),
+    "alora": Method("ALoRA r=32", 2.5e-4, _alora),
+    "loramoe": Method("LoRAMoE 8x4", 5e-4, _loramoe(0.0)),
+    "loramoe_balance": Method("LoRAMoE 8x4, balanced", 5e-4, _loramoe(0.1)),
+    "loki_10": Method("LoKI 10%", 1e-3, _loki(10)),
+    "loki_30": Method("LoKI 30%", 5e-4, _loki(30)),
+    "loki_star": Method("LoKI* 30%, r=32", 2e-3, _loki(30, RANK)),
+}
+EAGER = {"loramoe_eager": Method("LoRAMoE 8x4, eager PyTorch", 5e-4, _loramoe(0.0), eager=True)}
+
+
+def adapt(model: nn.Module, method: Method, scores: Path, seed: int) -> nn.Module:
+    """`model`, adapted as `method` says; it is changed in place, and its adapters start as `seed` says."""
+    if method.config is None:
+        return model.float().requires_grad_(True)
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    adapted = gci_kernels.patch(model, method.config(scores))
+    if not method.eager:
+        return adapted
+    from ..baselines import to_eager
+
+    return to_eager(adapted)

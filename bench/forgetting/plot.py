@@ -1,0 +1,75 @@
+"""The picture: what is lost against what is gained, fused against eager training, gates by task type."""
+
+from pathlib import Path
+
+from .methods import METHODS
+
+COLORS = dict(zip(METHODS, (
+    "#3d3d3d", "#2a6fbb", "#7fb3e6", "#8e5bb5", "#e0914a", "#b3541e", "#2f9e63", "#86cfa6", "#c2b100",
+), strict=True))  # fmt: skip
+
+
+def draw(result: dict, path: Path) -> None:
+    """Write the picture of `result` to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), gridspec_kw={"width_ratios": [5, 4, 4]}, layout="constrained")
+    _trade(axes[0], result)
+    _curves(axes[1], result)
+    _gates(axes[2], result)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _trade(axis, result: dict) -> None:
+    """Each run's path, and the mean of the runs of a method where they meet the target."""
+    start = result["untouched"]["points"][0]
+    for run in result["runs"]:
+        if run["method"] in METHODS:
+            gained = [start["domain_loss"] - point["domain_loss"] for point in run["points"]]
+            axis.plot(gained, [p["kl"] for p in run["points"]], color=COLORS[run["method"]], alpha=0.35, linewidth=1)
+    target = start["domain_loss"] - result["settings"]["schedule"]["target"]
+    for name, row in result["summary"]["rows"].items():
+        if name in METHODS:
+            lost = row["kl"]
+            axis.errorbar(
+                [target if lost["mean"] is not None else float("nan")],
+                [lost["mean"] if lost["mean"] is not None else float("nan")],
+                yerr=[lost["spread"] or 0], fmt="o", capsize=3, color=COLORS[name], label=row["title"],
+            )  # fmt: skip
+    axis.axvline(target, color="#cccccc", linewidth=1, zorder=0)
+    axis.set(xlabel="domain loss gained, nats a token", ylabel="KL from the untouched model, general material",
+             title="What is lost for what is gained", ylim=(0, None))  # fmt: skip
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _curves(axis, result: dict) -> None:
+    first = min(run["seed"] for run in result["runs"])
+    for name, style in (("loramoe", {"color": "#2a6fbb"}), ("loramoe_eager", {"color": "#e0914a", "linestyle": "--"})):
+        for run in result["runs"]:
+            if run["method"] == name and run["seed"] == first:
+                axis.plot(range(1, len(run["losses"]) + 1), run["losses"], label=run["title"], **style)
+    axis.set(xlabel="step", ylabel="training loss, nats a token", title="LoRAMoE, fused and eager")
+    if axis.lines:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def _gates(axis, result: dict) -> None:
+    """The mean gate of each expert for both types of task, over seeds."""
+    shown = [("loramoe", "without the constraint"), ("loramoe_balance", "with it")]
+    for place, (name, title) in enumerate(shown):
+        gates = [run["gates"] for run in result["runs"] if run["method"] == name]
+        for kind, color in ((0, "#9aa5b1"), (1, "#b3541e")):
+            if gates:
+                means = [sum(values) / len(gates) for values in zip(*(found[kind] for found in gates), strict=True)]
+                experts = [place * (len(means) + 1.5) + expert + (kind - 0.5) * 0.4 for expert in range(len(means))]
+                label = f"task type {kind}" if not place else None
+                axis.bar(experts, means, width=0.4, color=color, label=label)
+                if not kind:
+                    axis.text(experts[0], 1.01, title, transform=axis.get_xaxis_transform(), fontsize=9)
+    axis.set(xlabel="expert", ylabel="mean gate", xticks=[])
+    if axis.patches:
+        axis.legend(fontsize=8, frameon=False)

@@ -1,0 +1,202 @@
+"""The runs' results as a summary of every method, a table in Markdown, and what the papers' orderings come to here."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean, median, stdev
+
+from .domain import GROUPS
+from .gates import separation
+from .methods import EAGER, METHODS
+
+ANSWERS = (*GROUPS, "arithmetic", "glosses")
+
+# The paper, what it says, which method should have the lower measure, which the higher.
+CLAIMS = (
+    ("2403.02756", "REGA's mixture makes LoRA forget less", "lora_rega", "lora"),
+    ("2312.09979", "LoRAMoE forgets less than full fine-tuning", "loramoe", "full"),
+    ("2312.09979", "LoRAMoE forgets less than LoRA", "loramoe", "lora"),
+    ("2312.09979", "the balance constraint makes LoRAMoE forget less", "loramoe_balance", "loramoe"),
+    ("2505.22120", "LoKI forgets less than full fine-tuning", "loki_10", "full"),
+    ("2505.22120", "LoKI forgets less than LoRA", "loki_10", "lora"),
+    ("2505.22120", "fewer rows forget less", "loki_10", "loki_30"),
+    ("2505.22120", "LoKI* forgets less than LoRA", "loki_star", "lora"),
+    ("2405.09673", "LoRA forgets less than full fine-tuning", "lora", "full"),
+)
+MEASURES = {"kl": "KL from the untouched model", "general_loss": "general held-out loss"}
+
+
+def summary(untouched: dict, results: Sequence[dict]) -> dict:
+    """For every method the mean and the spread over seeds of what the table shows, and what became of the claims."""
+    by_method = {name: [run for run in results if run["method"] == name] for name in METHODS | EAGER}
+    rows = {name: _row(runs, untouched) for name, runs in by_method.items() if runs}
+    return {
+        "rows": rows,
+        "claims": [_claim(claim, by_method) for claim in CLAIMS if all(by_method[n] for n in claim[2:])],
+    }
+
+
+def _row(runs: list[dict], untouched: dict) -> dict:
+    start = untouched["points"][0]["general_loss"]
+
+    def over(value: Callable[[dict], float | None]) -> dict:
+        values = [value(run) for run in runs]
+        known = [v for v in values if v is not None]
+        return {
+            "mean": mean(known) if known else None,
+            "spread": stdev(known) if len(known) > 1 else None,
+            "values": values,
+        }
+
+    def at_target(name: str) -> Callable[[dict], float | None]:
+        return lambda run: run["matched"][name] if run["matched"] else None
+
+    return {
+        "title": runs[0]["title"],
+        "trainable": runs[0]["trainable"],
+        "learning_rate": runs[0]["learning_rate"],
+        "reached": sum(run["matched"] is not None for run in runs),
+        "runs": len(runs),
+        "tokens": over(at_target("tokens")),
+        "kl": over(at_target("kl")),
+        "general_loss": over(lambda run: run["matched"]["general_loss"] - start if run["matched"] else None),
+        "last_domain_loss": over(lambda run: run["points"][-1]["domain_loss"]),
+        "answers": {name: over(lambda run, name=name: run["answers"][name]) for name in ANSWERS},
+        "tokens_per_second": over(_rate),
+        "memory": over(lambda run: sum(value or 0 for value in run["memory"].values())),
+        "separation": over(lambda run: separation(run["gates"]) if run["gates"] else None),
+    }
+
+
+def _rate(run: dict) -> float:
+    """Tokens a second, padding not counted: the median over the steps behind the first two, which warm up."""
+    return median(tokens / seconds for tokens, seconds in list(zip(run["tokens"], run["seconds"], strict=True))[2:])
+
+
+def _claim(claim: tuple[str, str, str, str], by_method: dict[str, list[dict]]) -> dict:
+    """In how many seeds the first method's measure is the lower one, of those in which both reach the target."""
+    paper, text, lower, higher = claim
+    found = {}
+    for measure in MEASURES:
+        pairs = [
+            (low["matched"][measure], high["matched"][measure])
+            for low in by_method[lower]
+            for high in by_method[higher]
+            if low["seed"] == high["seed"] and low["matched"] and high["matched"]
+        ]
+        found[measure] = {"seeds": sum(low < high for low, high in pairs), "of": len(pairs)}
+    return {"paper": paper, "claim": text, "lower": lower, "higher": higher, "found": found}
+
+
+def verdict(found: dict) -> str:
+    """A claim in words: it must hold in every seed to appear."""
+    if not found["of"]:
+        return "not compared"
+    if found["seeds"] == found["of"]:
+        return "appears"
+    return "reversed" if not found["seeds"] else f"in {found['seeds']} of {found['of']} seeds"
+
+
+def markdown(result: dict) -> str:
+    """Everything for a reader: the table, gates, claims, and where it was measured."""
+    schedule = result["settings"]["schedule"]
+    parts = [
+        f"# Forgetting at a domain loss of {schedule['target']:g}",
+        _introduction(result),
+        _forgetting(result),
+        "## What training cost",
+        _cost(result),
+        _gates(result),
+        "## Published orderings",
+        _claims(result),
+        _provenance(result),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(result: dict) -> str:
+    untouched, settings = result["untouched"]["points"][0], result["settings"]
+    return (
+        "SmolLM2-135M-Instruct learns three kinds of tasks about clauses of software licences: to read a term and "
+        "calculate with it, to name what a clause is about, and to refuse or qualify what it does not allow. A run "
+        f"ends when its loss on clauses of unseen licences is down from {untouched['domain_loss']:.2f} to "
+        f"{settings['schedule']['target']:g} nats a token. General loss (documentation and glosses; "
+        f"{untouched['general_loss']:.3f} at the start) and the KL divergence from the untouched model (there, and on "
+        "its own held-out answers) are taken where the domain loss crosses that value; shares of right answers are "
+        f"those of the model that the run ends with. Mean over {len(settings['seeds'])} seeds, ± standard deviation. "
+        "All methods are asked under one prompt."
+    )
+
+
+def _forgetting(result: dict) -> str:
+    head = ["method", "trained", "reached", "tokens", "KL", "general loss", *ANSWERS]
+    rows = [["untouched", "", "", "", "0", "0", *(f"{result['untouched']['answers'][name]:.2f}" for name in ANSWERS)]]
+    for row in _compared(result):
+        rows.append(
+            [
+                row["title"], f"{row['trainable'] / 1e6:.1f}M", f"{row['reached']} of {row['runs']}",
+                _cell(row["tokens"], ".0f"), _cell(row["kl"], ".4f"), _cell(row["general_loss"], "+.4f"),
+                *(_cell(row["answers"][name], ".2f") for name in ANSWERS),
+            ]
+        )  # fmt: skip
+    return _table(head, rows)
+
+
+def _compared(result: dict) -> list[dict]:
+    return [row for name, row in result["summary"]["rows"].items() if name in METHODS]
+
+
+def _cost(result: dict) -> str:
+    head = ["method", "learning rate", "tokens/s", "memory, GB", "domain loss at the end"]
+    rows = [
+        [
+            row["title"], f"{row['learning_rate']:g}", _cell(row["tokens_per_second"], ".0f"),
+            f"{row['memory']['mean'] / 1e9:.2f}", _cell(row["last_domain_loss"], ".3f"),
+        ]
+        for row in result["summary"]["rows"].values()
+    ]  # fmt: skip
+    return _table(head, rows) + (
+        "\n\nTokens are those of the batches without padding; the time is that of whole steps, the optimizer's part "
+        "included. Memory: weights, AdamW's moments and the peak of a step above both. Full fine-tuning trains in "
+        "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16."
+    )
+
+
+def _gates(result: dict) -> str:
+    rows = [
+        [row["title"], _cell(row["separation"], ".4f")]
+        for row in _compared(result)
+        if row["separation"]["mean"] is not None
+    ]
+    if not rows:
+        return ""
+    return (
+        "## LoRAMoE's two groups of experts\n\nHow much more of the gates the first half of the experts gets for one "
+        "type of task (calculating, type 1) than for the other (type 0): 0 where both halves serve both alike.\n\n"
+    ) + _table(["method", "difference of shares"], rows)
+
+
+def _claims(result: dict) -> str:
+    rows = [
+        [f"{claim['claim']} (arXiv {claim['paper']})", *(verdict(claim["found"][measure]) for measure in MEASURES)]
+        for claim in result["summary"]["claims"]
+    ]
+    return _table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
+
+
+def _provenance(result: dict) -> str:
+    machine, versions = result["machine"], result["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("python", "gci_kernels", "torch", "transformers", "peft"))
+    commits = {run["commit"]["sha"][:10]: run["commit"]["changed"] for run in result["runs"] if run["commit"]}
+    at = "".join(f", commit {sha}{' with changes' if changed else ''}" for sha, changed in commits.items())
+    return f"{machine['cpu']}, {machine['threads']} threads; {named}{at}."
+
+
+def _cell(found: dict, form: str) -> str:
+    if found["mean"] is None:
+        return "–"
+    spread = "" if found["spread"] is None else f" ±{found['spread']:{form.removeprefix('+')}}"
+    return f"{found['mean']:{form}}{spread}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,201 @@
+"""`python -m bench.forgetting` from beginning to end, on a tiny model and made-up licences; killed and gone on with."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_licences import TEXTS
+from toy_rega import INSTRUCTIONS, WORDS, llama, tokenizer
+
+from gci_kernels import rega
+from gci_kernels.bench.forgetting import __main__ as command
+from gci_kernels.bench.forgetting import evaluate, general, materials, report, runs, sources
+from gci_kernels.bench.forgetting.__main__ import Comparison
+from gci_kernels.bench.forgetting.general import Choice
+from gci_kernels.bench.forgetting.materials import Materials, Sizes
+from gci_kernels.bench.forgetting.methods import METHODS
+from gci_kernels.bench.forgetting.training import Schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = Sizes(
+    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=8, arithmetic=4, choices=3, attributed=2
+)
+TINY = Comparison(SIZES, Schedule(batch=3, every=2, steps=4, target=0.5), seeds=(0, 1))
+CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) for word in ("rest", "fever", "water")]
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Texts and words that the toy tokenizer knows, and the toy model, in place of the real ones."""
+    monkeypatch.setattr(sources, "licences", lambda tell: TEXTS)
+    monkeypatch.setattr(general, "instructions", lambda count, seed: INSTRUCTIONS)
+    monkeypatch.setattr(
+        general, "held_out_texts", lambda count, seed: [" ".join(WORDS[n : n + 7]) for n in range(count)]
+    )
+    monkeypatch.setattr(general, "gloss_choices", lambda count, seed: CHOICES[:count])
+    monkeypatch.setattr(materials, "CENTRAL", "you are a helpful model")
+    monkeypatch.setattr(materials, "ROLES", rega.Roles("you are a helpful model", {"law": "you are a lawyer"}))
+    monkeypatch.setattr(command, "load_tokenizer", lambda name, tell: tokenizer())
+    monkeypatch.setattr(command, "load_model", lambda name, dtype, device, tell: (llama().to(dtype), tokenizer()))
+
+
+@pytest.fixture
+def made(texts, tmp_path):
+    found = Materials(tmp_path, tokenizer(), SIZES, print)
+    found.prepare(lambda dtype: llama().to(dtype))
+    return found
+
+
+@pytest.fixture
+def evaluator(made):
+    return evaluate.Evaluator(llama(), tokenizer(), made.held_out(), made.chat)
+
+
+def test_the_untouched_model_is_no_way_from_itself(evaluator):
+    point = evaluator.point(llama(), 3, 40)
+    assert point.kl == 0 and (point.step, point.tokens) == (3, 40)
+    changed = llama()
+    torch.nn.init.normal_(changed.lm_head.weight, std=0.3)
+    assert evaluator.point(changed, 0, 0).kl > 0.1
+
+
+def test_losses_are_those_of_every_text(evaluator, made):
+    """All texts together, each by itself, against transformers' own loss."""
+    held_out, model = made.held_out(), llama()
+
+    def mean(examples):
+        losses = []
+        for example in examples:
+            labels = torch.tensor([example.labels])
+            count = int((labels[:, 1:] != -100).sum())
+            losses += [model(torch.tensor([example.ids]), labels=labels).loss.item()] * count
+        return sum(losses) / len(losses)
+
+    point = evaluator.point(model, 0, 0)
+    assert point.domain_loss == pytest.approx(mean(held_out.looked), abs=1e-5)
+    assert point.general_loss == pytest.approx(mean(held_out.texts), abs=1e-5)
+    groups = [task.group for task in held_out.domain]
+    assert len(held_out.looked) == 3 and sorted(set(groups)) == ["permission", "summary", "term"]
+
+
+def test_answers_come_in_the_order_of_their_prompts(evaluator, made):
+    """Batches are by length; one prompt alone gives the same answer."""
+    prompts = [*INSTRUCTIONS, "what is a court what is rent"]
+    together = evaluator.generate(llama(), prompts, 6)
+    assert together == [evaluator.generate(llama(), [prompt], 6)[0] for prompt in prompts] and any(together)
+
+
+def test_a_choice_is_the_likeliest_option(evaluator):
+    """Each option's mean log-probability from a forward of its own."""
+    model, words = llama(), tokenizer()
+    picks = []
+    for choice in CHOICES:
+        prompt = evaluator.chat(choice.prompt)
+        means = []
+        for option in choice.options:
+            ids = words(option, add_special_tokens=False)["input_ids"]
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            means.append(logits.gather(1, torch.tensor(ids)[:, None]).mean())
+        picks.append(int(torch.stack(means).argmax()))
+    for right in range(4):
+        share = sum(pick == right for pick in picks) / len(picks)
+        assert evaluator.choose(model, [replace(choice, right=right) for choice in CHOICES]) == pytest.approx(share)
+
+
+def test_answers_are_judged(evaluator, monkeypatch):
+    """A model that always says the same is right exactly where that is the answer."""
+    tasks = evaluator.held_out.domain
+    monkeypatch.setattr(evaluator, "generate", lambda model, prompts, count: ["No."] * len(prompts))
+    answers = evaluator.answers(llama())
+    refused = [task.key == "no" for task in tasks if task.group == "permission"]
+    assert answers["permission"] == sum(refused) / len(refused)
+    assert answers["term"] == answers["summary"] == answers["arithmetic"] == 0
+    assert set(answers) == set(report.ANSWERS)
+
+
+def test_rega_trains_on_a_mixture_of_known_counts(made):
+    plain, none = made.examples(0, with_rega=False)
+    mixed, counts = made.examples(0, with_rega=True)
+    assert none is None and len(plain) == 12
+    assert counts == {"general": 3, "domain": 12, "integrated": 1} and len(mixed) == 16
+    role, central = (tuple(tokenizer()(f"<system> {text} <eos>")["input_ids"]) for text in (
+        "you are a lawyer", "you are a helpful model"))  # fmt: skip
+    assert sum(example.ids[: len(role)] == role for example in mixed) == 12
+    assert sum(example.ids[: len(central)] == central for example in mixed) == 4
+    assert all(example.ids[: len(central)] == central for example in plain)
+
+
+def test_materials_are_made_once(made, monkeypatch):
+    before = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    monkeypatch.setattr(rega.distill.__globals__["_answers"], "__code__", (lambda *_: 1 / 0).__code__)
+    again = Materials(made.folder, tokenizer(), SIZES, print)
+    again.prepare(lambda dtype: llama().to(dtype))
+    assert (again.own, again.replayed) == (made.own, made.replayed)
+    assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
+    assert load_file(made.scores)["scores"].shape == (2, 2, 32)
+
+
+def test_own_answers_that_are_too_few_are_an_error(texts, tmp_path):
+    few = Materials(tmp_path, tokenizer(), replace(SIZES, own=3, replayed=3), print)
+    with pytest.raises(RuntimeError, match=r"only \d of 7 own answers are usable, 6 are needed"):
+        few.prepare(lambda dtype: llama().to(dtype))
+
+
+def run(tmp_path, *more):
+    assert (
+        command.main(["--quick", "--folder", str(tmp_path / "kept"), "--out", str(tmp_path), "--threads", "1", *more])
+        == 0
+    )
+    return json.loads((tmp_path / "forgetting.json").read_text())
+
+
+def test_the_command_compares_all_methods(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "QUICK", TINY)
+    result = run(tmp_path)
+    assert [(r["method"], r["seed"]) for r in result["runs"]] == [
+        *((name, seed) for seed in (0, 1) for name in METHODS), ("loramoe_eager", 0),
+    ]  # fmt: skip
+    for made in result["runs"]:
+        assert [point["step"] for point in made["points"]] == [0, 2, 4] and len(made["losses"]) == 4
+        assert made["points"][0] == result["untouched"]["points"][0]
+        assert (made["gates"] is not None) == (made["method"] in ("loramoe", "loramoe_balance"))
+        assert (made["mixture"] is not None) == (made["method"] == "lora_rega")
+    assert not list((tmp_path / "kept" / "runs").glob("*.partial"))
+    text = (tmp_path / "forgetting.md").read_text()
+    assert all(method.title in text for method in METHODS.values())
+    assert (tmp_path / "forgetting.png").stat().st_size > 20_000
+
+
+def test_a_killed_command_goes_on(texts, tmp_path, monkeypatch):
+    """Finished runs are found; the one that was cut goes on where it was looked at last."""
+    monkeypatch.setattr(command, "QUICK", replace(TINY, seeds=(0,)))
+    unbroken = run(tmp_path / "unbroken", "--methods", "lora", "loki_10")
+    look, looks = evaluate.Evaluator.point, []
+
+    def killing(self, model, step, tokens):
+        looks.append(step)
+        if len(looks) == 5:  # the untouched model, LoRA twice, LoKI once
+            raise KeyboardInterrupt
+        return look(self, model, step, tokens)
+
+    monkeypatch.setattr(evaluate.Evaluator, "point", killing)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", "--methods", "lora", "loki_10")
+    assert looks == [0, 2, 4, 2, 4]
+    went_on = run(tmp_path / "killed", "--methods", "lora", "loki_10")
+    assert looks[5:] == [4]
+    for mine, other in zip(went_on["runs"], unbroken["runs"], strict=True):
+        assert (mine["points"], mine["losses"], mine["answers"]) == (other["points"], other["losses"], other["answers"])
+
+
+def test_other_settings_are_kept_elsewhere():
+    names = {TINY.name(), replace(TINY, seeds=(0,)).name(), replace(TINY, sizes=replace(SIZES, own=3)).name()}
+    assert len(names) == 3 and TINY.name() == replace(TINY).name()
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(TypeError):
+        runs._write(tmp_path / "a.json", {"a": object()})
+    assert not list(tmp_path.iterdir())
