@@ -101,7 +101,7 @@ class Looks:
         if step == self.kill_at:
             raise KeyboardInterrupt
         loss = self.batch.losses(self.batch.logits(self.model)[0]).mean().item()
-        return Point(step, tokens, loss, loss + 1, step / 10)
+        return Point(step, tokens, loss, loss + 1, step / 10, step / 20)
 
 
 def run(model, kept, *, kill_at=None, target=0.0, steps=8, seed=0, **options):
@@ -225,13 +225,17 @@ def test_separation_of_the_experts_halves():
     assert separation([[0.1, 0.2, 0.3, 0.4], [0.3, 0.3, 0.2, 0.2]]) == pytest.approx(0.3)
 
 
-POINTS = [Point(0, 0, 3.0, 2.0, 0.0), Point(4, 100, 2.0, 2.1, 0.2), Point(8, 200, 1.0, 2.5, 0.8)]
+POINTS = [
+    Point(0, 0, 3.0, 2.0, 0.0, 0.0), Point(4, 100, 2.0, 2.1, 0.2, 0.1), Point(8, 200, 1.0, 2.5, 0.8, 0.5),
+]  # fmt: skip
 
 
 def test_matched_lies_between_two_looks():
     found = runs.matched(POINTS, 1.25)
-    assert found == pytest.approx({"step": 7, "tokens": 175, "domain_loss": 1.25, "general_loss": 2.4, "kl": 0.65})
-    assert runs.matched(POINTS, 1.0)["kl"] == 0.8 and runs.matched(POINTS, 2.0)["kl"] == 0.2
+    assert found == pytest.approx(
+        {"step": 7, "tokens": 175, "domain_loss": 1.25, "general_loss": 2.4, "kl_texts": 0.65, "kl_own": 0.4}
+    )
+    assert runs.matched(POINTS, 1.0)["kl_texts"] == 0.8 and runs.matched(POINTS, 2.0)["kl_texts"] == 0.2
     assert runs.matched(POINTS, 0.9) is None and runs.matched(POINTS[:1], 1.0) is None
 
 
@@ -241,7 +245,7 @@ def result(method, seed, kl, reached=True):
     return {
         "method": method, "title": (METHODS | EAGER)[method].title, "seed": seed, "learning_rate": 1e-3,
         "trainable": 1000, "points": points,
-        "matched": {"tokens": 150.0, "kl": kl, "general_loss": 2 + kl} if reached else None,
+        "matched": {"tokens": 150.0, "kl_texts": kl, "kl_own": 2 * kl, "general_loss": 2 + kl} if reached else None,
         "answers": {name: 0.5 for name in report.ANSWERS}, "losses": [1.0] * 4, "tokens": [50, 60, 80, 90],
         "seconds": [9.0, 9.0, 0.5, 1.0], "memory": {"weights": 10, "optimizer": 20, "step": 30},
         "gates": [[0.3, 0.2], [0.2, 0.3]] if "loramoe" in method and method in METHODS else None, "mixture": None,
@@ -264,7 +268,7 @@ def all_results():
 
 def test_claims_need_every_seed():
     made = report.summary(UNTOUCHED, all_results())
-    verdicts = {(c["lower"], c["higher"]): report.verdict(c["found"]["kl"]) for c in made["claims"]}
+    verdicts = {(c["lower"], c["higher"]): report.verdict(c["found"]["kl_texts"]) for c in made["claims"]}
     assert verdicts["lora_rega", "lora"] == "appears"
     assert verdicts["loramoe", "lora"] == "in 1 of 2 seeds"
     assert verdicts["loki_10", "lora"] == "reversed"
@@ -274,7 +278,9 @@ def test_claims_need_every_seed():
 
 def test_the_summary_means_over_seeds():
     row = report.summary(UNTOUCHED, all_results())["rows"]["lora"]
-    assert row["kl"]["mean"] == pytest.approx(0.35) and row["kl"]["spread"] == pytest.approx(0.0707, abs=1e-4)
+    assert row["kl_texts"]["mean"] == pytest.approx(0.35) and row["kl_texts"]["spread"] == pytest.approx(
+        0.0707, abs=1e-4
+    )
     assert row["general_loss"]["mean"] == pytest.approx(0.35) and row["reached"] == row["runs"] == 2
     assert row["tokens_per_second"]["mean"] == pytest.approx((80 / 0.5 + 90) / 2)
     assert row["memory"]["mean"] == 60
@@ -294,8 +300,8 @@ def test_the_report_names_every_method_and_what_was_missed(whole):
     text = report.markdown(json.loads(json.dumps(whole)))
     table = text.split("## ")[0]
     assert all(f"| {method.title} |" in table for method in METHODS.values())
-    assert f"| {METHODS['full'].title} | 0.0M | 0 of 2 | – | – | – |" in table
-    assert "0.3500 ±0.0707" in table and "commit 0123456789" in text and "+0.3500 ±0.0707" in table
+    assert f"| {METHODS['full'].title} | 0.0M | 0 of 2 | – | – | – | – |" in table
+    assert "| +0.350 ±0.071 | 0.350 ±0.071 | 0.700 ±0.141 |" in table and "commit 0123456789" in text
     assert (
         EAGER["loramoe_eager"].title in text.split("## What training cost")[1]
         and EAGER["loramoe_eager"].title not in table

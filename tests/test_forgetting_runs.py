@@ -20,7 +20,7 @@ from gci_kernels.bench.forgetting.training import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = Sizes(
-    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=8, arithmetic=4, choices=3, attributed=2
+    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=8, arithmetic=4, glosses=3, attributed=2
 )
 TINY = Comparison(SIZES, Schedule(batch=3, every=2, steps=4, target=0.5), seeds=(0, 1))
 CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) for word in ("rest", "fever", "water")]
@@ -55,10 +55,11 @@ def evaluator(made):
 
 def test_the_untouched_model_is_no_way_from_itself(evaluator):
     point = evaluator.point(llama(), 3, 40)
-    assert point.kl == 0 and (point.step, point.tokens) == (3, 40)
+    assert point.kl_texts == point.kl_own == 0 and (point.step, point.tokens) == (3, 40)
     changed = llama()
     torch.nn.init.normal_(changed.lm_head.weight, std=0.3)
-    assert evaluator.point(changed, 0, 0).kl > 0.1
+    point = evaluator.point(changed, 0, 0)
+    assert point.kl_texts > 0.1 and point.kl_own > 0.1 and point.kl_texts != point.kl_own
 
 
 def test_losses_are_those_of_every_text(evaluator, made):
@@ -111,7 +112,7 @@ def test_answers_are_judged(evaluator, monkeypatch):
     answers = evaluator.answers(llama())
     refused = [task.key == "no" for task in tasks if task.group == "permission"]
     assert answers["permission"] == sum(refused) / len(refused)
-    assert answers["term"] == answers["summary"] == answers["arithmetic"] == 0
+    assert answers["term"] == answers["summary"] == 0
     assert set(answers) == set(report.ANSWERS)
 
 

@@ -42,7 +42,7 @@ class Comparison:
 
 FULL = Comparison(
     Sizes(
-        train=480, held_out=60, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=40, choices=40,
+        train=480, held_out=48, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=40, glosses=40,
         attributed=16,
     ),
     Schedule(batch=8, every=5, steps=50, target=0.5),
@@ -50,7 +50,7 @@ FULL = Comparison(
 )  # fmt: skip
 QUICK = Comparison(
     Sizes(
-        train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, choices=10,
+        train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
         attributed=4,
     ),
     Schedule(batch=4, every=4, steps=12, target=0.9),
@@ -118,13 +118,13 @@ def compare(comparison: Comparison, folder: Path, methods: list[str], tell, cons
 
             def after(history: History) -> None:
                 last = history.points[-1]
-                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl:.3f}")
+                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl_own:.3f}")
 
             results.append(runs.run(name, method, seed, after))
             bar.advance(task)
             last = results[-1]["points"][-1]
             tell(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
-                 f"general {last['general_loss']:.3f}, KL {last['kl']:.3f}")  # fmt: skip
+                 f"general {last['general_loss']:.3f}, KL {last['kl_texts']:.3f} and {last['kl_own']:.3f}")  # fmt: skip
     return {
         "machine": machine(device),
         "versions": versions(),

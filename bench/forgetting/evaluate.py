@@ -8,22 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .batches import Batch, Example, by_length, collate
+from .batches import IGNORED, Batch, Example, by_length, collate
 from .domain import GROUPS, Task, score
-from .general import Choice, Question, number_right
+from .general import Choice
 
 BATCH = 16  # as many as a decoding step takes at once
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model after some training steps. Losses are nats a token; `kl` is from the untouched model to it."""
+    """A model after some training steps. Losses are nats a token.
+
+    Args:
+        general_loss: on general texts.
+        kl_texts, kl_own: KL divergence from the untouched model, on those texts and on its own answers.
+    """
 
     step: int
     tokens: int
     domain_loss: float
     general_loss: float
-    kl: float
+    kl_texts: float
+    kl_own: float
 
     def json(self) -> dict:
         return asdict(self)
@@ -38,15 +44,15 @@ class HeldOut:
         looked: conversations, on some of these tasks, whose loss is taken.
         texts: general texts, every token counts.
         own: general instructions with the untouched model's own answers.
-        arithmetic, choices: questions with known answers.
+        arithmetic, glosses: questions with answers to choose from.
     """
 
     domain: list[Task]
     looked: list[Example]
     texts: list[Example]
     own: list[Example]
-    arithmetic: list[Question]
-    choices: list[Choice]
+    arithmetic: list[Choice]
+    glosses: list[Choice]
 
 
 class Evaluator:
@@ -69,22 +75,22 @@ class Evaluator:
     @staticmethod
     def _counted(model: nn.Module, batch: Batch) -> Tensor:
         """[targets that count, vocabulary]: the logits that predict them."""
-        return batch.logits(model)[0][batch.targets != -100].clone()
+        return batch.logits(model)[0][batch.targets != IGNORED].clone()
 
     @torch.inference_mode()
     def point(self, model: nn.Module, step: int, tokens: int) -> Point:
         """The three losses of `model`, which is in evaluation mode."""
         domain = [batch.losses(batch.logits(model)[0]) for batch in self.domain]
-        general, distances = [], []
+        general, distances = [], {name: [] for name in self.general}
         for name, batches in self.general.items():
             for batch, reference in zip(batches, self.reference[name], strict=True):
                 logits = self._counted(model, batch)
-                distances.append(_kl(reference, logits))
+                distances[name].append(_kl(reference, logits))
                 if name == "texts":
-                    general.append(
-                        F.cross_entropy(logits.float(), batch.targets[batch.targets != -100], reduction="none")
-                    )
-        return Point(step, tokens, *(torch.cat(found).double().mean().item() for found in (domain, general, distances)))
+                    counted = batch.targets[batch.targets != IGNORED]
+                    general.append(F.cross_entropy(logits.float(), counted, reduction="none"))
+        means = (torch.cat(found).double().mean().item() for found in (domain, general, *distances.values()))
+        return Point(step, tokens, *means)
 
     @torch.inference_mode()
     def answers(self, model: nn.Module) -> dict[str, float]:
@@ -95,11 +101,8 @@ class Evaluator:
         for group in GROUPS:
             scores = [score(task, text) for task, text in zip(tasks, written, strict=True) if task.group == group]
             found[group] = sum(scores) / len(scores)
-        questions = self.held_out.arithmetic
-        written = self.generate(model, [question.prompt for question in questions], 24)
-        right = [number_right(question, text) for question, text in zip(questions, written, strict=True)]
-        found["arithmetic"] = sum(right) / len(right)
-        found["glosses"] = self.choose(model, self.held_out.choices)
+        found["arithmetic"] = self.choose(model, self.held_out.arithmetic)
+        found["glosses"] = self.choose(model, self.held_out.glosses)
         return found
 
     def generate(self, model: nn.Module, prompts: Sequence[str], new_tokens: int) -> list[str]:
@@ -124,12 +127,12 @@ class Evaluator:
             prompt = list(self.chat(choice.prompt))
             for option in choice.options:
                 ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
-                examples.append(Example((*prompt, *ids), (-100,) * len(prompt) + tuple(ids)))
+                examples.append(Example((*prompt, *ids), (IGNORED,) * len(prompt) + tuple(ids)))
         likelihood = torch.empty(len(examples))
         for rows in by_length(examples, BATCH):
             batch = collate([examples[i] for i in rows], self.pad)
             losses = batch.losses(batch.logits(model)[0])
-            counts = (batch.targets != -100).sum(1).tolist()
+            counts = (batch.targets != IGNORED).sum(1).tolist()
             likelihood[rows] = torch.stack([-part.mean() for part in losses.split(counts)])
         chosen = likelihood.view(len(choices), -1).argmax(1).tolist()
         return sum(pick == choice.right for pick, choice in zip(chosen, choices, strict=True)) / len(choices)

@@ -8,7 +8,7 @@ import random
 import zlib
 from dataclasses import dataclass
 
-from .numbers import given_number, in_words
+from .numbers import in_words
 from .sources import Gloss, Tell, documentation, glosses, to_stderr
 
 # Rarer words are hardly known to a small model before any training.
@@ -59,16 +59,8 @@ _SUMS = ("What is {}?", "Calculate {}.", "How much is {}?")
 
 
 @dataclass(frozen=True)
-class Question:
-    """A sum, and the number that it makes."""
-
-    prompt: str
-    key: str
-
-
-@dataclass(frozen=True)
 class Choice:
-    """A word's meaning to tell from those of three other words; `right` is its place among the options."""
+    """A question and four answers to choose from; `right` is the place of the right one."""
 
     prompt: str
     options: tuple[str, str, str, str]
@@ -102,8 +94,12 @@ def _without_words() -> list[list[str]]:
     ]
 
 
-def arithmetic(count: int, seed: int) -> list[Question]:
-    """Different sums of one- and two-digit numbers and products of one-digit ones, in signs and in words."""
+def arithmetic(count: int, seed: int) -> list[Choice]:
+    """Different sums of one- and two-digit numbers and products of one-digit ones, in signs and in words.
+
+    The wrong answers are near the right one. They are to choose from, for a small model that is asked to calculate
+    often explains until its answer is cut off.
+    """
     rng = random.Random(seed)
     sums = [(a, sign, b) for a in range(3, 100) for b in range(2, 100) for sign in "+-" if sign == "+" or a > b]
     products = [(a, "x", b) for a in range(2, 10) for b in range(2, 13)]
@@ -116,24 +112,22 @@ def arithmetic(count: int, seed: int) -> list[Question]:
         for item in (*pair, *products[i : i + 1])
     ]
     _enough("sums", count, len(mixed))
-    questions = [_sum(*item, rng) for item in mixed[:count]]
-    rng.shuffle(questions)
-    return questions
+    choices = [_sum(*item, rng) for item in mixed[:count]]
+    rng.shuffle(choices)
+    return choices
 
 
-def _sum(a: int, sign: str, b: int, rng: random.Random) -> Question:
+def _sum(a: int, sign: str, b: int, rng: random.Random) -> Choice:
     result = {"+": a + b, "-": a - b, "x": a * b}[sign]
     asked = f"{in_words(a)} {_SIGNS[sign]} {in_words(b)}" if rng.random() < 0.5 else f"{a} {sign} {b}"
-    return Question(rng.choice(_SUMS).format(asked), str(result))
-
-
-def number_right(question: Question, answer: str) -> bool:
-    """Whether the answer comes down to the right number, however it is put (see `numbers.given_number`)."""
-    return given_number(answer) == question.key
+    wrong = [result + step for step in (-10, -2, -1, 1, 2, 10) if result + step > 0]
+    numbers = rng.sample([result, *rng.sample(wrong, 3)], 4)
+    options = tuple(f"The answer is {number}." for number in numbers)
+    return Choice(rng.choice(_SUMS).format(asked), options, numbers.index(result))
 
 
 def gloss_choices(count: int, seed: int, *, tell: Tell = to_stderr) -> list[Choice]:
-    """Words with their own meaning among those of three words of the same kind, of similar length."""
+    """What words mean: each word's own meaning among those of three words of the same kind, of similar length."""
     rng = random.Random(seed)
     words = _words("choices", tell)
     _enough("choices", count, len(words))

@@ -32,7 +32,7 @@ class Sizes:
         own: general instructions whose answers, the model's own, are kept from training.
         replayed: those that REGA's mixture replays.
         new_tokens: of an own answer, at most.
-        arithmetic, choices: questions with known answers.
+        arithmetic, glosses: questions with answers to choose from.
         attributed: own conversations that LoKI's attribution reads.
         max_tokens: of a training example.
     """
@@ -45,7 +45,7 @@ class Sizes:
     replayed: int
     new_tokens: int
     arithmetic: int
-    choices: int
+    glosses: int
     attributed: int
     max_tokens: int = 320
 
@@ -109,7 +109,7 @@ class Materials:
             ],
             own=[Example.of(self._encode(*pair)) for pair in self._pairs(self.own)],
             arithmetic=general.arithmetic(sizes.arithmetic, seed=0),
-            choices=general.gloss_choices(sizes.choices, seed=0),
+            glosses=general.gloss_choices(sizes.glosses, seed=0),
         )
 
     def examples(self, seed: int, with_rega: bool) -> tuple[list[Example], dict | None]:

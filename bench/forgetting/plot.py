@@ -16,34 +16,34 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), gridspec_kw={"width_ratios": [5, 4, 4]}, layout="constrained")
-    _trade(axes[0], result)
-    _curves(axes[1], result)
-    _gates(axes[2], result)
-    figure.savefig(path, dpi=110)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    _trade(axes[0, 0], result, "kl_texts", "general texts")
+    _trade(axes[0, 1], result, "kl_own", "its own answers")
+    axes[0, 1].legend(fontsize=8, frameon=False)
+    _curves(axes[1, 0], result)
+    _gates(axes[1, 1], result)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def _trade(axis, result: dict) -> None:
+def _trade(axis, result: dict, measure: str, where: str) -> None:
     """Each run's path, and the mean of the runs of a method where they meet the target."""
-    start = result["untouched"]["points"][0]
+    start = result["untouched"]["points"][0]["domain_loss"]
     for run in result["runs"]:
         if run["method"] in METHODS:
-            gained = [start["domain_loss"] - point["domain_loss"] for point in run["points"]]
-            axis.plot(gained, [p["kl"] for p in run["points"]], color=COLORS[run["method"]], alpha=0.35, linewidth=1)
-    target = start["domain_loss"] - result["settings"]["schedule"]["target"]
+            gained = [start - point["domain_loss"] for point in run["points"]]
+            axis.plot(gained, [p[measure] for p in run["points"]], color=COLORS[run["method"]], alpha=0.35, linewidth=1)
+    target = start - result["settings"]["schedule"]["target"]
     for name, row in result["summary"]["rows"].items():
         if name in METHODS:
-            lost = row["kl"]
+            known = row[measure]["mean"] is not None
             axis.errorbar(
-                [target if lost["mean"] is not None else float("nan")],
-                [lost["mean"] if lost["mean"] is not None else float("nan")],
-                yerr=[lost["spread"] or 0], fmt="o", capsize=3, color=COLORS[name], label=row["title"],
+                [target] if known else [], [row[measure]["mean"]] if known else [],
+                yerr=[row[measure]["spread"] or 0] if known else [], fmt="o", capsize=3, color=COLORS[name],
+                label=row["title"],
             )  # fmt: skip
     axis.axvline(target, color="#cccccc", linewidth=1, zorder=0)
-    axis.set(xlabel="domain loss gained, nats a token", ylabel="KL from the untouched model, general material",
-             title="What is lost for what is gained", ylim=(0, None))  # fmt: skip
-    axis.legend(fontsize=8, frameon=False)
+    axis.set(xlabel="domain loss gained, nats a token", ylabel=f"KL from the untouched model, {where}", ylim=(0, None))
 
 
 def _curves(axis, result: dict) -> None:

@@ -21,7 +21,7 @@ CLAIMS = (
     ("2505.22120", "LoKI* forgets less than LoRA", "loki_star", "lora"),
     ("2405.09673", "LoRA forgets less than full fine-tuning", "lora", "full"),
 )
-MEASURES = {"kl": "KL from the untouched model", "general_loss": "general held-out loss"}
+MEASURES = {"general_loss": "loss on texts", "kl_texts": "KL on texts", "kl_own": "KL on own answers"}
 
 
 def summary(untouched: dict, results: Sequence[dict]) -> dict:
@@ -56,7 +56,8 @@ def _row(runs: list[dict], untouched: dict) -> dict:
         "reached": sum(run["matched"] is not None for run in runs),
         "runs": len(runs),
         "tokens": over(at_target("tokens")),
-        "kl": over(at_target("kl")),
+        "kl_texts": over(at_target("kl_texts")),
+        "kl_own": over(at_target("kl_own")),
         "general_loss": over(lambda run: run["matched"]["general_loss"] - start if run["matched"] else None),
         "last_domain_loss": over(lambda run: run["points"][-1]["domain_loss"]),
         "answers": {name: over(lambda run, name=name: run["answers"][name]) for name in ANSWERS},
@@ -114,26 +115,32 @@ def markdown(result: dict) -> str:
 
 def _introduction(result: dict) -> str:
     untouched, settings = result["untouched"]["points"][0], result["settings"]
+    start = untouched["general_loss"]
     return (
         "SmolLM2-135M-Instruct learns three kinds of tasks about clauses of software licences: to read a term and "
         "calculate with it, to name what a clause is about, and to refuse or qualify what it does not allow. A run "
         f"ends when its loss on clauses of unseen licences is down from {untouched['domain_loss']:.2f} to "
-        f"{settings['schedule']['target']:g} nats a token. General loss (documentation and glosses; "
-        f"{untouched['general_loss']:.3f} at the start) and the KL divergence from the untouched model (there, and on "
-        "its own held-out answers) are taken where the domain loss crosses that value; shares of right answers are "
-        f"those of the model that the run ends with. Mean over {len(settings['seeds'])} seeds, ± standard deviation. "
+        f"{settings['schedule']['target']:g} nats a token. What is lost is taken where the domain loss crosses that "
+        "value: by how much the loss on general texts has grown (documentation and glosses; "
+        f"{start:.3f} at first), and the KL divergence from the untouched model, on those texts and on its own answers "
+        "to general instructions that no run trains on. Shares of right answers are those of the model that a run ends "
+        "with; arithmetic and glosses have four answers to choose from. Mean over "
+        f"{len(settings['seeds'])} seeds, ± standard deviation. "
         "All methods are asked under one prompt."
     )
 
 
 def _forgetting(result: dict) -> str:
-    head = ["method", "trained", "reached", "tokens", "KL", "general loss", *ANSWERS]
-    rows = [["untouched", "", "", "", "0", "0", *(f"{result['untouched']['answers'][name]:.2f}" for name in ANSWERS)]]
+    head = ["method", "trained", "reached", "tokens", *MEASURES.values(), *ANSWERS]
+    rows = [
+        ["untouched", "", "", "", "0", "0", "0", *(f"{result['untouched']['answers'][name]:.2f}" for name in ANSWERS)]
+    ]
     for row in _compared(result):
         rows.append(
             [
                 row["title"], f"{row['trainable'] / 1e6:.1f}M", f"{row['reached']} of {row['runs']}",
-                _cell(row["tokens"], ".0f"), _cell(row["kl"], ".4f"), _cell(row["general_loss"], "+.4f"),
+                _cell(row["tokens"], ".0f"), _cell(row["general_loss"], "+.3f"), _cell(row["kl_texts"], ".3f"),
+                _cell(row["kl_own"], ".3f"),
                 *(_cell(row["answers"][name], ".2f") for name in ANSWERS),
             ]
         )  # fmt: skip
