@@ -45,7 +45,7 @@ FULL = Comparison(
         train=480, held_out=48, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=40, glosses=40,
         attributed=16,
     ),
-    Schedule(batch=8, every=5, steps=50, target=0.5),
+    Schedule(batch=6, every=5, steps=50, target=0.6),
     seeds=(0, 1, 2),
 )  # fmt: skip
 QUICK = Comparison(
