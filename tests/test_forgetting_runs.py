@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from toy_licences import TEXTS
 from toy_rega import INSTRUCTIONS, WORDS, llama, tokenizer
 
+import gci_kernels
 from gci_kernels import rega
 from gci_kernels.bench.forgetting import __main__ as command
 from gci_kernels.bench.forgetting import evaluate, general, materials, report, runs, sources
 from gci_kernels.bench.forgetting.__main__ import Comparison
+from gci_kernels.bench.forgetting.batches import Example
 from gci_kernels.bench.forgetting.general import Choice
 from gci_kernels.bench.forgetting.materials import Materials, Sizes
 from gci_kernels.bench.forgetting.methods import METHODS
@@ -88,21 +90,30 @@ def test_answers_come_in_the_order_of_their_prompts(evaluator, made):
     assert together == [evaluator.generate(llama(), [prompt], 6)[0] for prompt in prompts] and any(together)
 
 
-def test_a_choice_is_the_likeliest_option(evaluator):
-    """Each option's mean log-probability from a forward of its own."""
+@pytest.mark.parametrize("method", ["plain", "alora"])
+def test_options_are_as_likely_as_alone(evaluator, method):
+    """Each option's mean log-probability from a forward of its own; the prompts' lengths differ, as the options' do."""
     model, words = llama(), tokenizer()
-    picks = []
-    for choice in CHOICES:
+    if method == "alora":
+        model = gci_kernels.patch(model, gci_kernels.ALoRAConfig(r=4, num_heads=2, init_weights=False)).double().eval()
+    choices = [replace(CHOICES[0], prompt="what does the tenant owe the court"), *CHOICES[1:]]
+    means = []
+    for choice in choices:
         prompt = evaluator.chat(choice.prompt)
-        means = []
         for option in choice.options:
             ids = words(option, add_special_tokens=False)["input_ids"]
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             means.append(logits.gather(1, torch.tensor(ids)[:, None]).mean())
-        picks.append(int(torch.stack(means).argmax()))
+    prompts = [Example(tuple(ids), (0,) * len(ids)) for ids in (evaluator.chat(choice.prompt) for choice in choices)]
+    options = [option for choice in choices for option in choice.options]
+    with torch.inference_mode():
+        found = evaluator._likelihood(model, prompts, options)
+    torch.testing.assert_close(found, torch.stack(means).float(), rtol=0, atol=1e-5)
+    picks = torch.stack(means).view(3, 4).argmax(1).tolist()
     for right in range(4):
         share = sum(pick == right for pick in picks) / len(picks)
-        assert evaluator.choose(model, [replace(choice, right=right) for choice in CHOICES]) == pytest.approx(share)
+        asked = [replace(choice, right=right) for choice in choices]
+        assert evaluator.choose(model, asked) == pytest.approx(share)
 
 
 def test_answers_are_judged(evaluator, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .batches import IGNORED, Batch, Example, by_length, collate
@@ -120,22 +121,37 @@ class Evaluator:
                 texts[row] = text
         return texts
 
+    @torch.inference_mode()
     def choose(self, model: nn.Module, choices: Sequence[Choice]) -> float:
         """The share of `choices` whose right option is the likeliest, by the mean over its tokens."""
-        examples = []
-        for choice in choices:
-            prompt = list(self.chat(choice.prompt))
-            for option in choice.options:
-                ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
-                examples.append(Example((*prompt, *ids), (IGNORED,) * len(prompt) + tuple(ids)))
-        likelihood = torch.empty(len(examples))
-        for rows in by_length(examples, BATCH):
-            batch = collate([examples[i] for i in rows], self.pad)
-            losses = batch.losses(batch.logits(model)[0])
-            counts = (batch.targets != IGNORED).sum(1).tolist()
-            likelihood[rows] = torch.stack([-part.mean() for part in losses.split(counts)])
-        chosen = likelihood.view(len(choices), -1).argmax(1).tolist()
-        return sum(pick == choice.right for pick, choice in zip(chosen, choices, strict=True)) / len(choices)
+        prompts = [Example(tuple(ids), (0,) * len(ids)) for ids in (self.chat(choice.prompt) for choice in choices)]
+        right = 0
+        for rows in by_length(prompts, BATCH // 2):
+            likelihood = self._likelihood(
+                model, [prompts[i] for i in rows], [option for i in rows for option in choices[i].options]
+            )
+            picked = likelihood.view(len(rows), -1).argmax(1).tolist()
+            right += sum(pick == choices[i].right for pick, i in zip(picked, rows, strict=True))
+        return right / len(choices)
+
+    def _likelihood(self, model: nn.Module, prompts: list[Example], options: list[str]) -> Tensor:
+        """[options] float32: the mean log-probability of each one's tokens behind its prompt, which is run once.
+
+        `options` holds as many for each prompt, in the prompts' order.
+        """
+        asked, each = collate(prompts, self.pad), len(options) // len(prompts)
+        output = model(input_ids=asked.input_ids, attention_mask=asked.attention_mask, logits_to_keep=1, use_cache=True)
+        output.past_key_values.batch_repeat_interleave(each)
+        ids = [self.tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+        tokens = pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=IGNORED)
+        there = tokens != IGNORED
+        mask = torch.cat((asked.attention_mask.repeat_interleave(each, 0), there.long()), 1)
+        behind = model(
+            input_ids=tokens.masked_fill(~there, self.pad), attention_mask=mask, past_key_values=output.past_key_values
+        ).logits
+        logits = torch.cat((output.logits.repeat_interleave(each, 0), behind[:, :-1]), 1)
+        losses = F.cross_entropy(logits.float().mT, tokens, reduction="none", ignore_index=IGNORED)
+        return -losses.sum(1) / there.sum(1)
 
 
 def _kl(reference: Tensor, logits: Tensor) -> Tensor:
