@@ -193,13 +193,6 @@ def score(task: Task, text: str) -> float:
     return _shared_words(task.key, text)
 
 
-def correct(task: Task, text: str) -> bool:
-    """Whether an answer is right; of a heading, whether it is the true one, letter case and punctuation aside."""
-    if task.group == "summary":
-        return normalised(_first_line(text)) == normalised(task.key)
-    return score(task, text) == 1
-
-
 def _shared_words(heading: str, text: str) -> float:
     """The F1 of the words that both have, each as often as both have it."""
     expected, given = (Counter(normalised(words).split()) for words in (heading, _first_line(text)))
