@@ -20,10 +20,11 @@ from gci_kernels.bench.forgetting.general import Choice
 from gci_kernels.bench.forgetting.materials import Materials, Sizes
 from gci_kernels.bench.forgetting.methods import METHODS
 from gci_kernels.bench.forgetting.training import Schedule
+from gci_kernels.rega.distilled import read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = Sizes(
-    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=8, arithmetic=4, glosses=3, attributed=2
+    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=16, arithmetic=4, glosses=3, attributed=2
 )
 TINY = Comparison(SIZES, Schedule(batch=3, every=2, steps=4, target=0.5), seeds=(0, 1))
 CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) for word in ("rest", "fever", "water")]
@@ -132,12 +133,20 @@ def test_rega_trains_on_a_mixture_of_known_counts(made):
     plain, none = made.examples(0, with_rega=False)
     mixed, counts = made.examples(0, with_rega=True)
     assert none is None and len(plain) == 12
-    assert counts == {"general": 3, "domain": 12, "integrated": 1} and len(mixed) == 16
+    replayed = len(made.replayed)
+    assert counts == {"general": replayed, "domain": 12, "integrated": 1} and len(mixed) == replayed + 13
     role, central = (tuple(tokenizer()(f"<system> {text} <eos>")["input_ids"]) for text in (
         "you are a lawyer", "you are a helpful model"))  # fmt: skip
     assert sum(example.ids[: len(role)] == role for example in mixed) == 12
-    assert sum(example.ids[: len(central)] == central for example in mixed) == 4
+    assert sum(example.ids[: len(central)] == central for example in mixed) == replayed + 1
     assert all(example.ids[: len(central)] == central for example in plain)
+
+
+def test_answers_that_were_cut_off_are_not_replayed(made):
+    records = read_records(made.folder / "distilled.jsonl")
+    whole = [r["instruction"] for r in records if r["finished"] and r["dropped"] is None]
+    assert made.replayed and [pair.instruction for pair in made.replayed] == whole[-len(made.replayed) :]
+    assert len(whole) < sum(r["dropped"] is None for r in records)
 
 
 def test_materials_are_made_once(made, monkeypatch):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gci_kernels import loki, rega
+from gci_kernels.rega.distilled import read_records
 
 from . import domain, general, sources
 from .batches import Example, plain
@@ -30,7 +31,7 @@ class Sizes:
         looked: those of the held-out tasks whose loss is taken, as many of each group.
         texts: general texts for the held-out loss.
         own: general instructions whose answers, the model's own, are kept from training.
-        replayed: those that REGA's mixture replays.
+        replayed: others, of which REGA's mixture replays those whose answers came to their end.
         new_tokens: of an own answer, at most.
         arithmetic, glosses: questions with answers to choose from.
         attributed: own conversations that LoKI's attribution reads.
@@ -88,9 +89,13 @@ class Materials:
         )  # fmt: skip
         if len(pairs) < wanted:
             raise RuntimeError(f"only {len(pairs)} of {len(questions)} own answers are usable, {wanted} are needed")
-        self.own, self.replayed = pairs[: self.sizes.own], pairs[self.sizes.own : wanted]
+        self.own, general_pairs = pairs[: self.sizes.own], pairs[self.sizes.own : wanted]
+        # What was cut off would teach to stop anywhere.
+        whole = {record["index"] for record in read_records(self.folder / "distilled.jsonl") if record["finished"]}
+        finished = {questions[index] for index in whole}
+        self.replayed = [pair for pair in general_pairs if pair.instruction in finished]
         self.tell(f"LoKI's attribution over {self.sizes.attributed} of them")
-        samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(self.replayed[: self.sizes.attributed])]
+        samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(general_pairs[: self.sizes.attributed])]
         loki.attribute_file(model.float(), samples, self.scores)
 
     @staticmethod
