@@ -176,8 +176,10 @@ def _gates(result: dict) -> str:
     if not rows:
         return ""
     return (
-        "## LoRAMoE's two groups of experts\n\nHow much more of the gates the first half of the experts gets for one "
-        "type of task (calculating, type 1) than for the other (type 0): 0 where both halves serve both alike.\n\n"
+        "## LoRAMoE's two groups of experts\n\n"
+        "How far apart the shares of the gates are that the first half of the experts gets for one type of task "
+        "(calculating, type 1) and for the other (type 0): 0 where both halves serve both alike. The published "
+        "constraint evens out weight times gate, so each half gets less of the type that it is weighted up for.\n\n"
     ) + _table(["method", "difference of shares"], rows)
 
 
