@@ -15,6 +15,7 @@ from gci_kernels.bench import fetch
 from gci_kernels.bench.forgetting import clauses, domain, general, numbers, permission, sources, term
 from gci_kernels.bench.forgetting.clauses import Clause
 from gci_kernels.bench.forgetting.sources import Gloss
+from gci_kernels.bench.models import load_tokenizer
 
 
 def clause(text: str, heading: str = "") -> Clause:
@@ -513,11 +514,7 @@ def test_real_tasks_are_the_same_everywhere(real) -> None:
 
 @pytest.mark.slow
 def test_real_prompts_are_short(real) -> None:
-    transformers = pytest.importorskip("transformers")
-    folder = sources.cache_dir() / "smollm2-135m-instruct-0.1.2"
-    if not folder.exists():
-        pytest.skip("SmolLM2 has not been fetched")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer("smollm2")
     lengths = [len(tokenizer(task.prompt)["input_ids"]) for tasks in real for task in tasks]
     assert max(lengths) <= 220 and 80 <= sum(lengths) / len(lengths) <= 130
 

@@ -60,9 +60,7 @@ QUICK = Comparison(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.forgetting", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, less of everything: ten minutes instead of two hours"
-    )
+    parser.add_argument("--quick", action="store_true", help="one seed, and less of everything")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="NAME",
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache folder)")
