@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from gci_kernels import native
 from gci_kernels.cache import cache_dir
 
 from ..fetch import FetchError
 from ..machine import machine, versions
 from ..models import ModelError, load_model, load_tokenizer
+from . import rates
 from .materials import Materials, Sizes
 from .methods import EAGER, METHODS
 from .plot import draw
-from .report import markdown, summary
+from .report import markdown, summary, trials_table
 from .runs import Runs
 from .training import History, Schedule
+
+DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,16 @@ class Comparison:
     seeds: tuple[int, ...]
 
     def name(self) -> str:
-        """Changes with every setting, so that results of different ones never mix."""
-        text = json.dumps([asdict(self), {name: m.learning_rate for name, m in (METHODS | EAGER).items()}])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Changes with every setting, so that results of different ones never mix; runs have their rates in theirs."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
 FULL = Comparison(
     Sizes(
-        train=480, held_out=48, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=40, glosses=40,
+        train=480, held_out=72, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100, glosses=100,
         attributed=16,
     ),
-    Schedule(batch=6, every=5, steps=50, target=0.6),
+    Schedule(batch=6, every=5, steps=40, target=0.5),
     seeds=(0, 1, 2),
 )  # fmt: skip
 QUICK = Comparison(
@@ -63,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, and less of everything")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="NAME",
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
+    parser.add_argument("--search", action="store_true", help="search the learning rates instead, and print them")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache folder)")
     parser.add_argument(
         "--out", type=Path, default=Path(), help="where forgetting.json, .md and .png go (default: here)"
@@ -74,17 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison = QUICK if args.quick else FULL
     folder = args.folder or cache_dir() / "forgetting" / comparison.name()
     folder.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
 
     def tell(message: str) -> None:
         console.print(message, markup=False, highlight=False)
 
     tell(f"runs are kept in {folder}; the same command goes on where it was stopped")
     try:
-        result = compare(comparison, folder, args.methods, tell, console)
-    except (FetchError, ModelError) as error:
+        native.extension()  # raises: without it the times would be those of library products alone
+        runs = prepare(comparison, folder, tell)
+        if args.search:
+            print(search(runs, args.methods, tell, console))
+            return 0
+        result = compare(runs, comparison, args.methods, tell, console)
+    except (FetchError, ModelError, ImportError) as error:
         tell(str(error))
         return 1
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "forgetting.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "forgetting.md").write_text(markdown(result))
     draw(result, args.out / "forgetting.png")
@@ -92,50 +102,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(comparison: Comparison, folder: Path, methods: list[str], tell, console: Console) -> dict:
-    """Every run that is not there yet, and what all of them say."""
-    device = torch.device("cpu")
+def prepare(comparison: Comparison, folder: Path, tell: Callable[[str], None]) -> Runs:
+    """The material that all runs share, made or found."""
     tokenizer = load_tokenizer("smollm2", tell=tell)
 
     def load(dtype: torch.dtype) -> nn.Module:
-        return load_model("smollm2", dtype, device, tell=lambda message: None)[0]
+        return load_model("smollm2", dtype, DEVICE, tell=lambda message: None)[0]
 
     materials = Materials(folder, tokenizer, comparison.sizes, tell)
     materials.prepare(load)
-    runs = Runs(folder / "runs", materials, load, comparison.schedule)
+    return Runs(folder / "runs", materials, load, comparison.schedule)
+
+
+def search(runs: Runs, methods: list[str], tell: Callable[[str], None], console: Console) -> str:
+    """Every method's learning rate, by trial runs; what became of them, in Markdown."""
+    searched = [name for name in rates.SEARCHED if name in methods]
+    with _bar(console, len(searched)) as show:
+        for name in searched:
+            found = rates.search(runs, name, show(METHODS[name].title))
+            tell(f"{METHODS[name].title}: {'no rate reaches the target' if found is None else f'{found:g}'}")
+    return trials_table(rates.trials(runs))
+
+
+def compare(
+    runs: Runs, comparison: Comparison, methods: list[str], tell: Callable[[str], None], console: Console
+) -> dict:
+    """Every run that is not there yet, and what all of them say."""
     untouched = runs.untouched()
     # Seed by seed, so that a run that is stopped early has something of every method.
     wanted = [(name, METHODS[name], seed) for seed in comparison.seeds for name in methods]
     if "loramoe" in methods:
         wanted += [(name, method, comparison.seeds[0]) for name, method in EAGER.items()]
     results = []
-    with _bar(console) as bar:
-        task = bar.add_task("", total=len(wanted), state="")
+    with _bar(console, len(wanted)) as show:
         for name, method, seed in wanted:
-            bar.update(task, description=f"{method.title}, seed {seed}", state="")
-
-            def after(history: History) -> None:
-                last = history.points[-1]
-                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl_own:.3f}")
-
-            results.append(runs.run(name, method, seed, after))
-            bar.advance(task)
+            results.append(runs.run(name, method, seed, show(f"{method.title}, seed {seed}")))
             last = results[-1]["points"][-1]
             tell(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
                  f"general {last['general_loss']:.3f}, KL {last['kl_texts']:.3f} and {last['kl_own']:.3f}")  # fmt: skip
     return {
-        "machine": machine(device),
+        "machine": machine(DEVICE),
         "versions": versions(),
         "settings": asdict(comparison),
         "untouched": untouched,
         "summary": summary(untouched, results),
         "runs": results,
+        "trials": rates.trials(runs),
     }
 
 
-def _bar(console: Console) -> Progress:
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[Callable[[str], Callable[[History], None]]]:
+    """A bar that goes on one run at each call with the next one's name, which gives what tells of the run's looks."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=True)
+    begun = 0
+    with Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=True) as bar:
+        task = bar.add_task("", total=total, state="")
+
+        def show(description: str) -> Callable[[History], None]:
+            nonlocal begun
+            bar.update(task, description=description, completed=begun, state="")
+            begun += 1
+
+            def after(history: History) -> None:
+                last = history.points[-1]
+                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl_own:.3f}")
+
+            return after
+
+        yield show
 
 
 if __name__ == "__main__":

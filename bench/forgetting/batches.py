@@ -30,10 +30,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the left, so that all answers end together and the last `keep` logits serve them all.
+    """Examples padded on the left, so that all answers end together and as many last logits serve them all.
 
-    input_ids, attention_mask: [batch, time] int64. targets: [batch, keep - 1] int64, what the kept logits but the last
-    should say. task_types: [batch] int64.
+    input_ids, attention_mask: [batch, time] int64. targets: [batch, kept] int64, the last tokens, where they count.
+    task_types: [batch] int64.
     """
 
     input_ids: Tensor
@@ -47,12 +47,13 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def logits(self, model: nn.Module, **more: Tensor) -> tuple[Tensor, dict]:
-        """[batch, keep - 1, vocabulary] in the model's dtype, and the model's whole output."""
-        keep = self.targets.shape[1] + 1
+        """[batch, kept, vocabulary] in the model's dtype, what predicts the targets, and the model's whole output."""
+        width, kept = self.input_ids.shape[1], self.targets.shape[1]
         output = model(
-            input_ids=self.input_ids, attention_mask=self.attention_mask, logits_to_keep=keep, use_cache=False, **more
-        )
-        return output.logits[:, -keep:-1], output
+            input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False,
+            logits_to_keep=positions(width - kept - 1, width - 1), **more,
+        )  # fmt: skip
+        return output.logits, output
 
     def losses(self, logits: Tensor) -> Tensor:
         """[targets that count] float32: the cross entropy of each, row after row."""
@@ -73,6 +74,15 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     # The first token of a text has nothing before it to be predicted from.
     answer = min(answer, width - 1)
     return Batch(ids, mask, labels[:, width - answer :], torch.tensor([e.task_type for e in examples]))
+
+
+def positions(first: int, end: int) -> Tensor:
+    """What to give as `logits_to_keep` for the logits at the places from `first` to before `end`, below 0 from the end.
+
+    A count would make the model slice its hidden states, and for a product of what is not contiguous with a frozen head
+    PyTorch copies the head for every row of the batch: seconds a step. Of positions it makes a tensor of its own.
+    """
+    return torch.arange(first, end)
 
 
 def by_length(examples: Sequence[Example], size: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .batches import IGNORED, Batch, Example, by_length, collate
+from .batches import IGNORED, Batch, Example, by_length, collate, positions
 from .domain import GROUPS, Task, score
 from .general import Choice
 
@@ -114,7 +114,7 @@ class Evaluator:
             batch = collate([examples[i] for i in rows], self.pad)
             output = model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=new_tokens,
-                do_sample=False, pad_token_id=self.pad,
+                do_sample=False, pad_token_id=self.pad, logits_to_keep=positions(-1, 0),
             )  # fmt: skip
             answers = self.tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, answers, strict=True):
@@ -140,7 +140,10 @@ class Evaluator:
         `options` holds as many for each prompt, in the prompts' order.
         """
         asked, each = collate(prompts, self.pad), len(options) // len(prompts)
-        output = model(input_ids=asked.input_ids, attention_mask=asked.attention_mask, logits_to_keep=1, use_cache=True)
+        output = model(
+            input_ids=asked.input_ids, attention_mask=asked.attention_mask, logits_to_keep=positions(-1, 0),
+            use_cache=True,
+        )  # fmt: skip
         output.past_key_values.batch_repeat_interleave(each)
         ids = [self.tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
         tokens = pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=IGNORED)

@@ -78,7 +78,7 @@ class Materials:
 
     def prepare(self, load: Callable[[torch.dtype], nn.Module]) -> None:
         """What needs the untouched model: its own answers and, in float32, LoKI's scores of them."""
-        model = load(torch.bfloat16).eval().requires_grad_(False)
+        model = load(torch.bfloat16).eval()
         wanted = self.sizes.own + self.sizes.replayed
         # Some answers are dropped, so a fifth more are asked for.
         questions = general.instructions(wanted + wanted // 5, seed=0)
@@ -96,7 +96,7 @@ class Materials:
         self.replayed = [pair for pair in general_pairs if pair.instruction in finished]
         self.tell(f"LoKI's attribution over {self.sizes.attributed} of them")
         samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(general_pairs[: self.sizes.attributed])]
-        loki.attribute_file(model.float(), samples, self.scores)
+        loki.attribute_file(model.float().requires_grad_(False), samples, self.scores)
 
     @staticmethod
     def _pairs(pairs: list[rega.Pair]) -> list[tuple[str, str]]:

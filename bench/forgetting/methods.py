@@ -22,9 +22,7 @@ class Method:
 
     Args:
         title: its name there.
-        learning_rate: AdamW's; found in a few trial runs of seed 100, which is in no run of the table, so that a loss
-            near the target takes 10 to 20 steps; with REGA and with the constraint, that of the method without. A
-            higher one comes there sooner and forgets more on its way.
+        learning_rate: AdamW's, by the rule of :mod:`.rates`.
         config: the adapter's, from the scores file of LoKI's attribution; None: every weight is trained, in float32.
         rega: train on REGA's mixture instead of the domain's samples alone.
         eager: LoRAMoE in eager PyTorch, the published computation.
@@ -58,17 +56,17 @@ def _alora(_: Path) -> gci_kernels.ALoRAConfig:
 
 
 METHODS = {
-    "full": Method("full fine-tuning", 8e-5, None),
-    "lora": Method("LoRA r=32", 5e-4, _lora),
-    "lora_rega": Method("LoRA r=32 + REGA", 5e-4, _lora, rega=True),
-    "alora": Method("ALoRA r=32", 5e-4, _alora),
-    "loramoe": Method("LoRAMoE 8x4", 5e-4, _loramoe(0.0)),
-    "loramoe_balance": Method("LoRAMoE 8x4, balanced", 5e-4, _loramoe(0.1)),
-    "loki_10": Method("LoKI 10%", 1e-3, _loki(10)),
-    "loki_30": Method("LoKI 30%", 5e-4, _loki(30)),
-    "loki_star": Method("LoKI* 30%, r=32", 2e-3, _loki(30, RANK)),
+    "full": Method("full fine-tuning", 5e-5, None),
+    "lora": Method("LoRA r=32", 2e-4, _lora),
+    "lora_rega": Method("LoRA r=32 + REGA", 2e-4, _lora, rega=True),
+    "alora": Method("ALoRA r=32", 2e-4, _alora),
+    "loramoe": Method("LoRAMoE 8x4", 2e-4, _loramoe(0.0)),
+    "loramoe_balance": Method("LoRAMoE 8x4, balanced", 2e-4, _loramoe(0.1)),
+    "loki_10": Method("LoKI 10%", 5e-4, _loki(10)),
+    "loki_30": Method("LoKI 30%", 2e-4, _loki(30)),
+    "loki_star": Method("LoKI* 30%, r=32", 1e-3, _loki(30, RANK)),
 }
-EAGER = {"loramoe_eager": Method("LoRAMoE 8x4, eager PyTorch", 5e-4, _loramoe(0.0), eager=True)}
+EAGER = {"loramoe_eager": Method("LoRAMoE 8x4, eager PyTorch", 2e-4, _loramoe(0.0), eager=True)}
 
 
 def adapt(model: nn.Module, method: Method, scores: Path, seed: int) -> nn.Module:

@@ -108,6 +108,7 @@ def markdown(result: dict) -> str:
         _gates(result),
         "## Published orderings",
         _claims(result),
+        _rates(result),
         _provenance(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -191,6 +192,30 @@ def _claims(result: dict) -> str:
     return _table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
 
 
+def _rates(result: dict) -> str:
+    if not result["trials"]:
+        return ""
+    return (
+        "## Learning rates\n\n"
+        "A higher rate gets there sooner and forgets more on its way. Each method has the lowest of 1, 2 and 5 times "
+        f"the powers of ten with which it reaches the target within {result['settings']['schedule']['steps']} steps, "
+        "found with a seed that is in no row above (`--search`); REGA and the balance constraint go with the rate of "
+        "the method without. All that was tried:\n\n"
+    ) + trials_table(result["trials"])
+
+
+def trials_table(trials: list[dict]) -> str:
+    """What became of each rate that was tried."""
+    head = ["method", "rate", "domain loss at the end", "step at the target", "KL on texts", "KL on own answers"]
+    rows = []
+    for run in trials:
+        cells = [run["title"], f"{run['learning_rate']:g}", f"{run['points'][-1]['domain_loss']:.3f}"]
+        at = run["matched"]
+        cells += [f"{at['step']:.0f}", f"{at['kl_texts']:.3f}", f"{at['kl_own']:.3f}"] if at else ["–"] * 3
+        rows.append(cells)
+    return _table(head, rows)
+
+
 def _provenance(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("python", "gci_kernels", "torch", "transformers", "peft"))
@@ -207,5 +232,6 @@ def _cell(found: dict, form: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -19,7 +19,7 @@ from .training import History, Schedule, train
 
 
 class Runs:
-    """The runs of one comparison; each ends as `folder`/NAME-SEED.json, and is not run again when that is there."""
+    """The runs of one comparison; each ends as `folder`/NAME-RATE-SEED.json, and is not made again if that is there."""
 
     def __init__(
         self, folder: Path, materials: Materials, load: Callable[[torch.dtype], nn.Module], schedule: Schedule
@@ -28,8 +28,12 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
         self.evaluator: Evaluator | None = None
 
-    def path(self, name: str, seed: int) -> Path:
-        return self.folder / f"{name}-{seed}.json"
+    def path(self, name: str, method: Method, seed: int) -> Path:
+        return self.folder / f"{name}-{method.learning_rate:g}-{seed}.json"
+
+    @staticmethod
+    def read(path: Path) -> dict:
+        return json.loads(path.read_text())
 
     def _evaluator(self) -> Evaluator:
         """Made when a run first needs it: it reads the general material with the untouched model."""
@@ -47,18 +51,25 @@ class Runs:
             evaluator = self._evaluator()
             point = evaluator.point(model, 0, 0)
             _write(path, {"points": [point.json()], "answers": evaluator.answers(model)})
-        return json.loads(path.read_text())
+        return self.read(path)
 
-    def run(self, name: str, method: Method, seed: int, after: Callable[[History], None]) -> dict:
-        """The result of a run, made now or found. `after` is called after every look at the model."""
-        path = self.path(name, seed)
+    def run(
+        self, name: str, method: Method, seed: int, after: Callable[[History], None], *, trial: bool = False
+    ) -> dict:
+        """The result of a run, made now or found. `after` is called after every look at the model.
+
+        `trial`: of a rate; questions are not asked of the model.
+        """
+        path = self.path(name, method, seed)
         if not path.exists():
             kept = path.with_suffix(".partial")
-            _write(path, self._result(name, method, seed, kept, after))
+            _write(path, self._result(name, method, seed, kept, after, trial))
             kept.unlink(missing_ok=True)
-        return json.loads(path.read_text())
+        return self.read(path)
 
-    def _result(self, name: str, method: Method, seed: int, kept: Path, after: Callable[[History], None]) -> dict:
+    def _result(
+        self, name: str, method: Method, seed: int, kept: Path, after: Callable[[History], None], trial: bool
+    ) -> dict:
         evaluator, materials = self._evaluator(), self.materials
         examples, counts = materials.examples(seed, method.rega)
         model = adapt(self.load(torch.bfloat16), method, materials.scores, seed)
@@ -82,7 +93,7 @@ class Runs:
             "trainable": sum(parameter.numel() for parameter in trained),
             "points": [point.json() for point in history.points],
             "matched": matched(history.points, self.schedule.target),
-            "answers": evaluator.answers(used),
+            "answers": None if trial else evaluator.answers(used),
             "losses": history.losses,
             "seconds": history.seconds,
             "tokens": history.tokens,
