@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gci_kernels
-from gci_kernels.bench.forgetting import evaluate, report, runs, training
-from gci_kernels.bench.forgetting.batches import Example, by_length, collate, plain
+from gci_kernels.bench.forgetting import evaluate, rates, report, runs, training
+from gci_kernels.bench.forgetting.batches import Example, by_length, collate, plain, positions
 from gci_kernels.bench.forgetting.evaluate import Point
 from gci_kernels.bench.forgetting.gates import mean_gates, separation
 from gci_kernels.bench.forgetting.methods import EAGER, METHODS, adapt
@@ -57,6 +57,17 @@ def test_a_batch_has_the_losses_of_its_examples_alone():
     torch.testing.assert_close(losses, torch.cat(one_by_one(model, EXAMPLES)), rtol=0, atol=1e-5)
     assert batch.tokens == sum(len(e.ids) for e in EXAMPLES) and batch.targets.shape[1] == 6
     assert batch.task_types.tolist() == [e.task_type for e in EXAMPLES]
+
+
+@torch.no_grad()
+def test_answers_reach_the_head_as_a_tensor_of_their_own():
+    """PyTorch copies a frozen head for every row where what it multiplies is a slice."""
+    model, shapes = llama().requires_grad_(False), []
+    model.lm_head.register_forward_pre_hook(lambda head, args: shapes.append((args[0].is_contiguous(), args[0].shape)))
+    batch = collate(EXAMPLES, 0)
+    batch.logits(model)
+    model.generate(batch.input_ids, max_new_tokens=2, logits_to_keep=positions(-1, 0))
+    assert shapes == [(True, (6, 6, 32)), (True, (6, 1, 32)), (True, (6, 1, 32))]
 
 
 @torch.no_grad()
@@ -239,13 +250,50 @@ def test_matched_lies_between_two_looks():
     assert runs.matched(POINTS, 0.9) is None and runs.matched(POINTS[:1], 1.0) is None
 
 
+def reaching(lowest_that_does, asked):
+    """Whether a rate gets there, where higher ones do; `asked` takes what was tried."""
+
+    def reaches(rate):
+        asked.append(rate)
+        return rate >= lowest_that_does
+
+    return reaches
+
+
+@pytest.mark.parametrize(
+    "limit, start, found, tried",
+    [
+        (2e-4, 2e-4, 2e-4, [2e-4, 1e-4]),
+        (5e-5, 2e-4, 5e-5, [2e-4, 1e-4, 5e-5, 2e-5]),
+        (4e-4, 1e-4, 5e-4, [1e-4, 2e-4, 5e-4]),
+        (0.0, 2e-5, 1e-5, [2e-5, 1e-5]),
+        (1.0, 2e-3, None, [2e-3, 5e-3]),
+    ],
+)
+def test_the_lowest_rate_that_reaches_the_target(limit, start, found, tried):
+    asked = []
+    assert rates.lowest(reaching(limit, asked), start) == found and asked == tried
+
+
+def test_every_method_begins_with_a_rate_of_the_grid():
+    """The rule is one for all, and what is compared with a method's own ingredient has that method's rate."""
+    assert all(method.learning_rate in rates.GRID for method in METHODS.values())
+    assert METHODS["lora_rega"].learning_rate == METHODS["lora"].learning_rate
+    assert (
+        METHODS["loramoe_balance"].learning_rate
+        == METHODS["loramoe"].learning_rate
+        == EAGER["loramoe_eager"].learning_rate
+    )
+
+
 def result(method, seed, kl, reached=True):
     """A run as runs.py writes it."""
     points = [vars(point) for point in POINTS]
     return {
         "method": method, "title": (METHODS | EAGER)[method].title, "seed": seed, "learning_rate": 1e-3,
         "trainable": 1000, "points": points,
-        "matched": {"tokens": 150.0, "kl_texts": kl, "kl_own": 2 * kl, "general_loss": 2 + kl} if reached else None,
+        "matched": {"step": 6, "tokens": 150.0, "kl_texts": kl, "kl_own": 2 * kl, "general_loss": 2 + kl}
+        if reached else None,
         "answers": {name: 0.5 for name in report.ANSWERS}, "losses": [1.0] * 4, "tokens": [50, 60, 80, 90],
         "seconds": [9.0, 9.0, 0.5, 1.0], "memory": {"weights": 10, "optimizer": 20, "step": 30},
         "gates": [[0.3, 0.2], [0.2, 0.3]] if "loramoe" in method and method in METHODS else None, "mixture": None,
@@ -291,8 +339,9 @@ def whole():
     return {
         "machine": {"cpu": "a CPU", "threads": 2}, 
         "versions": dict.fromkeys(("python", "gci_kernels", "torch", "transformers", "peft"), "1"),
-        "settings": {"schedule": {"target": 1.0}, "seeds": [0, 1]}, "untouched": UNTOUCHED,
+        "settings": {"schedule": {"target": 1.0, "steps": 8}, "seeds": [0, 1]}, "untouched": UNTOUCHED,
         "summary": report.summary(UNTOUCHED, all_results()), "runs": all_results(),
+        "trials": [result("lora", 100, 0.7, reached=False), result("lora", 100, 0.9)],
     }  # fmt: skip
 
 
@@ -308,6 +357,13 @@ def test_the_report_names_every_method_and_what_was_missed(whole):
     )
     assert "| 0.2000 ±0.0000 |" in text.split("groups of experts")[1]
     assert all(claim[1] in text for claim in report.CLAIMS)
+    assert text.split("## Learning rates")[1].splitlines()[6:8] == [
+        "| LoRA r=32 | 0.001 | 1.000 | – | – | – |", "| LoRA r=32 | 0.001 | 1.000 | 6 | 0.900 | 1.800 |",
+    ]  # fmt: skip
+
+
+def test_a_report_without_trials_says_nothing_of_them(whole):
+    assert "Learning rates" not in report.markdown(whole | {"trials": []})
 
 
 def test_the_picture_is_drawn(whole, tmp_path):

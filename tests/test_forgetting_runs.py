@@ -11,9 +11,9 @@ from toy_licences import TEXTS
 from toy_rega import INSTRUCTIONS, WORDS, llama, tokenizer
 
 import gci_kernels
-from gci_kernels import rega
+from gci_kernels import native, rega
 from gci_kernels.bench.forgetting import __main__ as command
-from gci_kernels.bench.forgetting import evaluate, general, materials, report, runs, sources
+from gci_kernels.bench.forgetting import evaluate, general, materials, rates, report, runs, sources
 from gci_kernels.bench.forgetting.__main__ import Comparison
 from gci_kernels.bench.forgetting.batches import Example
 from gci_kernels.bench.forgetting.general import Choice
@@ -210,6 +210,26 @@ def test_a_killed_command_goes_on(texts, tmp_path, monkeypatch):
     assert looks[5:] == [4]
     for mine, other in zip(went_on["runs"], unbroken["runs"], strict=True):
         assert (mine["points"], mine["losses"], mine["answers"]) == (other["points"], other["losses"], other["answers"])
+
+
+def test_the_command_searches_rates(texts, tmp_path, monkeypatch, capsys):
+    """Downwards from the method's own rate while the target is reached; the table shows what was tried, once."""
+    easy = replace(TINY, schedule=replace(TINY.schedule, target=100.0), seeds=(0,))
+    monkeypatch.setattr(command, "QUICK", easy)
+    monkeypatch.setattr(rates, "GRID", (5e-5, METHODS["lora"].learning_rate, 0.1))
+    arguments = ["--quick", "--folder", str(tmp_path), "--threads", "1", "--methods", "lora", "lora_rega"]
+    assert command.main([*arguments, "--search"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in table[2:]] == [["| LoRA r=32", "5e-05"], ["| LoRA r=32", "0.0002"]]
+    assert all(rates.SEED == json.loads(path.read_text())["seed"] for path in (tmp_path / "runs").glob("lora-*"))
+    monkeypatch.setattr(runs.Runs, "_result", lambda *_: 1 / 0)
+    assert command.main([*arguments, "--search"]) == 0
+
+
+def test_without_the_compiled_kernels_nothing_is_timed(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "_extension", None)
+    assert command.main(["--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "pip install -e ." in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_other_settings_are_kept_elsewhere():

@@ -56,10 +56,10 @@ def _alora(_: Path) -> gci_kernels.ALoRAConfig:
 
 
 METHODS = {
-    "full": Method("full fine-tuning", 5e-5, None),
+    "full": Method("full fine-tuning", 2e-5, None),
     "lora": Method("LoRA r=32", 2e-4, _lora),
     "lora_rega": Method("LoRA r=32 + REGA", 2e-4, _lora, rega=True),
-    "alora": Method("ALoRA r=32", 2e-4, _alora),
+    "alora": Method("ALoRA r=32", 1e-4, _alora),
     "loramoe": Method("LoRAMoE 8x4", 2e-4, _loramoe(0.0)),
     "loramoe_balance": Method("LoRAMoE 8x4, balanced", 2e-4, _loramoe(0.1)),
     "loki_10": Method("LoKI 10%", 5e-4, _loki(10)),
