@@ -57,7 +57,7 @@ QUICK = Comparison(
         train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
         attributed=4,
     ),
-    Schedule(batch=4, every=4, steps=8, target=1.2),
+    Schedule(batch=4, every=4, steps=12, target=1.35),
     seeds=(0,),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The picture: what is lost against what is gained, fused against eager training, gates by task type."""
+"""The picture: what is lost against what is gained, fused against eager training, gates by task type, cost."""
 
 from pathlib import Path
 
@@ -16,24 +16,28 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    _trade(axes[0, 0], result, "kl_texts", "general texts")
-    _trade(axes[0, 1], result, "kl_own", "its own answers")
-    axes[0, 1].legend(fontsize=8, frameon=False)
+    figure, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
+    start = result["untouched"]["points"][0]["general_loss"]
+    _trade(axes[0, 0], result, "general_loss", "loss on general texts gained, nats a token", start)
+    _trade(axes[0, 1], result, "kl_texts", "KL from the untouched model, general texts")
+    _trade(axes[0, 2], result, "kl_own", "KL from the untouched model, its own answers")
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
     _curves(axes[1, 0], result)
     _gates(axes[1, 1], result)
-    figure.savefig(path, dpi=90)
+    _cost(axes[1, 2], result)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def _trade(axis, result: dict, measure: str, where: str) -> None:
-    """Each run's path, and the mean of the runs of a method where they meet the target."""
-    start = result["untouched"]["points"][0]["domain_loss"]
+def _trade(axis, result: dict, measure: str, label: str, start: float = 0.0) -> None:
+    """Each run's path from `start`, and the mean of the runs of a method where they meet the target."""
+    untouched = result["untouched"]["points"][0]["domain_loss"]
     for run in result["runs"]:
         if run["method"] in METHODS:
-            gained = [start - point["domain_loss"] for point in run["points"]]
-            axis.plot(gained, [p[measure] for p in run["points"]], color=COLORS[run["method"]], alpha=0.35, linewidth=1)
-    target = start - result["settings"]["schedule"]["target"]
+            gained = [untouched - point["domain_loss"] for point in run["points"]]
+            lost = [point[measure] - start for point in run["points"]]
+            axis.plot(gained, lost, color=COLORS[run["method"]], alpha=0.35, linewidth=1)
+    target = untouched - result["settings"]["schedule"]["target"]
     for name, row in result["summary"]["rows"].items():
         if name in METHODS:
             known = row[measure]["mean"] is not None
@@ -43,7 +47,8 @@ def _trade(axis, result: dict, measure: str, where: str) -> None:
                 label=row["title"],
             )  # fmt: skip
     axis.axvline(target, color="#cccccc", linewidth=1, zorder=0)
-    axis.set(xlabel="domain loss gained, nats a token", ylabel=f"KL from the untouched model, {where}", ylim=(0, None))
+    axis.axhline(0, color="#cccccc", linewidth=1, zorder=0)
+    axis.set(xlabel="domain loss gained, nats a token", ylabel=label)
 
 
 def _curves(axis, result: dict) -> None:
@@ -58,7 +63,7 @@ def _curves(axis, result: dict) -> None:
 
 
 def _gates(axis, result: dict) -> None:
-    """The mean gate of each expert for both types of task, over seeds."""
+    """How far each expert's mean gate is from an equal share, for both types of task, over seeds."""
     shown = [("loramoe", "without the constraint"), ("loramoe_balance", "with it")]
     for place, (name, title) in enumerate(shown):
         gates = [run["gates"] for run in result["runs"] if run["method"] == name]
@@ -67,9 +72,20 @@ def _gates(axis, result: dict) -> None:
                 means = [sum(values) / len(gates) for values in zip(*(found[kind] for found in gates), strict=True)]
                 experts = [place * (len(means) + 1.5) + expert + (kind - 0.5) * 0.4 for expert in range(len(means))]
                 label = f"task type {kind}" if not place else None
-                axis.bar(experts, means, width=0.4, color=color, label=label)
+                axis.bar(experts, [mean - 1 / len(means) for mean in means], width=0.4, color=color, label=label)
                 if not kind:
                     axis.text(experts[0], 1.01, title, transform=axis.get_xaxis_transform(), fontsize=9)
-    axis.set(xlabel="expert", ylabel="mean gate", xticks=[])
+    axis.axhline(0, color="#cccccc", linewidth=1, zorder=0)
+    axis.set(xlabel="expert", ylabel="mean gate, above an equal share", xticks=[])
     if axis.patches:
         axis.legend(fontsize=8, frameon=False)
+
+
+def _cost(axis, result: dict) -> None:
+    """Training speed of every row, and the memory beside it."""
+    rows = list(result["summary"]["rows"].items())[::-1]
+    speeds = [row["tokens_per_second"]["mean"] for _, row in rows]
+    axis.barh([row["title"] for _, row in rows], speeds, color=[COLORS.get(name, "#9aa5b1") for name, _ in rows])
+    for place, (_, row) in enumerate(rows):
+        axis.text(speeds[place], place, f" {row['memory']['mean'] / 1e9:.1f} GB", va="center", fontsize=8)
+    axis.set(xlabel="training, tokens/s, and memory", xlim=(0, 1.15 * max(speeds)))
