@@ -28,6 +28,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+# Compilers have it from GCC 11 and clang 12 on: added to the others where the one at hand does.
+AMX = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"] if "avx512bf16" in ISAS else None
 
 NO_COMPILER = """
 gci_kernels could not build its C++ kernels: no working C++17 compiler with OpenMP was found.
@@ -53,6 +55,15 @@ def check_compiler(compiler) -> None:
         sys.exit(NO_COMPILER.format(command=" ".join(command[:3]), error="\n".join(error.splitlines()[:5])))
 
 
+def accepts(compiler, flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <immintrin.h>\n")
+        command = [*compiler.compiler_cxx, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext) -> None:
         if "CXX" in os.environ:
@@ -60,7 +71,9 @@ class BuildNative(build_ext):
         check_compiler(self.compiler)
         plan = build_cuda.decide()
         print(f"CUDA kernels: {plan.description}", file=sys.stderr)
-        for isa, flags in ISAS.items():
+        isas = ISAS | ({"amx": AMX} if AMX and accepts(self.compiler, AMX) else {})
+        ext.define_macros += [("GCI_HAS_" + isa.upper(), "1") for isa in isas]
+        for isa, flags in isas.items():
             ext.extra_objects += self.compiler.compile(
                 KERNEL_SOURCES,
                 output_dir=os.path.join(self.build_temp, isa),
@@ -91,7 +104,6 @@ setup(
             "gci_kernels._native",
             ["csrc/bindings.cpp", "csrc/decode_bindings.cpp", "csrc/cuda_bindings.cpp", "csrc/cpu/dispatch.cpp"],
             include_dirs=["csrc"],
-            define_macros=[("GCI_HAS_" + isa.upper(), "1") for isa in ISAS],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
             depends=HEADERS + KERNEL_SOURCES,

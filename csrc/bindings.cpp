@@ -168,10 +168,10 @@ PYBIND11_MODULE(_native, module) {
       nogil);
   module.def(
       "reduce_bf16",
-      [](Address u_pairs, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens, int64_t r, int64_t n,
-         int threads) {
-        kernels().reduce_bf16(at<const void>(u_pairs), at<const void>(y), ld_y, at<float>(out), at<float>(partial),
-                              tokens, r, n, threads);
+      [](Address u_turned, int64_t ld_u, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens,
+         int64_t r, int64_t n, int threads) {
+        kernels().reduce_bf16(at<const void>(u_turned), ld_u, at<const void>(y), ld_y, at<float>(out),
+                              at<float>(partial), tokens, r, n, threads);
       },
       nogil);
   bind_cuda(module);

@@ -52,6 +52,8 @@ CUDA_BUILD: str = _extension.cuda_build if _extension is not None else "none"
 #: Which compiler that was, "nvcc 13.0", and sha256 over it and what it compiled; empty where nothing was built.
 CUDA_COMPILER: str = _extension.cuda_compiler if _extension is not None else ""
 CUDA_DIGEST: str = _extension.cuda_digest if _extension is not None else ""
-#: The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; "none" without the extension.
+#: The CPU instruction sets that kernels may be built for, each holding those before it.
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+#: The one in use; "none" without the extension.
 #: A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"

@@ -115,7 +115,8 @@ def test_skipping_segments_saves_their_time(threads):
     assert best(packed) < best(None) / 3
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ("baseline", "avx2", "avx512") if isa != extension.ISA])
+# Attention has nothing of its own above avx512.
+@pytest.mark.parametrize("isa", extension.ISAS[: min(3, extension.ISAS.index(extension.ISA))])
 def test_lesser_instruction_sets(isa, tmp_path):
     files = [__file__, str(Path(__file__).with_name("test_attention.py"))]
     chosen = "(native or threads or memory or exponential) and not instruction_set and not opcheck and not saves"
@@ -123,7 +124,4 @@ def test_lesser_instruction_sets(isa, tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         cwd=tmp_path, env=os.environ | {"GCI_CPU_ISA": isa}, capture_output=True, text=True,
     )  # fmt: skip
-    unavailable = "no such instruction set" in done.stdout + done.stderr
-    assert done.returncode == 0 or unavailable, done.stdout[-3000:]
-    if unavailable:
-        assert extension.ISA == "baseline"
+    assert done.returncode == 0, done.stdout[-3000:]

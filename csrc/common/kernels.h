@@ -78,14 +78,14 @@ struct Kernels {
 
   // The same for bfloat16 x, u and y with float32 sums and results, and expand: y[tokens, n] += u[tokens, r] @ panel.
   // Null without AVX512_BF16. The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2]
-  // bfloat16: pack_pairs, from float32 or bfloat16.
+  // bfloat16: pack_pairs, from float32 or bfloat16; u of reduce transposed, [r, tokens].
   void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
   void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,
                        int64_t k, int64_t n, int threads);
   void (*expand_bf16)(const void* u, int64_t ld_u, const void* panel, void* y, int64_t ld_y, int64_t tokens, int64_t r,
                       int64_t n, int threads);
-  void (*reduce_bf16)(const void* u_pairs, const void* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
-                      int64_t r, int64_t n, int threads);
+  void (*reduce_bf16)(const void* u_turned, int64_t ld_u, const void* y, int64_t ld_y, float* out, float* partial,
+                      int64_t tokens, int64_t r, int64_t n, int threads);
 
   // One decoding step, see common/decode.h; `attend` is null but for ALoRA. The workspace holds decode_floats.
   void (*decode)(const DecodeArgs&, const AttendArgs* attend, const DecodeBase&, float* workspace, int threads);

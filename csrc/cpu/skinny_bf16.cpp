@@ -1,8 +1,10 @@
 // The products of skinny.cpp for bfloat16 operands and float32 sums, on the processor's own dot product of pairs
-// (AVX512_BF16). On other instruction sets the table's entries are null and plans leave these products to the library.
+// (AVX512_BF16), and where there are enough rows on its tiles (AMX). On other instruction sets the table's entries are
+// null and plans leave these products to the library.
 //
-// A "pair" is two neighbours along the summed dimension in one 32-bit word. The small operand is packed into pairs. Along
-// a row of the large operand two elements are a pair already; down its columns, two rows are interleaved block by block.
+// A "pair" is two neighbours along the summed dimension in one 32-bit word: along a row two elements are one already. The
+// other operand is packed into pairs if it is small, and two of its rows are interleaved block by block if it is large.
+#include "cpu/amx.h"
 #include "cpu/isa.h"
 
 #if defined(__AVX512BF16__)
@@ -100,9 +102,9 @@ struct AddToBfloat16 {
   }
 };
 
-// sums[m, j] over k steps of a[m, :] and b; a's pairs are stride_k elements apart. An odd last step has no second half.
+// sums[m, j] over k steps of a[m, :] and b. An odd last step has no second half.
 template <int Rows, int Vectors, typename Out>
-inline void tile(const bfloat16* a, int64_t stride_m, int64_t stride_k, const Pairs& b, const Out& out, int64_t m0,
+inline void tile(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m0,
                  int64_t k, int64_t columns) {
   __m512 sums[Rows][Vectors];
 #pragma GCC unroll 8
@@ -115,14 +117,14 @@ inline void tile(const bfloat16* a, int64_t stride_m, int64_t stride_k, const Pa
     for (int j = 0; j < Vectors; ++j) operand[j] = b.at(i, j);
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
-      const __m512bh pair = broadcast_pair(a + (m0 + m) * stride_m + i * stride_k);
+      const __m512bh pair = broadcast_pair(a + (m0 + m) * stride_m + 2 * i);
 #pragma GCC unroll 3
       for (int j = 0; j < Vectors; ++j) sums[m][j] = _mm512_dpbf16_ps(sums[m][j], pair, operand[j]);
     }
   }
   if (k % 2)
     for (int m = 0; m < Rows; ++m) {
-      const __m512bh single = broadcast_single(a + (m0 + m) * stride_m + k / 2 * stride_k);
+      const __m512bh single = broadcast_single(a + (m0 + m) * stride_m + k - 1);
       for (int j = 0; j < Vectors; ++j) sums[m][j] = _mm512_dpbf16_ps(sums[m][j], single, b.at(k / 2, j));
     }
 #pragma GCC unroll 8
@@ -131,23 +133,62 @@ inline void tile(const bfloat16* a, int64_t stride_m, int64_t stride_k, const Pa
     for (int j = 0; j < Vectors; ++j) out.put(m0 + m, j, mask_for(columns - j * width), sums[m][j]);
 }
 
-template <int Vectors, typename Out>
-inline void rows_of(const bfloat16* a, int64_t stride_m, int64_t stride_k, const Pairs& b, const Out& out, int64_t rows,
-                    int64_t k, int64_t columns) {
+#if defined(__AMX_BF16__)
+using amx::Tiles;
+// Of x that share the panel; tokens whose y is summed before the sums leave the registers. Even.
+constexpr int64_t project_rows = 2 * amx::side, reduce_rows = 256;
+
+// Rows m and on, 16 or 32 at a time as long as there are 16; returns the next one.
+template <typename Out>
+inline int64_t rows_in_tiles(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t rows,
+                             int64_t k, int64_t columns) {
   int64_t m = 0;
+  for (int64_t some; (some = min_of(rows - m, 2 * amx::side)) >= amx::side; m += some / amx::side * amx::side) {
+    const bool two = some == 2 * amx::side;
+    for (int j = 0; j * width < columns; j += 2) {
+      const bfloat16 *from = a + m * stride_m, *panel = b.data + j * width * 2;
+      const auto put = [&](int64_t row, int vector, __m512 sums) {
+        out.put(m + row, j + vector, mask_for(columns - (j + vector) * width), sums);
+      };
+      const bool pair = columns > (j + 1) * width;
+      if (two && pair)
+        amx::block<2, 2>(from, stride_m, panel, b.row, k, put);
+      else if (two)
+        amx::block<2, 1>(from, stride_m, panel, b.row, k, put);
+      else if (pair)
+        amx::block<1, 2>(from, stride_m, panel, b.row, k, put);
+      else
+        amx::block<1, 1>(from, stride_m, panel, b.row, k, put);
+    }
+  }
+  return m;
+}
+#else
+struct Tiles {};
+constexpr int64_t project_rows = tile_rows, reduce_rows = 64;
+#endif
+
+// Rows m and on.
+template <int Vectors, typename Out>
+inline void rows_of(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m,
+                    int64_t rows, int64_t k, int64_t columns) {
   for (; m + tile_rows <= rows; m += tile_rows)
-    tile<tile_rows, Vectors>(a, stride_m, stride_k, b, out, m, k, columns);
-  for (; m + 2 <= rows; m += 2) tile<2, Vectors>(a, stride_m, stride_k, b, out, m, k, columns);
-  for (; m < rows; ++m) tile<1, Vectors>(a, stride_m, stride_k, b, out, m, k, columns);
+    tile<tile_rows, Vectors>(a, stride_m, b, out, m, k, columns);
+  for (; m + 2 <= rows; m += 2) tile<2, Vectors>(a, stride_m, b, out, m, k, columns);
+  for (; m < rows; ++m) tile<1, Vectors>(a, stride_m, b, out, m, k, columns);
 }
 
 // Any number of rows, at most tile_columns columns.
 template <typename Out>
-inline void column_block(const bfloat16* a, int64_t stride_m, int64_t stride_k, const Pairs& b, const Out& out,
+inline void column_block(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out,
                          int64_t rows, int64_t k, int64_t columns) {
-  if (columns > 2 * width) return rows_of<3>(a, stride_m, stride_k, b, out, rows, k, columns);
-  if (columns > width) return rows_of<2>(a, stride_m, stride_k, b, out, rows, k, columns);
-  rows_of<1>(a, stride_m, stride_k, b, out, rows, k, columns);
+  int64_t m = 0;
+#if defined(__AMX_BF16__)
+  m = rows_in_tiles(a, stride_m, b, out, rows, k, columns);
+#endif
+  if (columns > 2 * width) return rows_of<3>(a, stride_m, b, out, m, rows, k, columns);
+  if (columns > width) return rows_of<2>(a, stride_m, b, out, m, rows, k, columns);
+  rows_of<1>(a, stride_m, b, out, m, rows, k, columns);
 }
 
 // buffer[i / 2, j] = pairs of rows of y; columns beyond `columns` and the partner of an odd last row are zeros.
@@ -171,20 +212,23 @@ inline int64_t padded_width(int64_t n) { return (n + skinny_padding - 1) / skinn
 void project_bf16(const void* x_in, int64_t ld_x, const void* panel_in, float* out, int64_t ld_out, int64_t tokens,
                   int64_t k, int64_t n, int threads) {
   const bfloat16 *x = static_cast<const bfloat16*>(x_in), *panel = static_cast<const bfloat16*>(panel_in);
-  const int64_t row = 2 * padded_width(n), blocks = (tokens + tile_rows - 1) / tile_rows;
+  const int64_t row = 2 * padded_width(n), blocks = (tokens + project_rows - 1) / project_rows;
   constexpr int64_t depth = 1024;  // even; rows of the panel that stay in the second-level cache
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));
 #pragma omp parallel num_threads(threads)
-  for (int64_t start = 0; start < k; start += depth) {
-    const int64_t length = min_of(depth, k - start);
+  {
+    [[maybe_unused]] const Tiles tiles;
+    for (int64_t start = 0; start < k; start += depth) {
+      const int64_t length = min_of(depth, k - start);
 #pragma omp for schedule(static) nowait
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t t = block * tile_rows, rows = min_of(tile_rows, tokens - t);
-      for (int64_t column = 0; column < n; column += tile_columns)
-        column_block(x + t * ld_x + start, ld_x, 2, Pairs{panel + start / 2 * row + column * 2, row},
-                     ToFloat{out + t * ld_out + column, ld_out, start > 0}, rows, length,
-                     min_of(tile_columns, n - column));
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t t = block * project_rows, rows = min_of(project_rows, tokens - t);
+        for (int64_t column = 0; column < n; column += tile_columns)
+          column_block(x + t * ld_x + start, ld_x, Pairs{panel + start / 2 * row + column * 2, row},
+                       ToFloat{out + t * ld_out + column, ld_out, start > 0}, rows, length,
+                       min_of(tile_columns, n - column));
+      }
     }
   }
 }
@@ -195,34 +239,38 @@ void expand_bf16(const void* u_in, int64_t ld_u, const void* panel_in, void* y_i
   bfloat16* y = static_cast<bfloat16*>(y_in);
   constexpr int64_t block_rows = 64;  // their u stays in the first-level cache while the panel streams from the second
   const int64_t row = 2 * padded_width(n), blocks = (tokens + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t t = block * block_rows, rows = min_of(block_rows, tokens - t);
-    for (int64_t column = 0; column < n; column += tile_columns)
-      column_block(u + t * ld_u, ld_u, 2, Pairs{panel + column * 2, row}, AddToBfloat16{y + t * ld_y + column, ld_y},
-                   rows, r, min_of(tile_columns, n - column));
+#pragma omp parallel num_threads(threads)
+  {
+    [[maybe_unused]] const Tiles tiles;
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t t = block * block_rows, rows = min_of(block_rows, tokens - t);
+      for (int64_t column = 0; column < n; column += tile_columns)
+        column_block(u + t * ld_u, ld_u, Pairs{panel + column * 2, row}, AddToBfloat16{y + t * ld_y + column, ld_y},
+                     rows, r, min_of(tile_columns, n - column));
+    }
   }
 }
 
-// As reduce in skinny.cpp; u comes as pairs of tokens, packed by pack_pairs.
-void reduce_bf16(const void* pairs_in, const void* y_in, int64_t ld_y, float* out, float* partial, int64_t tokens,
-                 int64_t r, int64_t n, int threads) {
-  const bfloat16 *pairs = static_cast<const bfloat16*>(pairs_in), *y = static_cast<const bfloat16*>(y_in);
-  constexpr int64_t block_rows = 64;  // even; tokens whose y stays in the second-level cache
-  const int64_t row = 2 * padded_width(r), blocks = (tokens + block_rows - 1) / block_rows;
+// As reduce in skinny.cpp; u comes transposed, so that two tokens lie side by side.
+void reduce_bf16(const void* turned_in, int64_t ld_turned, const void* y_in, int64_t ld_y, float* out, float* partial,
+                 int64_t tokens, int64_t r, int64_t n, int threads) {
+  const bfloat16 *turned = static_cast<const bfloat16*>(turned_in), *y = static_cast<const bfloat16*>(y_in);
+  const int64_t blocks = (tokens + reduce_rows - 1) / reduce_rows;
 #pragma omp parallel num_threads(threads)
   {
+    [[maybe_unused]] const Tiles tiles;
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t first = blocks * me / team, end = blocks * (me + 1) / team;
     float* mine = me ? partial + (me - 1) * r * n : out;
     if (first == end) memset(mine, 0, r * n * sizeof(float));
-    alignas(64) bfloat16 buffer[block_rows * tile_columns] = {};
+    alignas(64) bfloat16 buffer[reduce_rows * tile_columns] = {};
     for (int64_t block = first; block < end; ++block) {
-      const int64_t t = block * block_rows, rows = min_of(block_rows, tokens - t);
+      const int64_t t = block * reduce_rows, rows = min_of(reduce_rows, tokens - t);
       for (int64_t column = 0; column < n; column += tile_columns) {
         const int64_t columns = min_of(tile_columns, n - column);
         interleave_block(y + t * ld_y + column, ld_y, buffer, rows, columns);
-        column_block(pairs + t / 2 * row, 2, row, Pairs{buffer, 2 * tile_columns}, ToFloat{mine + column, n, block > first},
+        column_block(turned + t, ld_turned, Pairs{buffer, 2 * tile_columns}, ToFloat{mine + column, n, block > first},
                      r, rows, columns);
       }
     }

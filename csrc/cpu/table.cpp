@@ -18,7 +18,7 @@ void decode(const DecodeArgs&, const AttendArgs*, const DecodeBase&, float*, int
 #if defined(__AVX512BF16__)
 void project_bf16(const void*, int64_t, const void*, float*, int64_t, int64_t, int64_t, int64_t, int);
 void expand_bf16(const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int64_t, int);
-void reduce_bf16(const void*, const void*, int64_t, float*, float*, int64_t, int64_t, int64_t, int);
+void reduce_bf16(const void*, int64_t, const void*, int64_t, float*, float*, int64_t, int64_t, int64_t, int);
 #else
 constexpr decltype(Kernels::project_bf16) project_bf16 = nullptr;
 constexpr decltype(Kernels::expand_bf16) expand_bf16 = nullptr;

@@ -59,18 +59,13 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     (tokens, rank), width, lib, threads = u.shape, y.shape[1], extension(), torch.get_num_threads()
     out, partial = torch.empty(rank, width), torch.empty(threads - 1, rank, width)
     if _is_half(y):
-        pairs = _panel(u, pairs=True)
+        # No power of two from row to row: those would share the cache's places.
+        turned = torch.empty(rank, tokens + 32, dtype=y.dtype)
+        turned[:, :tokens].copy_(u.t())
         lib.reduce_bf16(
-            pairs.data_ptr(),
-            y.data_ptr(),
-            y.stride(0),
-            out.data_ptr(),
-            partial.data_ptr(),
-            tokens,
-            rank,
-            width,
-            threads,
-        )
+            turned.data_ptr(), turned.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
+            tokens, rank, width, threads,
+        )  # fmt: skip
     else:
         lib.reduce(
             u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),

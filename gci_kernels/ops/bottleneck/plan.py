@@ -11,9 +11,11 @@ _ANY = 2**62
 # the small operand is too much for a few tokens; `expand` belongs to the library, which hides it in the base product.
 # In bfloat16 they are as fast as the library and leave their sums unrounded, which `expand` rounds either way.
 _WINS = {
+    ("amx", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx512bf16", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx512", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx2", torch.float32): {"project": (64, _ANY)},
+    ("amx", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
     ("avx512bf16", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
 }
 
@@ -83,7 +85,7 @@ def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str | None, proved: frozen
 
 def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str) -> Plan:
     wins = _WINS.get((isa, dtype), {})
-    half = dtype == torch.bfloat16 and isa == "avx512bf16"
+    half = dtype == torch.bfloat16 and isa in ("avx512bf16", "amx")
     exist = {"project", "expand", "reduce"} if half else {"project", "reduce"} if dtype == torch.float32 else set()
 
     def choice(stage: str) -> str:
