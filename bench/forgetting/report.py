@@ -125,10 +125,13 @@ def _introduction(result: dict) -> str:
         "value: by how much the loss on general texts has grown (documentation and glosses; "
         f"{start:.3f} at first), and the KL divergence from the untouched model, on those texts and on its own answers "
         "to general instructions that no run trains on. Shares of right answers are those of the model that a run ends "
-        "with; arithmetic and glosses have four answers to choose from. Mean over "
-        f"{len(settings['seeds'])} seeds, ± standard deviation. "
-        "All methods are asked under one prompt."
+        "with; arithmetic and glosses have four answers to choose from. "
+        f"{_over(len(settings['seeds']))} All methods are asked under one prompt."
     )
+
+
+def _over(seeds: int) -> str:
+    return f"Mean over {seeds} seeds, ± standard deviation." if seeds > 1 else "One seed."
 
 
 def _forgetting(result: dict) -> str:
