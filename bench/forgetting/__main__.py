@@ -90,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.search:
             print(search(runs, args.methods, tell, console))
             return 0
+        args.out.mkdir(parents=True, exist_ok=True)
         result = compare(runs, comparison, args.methods, tell, console)
     except (FetchError, ModelError, ImportError) as error:
         tell(str(error))
         return 1
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "forgetting.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "forgetting.md").write_text(markdown(result))
     draw(result, args.out / "forgetting.png")
