@@ -136,6 +136,36 @@ def test_a_run_ends_at_its_target_or_with_its_steps(tmp_path):
     assert whole.points[-1].tokens == sum(whole.tokens) and len(whole.seconds) == 8 and whole.memory >= 0
 
 
+def test_a_run_is_looked_at_where_it_ends(tmp_path):
+    assert [point.step for point in run(lora(), tmp_path / "kept", steps=5).points] == [0, 2, 4, 5]
+
+
+def test_memory_is_that_of_the_second_step(tmp_path, monkeypatch):
+    """By then the optimizer's moments are there, and are counted by themselves."""
+    monkeypatch.setattr(training, "peak_memory", lambda step, device: step() or step.args[-1].done)
+    history = run(lora(), tmp_path / "kept", steps=4)
+    assert history.memory == 2 and history.done == 4
+
+
+def test_training_is_adamw_with_warm_up_and_clipped_gradients(tmp_path):
+    """Against a plain loop over the same batches, each example by itself."""
+    trained, plain = lora(), lora()
+    run(trained, tmp_path / "kept", steps=6)
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer, norms = torch.optim.AdamW(parameters, weight_decay=0.0), []
+    for step, rows in enumerate(training.batches_of(EXAMPLES, 4, 6, 0)):
+        loss = torch.cat(one_by_one(plain, [EXAMPLES[row] for row in rows])).mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm())
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / norms[-1].clamp(min=1)
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4)
+        optimizer.step()
+    assert max(norms) > 2 * min(norms) > 2  # Adam would not show a clipping that is the same in every step
+    for mine, other in zip((p for p in trained.parameters() if p.requires_grad), parameters, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kill_at", [2, 4, 8])
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, kill_at):
     whole = run(lora(), tmp_path / "whole.partial")
