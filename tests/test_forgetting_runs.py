@@ -86,10 +86,14 @@ def test_losses_are_those_of_every_text(evaluator, made):
 
 
 def test_answers_come_in_the_order_of_their_prompts(evaluator, made):
-    """Batches are by length; one prompt alone gives the same answer."""
-    prompts = [*INSTRUCTIONS, "what is a court what is rent"]
-    together = evaluator.generate(llama(), prompts, 6)
-    assert together == [evaluator.generate(llama(), [prompt], 6)[0] for prompt in prompts] and any(together)
+    """Batches are by length; one prompt alone gives the same answer, without the prompt."""
+    prompts, words = [*INSTRUCTIONS, "what is a court what is rent"], tokenizer()
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([evaluator.chat(prompt)])
+        made = llama().generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        alone.append(words.decode(made, skip_special_tokens=True))
+    assert evaluator.generate(llama(), prompts, 6) == alone and any(alone)
 
 
 @pytest.mark.parametrize("method", ["plain", "alora"])
@@ -118,15 +122,25 @@ def test_options_are_as_likely_as_alone(evaluator, method):
         assert evaluator.choose(model, asked) == pytest.approx(share)
 
 
-def test_answers_are_judged(evaluator, monkeypatch):
-    """A model that always says the same is right exactly where that is the answer."""
+@pytest.mark.parametrize("known", ["term", "summary", "permission"])
+def test_answers_are_judged_by_group(evaluator, monkeypatch, known):
+    """A model that knows the answers of one group's tasks and is silent about all others."""
     tasks = evaluator.held_out.domain
-    monkeypatch.setattr(evaluator, "generate", lambda model, prompts, count: ["No."] * len(prompts))
+    written = [task.answer if task.group == known else "" for task in tasks]
+    monkeypatch.setattr(evaluator, "generate", lambda model, prompts, count: written)
     answers = evaluator.answers(llama())
-    refused = [task.key == "no" for task in tasks if task.group == "permission"]
-    assert answers["permission"] == sum(refused) / len(refused)
-    assert answers["term"] == answers["summary"] == 0
+    assert {group: answers[group] for group in ("term", "summary", "permission")} == {
+        group: float(group == known) for group in ("term", "summary", "permission")
+    }
     assert set(answers) == set(report.ANSWERS)
+
+
+def test_full_fine_tuning_is_used_in_bfloat16():
+    """Of a copy: training goes on in float32."""
+    model = llama().float()
+    used = runs._as_used(model, METHODS["full"])
+    assert used.dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert runs._as_used(model, METHODS["lora"]) is model
 
 
 def test_rega_trains_on_a_mixture_of_known_counts(made):
