@@ -189,7 +189,25 @@ def run(tmp_path, *more):
 
 def test_the_command_compares_all_methods(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "QUICK", TINY)
+    seeds = {"adapters": [], "examples": []}
+    adapt, examples = runs.adapt, Materials.examples
+
+    def adapting(model, method, scores, seed):
+        seeds["adapters"].append(seed)
+        return adapt(model, method, scores, seed)
+
+    def drawing(self, seed, with_rega):
+        seeds["examples"].append(seed)
+        return examples(self, seed, with_rega)
+
+    monkeypatch.setattr(runs, "adapt", adapting)
+    monkeypatch.setattr(Materials, "examples", drawing)
     result = run(tmp_path)
+    assert seeds["adapters"] == seeds["examples"] == [made["seed"] for made in result["runs"]]
+    full, lora = result["runs"][:2]
+    # A and B of rank 32 on three projections of two layers, in float32; AdamW keeps two numbers for each.
+    assert lora["trainable"] == 2 * 3 * 32 * (32 + 48) and lora["memory"]["optimizer"] == 8 * lora["trainable"]
+    assert full["trainable"] == llama().num_parameters()
     assert [(r["method"], r["seed"]) for r in result["runs"]] == [
         *((name, seed) for seed in (0, 1) for name in METHODS), ("loramoe_eager", 0),
     ]  # fmt: skip
