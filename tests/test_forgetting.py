@@ -235,6 +235,13 @@ def test_every_method_learns(tmp_path, scores, name):
     assert changed and changed <= trained
 
 
+@pytest.mark.parametrize("name, rows, rank", [("loki_10", 3, None), ("loki_30", 9, None), ("loki_star", 9, 32)])
+def test_loki_trains_its_share_of_the_rows(scores, name, rows, rank):
+    config = METHODS[name].config(scores)
+    assert [len(chosen) for chosen in config.positions] == [rows, rows] and config.r == rank
+    assert rank is None or config.lora_alpha == 2 * rank
+
+
 def test_fused_and_eager_loramoe_train_alike(tmp_path):
     methods = METHODS["loramoe"], EAGER["loramoe_eager"]
     losses = [run(adapt(llama(), method, None, 0), tmp_path / method.title).losses for method in methods]
