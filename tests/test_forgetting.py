@@ -394,6 +394,7 @@ def test_the_report_names_every_method_and_what_was_missed(whole):
     )
     assert "| 0.2000 ±0.0000 |" in text.split("groups of experts")[1]
     assert all(claim[1] in text for claim in report.CLAIMS)
+    assert "Kept trials, commit 0123456789:" in text
     assert text.split("## Learning rates")[1].splitlines()[6:8] == [
         "| LoRA r=32 | 0.001 | 1.000 | – | – | – |", "| LoRA r=32 | 0.001 | 1.000 | 6 | 0.900 | 1.800 |",
     ]  # fmt: skip

@@ -167,7 +167,9 @@ def _cost(result: dict) -> str:
     return _table(head, rows) + (
         "\n\nTokens are those of the batches without padding; the time is that of whole steps, the optimizer's part "
         "included. Memory: weights, AdamW's moments and the peak of a step above both. Full fine-tuning trains in "
-        "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16."
+        "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16. Runs come seed by seed, "
+        "the eager one last: a machine whose speed drifts shows in the spread, and eager is to be compared with the "
+        "last seed."
     )
 
 
@@ -203,7 +205,7 @@ def _rates(result: dict) -> str:
         "A higher rate gets there sooner and forgets more on its way. Each method has the lowest of 1, 2 and 5 times "
         f"the powers of ten with which it reaches the target within {result['settings']['schedule']['steps']} steps, "
         "found with a seed that is in no row above (`--search`); REGA and the balance constraint go with the rate of "
-        "the method without. All that was tried:\n\n"
+        f"the method without. Kept trials{_commits(result['trials'])}:\n\n"
     ) + trials_table(result["trials"])
 
 
@@ -222,9 +224,14 @@ def trials_table(trials: list[dict]) -> str:
 def _provenance(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("python", "gci_kernels", "torch", "transformers", "peft"))
-    commits = {run["commit"]["sha"][:10]: run["commit"]["changed"] for run in result["runs"] if run["commit"]}
-    at = "".join(f", commit {sha}{' with changes' if changed else ''}" for sha, changed in commits.items())
+    at = _commits(result["runs"])
     return f"{machine['cpu']}, {machine['threads']} threads; {named}{at}."
+
+
+def _commits(runs: list[dict]) -> str:
+    """Which commits runs were made by, behind a comma each."""
+    found = sorted({(run["commit"]["sha"][:10], run["commit"]["changed"]) for run in runs if run["commit"]})
+    return "".join(f", commit {sha}{' with changes' if changed else ''}" for sha, changed in found)
 
 
 def _cell(found: dict, form: str) -> str:

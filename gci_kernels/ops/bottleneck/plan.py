@@ -9,7 +9,8 @@ _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
 # 2048x2048 and 576x1536, R = 40. In float32 with AVX-512 the kernels take half the library's time or less, but packing
 # the small operand is too much for a few tokens; `expand` belongs to the library, which hides it in the base product.
-# In bfloat16 they are as fast as the library and leave their sums unrounded, which `expand` rounds either way.
+# In bfloat16 they are as fast as the library and leave their sums unrounded, which `expand` rounds either way; on AMX
+# `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
 _WINS = {
     ("amx", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx512bf16", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
