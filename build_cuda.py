@@ -140,8 +140,8 @@ def _for_gpus(gpus: tuple[str, ...], version: tuple[int, int]) -> tuple[list[tup
     recent = [gpu for gpu in gpus if int(gpu.partition(".")[0]) >= 8]
     if not recent:
         raise Unavailable(
-            f"this machine's GPU has the capability {gpus[0]}; the kernels need 8.0 (GCI_CUDA_ARCH_LIST=all builds them "
-            "for other machines)"
+            f"this machine's GPU has the capability {gpus[0]}; the kernels need 8.0 (GCI_CUDA_ARCH_LIST=all builds "
+            "them for other machines)"
         )
     capabilities = [SPECIFIC.get(gpu, gpu) for gpu in recent]
     newer = [c for c in capabilities if version < ARCHITECTURES.get(c, (NEWEST[0] + 1, 0))]

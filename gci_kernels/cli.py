@@ -21,12 +21,12 @@ def verify(args: argparse.Namespace) -> int:
     import torch
 
     from gci_kernels import hardware
-    from gci_kernels.verify import CASES, DTYPES
+    from gci_kernels.verify import CASES, DTYPES, IMPLS
     from gci_kernels.verify import verify as run
 
     groups = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verify", total=len(CASES) * len(DTYPES) * 3)
+        task = progress.add_task("verify", total=len(CASES) * len(DTYPES) * len(IMPLS))
         for checks in run(args.device):
             groups.append(checks)
             progress.advance(task)

@@ -14,8 +14,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Of the kernels that "native" means; those of ops/decode take float16 too.
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
-#: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one.
-IMPLS = ("auto", "reference", "aten", "native", "triton")
+#: What `impl=` takes. "reference" is plain PyTorch with autograd's own backward; the others share one hand-written one:
+#: "aten", library products; "upcast", the same in float32 for 16-bit tensors on a CPU; "native", C++; "triton".
+IMPLS = ("auto", "reference", "aten", "upcast", "native", "triton")
 
 
 def check_impl(impl: str) -> None:
@@ -26,7 +27,7 @@ def check_impl(impl: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One implementation ("aten", "native" or "triton") for each stage; printable, and a string for the op's schema."""
+    """One implementation for each stage, of :data:`IMPLS`; printable, and a string for the op's schema."""
 
     project: str  # x @ [A; router].T and dY @ B
     mix: str  # the mixer, forward and backward

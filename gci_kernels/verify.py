@@ -11,9 +11,11 @@ from gci_kernels import ops
 from gci_kernels.impl import native_obstacle, triton_obstacle
 from gci_kernels.ops.decode import Group, find_step, plan_groups
 from gci_kernels.ops.row_linear.plan import NO_NATIVE
+from gci_kernels.ops.upcast import upcast_obstacle
 from gci_kernels.testing import Check, error_bound, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IMPLS = ("aten", "upcast", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def obstacle(impl: str, device: str, dtype: torch.dtype, method: str = "lora") -
     """Why `impl` of a method's op cannot run there, or None where it can."""
     if method == "loki" and impl == "native":
         return NO_NATIVE
-    asked = {"native": native_obstacle, "triton": triton_obstacle}.get(impl)
+    asked = {"native": native_obstacle, "triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl)
     return None if asked is None else asked(torch.device(device).type, dtype)
 
 
@@ -185,7 +187,7 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: str) -> list[C
 
 def verify(device: str = "cpu") -> Iterator[list[Check]]:
     """One list of checks for each case, dtype and implementation that can run on `device`."""
-    for case, dtype, impl in itertools.product(CASES, DTYPES, ("aten", "native", "triton")):
+    for case, dtype, impl in itertools.product(CASES, DTYPES, IMPLS):
         if case.step:
             reason = step_obstacle(case, impl, device, dtype)
         else:

@@ -217,6 +217,7 @@ def test_compile_fullgraph():
 
 BAD = [
     (dict(x=torch.zeros(2, 2, 13, 37)), ValueError, r"x must be \[batch, time, in\] or \[time, in\]"),
+    (dict(x=torch.zeros(2, 13, 37, device="meta")), ValueError, "A must be on x's device meta, got cpu"),
     (dict(qkv=torch.zeros(36, 11)), ValueError, r"qkv must be \[36, 12\], got \[36, 11\]"),
     (dict(num_heads=5), ValueError, "num_heads must divide r=12, got 5"),
     (dict(num_heads=0), ValueError, "num_heads must divide r=12, got 0"),

@@ -410,7 +410,7 @@ BAD = [
     (dict(sequence=Sequence(ids)), ValueError, "sequence.past must be keys - time = 3, got 0"),
     (dict(sequence=Sequence(ids[:, :7], 3)), ValueError, r"sequence.segments must be \[2, 8\], got \[2, 7\]"),
     (dict(sequence=Sequence(ids.to("meta"), 3)), ValueError, "sequence.segments must be on the device cpu, got meta"),
-    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'native', 'triton'"),
+    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'upcast', 'native'"),
 ]
 
 

@@ -297,6 +297,12 @@ def test_bad_arguments(arguments, message):
         attribute(make(dtype=torch.float32), **{"input_ids": IDS} | arguments)
 
 
+@pytest.mark.parametrize("name", ("input_ids", "attention_mask"))
+def test_lists_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor \[samples, tokens\], got list"):
+        attribute(make(dtype=torch.float32), **{"input_ids": IDS} | {name: IDS.tolist()})
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("config", "message"),

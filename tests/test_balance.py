@@ -49,6 +49,9 @@ def test_it_separates_the_groups():
     ("change", "error", "message"),
     [
         (dict(num_experts=6), ValueError, "gates must be"),
+        (dict(gates=[[[0.5, 0.5]]]), TypeError, "gates must be a tensor, got list"),
+        (dict(task_types=[0, 1]), TypeError, "task_types must be a tensor, got list"),
+        (dict(attention_mask=[[1]]), TypeError, "attention_mask must be a tensor, got list"),
         (dict(gates=torch.rand(2, 4)), ValueError, "gates must be"),
         (dict(gates=torch.rand(2, 5, 3), num_experts=3), ValueError, "num_experts must be even"),
         (dict(delta=1.5), ValueError, "delta must be in"),

@@ -420,6 +420,7 @@ BAD = [
     (dict(A=torch.zeros(32, 67, dtype=torch.int32)), TypeError, "A must be floating point"),
     (dict(weight=torch.zeros(45, 67, dtype=torch.bfloat16)), TypeError, "weight must have x's dtype torch.float32"),
     (dict(A=torch.zeros(32, 67, device="meta")), ValueError, "A must be on x's device cpu, got meta"),
+    (dict(x=torch.zeros(3, 67, device="meta")), ValueError, "A must be on x's device meta, got cpu"),
     (dict(weight=None), ValueError, "bias must be None"),
     (dict(scaling=float("nan")), ValueError, "scaling must be finite, got nan"),
     (dict(scaling="2"), TypeError, "scaling must be a number"),
@@ -428,7 +429,7 @@ BAD = [
     (dict(top_k=0), ValueError, r"top_k must be None or an integer in \[1, num_experts=8\]"),
     (dict(top_k=9), ValueError, "top_k"),
     (dict(top_k=1.5), ValueError, "top_k"),
-    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'native', 'triton'"),
+    (dict(impl="fast"), ValueError, "impl='fast' is unknown; allowed: 'auto', 'reference', 'aten', 'upcast', 'native'"),
 ]
 
 

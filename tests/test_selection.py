@@ -83,6 +83,11 @@ def test_bad_arguments(arguments, message):
         select(**{"scores": SCORES, "quota": 10} | arguments)
 
 
+def test_a_list_of_scores_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"scores must be a tensor \[samples, layers, out\], got list"):
+        select(SCORES.tolist(), quota=10)
+
+
 def test_positions_file(tmp_path):
     path = tmp_path / "positions.json"
     write_positions([[3, 1, 2], [], [0]], path)

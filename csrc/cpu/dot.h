@@ -57,6 +57,24 @@ struct Unit<bfloat16, bfloat16> {
   static __m512bh read(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Vec add(Vec sum, __m512bh w, __m512bh x) { return Vec(_mm512_dpbf16_ps(__m512(sum), w, x)); }
 };
+#else
+// A bfloat16 is the upper half of a float: two neighbours in one 32-bit word become two floats by a shift and a mask.
+// Both operands come apart in the same way, so that the order of the elements does not matter.
+template <>
+struct Unit<bfloat16, bfloat16> {
+  static constexpr int size = 2 * lanes;
+  struct Halves {
+    Vec low, high;
+  };
+  static Halves read(const bfloat16* p) {
+    typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
+    Words words;
+    __builtin_memcpy(&words, p, sizeof words);
+    return {Vec(words << 16), Vec(words & 0xffff0000u)};
+  }
+  // The next sum waits for one addition alone.
+  static Vec add(Vec sum, Halves w, Halves x) { return sum + (w.low * x.low + w.high * x.high); }
+};
 #endif
 
 template <typename X, typename W>

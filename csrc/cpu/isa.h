@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "common/kernels.h"
 
 #ifndef GCI_ISA
@@ -106,9 +110,15 @@ inline Vec load_wide(const bfloat16* p) {
   return Vec(__builtin_convertvector(h, Bits) << 16);
 }
 inline Vec load_wide(const float16* p) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__F16C__)
+  return Vec(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
   Vec v;
   for (int i = 0; i < lanes; ++i) v[i] = widen(p[i]);
   return v;
+#endif
 }
 
 // `lanes` values, rounded.
@@ -122,7 +132,13 @@ inline void store_narrow(bfloat16* p, Vec v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 inline void store_narrow(float16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   for (int i = 0; i < lanes; ++i) p[i] = narrow<float16>(v[i]);
+#endif
 }
 
 template <typename X>

@@ -53,7 +53,8 @@ def attribute(
         [samples, layers, out] float32 on the model's device.
 
     Raises:
-        ValueError: arguments of the wrong kind, or a model that cannot be walked this way.
+        TypeError: input_ids or attention_mask is no tensor.
+        ValueError: arguments of the wrong shape or values, or a model that cannot be walked this way.
         FloatingPointError: a score that is not finite.
     """
     arch = Architecture.of(model, projection)
@@ -87,6 +88,9 @@ def _check(input_ids: Tensor, attention_mask: Tensor | None, path: str, steps: i
     least = PATHS.index(path) + 1
     if not isinstance(steps, int) or steps < least:
         raise ValueError(f"steps must be a whole number of at least {least} for {path!r}, got {steps!r}")
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) and (value is not None or name == "input_ids"):
+            raise TypeError(f"{name} must be a tensor [samples, tokens], got {type(value).__name__}")
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype != torch.int64:
         got = f"{list(input_ids.shape)} {input_ids.dtype}"
         raise ValueError(f"input_ids must be [samples, tokens] int64, at least one of each, got {got}")

@@ -32,12 +32,15 @@ def select(scores: Tensor, quota: float, strategy: str = "layer_balanced") -> li
         For each layer, row indices in ascending order.
 
     Raises:
+        TypeError: scores is no tensor.
         ValueError: scores of another shape or kind or with NaN, a quota outside (0, 100] or too small for one row.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; allowed: {', '.join(map(repr, STRATEGIES))}")
     if not 0 < quota <= 100:
         raise ValueError(f"quota must be above 0 and at most 100 percent, got {quota}")
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a tensor [samples, layers, out], got {type(scores).__name__}")
     if scores.dim() != 3 or scores.numel() == 0 or not scores.is_floating_point():
         got = f"{list(scores.shape)} {scores.dtype}"
         raise ValueError(f"scores must be [samples, layers, out] in floating point, at least one of each, got {got}")

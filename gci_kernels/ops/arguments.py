@@ -8,6 +8,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of a linear layer's operands; None where it leaves them: it is off, or x is float64."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.device.type == "meta":  # torch knows of no autocast there, and raises when asked
+        return None
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)

@@ -54,6 +54,8 @@ def _choose(impl: str, q: Tensor) -> str:
 
     The Triton kernels have not run on real hardware yet: "auto" leaves them out until they have.
     """
+    if impl == "upcast":
+        raise ValueError("impl='upcast' cannot run here: it is of the products of linear layers; attention has none")
     if impl == "triton":
         obstacle = triton_obstacle(q.device.type, q.dtype)
     else:

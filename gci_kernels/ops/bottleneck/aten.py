@@ -1,7 +1,8 @@
 """The stages as library products; any device, any floating dtype.
 
-project(x, m) = x @ m;  expand(u, m, x, w, bias) = u @ m + x @ w + bias;  reduce(u, y) = u.T @ y. The matrices m and w
-are any two-dimensional views; m comes in any floating dtype and is converted to the other operand's.
+project(x, m) = x @ m;  expand(u, m, x, w, bias) = u @ m + x @ w + bias, and expand_onto(y, ...) adds that to y;
+reduce(u, y) = u.T @ y. The matrices m and w are any two-dimensional views; m comes in any floating dtype and is
+converted to the other operand's.
 """
 
 import torch
@@ -24,6 +25,13 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
     if u.dtype in (torch.float32, torch.float64):
         return F.linear(u, m.t(), bias).addmm_(x, w)
     return F.linear(x, w.t(), bias).addmm_(u, m)
+
+
+def expand_onto(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    y.addmm_(u, m.to(u.dtype))
+    if w is not None:
+        y.addmm_(x, w)
+    return y if bias is None else y.add_(bias)
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ def balance_loss(
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
     """
+    for name, value in (("gates", gates), ("task_types", task_types), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) and (value is not None or name != "attention_mask"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if gates.dim() != 3 or gates.shape[-1] != num_experts:
         raise ValueError(f"gates must be [batch, time, num_experts={num_experts}], got {list(gates.shape)}")
     if num_experts < 2 or num_experts % 2:

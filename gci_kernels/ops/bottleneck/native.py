@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.native import DTYPE_CODES, extension
+from gci_kernels.ops.bottleneck.aten import expand_onto  # noqa: F401  # behind dropout the library adds
 
 
 def _is_half(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ import torch
 
 from gci_kernels import hardware, native
 from gci_kernels.impl import Plan, native_obstacle, triton_obstacle
+from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
 
 _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
@@ -43,9 +44,9 @@ def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
 
 def choose_plan(
     impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None,
-    mixer: str | None = None, proved: frozenset[str] | None = None,
+    mixer: str | None = None, proved: frozenset[str] | None = None, library: bool | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan for x [tokens, in] of `dtype` on `device_type`: a pure function, once `isa` and `proved` are given.
+    """The plan for x [tokens, in] of `dtype` on `device_type`; a pure function, once isa, proved and library are given.
 
     "native" takes every C++ kernel that there is for `dtype`, "triton" every Triton kernel, "auto" those that are no
     slower than the library; of the Triton ones, those alone that have proved themselves on the GPU.
@@ -53,20 +54,27 @@ def choose_plan(
 
     Args:
         isa: the CPU's instruction set; None: this one's.
+        library: whether PyTorch has a fast product of `dtype` on this CPU; None: it is asked.
         mixer: the module of ops/bottleneck/mixers, None where it is not known; "auto" on a GPU asks for its kernel.
         proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
             current one, which may check a kernel at its first use.
     """
-    obstacle = (triton_obstacle if impl == "triton" else native_obstacle)(device_type, dtype)
-    if impl in ("native", "triton") and obstacle:
+    asked = {"triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl, native_obstacle)
+    obstacle = asked(device_type, dtype)
+    if impl in ("native", "triton", "upcast") and obstacle:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
     if impl == "triton":
         return Plan(project=impl, mix=impl, expand=impl, reduce=impl, dropout=impl)
     if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
         return _gpu_plan(tokens, dtype, mixer, proved)
+    isa = native.ISA if isa is None else isa
+    start = upcast_from(dtype, isa, library) if impl == "auto" and device_type == "cpu" else None
+    if impl == "upcast" or start is not None and tokens >= start:
+        other = "aten" if native_obstacle(device_type, dtype) else "native"
+        return Plan(project="upcast", mix=other, expand="upcast", reduce="upcast", dropout=other)
     if impl == "aten" or obstacle:
         return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
-    return _cpu_plan(impl, tokens, dtype, native.ISA if isa is None else isa)
+    return _cpu_plan(impl, tokens, dtype, isa)
 
 
 def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str | None, proved: frozenset[str] | None) -> Plan:

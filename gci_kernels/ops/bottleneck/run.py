@@ -40,19 +40,14 @@ def expand(
     plan: Plan, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
 ) -> Tensor:
     """u @ m + x @ w + bias; `drop` masks what the first columns of u add."""
-    stage = _stage(plan.expand).expand
+    stage = _stage(plan.expand)
     if drop is None:
-        return stage(u, m, x, w, bias)
+        return stage.expand(u, m, x, w, bias)
     if plan.expand == _MASKS_ITSELF:
-        return stage(u, m, x, w, bias, drop)
-    m = m.to(u.dtype)
-    y = torch.mm(u[:, : drop.columns], m[: drop.columns])
+        return stage.expand(u, m, x, w, bias, drop)
+    y = stage.expand(u[:, : drop.columns], m[: drop.columns], x, None, None)
     _stage(plan.dropout).dropout_(y, drop.p, drop.seed)
-    if drop.columns < u.shape[1]:
-        y.addmm_(u[:, drop.columns :], m[drop.columns :])
-    if w is not None:
-        y.addmm_(x, w)
-    return y if bias is None else y.add_(bias)
+    return stage.expand_onto(y, u[:, drop.columns :], m[drop.columns :], x, w, bias)
 
 
 def reduce(plan: Plan, u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.ops.arguments import from_rows, rows
+from gci_kernels.ops.upcast import reduced
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
 _library.define(
@@ -25,8 +26,8 @@ _library.define(
 
 @functools.cache
 def _module(form: str) -> ModuleType:
-    """triton.py for the form of that name, else aten.py; loaded when it is first named."""
-    return importlib.import_module(f"gci_kernels.ops.row_linear.{'triton' if form == 'triton' else 'aten'}")
+    """triton.py and upcast.py for the forms of these names, else aten.py; loaded when it is first named."""
+    return importlib.import_module(f"gci_kernels.ops.row_linear.{form if form in ('triton', 'upcast') else 'aten'}")
 
 
 def _row_linear(
@@ -54,10 +55,15 @@ def _row_linear_backward(
     if needs_x:
         gradients.append(_module(form).dx(dy, weight, active, positions, chosen, form).view(x.shape))
     if needs_active:
-        gradients.append(torch.mm(chosen.t(), rows(x)))
+        gradients.append(_dactive(chosen, rows(x), form))
     if needs_bias:
         gradients.append(chosen.sum(0))
     return gradients
+
+
+def _dactive(chosen: Tensor, x: Tensor, form: str) -> Tensor:
+    """chosen.T @ x [k, in], in x's dtype."""
+    return reduced(chosen, x).to(x.dtype) if form == "upcast" else torch.mm(chosen.t(), x)
 
 
 def _row_linear_backward_fake(dy, x, weight, active, positions, form, needs):

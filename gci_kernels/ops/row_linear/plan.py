@@ -2,12 +2,14 @@
 
 import torch
 
-from gci_kernels import hardware
+from gci_kernels import hardware, native
 from gci_kernels.impl import triton_obstacle
+from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
 
 #: "kept": a copy of W that the caller keeps has them; "merge": a copy is made for the call; "overwrite": what W's own
-#: rows gave is replaced; "triton": the kernel reads each row from where it is.
-FORMS = ("kept", "merge", "overwrite", "triton")
+#: rows gave is replaced; "upcast": they are put into each block of W that is converted to float32; "triton": the kernel
+#: reads each row from where it is.
+FORMS = ("kept", "merge", "overwrite", "upcast", "triton")
 
 NO_NATIVE = "the products of loki_linear are the library's on a CPU"
 
@@ -22,16 +24,18 @@ _TRITON_FROM = 512
 
 def choose_form(
     impl: str, *, tokens: int, share: float, dtype: torch.dtype, device_type: str, keep: bool,
-    proved: frozenset[str] | None = None,
+    proved: frozenset[str] | None = None, isa: str | None = None, library: bool | None = None,
 ) -> str:  # fmt: skip
-    """One of :data:`FORMS` for x [tokens, in] of `dtype`; a pure function, once `proved` is given.
+    """One of :data:`FORMS` for x [tokens, in] of `dtype`; a pure function, once proved, isa and library are given.
 
     Args:
-        impl: "auto", "aten", "triton", or "native", which there is none of.
+        impl: "auto", "aten", "upcast", "triton", or "native", which there is none of.
         share: of the rows that are active, in (0, 1].
         keep: whether the caller keeps a copy of W.
         proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
             current one, which may check the kernel at its first use.
+        isa: the CPU's instruction set; None: this one's.
+        library: whether PyTorch has a fast product of `dtype` on this CPU; None: it is asked.
 
     Raises:
         ValueError: an implementation is asked for that cannot run.
@@ -43,6 +47,14 @@ def choose_form(
         if obstacle:
             raise ValueError(f"impl='triton' cannot run here: {obstacle}")
         return "triton"
+    if impl == "upcast":
+        if obstacle := upcast_obstacle(device_type, dtype):
+            raise ValueError(f"impl='upcast' cannot run here: {obstacle}")
+        return "upcast"
+    if impl == "auto" and device_type == "cpu":
+        start = upcast_from(dtype, native.ISA if isa is None else isa, library)
+        if start is not None and tokens >= start:
+            return "upcast"
     if keep and tokens >= _KEPT_FROM:
         return "kept"
     if impl == "auto" and device_type == "cuda" and obstacle is None and _prefers_triton(tokens, dtype):

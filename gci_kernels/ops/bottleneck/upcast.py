@@ -1,0 +1,31 @@
+"""The stages for bfloat16 and float16 on CPUs without a fast product of them: float32 products (ops/upcast.py).
+
+Same functions as aten.py; project and reduce return float32 sums, unrounded.
+"""
+
+from torch import Tensor
+
+from gci_kernels.ops.upcast import large_product, product, reduced
+
+project, reduce = product, reduced
+
+
+def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(u.shape[0], m.shape[1])
+    return y.copy_(product(u, m)) if w is None else _written(y, u, m, x, w, bias, add=False)
+
+
+def expand_onto(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    return y.add_(product(u, m)) if w is None else _written(y, u, m, x, w, bias, add=True)
+
+
+def _written(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, add: bool) -> Tensor:
+    u, m = u.float(), m.float()
+
+    def finish(sums: Tensor, rows: slice, columns: slice) -> Tensor:
+        sums.addmm_(u[rows], m[:, columns])
+        if bias is not None:
+            sums += bias[columns]
+        return sums.add_(y[rows, columns]) if add else sums
+
+    return large_product(x, y, lambda columns: w[:, columns].float(), finish)
