@@ -19,8 +19,9 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("csrc", "gci_kernels", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "build_cuda.py", "build_ninja.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, folder)
+    names = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+    for path in (*ROOT.glob("*.py"), *(ROOT / name for name in names)):
+        shutil.copy(path, folder)
     return folder
 
 

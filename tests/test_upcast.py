@@ -113,7 +113,8 @@ def test_opcheck(experts, seed):
     name, settings = ("gate", [experts]) if experts else ("identity", [])
     tensors, p = (a["A"], a["B"], a.get("router"), None, None, seed), 0.0 if seed is None else 0.5
     options = (name, settings, 2.0, p, PLAN.key)
-    torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (a["x"], a["weight"], a["bias"], *tensors, *options))
+    inputs = a["x"], a["weight"], a["bias"], *tensors
+    torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (*inputs, *options))
     with torch.no_grad():
         y, *kept, shown = torch.ops.gci_kernels.bottleneck(a["x"], a["weight"], None, *tensors, *options)
     dshown = torch.randn_like(shown) if experts else None
