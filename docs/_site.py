@@ -8,7 +8,7 @@ import griffe
 from mkdocs.structure.files import File, Files
 from pygments.formatters import HtmlFormatter
 
-_OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+([^)#]+)\)")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+)([^)#]+)\)")
 _RESULTS = "bench/results/"
 _SUFFIXES = (".png", ".md")  # of the results that pages show
 _ROLE = re.compile(r":(?:func|class|data|meth|mod|attr):`\.?([^`]+)`")
@@ -29,12 +29,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
 
     def link(found: re.Match) -> str:
-        picture, text, target = found.groups()
+        picture, text, steps, target = found.groups()
+        if len(steps) <= len(up):
+            return found[0]  # to another page
         if target.startswith(_RESULTS) and target.endswith(_SUFFIXES):
             return f"{picture}[{text}]({up}results/{target.removeprefix(_RESULTS)})"
         return f"`{target}`"
 
-    return _OUTSIDE.sub(link, markdown)
+    return _LINK.sub(link, markdown)
 
 
 class Roles(griffe.Extension):
