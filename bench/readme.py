@@ -153,10 +153,16 @@ def _rounds(result: dict) -> str:
 
 
 def _left_out(result: dict) -> str:
-    """What the run says that it left out: names alone, or names with the reason."""
-    found = result.get("left_out") or {}
-    named = [f"{name} ({found[name]})" if isinstance(found, dict) else str(name) for name in found]
-    return f" Left out: {'; '.join(named)}." if named else ""
+    """What the run says that it did not measure, and what it measured at a smaller size; runs before these were kept
+    say neither."""
+    products, notes = result.get("products", {}), []
+    for dtype in result.get("left_out", ()):
+        rates = [f"{name} {_number(min(products[name].values()))}" for name in (dtype, "float32") if name in products]
+        why = f" (GFLOP/s of PyTorch's product: {', '.join(rates)})" if rates else ""
+        notes.append(f"{dtype} was left out: PyTorch multiplies it slowly on this processor{why}.")
+    for each in result.get("shrunk", ()):
+        notes.append(f"To end in time, {each['dtype']} {each['what']}: {each['used']} instead of {each['wanted']}.")
+    return "".join(f" {note}" for note in notes)
 
 
 def digest(root: Path) -> str:

@@ -1,6 +1,5 @@
 """README and docs: links, names and paths exist, and measured numbers are those of the result files."""
 
-import copy
 import functools
 import importlib
 import json
@@ -185,14 +184,20 @@ def result():
 
 def test_one_dtype_and_what_was_left_out(result):
     """A run may hold less than all: nothing is shown of what is not there."""
+    for name in ("left_out", "products", "shrunk"):
+        result.pop(name, None)
     whole = readme.measured(result)
+    assert "left out" not in whole and "in time" not in whole
     result["models"], result["layers"] = result["models"][:1], result["layers"][:1]
-    result["left_out"] = {"bfloat16": "its product takes 9 times float32's"}
+    dtype, other = result["models"][0]["dtype"], "float16"
+    result["left_out"] = [other]
     shown = readme.measured(result)
-    assert "Left out: bfloat16 (its product takes 9 times float32's)." in shown and "left out" not in whole.lower()
-    assert "| train step, tokens/s, float32 |" in shown and "tokens/s, bfloat16" not in shown
-    result["left_out"] = ["bfloat16", "float16"]
-    assert "Left out: bfloat16; float16." in readme.measured(result)
+    assert "float16 was left out: PyTorch multiplies it slowly on this processor." in shown
+    assert f"| train step, tokens/s, {dtype} |" in shown and shown.count("| train step, ") == 1
+    result["products"] = {"float32": {"forward": 160.0, "dx": 150.0}, other: {"forward": 39.0, "dx": 2.7}}
+    assert "(GFLOP/s of PyTorch's product: float16 2.70, float32 150)" in readme.measured(result)
+    result["shrunk"] = [{"dtype": "float32", "what": "training", "wanted": "2x256", "used": "2x128"}]
+    assert "To end in time, float32 training: 2x128 instead of 2x256." in readme.measured(result)
 
 
 def test_parts_that_may_be_missing(result):
@@ -208,10 +213,14 @@ def test_parts_that_may_be_missing(result):
 
 
 def test_rounds_are_those_of_the_samples(result):
-    assert f"Medians of {result['settings']['rounds']} interleaved rounds." in readme.measured(result)
-    shrunk = copy.deepcopy(result)
-    shrunk["models"][0]["train"]["seconds"]["gci"]["samples"] = [1.0, 1.0]
-    assert f"Medians of 2 to {result['settings']['rounds']} interleaved rounds." in readme.measured(shrunk)
+    for part in (*result["layers"], *(model[part] for model in result["models"] for part in ("train", "generate"))):
+        for timing in part["seconds"].values():
+            timing["samples"] = [1.0] * 7
+    for model in result["models"]:
+        model.pop("generate_many", None)
+    assert "Medians of 7 interleaved rounds." in readme.measured(result)
+    result["models"][0]["train"]["seconds"]["gci"]["samples"] = [1.0, 1.0]
+    assert "Medians of 2 to 7 interleaved rounds." in readme.measured(result)
 
 
 def test_numbers_of_the_table(result):
