@@ -26,7 +26,8 @@ from gci_kernels.tuners import FusedLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 
 
