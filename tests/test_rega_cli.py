@@ -1,4 +1,4 @@
-"""The two commands, what they say of bad input, and README's section on them."""
+"""The two commands, and what they say of bad input."""
 
 import json
 import re
@@ -16,8 +16,6 @@ from gci_kernels.bench.models import load_tokenizer
 from gci_kernels.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-README = Path(__file__).parents[1] / "README.md"
-SECTION = README.read_text().split("\n## REGA: ")[1].split("\n## ")[0]
 DISTILL = {
     "--model": "model", "--instructions": "general.txt", "--out": "general.jsonl", "--device": "cpu",
     "--max-new-tokens": "12", "--batch": "3",
@@ -219,17 +217,6 @@ def test_it_needs_no_kernel():
         imported = re.findall(r"^\s*(?:from|import) (gci_kernels[\w.]*)", path.read_text(), flags=re.M)
         allowed = ("gci_kernels.rega", "gci_kernels.progress", "gci_kernels.loki.scores", "gci_kernels.bench.models")
         assert all(name.startswith(allowed) for name in imported), path
-
-
-def test_readme(folder):
-    """Its commands, but for the model, and its example, as they stand."""
-    commands = re.findall(r"^gci-kernels (.+)$", SECTION, flags=re.M)
-    assert len(commands) == 2
-    assert main([*commands[0].split(), "--model", "model", "--device", "cpu", "--max-new-tokens", "4"]) == 0
-    assert main(commands[1].split()) == 0 and Path("mixture.jsonl").exists()
-    names = {"model": toy.llama(), "tokenizer": toy.tokenizer()}
-    exec(compile(re.search(r"```python\n(.+?)```", SECTION, flags=re.S)[1], "README", "exec"), names)
-    assert len(names["rows"]) == names["counts"].total and names["answers"].shape[0] == 2
 
 
 def test_python_m(folder):

@@ -151,6 +151,20 @@ def _forgetting(result: dict) -> str:
     return _table(head, rows)
 
 
+def short_table(result: dict) -> str:
+    """What every method lost, and what it cost: the table of the documentation."""
+    head = ["method", "trained", *MEASURES.values(), "training, tokens/s", "memory"]
+    rows = [
+        [
+            row["title"], f"{row['trainable'] / 1e6:.1f}M", _cell(row["general_loss"], "+.3f"),
+            _cell(row["kl_texts"], ".3f"), _cell(row["kl_own"], ".3f"), _cell(row["tokens_per_second"], ".0f"),
+            f"{row['memory']['mean'] / 1e9:.1f} GB",
+        ]
+        for row in result["summary"]["rows"].values()
+    ]  # fmt: skip
+    return _table(head, rows)
+
+
 def _compared(result: dict) -> list[dict]:
     return [row for name, row in result["summary"]["rows"].items() if name in METHODS]
 

@@ -44,10 +44,10 @@ def attribute(
         model: a causal language model of transformers, or a PeftModel around one, with attention "sdpa" or "eager".
         input_ids: [samples, tokens] int64, on the model's device.
         attention_mask: [samples, tokens], 1 or True where there is a token; padding may be left or right. Default: all.
-        path: one of :data:`PATHS`.
+        path: "last_position" or "all_positions".
         steps: points on the path; at least 1, and 2 for "all_positions".
         target: [samples] int64 token ids, or one for all. Default: each sample's most probable next token.
-        projection: the name of the layers' last projection; default: see :data:`architecture.PROJECTIONS`.
+        projection: the name of the layers' last projection; default: `down_proj`, or what the model calls it.
 
     Returns:
         [samples, layers, out] float32 on the model's device.

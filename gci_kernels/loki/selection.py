@@ -26,7 +26,7 @@ def select(scores: Tensor, quota: float, strategy: str = "layer_balanced") -> li
     Args:
         scores: [samples, layers, out], floating point, as :func:`gci_kernels.loki.attribute` gives them; any device.
         quota: percent of the rows, above 0 and at most 100.
-        strategy: one of :data:`STRATEGIES`.
+        strategy: "layer_balanced", "global_lowest" or "global_highest".
 
     Returns:
         For each layer, row indices in ascending order.

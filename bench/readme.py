@@ -1,0 +1,208 @@
+"""The measured tables and the picture of README and docs, made from bench/results and never by hand.
+
+    python -m bench.readme [--root FOLDER]
+
+A place for a table begins with `<!-- made by python -m bench.readme: NAME -->` and ends with `<!-- end -->`; what lies
+between is replaced. The picture carries the digest of the file that it was drawn from, so that a test can tell whether
+both belong together.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .forgetting.report import short_table
+from .report import COLUMNS, METHODS, TIMED, draw
+
+RESULTS = Path("bench", "results")
+SOURCE, PICTURE = RESULTS / "cpu.json", RESULTS / "cpu.png"
+DIGEST = "Source-SHA256"  # the picture's text entry
+_PLACE = re.compile(r"(<!-- made by python -m bench\.readme: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Every Markdown file with a place for a table, below `root` (a checkout), and its text as it has to be.
+
+    Raises:
+        ValueError: a place has a name that is unknown.
+        OSError: a result file is missing.
+    """
+    found = {}
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        if _PLACE.search(text):
+            found[path] = _PLACE.sub(lambda place: f"{place[1]}{_content(place[2], root)}\n{place[3]}", text)
+    return found
+
+
+def _content(name: str, root: Path) -> str:
+    if name not in CONTENTS:
+        raise ValueError(f"there is no table {name!r}; known: {', '.join(CONTENTS)}")
+    return CONTENTS[name](root)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _all_tables(root: Path) -> str:
+    """Every result file of `gci-kernels bench`, with its name as a heading."""
+    paths = sorted((root / RESULTS).glob("cpu*.json"))
+    return "\n\n".join(f"### {path.name}\n\n{measured(_read(path))}" for path in paths)
+
+
+#: What a place may ask for, and what makes it of a checkout.
+CONTENTS: dict[str, Callable[[Path], str]] = {
+    "cpu": lambda root: measured(_read(root / SOURCE)),
+    "all": _all_tables,
+    "forgetting": lambda root: short_table(_read(root / RESULTS / "forgetting.json")),
+}
+
+
+def measured(result: dict) -> str:
+    """What `gci-kernels bench` measured, as one sentence on where and a Markdown table."""
+    rows = [row for model in result["models"] for row in _model_rows(model)]
+    rows += [_layer_row(layer) for layer in result["layers"]]
+    lines = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS)), *rows]
+    return f"{_where(result)}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _model_rows(model: dict) -> list[list[str]]:
+    dtype, train = model["dtype"], model["train"]
+    rows = [_row(f"train step, tokens/s, {dtype}", _medians(train["tokens_per_second"]), _number)]
+    for part in TIMED[1:]:
+        if part in model:
+            batch = model[part].get("batch", 1)
+            together = "one sequence" if batch == 1 else f"{batch} sequences together"
+            rates = _medians(model[part]["tokens_per_second"])
+            rows.append(_row(f"generation, {together}, tokens/s, {dtype}", rates, _number))
+    rows.append(_row(f"peak memory of a train step, {dtype}", train["peak_memory"], _size))
+    rows.append(_row(f"kept for backward by the adapters, a token, {dtype}", train["saved_by_adapters"], _size))
+    return rows
+
+
+def _layer_row(layer: dict) -> list[str]:
+    case = layer["case"]
+    what = f"one {case['in_features']}x{case['out_features']} layer, {case['tokens']} tokens, {case['dtype']}"
+    return _row(f"{what}: time over the frozen layer's", {"frozen": 1.0} | _medians(layer["tax"]), _number)
+
+
+def _medians(timings: dict[str, dict]) -> dict[str, float]:
+    return {name: timing["median"] for name, timing in timings.items()}
+
+
+def _row(label: str, values: dict[str, float | None], form: Callable[[float], str]) -> list[str]:
+    """A row of the table; a column without a value stays empty."""
+    found = (values.get(name) for name in COLUMNS)
+    return [label, *("" if value is None else form(value) for value in found)]
+
+
+def _number(value: float) -> str:
+    """To three digits, or to as many as its whole part has."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _size(size: float) -> str:
+    """In the unit that leaves at most three digits before the point."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{_number(size)} {unit}"
+
+
+def _where(result: dict) -> str:
+    """What was measured, on which machine, with which versions and commit, and what was left out."""
+    settings, machine, versions, commit = (result[name] for name in ("settings", "machine", "versions", "commit"))
+    name = "SmolLM2-135M-Instruct" if settings["model"] == "smollm2" else settings["model"]
+    adapters = "float32" if settings["adapter_dtype"] == "float32" else "the model's dtype"
+    steps = sorted({model["train"]["tokens"] for model in result["models"]})
+    tokens = f", {' and '.join(map(str, steps))} tokens in a train step" if steps else ""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
+    changed = " with changes" if commit and commit["changed"] else ""
+    at = f", commit {commit['sha'][:10]}{changed}" if commit else ""
+    return (
+        f"{name} with {_adapter(result)}, adapters in {adapters}{tokens}; {device}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, peft {versions['peft']}{at}. Medians of {_rounds(result)} "
+        f"interleaved rounds.{_left_out(result)}"
+    )
+
+
+def _adapter(result: dict) -> str:
+    method = METHODS[result["settings"]["method"]]
+    if not result["layers"]:
+        return method
+    case = result["layers"][0]["case"]
+    if "quota" in case:
+        return f"{method}, {case['quota']}% of the rows"
+    experts = f"{case['num_experts']} experts of " if case.get("num_experts") else ""
+    return f"{method}, {experts}rank {case['rank']}"
+
+
+def _rounds(result: dict) -> str:
+    """How often each number was measured, as its samples say."""
+    parts = (model[part] for model in result["models"] for part in TIMED if part in model)
+    timed = [*result["layers"], *parts]
+    counts = {len(timing["samples"]) for part in timed for timing in part["seconds"].values()}
+    return f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+
+
+def _left_out(result: dict) -> str:
+    """What the run says that it did not measure, and what it measured at a smaller size; runs before these were kept
+    say neither."""
+    products, notes = result.get("products", {}), []
+    for dtype in result.get("left_out", ()):
+        rates = [f"{name} {_number(min(products[name].values()))}" for name in (dtype, "float32") if name in products]
+        why = f" (GFLOP/s of PyTorch's product: {', '.join(rates)})" if rates else ""
+        notes.append(f"{dtype} was left out: PyTorch multiplies it slowly on this processor{why}.")
+    for each in result.get("shrunk", ()):
+        notes.append(f"To end in time, {each['dtype']} {each['what']}: {each['used']} instead of {each['wanted']}.")
+    return "".join(f" {note}" for note in notes)
+
+
+def digest(root: Path) -> str:
+    """sha256 of the file that the picture shows."""
+    return hashlib.sha256((root / SOURCE).read_bytes()).hexdigest()
+
+
+def picture_digest(path: Path) -> str | None:
+    """The digest that a picture carries, or None."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def write_picture(root: Path) -> None:
+    """Draw README's picture, with the digest of its numbers in it."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    path = root / PICTURE
+    draw(_read(root / SOURCE), path)
+    text = PngInfo()
+    text.add_text(DIGEST, digest(root))
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, format="PNG", pnginfo=text, optimize=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="default: the checkout")
+    root = parser.parse_args(argv).root
+    for path, text in documents(root).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    write_picture(root)
+    print(root / PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
