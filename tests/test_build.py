@@ -89,8 +89,9 @@ def test_installed_from_the_sdist(source, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as members:
         names = {name.partition("/")[2] for name in members.getnames()}
+    kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".safetensors")
     tracked = {str(path.relative_to(copied)) for top in ("csrc", "bench", "tests", "gci_kernels")
-               for path in (copied / top).rglob("*.*") if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
+               for path in (copied / top).rglob("*.*") if path.suffix in kinds
                and "__pycache__" not in path.parts}  # fmt: skip
     assert tracked <= names, "the tests of a distribution run from its source archive"
 
