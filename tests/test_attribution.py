@@ -75,6 +75,7 @@ def plain(model: nn.Module, samples: list[torch.Tensor], path: str, **options) -
     return torch.stack([published_attribution(model, sample[None], path=path, **options) for sample in samples])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", golden_data.ATTRIBUTION)
 def test_golden(name, path):

@@ -185,6 +185,7 @@ def test_cases_are_named_by_their_shapes() -> None:
     assert quick.rows == 102 and make_case("loki", 1, 4, 4, torch.float32).rows == 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_variants_agree_in_float64(method: str) -> None:
     made = layer_variants(make_inputs(small_case(method, torch.float64), CPU))
@@ -206,6 +207,7 @@ def test_change_leaves_no_number_of_an_adapter_and_twice_gives_all_back(method: 
         assert all(torch.equal(leaf, old) for leaf, old in zip(adapter, first, strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_layer_gate_passes(method: str, dtype: torch.dtype) -> None:
@@ -381,6 +383,7 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 1200
 
 
+@pytest.mark.smoke
 def test_run_shows_no_times_when_the_gate_fails(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(cases.ops, "loramoe_linear", wrong_by(1.001, "y"))
     output = tmp_path / "bench.json"

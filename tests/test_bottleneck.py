@@ -66,6 +66,7 @@ def gradients(function, arguments, **options):
     return results | {"d" + k: leaf.grad for k, leaf in leaves.items() if leaf is not None}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 @pytest.mark.parametrize("top_k", (None, 1, 3))
 @pytest.mark.parametrize("shape", [(130,), (1,), (7,), (2, 3, 5)], ids=str)
@@ -78,6 +79,7 @@ def test_loramoe_float64_equals_restatement(impl, top_k, shape):
         assert (actual[name] - expected[name]).norm() < 1e-10 * (1 + expected[name].norm()), name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 def test_lora_float64_equals_formula(impl):
     def formula(x, weight, bias, A, B, scaling):
@@ -89,6 +91,7 @@ def test_lora_float64_equals_formula(impl):
         assert relative_error(actual[name], expected[name]) < 1e-10, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 @pytest.mark.parametrize("name", golden_data.LORAMOE)
 def test_published_loramoe(impl, name):

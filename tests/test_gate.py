@@ -29,6 +29,7 @@ def truth(projected, du, dgates, experts, top_k, scaling):
     return u.detach(), gates.detach(), dprojected
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("projected_dtype", "dtype", "tolerance"), [
     (torch.float64, torch.float64, 1e-13),

@@ -6,6 +6,7 @@ import pytest
 NAMES = (*golden_data.LORAMOE, *golden_data.LOKI, *golden_data.ATTRIBUTION)
 
 
+@pytest.mark.smoke
 def test_the_folder_holds_the_named_files_alone():
     assert {path.name for path in golden_data.FOLDER.iterdir()} == {"README.md", *(f"{n}.safetensors" for n in NAMES)}
 

@@ -75,6 +75,7 @@ def test_float64_equals_restatement(form, shape, k, bias):
         assert relative_error(actual[name], expected[name]) < 1e-12, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", "aten", "auto"))
 @pytest.mark.parametrize("form", (None, *LIBRARY_FORMS))
 @pytest.mark.parametrize("name", golden_data.LOKI)
