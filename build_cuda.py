@@ -1,7 +1,9 @@
-"""What setup.py needs to compile csrc/cuda: finds nvcc, decides for which GPUs, runs it. No GPU is needed.
+"""What setup.py needs to compile csrc/cuda: finds nvcc and decides for which GPUs. No GPU is needed.
 
 GCI_BUILD_CUDA=1 demands the CUDA kernels, 0 leaves them out; unset, they are built where a fitting nvcc is found.
-GCI_CUDA_ARCH_LIST, "9.0a" or "8.0;10.0+PTX", names the GPUs; +PTX adds code that newer ones compile for themselves.
+They are built for the GPUs of this machine; where there is none, as where images are built, for the usual ones.
+GCI_CUDA_ARCH_LIST, "9.0a" or "8.0;10.0+PTX", names others, or "all" the usual ones; +PTX adds code that newer GPUs
+compile for themselves.
 """
 
 import hashlib
@@ -13,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from build_ninja import Object
 
 SOURCES = [f"csrc/cuda/decode_{name}.cu" for name in ("expand", "attend", "project")]  # the longest first
 HOST_SOURCES = ["csrc/cuda/checks.cpp", "csrc/cuda/launch.cpp"]
@@ -26,8 +29,11 @@ ARCHITECTURES = {
     "8.0": OLDEST, "8.6": OLDEST, "8.7": OLDEST, "8.9": OLDEST, "9.0": OLDEST, "9.0a": OLDEST, "10.0": (12, 8),
     "10.0a": (12, 8), "10.3": (12, 9), "10.3a": (12, 9), "12.0": (12, 8), "12.0a": (12, 8), "12.1": (12, 9),
 }  # fmt: skip
-DEFAULT = ("8.0", "8.6", "8.9", "9.0a", "10.0")
+USUAL = ("8.0", "8.6", "8.9", "9.0a", "10.0")
+#: What is built for a GPU of a capability, where that is not the capability itself.
+SPECIFIC = {"9.0": "9.0a"}
 DEFAULT_FOLDER = Path("/usr/local/cuda")
+LAUNCHERS = ("ccache", "sccache", "distcc")  # what may stand in front of a compiler in CXX
 
 
 class Unavailable(Exception):
@@ -67,44 +73,82 @@ def decide(environment: Mapping[str, str] = os.environ) -> Plan:
     listed = parse(environment.get("GCI_CUDA_ARCH_LIST", ""))
     try:
         toolkit = find(environment)
-        targets, left_out = choose(listed, toolkit.version)
+        gpus = () if listed is not None else this_machine(environment)
+        targets, remarks = choose(listed or [], toolkit.version, gpus)
         probe(toolkit, targets, environment)
     except Unavailable as reason:
         if wanted == "1":
             sys.exit(f"\nGCI_BUILD_CUDA=1, but gci_kernels cannot build its CUDA kernels: {reason}\n")
         return Plan(f"not built: {reason}")
-    return Plan("; ".join([f"{' '.join(targets)}, by {toolkit.name}", *left_out]), toolkit, targets)
+    return Plan("; ".join([f"{' '.join(targets)}, by {toolkit.name}", *remarks]), toolkit, targets)
 
 
-def parse(listed: str) -> list[tuple[str, bool]]:
-    """Capabilities of GCI_CUDA_ARCH_LIST, each with whether PTX is wanted beside it; none: the default."""
+def parse(listed: str) -> list[tuple[str, bool]] | None:
+    """Capabilities of GCI_CUDA_ARCH_LIST, each with whether PTX is wanted beside it.
+
+    Empty for "all": the usual ones. None where the variable is empty: this machine's.
+    """
+    if not listed.strip():
+        return None
     result = []
-    for entry in re.split(r"[;, ]+", listed.strip()) if listed.strip() else ():
+    for entry in re.split(r"[;, ]+", listed.strip()) if listed.strip() != "all" else ():
         capability, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
         if capability not in ARCHITECTURES:
             allowed = ", ".join(ARCHITECTURES)
-            sys.exit(f"GCI_CUDA_ARCH_LIST={listed}: {entry!r} is none of {allowed}, with or without +PTX behind it")
+            sys.exit(f"GCI_CUDA_ARCH_LIST={listed}: {entry!r} is none of {allowed}, with or without +PTX, nor all")
         result.append((capability, ptx))
     return result
 
 
-def choose(listed: list[tuple[str, bool]], version: tuple[int, int]) -> tuple[tuple[str, ...], list[str]]:
-    """nvcc's names of what to build, and what is left out of the default by an older nvcc."""
+def this_machine(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The capabilities of this machine's GPUs, each once, as nvidia-smi names them; none without a GPU or a driver."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if program is None:
+        return ()
+    done = run([program, "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return () if done.returncode else tuple(dict.fromkeys(re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)))
+
+
+def choose(
+    listed: list[tuple[str, bool]], version: tuple[int, int], gpus: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], list[str]]:
+    """nvcc's names of what to build, and remarks on that: for `listed`, else for `gpus`, else the usual ones."""
     unknown = [capability for capability, _ in listed if version < ARCHITECTURES[capability]]
     if unknown:
         first = ".".join(map(str, ARCHITECTURES[unknown[0]]))
         raise Unavailable(f"GCI_CUDA_ARCH_LIST names {unknown[0]}, which needs nvcc {first}")
-    left_out = []
+    remarks: list[str] = []
     if not listed:
-        known = [capability for capability in DEFAULT if version >= ARCHITECTURES[capability]]
-        left_out = [f"sm_{c.replace('.', '')} left out: it needs nvcc 12.8" for c in DEFAULT if c not in known]
-        listed = [(capability, capability == known[-1]) for capability in known]
+        listed, remarks = _for_gpus(gpus, version) if gpus else _usual(version)
     targets = []
     for capability, ptx in listed:
         number = capability.replace(".", "")
         # What has a letter runs on that GPU alone, so PTX for newer ones is the plain kind.
         targets += [f"sm_{number}"] + ([f"compute_{number.rstrip('a')}"] if ptx else [])
-    return tuple(dict.fromkeys(targets)), left_out
+    return tuple(dict.fromkeys(targets)), remarks
+
+
+def _usual(version: tuple[int, int]) -> tuple[list[tuple[str, bool]], list[str]]:
+    """USUAL as far as nvcc knows it, with PTX of the newest."""
+    known = [capability for capability in USUAL if version >= ARCHITECTURES[capability]]
+    left_out = [f"sm_{c.replace('.', '')} left out: it needs nvcc 12.8" for c in USUAL if c not in known]
+    return [(capability, capability == known[-1]) for capability in known], left_out
+
+
+def _for_gpus(gpus: tuple[str, ...], version: tuple[int, int]) -> tuple[list[tuple[str, bool]], list[str]]:
+    """These GPUs alone; for one that is newer than nvcc the usual ones, whose PTX it compiles for itself."""
+    recent = [gpu for gpu in gpus if int(gpu.partition(".")[0]) >= 8]
+    if not recent:
+        raise Unavailable(
+            f"this machine's GPU has the capability {gpus[0]}; the kernels need 8.0 (GCI_CUDA_ARCH_LIST=all builds them "
+            "for other machines)"
+        )
+    capabilities = [SPECIFIC.get(gpu, gpu) for gpu in recent]
+    newer = [c for c in capabilities if version < ARCHITECTURES.get(c, (NEWEST[0] + 1, 0))]
+    if newer:
+        listed, remarks = _usual(version)
+        return listed, [f"this machine's GPU of capability {newer[0]} is newer than nvcc", *remarks]
+    return [(capability, False) for capability in capabilities], ["for this machine's GPUs"]
 
 
 def find(environment: Mapping[str, str]) -> Toolkit:
@@ -150,7 +194,8 @@ def last_line(text: str) -> str:
 def command(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> list[str]:
     """nvcc with all options but the files."""
     codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
-    host = ["-ccbin", environment["CXX"].split()[0]] if environment.get("CXX") else []
+    words = [word for word in environment.get("CXX", "").split() if Path(word).name not in LAUNCHERS]
+    host = ["-ccbin", words[0]] if words else []
     return [str(toolkit.nvcc), *host, *FLAGS, *codes]
 
 
@@ -188,28 +233,9 @@ def write_header(plan: Plan, folder: Path) -> Path:
     return header
 
 
-def compile_sources(plan: Plan, folder: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Objects of SOURCES, side by side: by ninja, which leaves what is up to date, or all anew."""
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = {source: str(folder / (Path(source).stem + ".o")) for source in SOURCES}
-    nvcc, jobs = command(plan.toolkit, plan.targets, environment), len(os.sched_getaffinity(0))
-    ninja = shutil.which("ninja")
-    if ninja:
-        script = folder / "build.ninja"
-        line = " ".join(word.replace("$", "$$").replace(" ", "\\ ") for word in nvcc)
-        lines = ["rule nvcc", f"  command = {line} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-        lines += [f"build {ninja_path(made)}: nvcc {source}" for source, made in objects.items()]
-        script.write_text("\n".join([f"builddir = {ninja_path(str(folder))}", *lines]) + "\n")
-        results = [run([ninja, "-f", str(script), "-j", str(jobs)])]
-    else:
-        with ThreadPoolExecutor(jobs) as pool:
-            commands = [[*nvcc, "-c", source, "-o", made] for source, made in objects.items()]
-            results = list(pool.map(run, commands))
-    for done in results:
-        if done.returncode:
-            sys.exit(f"\nnvcc failed:\n{done.stdout}{done.stderr}")
-    return list(objects.values())
-
-
-def ninja_path(path: str) -> str:
-    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def objects(plan: Plan, folder: Path, environment: Mapping[str, str] = os.environ) -> list[Object]:
+    """What nvcc has to make, none without a toolkit."""
+    if plan.toolkit is None:
+        return []
+    nvcc = tuple(command(plan.toolkit, plan.targets, environment))
+    return [Object(str(folder / (Path(source).stem + ".o")), source, nvcc) for source in SOURCES]

@@ -19,15 +19,15 @@ from gci_kernels import info, native
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_build_cuda():
-    spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "build_cuda.py")
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["build_cuda"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up, and build_cuda imports build_ninja
     spec.loader.exec_module(module)
     return module
 
 
-build_cuda = load_build_cuda()
+build_ninja, build_cuda = load("build_ninja"), load("build_cuda")
 PATH = {"PATH": os.environ["PATH"]}
 
 
@@ -102,9 +102,10 @@ def test_what_was_asked_for_and_cannot_be():
 
 def test_which_architectures():
     parse, choose = build_cuda.parse, build_cuda.choose
-    assert parse("") == parse("  ") == [] and parse("9.0a") == [("9.0a", False)]
+    assert parse("") is parse("  ") is None and parse("all") == parse(" all ") == []
+    assert parse("9.0a") == [("9.0a", False)]
     assert parse("8.0;9.0a+PTX") == parse("8.0, 9.0a+PTX") == parse("8.0 9.0a+PTX ") == [("8.0", False), ("9.0a", True)]
-    for bad in ("sm_90", "9", "9.0b", "9.0a+ptx", "+PTX", "9.0a;;x", "90a"):
+    for bad in ("sm_90", "9", "9.0b", "9.0a+ptx", "+PTX", "9.0a;;x", "90a", "All", "all;9.0"):
         with pytest.raises(SystemExit, match="GCI_CUDA_ARCH_LIST=.*is none of"):
             parse(bad)
     assert choose([], (13, 0)) == (("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "compute_100"), [])
@@ -115,10 +116,48 @@ def test_which_architectures():
         choose(parse("8.0;10.3"), (12, 8))
 
 
+def test_this_machines_gpus_are_what_is_built_for():
+    choose, here = build_cuda.choose, ["for this machine's GPUs"]
+    assert choose([], (13, 0), ("9.0",)) == (("sm_90a",), here)
+    assert choose([], (13, 0), ("8.9", "12.0")) == (("sm_89", "sm_120"), here)
+    assert choose([("8.0", False)], (13, 0), ("9.0",)) == (("sm_80",), []), "what is listed comes first"
+    assert choose([], (13, 0), ("7.5", "8.6")) == (("sm_86",), here), "what is too old is left out"
+    for version, gpu in (((12, 4), "12.0"), ((13, 0), "15.0")):
+        targets, remarks = choose([], version, (gpu, "8.0"))
+        assert (targets, remarks[1:]) == choose([], version), "the usual ones, whose PTX a newer GPU compiles"
+        assert remarks[0] == f"this machine's GPU of capability {gpu} is newer than nvcc"
+    with pytest.raises(build_cuda.Unavailable, match="has the capability 7.5; the kernels need 8.0"):
+        choose([], (13, 0), ("7.5",))
+
+
+def test_which_gpus_this_machine_has(tmp_path, toolkit):
+    def machine(script: str) -> dict[str, str]:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GCI_CUDA_ARCH_LIST": "", "GCI_BUILD_CUDA": ""}
+
+    environment = machine('[ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] && echo 9.0 && echo 9.0')
+    assert build_cuda.this_machine(environment) == ("9.0",)
+    plan = build_cuda.decide(environment)
+    assert plan.targets == ("sm_90a",) and plan.description.endswith("; for this machine's GPUs")
+    usual = build_cuda.choose([], toolkit.version)[0]
+    assert build_cuda.decide(environment | {"GCI_CUDA_ARCH_LIST": "all"}).targets == usual
+    no_driver = machine("echo NVIDIA-SMI has failed because it couldn't communicate; exit 9")
+    assert build_cuda.this_machine(no_driver) == () and build_cuda.decide(no_driver).targets == usual
+    assert build_cuda.this_machine({"PATH": "/nonexistent"}) == ()
+
+
 def test_plan_here(toolkit):
     plan = build_cuda.decide(os.environ | {"GCI_BUILD_CUDA": "1", "GCI_CUDA_ARCH_LIST": "9.0a"})
     version = ".".join(map(str, toolkit.version))
     assert (plan.toolkit, plan.targets, plan.description) == (toolkit, ("sm_90a",), f"sm_90a, by nvcc {version}")
+
+
+def test_host_compiler_behind_a_launcher(toolkit):
+    for cxx, host in (("ccache g++ -pipe", ["-ccbin", "g++"]), ("/usr/bin/g++", ["-ccbin", "/usr/bin/g++"]), ("", [])):
+        command = build_cuda.command(toolkit, ("sm_90a",), {"CXX": cxx})
+        assert command[1 : 1 + len(host)] == host and ("-ccbin" in command) == bool(host)
 
 
 def test_a_build_that_demands_cuda_ends_with_one_message(tmp_path):
@@ -167,36 +206,48 @@ def test_digest_is_of_all_that_is_compiled_and_by_what(tmp_path, monkeypatch):
     assert len(set(seen)) == len(seen) == 9
 
 
-@pytest.mark.parametrize("with_ninja", (True, False))
-def test_objects_follow_the_headers(toolkit, tmp_path, monkeypatch, with_ninja):
-    if with_ninja and not shutil.which("ninja"):
-        pytest.skip("there is no ninja")
-    (tmp_path / "csrc").mkdir()
-    for name in ("a b", "c"):  # a folder's name may hold a space
-        (tmp_path / "csrc" / f"{name[0]}.cu").write_text(
-            '#include "value.h"\n__global__ void k(int* p) { *p = VALUE; }\n'
-        )
-    header = tmp_path / "csrc" / "value.h"
+def compiled(compiler: tuple[str, ...], suffix: str, folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Each object of a and c, and when it was made."""
+    wanted = [build_ninja.Object(str(folder / f"{name}.o"), f"src/{name}.{suffix}", compiler) for name in "ac"]
+    paths = build_ninja.compile_all(wanted, folder)
+    assert paths == [made.path for made in wanted]
+    return {path: (Path(path).read_bytes(), Path(path).stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize("suffix", ("cpp", "cu"))
+def test_objects_follow_the_headers(tmp_path, monkeypatch, capfd, suffix, request):
+    code = "__global__ void k(int* p) { *p = VALUE; }" if suffix == "cu" else "int k() { return VALUE; }"
+    compiler = ("g++", "-O1", "-DNAME=a b$c")
+    if suffix == "cu":
+        toolkit = request.getfixturevalue("toolkit")
+        compiler = tuple(build_cuda.command(toolkit, ("sm_90a",), {}))
+    (tmp_path / "src").mkdir()
+    for name in "ac":
+        (tmp_path / "src" / f"{name}.{suffix}").write_text(f'#include "value.h"\n{code}\n')
+    header = tmp_path / "src" / "value.h"
     header.write_text("#define VALUE 1\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build_cuda, "SOURCES", ["csrc/a.cu", "csrc/c.cu"])
-    if not with_ninja:
-        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    plan, folder = build_cuda.Plan("", toolkit, ("sm_90a",)), tmp_path / "temporary objects"
+    folder = tmp_path / "temporary objects"  # a space means something to ninja
 
-    def compiled() -> list[bytes]:
-        return [Path(made).read_bytes() for made in build_cuda.compile_sources(plan, folder)]
-
-    first = compiled()
-    times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.o"))]
-    assert len(times) == 2 and compiled()[0]
-    if with_ninja:
-        assert times == [path.stat().st_mtime_ns for path in sorted(folder.glob("*.o"))], "nothing was to be done"
+    first = compiled(compiler, suffix, folder)
+    assert compiled(compiler, suffix, folder) == first, "nothing was to be done"
     header.write_text("#define VALUE 2\n")
-    assert all(old != new for old, new in zip(first, compiled(), strict=True))
+    second = compiled(compiler, suffix, folder)
+    assert all(first[path][0] != second[path][0] for path in first)
+    other = compiled((*compiler, "-DVALUE2"), suffix, folder)
+    assert all(second[path][1] != other[path][1] for path in first), "other options make other objects"
     header.write_text("#error broken\n")
-    with pytest.raises(SystemExit, match="nvcc failed:(.|\n)*broken"):
-        compiled()
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="could not be compiled"):
+        compiled(compiler, suffix, folder)
+    assert "error broken" in "".join(capfd.readouterr())
+
+
+def test_without_ninja_the_build_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        build_ninja.compile_all([], tmp_path)
 
 
 def test_sdist_holds_what_the_build_reads(tmp_path):
@@ -213,7 +264,7 @@ def test_sdist_holds_what_the_build_reads(tmp_path):
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert needed | {"setup.py", "build_cuda.py", "tests/cuda_on_cpu/fibers.cpp"} <= names
+    assert needed | {"setup.py", "build_cuda.py", "build_ninja.py", "tests/cuda_on_cpu/fibers.cpp"} <= names
 
 
 # What the kernels take

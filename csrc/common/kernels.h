@@ -1,4 +1,4 @@
-// The table of CPU kernels. Every instruction set fills one (namespace GCI_ISA); dispatch.cpp chooses.
+// The table of CPU kernels: dispatch.cpp fills one for every instruction set (namespace GCI_ISA) and chooses.
 //
 // Conventions: row-major tensors given as pointer and leading dimension (elements between rows); no allocation inside,
 // workspaces come from the caller; `threads` is the team size; results do not depend on scheduling.
@@ -77,7 +77,7 @@ struct Kernels {
                  int64_t tokens, int64_t r, int64_t n, int threads);
 
   // The same for bfloat16 x, u and y with float32 sums and results, and expand: y[tokens, n] += u[tokens, r] @ panel.
-  // Null without AVX512_BF16. The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2]
+  // Null without AVX512_BF16, pack_pairs too. The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2]
   // bfloat16: pack_pairs, from float32 or bfloat16; u of reduce transposed, [r, tokens].
   void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
   void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,

@@ -1,16 +1,14 @@
 // The products of skinny.cpp for bfloat16 operands and float32 sums, on the processor's own dot product of pairs
-// (AVX512_BF16), and where there are enough rows on its tiles (AMX). On other instruction sets the table's entries are
-// null and plans leave these products to the library.
+// (AVX512_BF16), and where there are enough rows on its tiles (AMX). Compiled for these two instruction sets alone: on
+// others the table's entries are null and plans name other implementations.
 //
 // A "pair" is two neighbours along the summed dimension in one 32-bit word: along a row two elements are one already. The
 // other operand is packed into pairs if it is small, and two of its rows are interleaved block by block if it is large.
 #include "cpu/amx.h"
 #include "cpu/isa.h"
 
-#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <omp.h>
-#endif
 
 namespace gci::GCI_ISA {
 
@@ -57,7 +55,6 @@ void pack_pairs(const void* source, DType dtype, int64_t stride_i, int64_t strid
   pack(static_cast<const bfloat16*>(source), stride_i, stride_j, out, k, n);
 }
 
-#if defined(__AVX512BF16__)
 namespace {
 
 constexpr int64_t width = 16, tile_columns = tile_vectors * width;
@@ -282,6 +279,5 @@ void reduce_bf16(const void* turned_in, int64_t ld_turned, const void* y_in, int
 }
 
 static_assert(tile_vectors == 3, "column_block names three vectors");
-#endif
 
 }  // namespace gci::GCI_ISA
