@@ -107,6 +107,43 @@ def formula(do, q, k, v, num_heads, segments):
     return o.detach(), scores.detach().logsumexp(3), *torch.autograd.grad(o, leaves, do)
 
 
+def split(tensors, num_heads):
+    """float64 [batch, num_heads, positions, d]"""
+    return [tensor.double().unflatten(2, (num_heads, -1)).transpose(1, 2) for tensor in tensors]
+
+
+def joined(tensor):
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def absolute_terms(do, q, k, v, num_heads, segments):
+    """What dq and dk are sums of, each term by its absolute value: rounding is in proportion to these.
+
+    The terms of a query that attends one key cancel: its dq is 0, and no rounding is small beside that.
+    """
+    do, q, k, v = split((do, q, k, v), num_heads)
+    kept, root = attended(q.shape[2], k.shape[2], segments), q.shape[3] ** 0.5
+    p = (q @ k.transpose(2, 3) / root).masked_fill(~kept, float("-inf")).softmax(3).nan_to_num(0)
+    do, q, k, v = do.abs(), q.abs(), k.abs(), v.abs()
+    ds = p * (do @ v.transpose(2, 3) + (do * (p @ v)).sum(3, keepdim=True)) / root
+    return {"dq": joined(ds @ k), "dk": joined(ds.transpose(2, 3) @ q)}
+
+
+def uncertain(q, k, num_heads, segments, dtype):
+    """How far the weights [batch, num_heads, time, keys] may be off where their scores are rounded to `dtype`.
+
+    A sum of d products is off by d/2 eps of their absolute values, and so is the logarithm of the sum, whose scores
+    were perhaps summed in another order. A weight is at most 1, and 0 where it is below the least number of `dtype`.
+    """
+    q, k = split((q, k), num_heads)
+    kept, root, d = attended(q.shape[2], k.shape[2], segments), q.shape[3] ** 0.5, q.shape[3]
+    scores = (q @ k.transpose(2, 3) / root).masked_fill(~kept, float("-inf"))
+    off = d / 2 * torch.finfo(dtype).eps * (q.abs() @ k.abs().transpose(2, 3) / root).masked_fill(~kept, 0)
+    off, exponents = off + off.amax(3, keepdim=True), scores - scores.logsumexp(3, keepdim=True)
+    off = (exponents + off).clamp(max=0).exp() - (exponents - off).exp() + torch.finfo(dtype).tiny
+    return torch.where(kept & (exponents > float("-inf")), off, 0)
+
+
 def run(do, q, k, v, num_heads, segments):
     o, lse = attention.forward(q, k, v, num_heads, segments)
     return o, lse, *attention.backward(do, q, k, v, o, lse, num_heads, segments)
@@ -119,11 +156,14 @@ def check(tensors, num_heads, segments):
     plain = formula(*tensors, num_heads, segments)
     plain_lse = formula(*(tensor.float() for tensor in tensors), num_heads, segments)[1]
     dtype = tensors[0].dtype
+    rounded = absolute_terms(*tensors, num_heads, segments)
     for name, each, true, usual in zip(("o", "lse", "dq", "dk", "dv"), actual, truth, plain, strict=True):
         assert each.shape == true.shape and each.dtype == (torch.float32 if name == "lse" else dtype), name
         if name == "lse":
             assert torch.equal(each.isneginf(), true.isneginf())
             each, true, usual = (lse.nan_to_num(neginf=0) for lse in (each, true, plain_lse))
+        if name in rounded and (each.double() - true).norm() <= torch.finfo(dtype).eps * rounded[name].norm():
+            continue
         assert relative_error(each, true) <= error_bound(relative_error(usual, true), each.dtype), name
     kept = attended(tensors[1].shape[1], tensors[2].shape[1], segments)[:, 0].expand(tensors[1].shape[0], -1, -1)
     for each, some in zip(actual[:1] + actual[2:], (kept.any(2), kept.any(2), kept.any(1), kept.any(1)), strict=True):
@@ -205,8 +245,12 @@ def test_extreme_scores(scale):
     actual = run(*tensors, 2, ids)
     assert all(each.isfinite().all() for each in actual[:1] + actual[2:])
     truth = formula(*(tensor.double() for tensor in tensors), 2, ids)
-    for each, true in ((actual[0], truth[0]), (actual[4], truth[4])):
-        assert relative_error(each, true) <= 1e-5
+    assert relative_error(actual[0], truth[0]) <= 1e-5
+    # The backward makes the weights anew, each from a score that may be rounded otherwise than in the forward.
+    do, q, k, _ = tensors
+    weights = uncertain(q, k, 2, ids, torch.float32)
+    bound = joined(weights.transpose(2, 3) @ split((do,), 2)[0].abs())
+    assert ((actual[4] - truth[4]).abs() <= bound).all()
 
 
 def test_extreme_scores_of_halves_stay_finite():

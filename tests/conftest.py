@@ -4,13 +4,17 @@ import importlib.util
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# Processes side by side share the cores: one thread each, and for what they start. OpenMP and MKL read it once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-import gci_kernels
-from gci_kernels import native
-from gci_kernels.ops.decode import cuda
-from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import gci_kernels  # noqa: E402
+from gci_kernels import native  # noqa: E402
+from gci_kernels.ops.decode import cuda  # noqa: E402
+from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion  # noqa: E402
 
 # CI tries the same examples every time; a developer's runs look for new ones. The tests that need a GPU do without.
 if importlib.util.find_spec("hypothesis"):
@@ -42,12 +46,17 @@ def poisoned():
 
 
 @pytest.fixture
-def one_thread():
-    """Tiny models gain nothing from more threads, and wait for them where the machine is busy."""
+def threads():
+    """torch.set_num_threads, undone."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """Tiny models gain nothing from more threads, and wait for them where the machine is busy."""
+    threads(1)
 
 
 @pytest.fixture(scope="session")

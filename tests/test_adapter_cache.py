@@ -82,6 +82,7 @@ def test_whatever_is_done_to_the_cache_is_done_to_the_adapters(mode, config, see
     assert torch.equal(k, cache.layers[0].keys[:, 0]) and torch.equal(v, cache.layers[0].values[:, 0])
 
 
+@pytest.mark.smoke
 def test_static_cache():
     cache = StaticCache(config=CONFIGS["llama"](), max_cache_len=12)
     with torch.no_grad():

@@ -81,6 +81,7 @@ def gradients(function, tensors, dy):
     return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ("whole", "left", "right", "holes", "nothing", "packed"))
 @pytest.mark.parametrize(("num_heads", "residual", "past"), [(3, False, 0), (1, True, 0), (12, True, 4), (4, False, 5)])
 def test_restatement(kind, num_heads, residual, past):

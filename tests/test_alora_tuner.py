@@ -56,6 +56,7 @@ def test_a_padded_batch_equals_its_sequences_alone(family):
         assert relative_error(row[mask.bool()], alone) < tolerance(family)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ("llama", "qwen3", "gpt_neox"))
 def test_a_packed_row_equals_its_sequences_alone(family):
     model = adapted(family)
@@ -144,6 +145,7 @@ def test_a_cache_of_another_model_is_refused_unharmed(other):
         assert all(torch.equal(layer.keys, old) for layer, old in zip(cache.layers, before, strict=True))
 
 
+@pytest.mark.smoke
 def test_save_and_load(tmp_path):
     model = adapted(lora_alpha=20, residual=True)
     model.save_pretrained(tmp_path)

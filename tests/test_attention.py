@@ -87,6 +87,7 @@ def restated(q, k, v, heads, segments):
     return torch.stack(rows).view(batch, time, r)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 def test_equals_restatement(kind, impl):

@@ -21,14 +21,7 @@ def run(q, k, v, do, heads, segments):
     return o, lse, *native.backward(do, q, k, v, o, lse, heads, segments)
 
 
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
+@pytest.mark.smoke
 @pytest.mark.parametrize("count", (1, 2, 3, 7))
 @pytest.mark.parametrize("batch", (1, 3))
 @pytest.mark.parametrize("heads", (1, 4, 5))

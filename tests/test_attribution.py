@@ -4,12 +4,11 @@ import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import golden_data
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 
 from gci_kernels.bench import attribution as bench
@@ -19,7 +18,6 @@ from gci_kernels.loki import all_positions, attribute, attribution, last_positio
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 PATHS = ("last_position", "all_positions")
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -77,12 +75,11 @@ def plain(model: nn.Module, samples: list[torch.Tensor], path: str, **options) -
     return torch.stack([published_attribution(model, sample[None], path=path, **options) for sample in samples])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("number", [0, 1])
-def test_golden(number, path):
-    file = GOLDEN / f"kva_tiny_llama_{number}.safetensors"
-    with safe_open(file, "pt") as golden:
-        settings, tensors = golden.metadata(), {name: golden.get_tensor(name) for name in golden.keys()}  # noqa: SIM118
+@pytest.mark.parametrize("name", golden_data.ATTRIBUTION)
+def test_golden(name, path):
+    settings, tensors = golden_data.load(name)
     # The published run's attention rounds its softmax to float32; so does this one.
     config = transformers.LlamaConfig(**json.loads(settings["config"]), attn_implementation="eager")
     model = transformers.LlamaForCausalLM(config).double()

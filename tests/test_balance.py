@@ -20,6 +20,7 @@ def restated(gates, task_types, delta, mask=None):
     return ((z - z.mean()) ** 2).sum() / (len(z) - 1) / (z.mean() ** 2 + 1e-10)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("delta", (0.0, 0.1, 1.0))
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

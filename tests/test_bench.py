@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import golden_data
 import pytest
 import torch
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 import gci_kernels
@@ -27,7 +26,6 @@ from gci_kernels.testing import relative_error
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
 # The clock and the byte counts
@@ -114,9 +112,9 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 # The eager baselines
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("loki_linear_*.safetensors")), ids=lambda path: path.stem)
-def test_eager_loki_layer_is_the_published_one(path: Path) -> None:
-    data = load_file(path)
+@pytest.mark.parametrize("name", golden_data.LOKI)
+def test_eager_loki_layer_is_the_published_one(name: str) -> None:
+    data = golden_data.load(name)[1]
     positions, bias = data["positions"], data.get("bias")
     active_bias = None if bias is None else bias[positions]
     layer = EagerLoKILinear(data["weight"], bias, data["weight"][positions], positions, active_bias)
@@ -126,8 +124,9 @@ def test_eager_loki_layer_is_the_published_one(path: Path) -> None:
     leaves = adapter_leaves(layer)
     assert leaves.keys() == ({"active"} if bias is None else {"active", "active_bias"})
     assert sum(parameter.requires_grad for parameter in layer.parameters()) == len(leaves)
-    for name, actual in {"y": y, "dx": x.grad, **{f"d{role}": leaf.grad for role, (leaf,) in leaves.items()}}.items():
-        assert relative_error(actual, data[name]) < 1e-10, name
+    gradients = {"dx": x.grad, **{f"d{role}": leaf.grad for role, (leaf,) in leaves.items()}}
+    for tensor, actual in {"y": y, **gradients}.items():
+        assert relative_error(actual, data[tensor]) < 1e-10, tensor
 
 
 def test_eager_loki_layer_replaces_rows_in_any_order() -> None:
@@ -141,11 +140,9 @@ def test_eager_loki_layer_replaces_rows_in_any_order() -> None:
     assert relative_error(layer(x), expected) < 1e-12
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("loramoe_linear_*.safetensors")), ids=lambda path: path.stem)
-def test_eager_layer_is_the_published_one(path: Path) -> None:
-    data = load_file(path)
-    with safe_open(path, "pt") as file:
-        settings = file.metadata()
+@pytest.mark.parametrize("name", golden_data.LORAMOE)
+def test_eager_layer_is_the_published_one(name: str) -> None:
+    settings, data = golden_data.load(name)
     rank = int(settings["r"])
     base = nn.Linear(*data["weight"].T.shape, bias="bias" in data, dtype=torch.float64)
     base.load_state_dict({key: data[key] for key in ("weight", "bias") if key in data})
@@ -188,6 +185,7 @@ def test_cases_are_named_by_their_shapes() -> None:
     assert quick.rows == 102 and make_case("loki", 1, 4, 4, torch.float32).rows == 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_variants_agree_in_float64(method: str) -> None:
     made = layer_variants(make_inputs(small_case(method, torch.float64), CPU))
@@ -209,6 +207,7 @@ def test_change_leaves_no_number_of_an_adapter_and_twice_gives_all_back(method: 
         assert all(torch.equal(leaf, old) for leaf, old in zip(adapter, first, strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_layer_gate_passes(method: str, dtype: torch.dtype) -> None:
@@ -384,6 +383,7 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 1200
 
 
+@pytest.mark.smoke
 def test_run_shows_no_times_when_the_gate_fails(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(cases.ops, "loramoe_linear", wrong_by(1.001, "y"))
     output = tmp_path / "bench.json"

@@ -1,20 +1,18 @@
 """lora_linear, loramoe_linear: every implementation against float64, the published code, and under torch.compile."""
 
-from pathlib import Path
 
+import golden_data
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from gci_kernels import native, ops
 from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 FUSED = ("aten", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,6 +66,7 @@ def gradients(function, arguments, **options):
     return results | {"d" + k: leaf.grad for k, leaf in leaves.items() if leaf is not None}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 @pytest.mark.parametrize("top_k", (None, 1, 3))
 @pytest.mark.parametrize("shape", [(130,), (1,), (7,), (2, 3, 5)], ids=str)
@@ -80,6 +79,7 @@ def test_loramoe_float64_equals_restatement(impl, top_k, shape):
         assert (actual[name] - expected[name]).norm() < 1e-10 * (1 + expected[name].norm()), name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
 def test_lora_float64_equals_formula(impl):
     def formula(x, weight, bias, A, B, scaling):
@@ -91,12 +91,12 @@ def test_lora_float64_equals_formula(impl):
         assert relative_error(actual[name], expected[name]) < 1e-10, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", *FUSED))
-@pytest.mark.parametrize("index", range(3))
-def test_published_loramoe(impl, index):
+@pytest.mark.parametrize("name", golden_data.LORAMOE)
+def test_published_loramoe(impl, name):
     """Outputs, balance loss and gradients of the published layer, whose softmax and balance loss are float32."""
-    with safe_open(GOLDEN / f"loramoe_linear_{index}.safetensors", "pt") as file:
-        meta, golden = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    meta, golden = golden_data.load(name)
     experts, r, _ = golden["A"].shape
     x, A, B, router = (
         t.clone().requires_grad_()
@@ -113,8 +113,8 @@ def test_published_loramoe(impl, index):
         "y": y, "balance_loss": balance.reshape(1), "dx": x.grad, "dA": A.grad.view(golden["A"].shape),
         "dB": B.grad.view(-1, experts, r).permute(1, 0, 2), "drouter": router.grad,
     }  # fmt: skip
-    for name, value in actual.items():
-        assert relative_error(value, golden[name]) < 1e-5, name
+    for tensor, value in actual.items():
+        assert relative_error(value, golden[tensor]) < 1e-5, tensor
 
 
 @pytest.mark.parametrize("impl", FUSED)

@@ -31,10 +31,30 @@ def build(source: Path, out: Path, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
-def test_wheel(source, tmp_path):
-    done = build(source, tmp_path, GCI_CUDA_ARCH_LIST="9.0a")
+@pytest.fixture(scope="module")
+def archive(source, tmp_path_factory) -> Path:
+    """The source archive."""
+    folder = tmp_path_factory.mktemp("archive")
+    backend = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    copied = folder / "source"  # setuptools leaves its notes beside what it packs
+    shutil.copytree(source, copied)
+    for name in ("constraints.txt", "tests"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, copied / name)
+    subprocess.run([sys.executable, "-c", backend], cwd=copied, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(archive, tmp_path_factory) -> Path:
+    """What the source archive builds: minutes, so once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    done = build(archive, folder, GCI_CUDA_ARCH_LIST="9.0a")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (extension,) = (name for name in names if name.startswith("gci_kernels/_native") and name.endswith(".so"))
@@ -78,26 +98,18 @@ print(gci_kernels.report(model))
 """
 
 
-def test_installed_from_the_sdist(source, tmp_path):
-    """The source archive builds the wheel, and that works where there is nothing else of the project."""
-    backend = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    copied = tmp_path / "source"  # setuptools leaves its notes beside what it packs
-    shutil.copytree(source, copied)
-    for name in ("constraints.txt", "tests"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, copied / name)
-    subprocess.run([sys.executable, "-c", backend], cwd=copied, check=True, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
+def test_the_source_archive_is_whole(archive):
     with tarfile.open(archive) as members:
         names = {name.partition("/")[2] for name in members.getnames()}
-    tracked = {str(path.relative_to(copied)) for top in ("csrc", "bench", "tests", "gci_kernels")
-               for path in (copied / top).rglob("*.*") if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
+    kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".safetensors")
+    tracked = {str(path.relative_to(ROOT)) for top in ("csrc", "bench", "tests", "gci_kernels")
+               for path in (ROOT / top).rglob("*.*") if path.suffix in kinds
                and "__pycache__" not in path.parts}  # fmt: skip
     assert tracked <= names, "the tests of a distribution run from its source archive"
 
-    done = build(archive, tmp_path, GCI_BUILD_CUDA="0")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
+
+def test_installed_from_the_sdist(wheel, tmp_path):
+    """What the source archive builds works where there is nothing else of the project."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"

@@ -71,6 +71,7 @@ def test_the_prefix_is_not_run_again(method):
     assert seen[0] == request["input_ids"].shape[1] - len(central.prefix) and set(seen[1:]) == {1}
 
 
+@pytest.mark.smoke
 def test_a_string_is_a_batch_of_one():
     model, tokenizer = build("alora"), toy.tokenizer()
     central = central_prompt_cache(model, tokenizer, toy.ROLES)

@@ -109,6 +109,7 @@ def test_widths_of_values_never_put_a_tensor_askew(tmp_path):
     same_bits(load_file(tmp_path / "file"), {name: planned.make().contiguous() for name, planned in plan.items()})
 
 
+@pytest.mark.smoke
 def test_command(moe, split, tmp_path, capsys):
     assert main(["convert", str(moe), str(tmp_path / "ours")]) == 0
     said = capsys.readouterr().out.splitlines()

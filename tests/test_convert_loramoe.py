@@ -72,6 +72,7 @@ def test_loramoe_to_published(tmp_path, dtype):
     assert (config["lora_nums"], config["target_modules"], config["peft_type"]) == (4, TARGETS, "LORA")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_loramoe_round_trip_keeps_every_bit(tmp_path, dtype):
     weights = published_weights(with_experts(tiny_llama(dtype)))

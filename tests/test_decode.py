@@ -110,6 +110,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("base", BASES)
 def test_groups_of_tokens_with_adapters_of_their_own(threads, base):
     """Tokens in no order, adapters of every kind and size, and two tokens without."""

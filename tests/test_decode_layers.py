@@ -119,6 +119,7 @@ def test_a_layer_of_peft_with_a_bias_of_its_own():
         assert relative_error(patch(model)(IDS[:, :1]).logits, before) < 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", METHODS)
 def test_report_names_what_a_step_launches(method):
     model = adapted(method)

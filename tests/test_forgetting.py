@@ -91,6 +91,7 @@ def test_batches_of_like_lengths():
     assert rows == [[2, 4, 0, 3], [5, 1]]
 
 
+@pytest.mark.smoke
 @torch.no_grad()
 def test_kl_is_what_its_formula_says():
     generator = torch.Generator().manual_seed(1)

@@ -29,6 +29,7 @@ def truth(projected, du, dgates, experts, top_k, scaling):
     return u.detach(), gates.detach(), dprojected
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("projected_dtype", "dtype", "tolerance"), [
     (torch.float64, torch.float64, 1e-13),
@@ -37,9 +38,11 @@ def truth(projected, du, dgates, experts, top_k, scaling):
     (torch.float32, torch.bfloat16, 8e-3),
 ])  # fmt: skip
 @pytest.mark.parametrize(
-    ("tokens", "experts", "r", "top_k"), [(130, 8, 4, 8), (1, 1, 16, 1), (7, 5, 3, 2), (33, 64, 1, 7)]
+    ("tokens", "experts", "r", "top_k", "count"),
+    [(130, 8, 4, 8, 1), (130, 8, 4, 8, 3), (1, 1, 16, 1, 3), (7, 5, 3, 2, 2), (33, 64, 1, 7, 1)],
 )
-def test_forward_and_backward(impl, projected_dtype, dtype, tolerance, tokens, experts, r, top_k):
+def test_forward_and_backward(threads, impl, projected_dtype, dtype, tolerance, tokens, experts, r, top_k, count):
+    threads(count)
     projected, du, dgates = draw(tokens, experts, r, projected_dtype)
     du, dgates = du.to(projected_dtype), dgates.to(torch.promote_types(dtype, torch.float32))
     expected_u, expected_gates, expected_d = truth(projected, du, dgates, experts, top_k, 2.0)

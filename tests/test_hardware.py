@@ -203,6 +203,7 @@ def test_the_shipped_results_are_found():
 # The self check
 
 
+@pytest.mark.smoke
 def test_first_use_checks_once_and_remembers(checks):
     with pytest.warns(RuntimeWarning, match="'expand' failed its check on Imagined 1000 and is left out: it is wrong"):
         assert not hardware.proves("expand")
@@ -391,6 +392,7 @@ def shown(monkeypatch, gpus: int) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.smoke
 def test_info_without_a_gpu_says_what_is_shipped(monkeypatch, tmp_path, checks):
     assert "no GPU here, and no record: these kernels have never run on real hardware" in shown(monkeypatch, 0)
     forget()

@@ -127,6 +127,7 @@ def assert_same(model: nn.Module, expected: nn.Module, tolerance: float = 1e-12)
         assert relative_error(actual[name], value) < tolerance, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ("llama", "gpt_neox", "gpt2"))
 @pytest.mark.parametrize("changes", [{}, {"r": 2}, {"keep_merged": False}], ids=str)
 def test_output_and_gradients_equal_the_restatement(family, changes):
@@ -298,6 +299,7 @@ def test_bad_config_names_the_argument(arguments, error, message):
 # Saving and loading
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("r", (None, 2))
 @pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
 def test_save_and_load(tmp_path, r, low_cpu_mem_usage):

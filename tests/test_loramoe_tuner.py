@@ -135,6 +135,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 # The model's output and gradients
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -278,6 +279,7 @@ def test_twenty_steps_of_adamw_lower_the_loss_and_leave_the_base_alone():
 # Saving, copying
 
 
+@pytest.mark.smoke
 def test_save_and_load(tmp_path):
     config = balanced_config(top_k=2, balance_include_padding=True, lora_dropout=0.25, task_type="CAUSAL_LM")
     model = adapted(config, torch.float32)

@@ -127,6 +127,7 @@ def test_never_stale(change, inference):
         assert not layer.copy().is_inference()
 
 
+@pytest.mark.smoke
 def test_renewed_exactly_when_active_changed():
     layer = Layer()
     first = layer.copy()

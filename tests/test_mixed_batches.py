@@ -85,6 +85,7 @@ def test_a_mixed_batch_of_layers_without_some_adapter():
         assert relative_error(actual, alone(model, lambda row: model(BATCH[row : row + 1]).logits)) < 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", ("loramoe", "alora", "loki"))
 def test_wrong_names_are_named(method):
     model = with_two(method)

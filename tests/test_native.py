@@ -94,6 +94,7 @@ def test_same_bits_twice_and_for_any_schedule():
         assert torch.equal(first, stages.reduce(u, y))
 
 
+@pytest.mark.smoke
 def test_one_openmp_runtime():
     """The extension shares torch's pool of threads: a second one would fight it for the cores."""
     stages.project(torch.randn(64, 64), torch.randn(64, 8))
@@ -121,6 +122,7 @@ def test_unknown_instruction_set_is_named(tmp_path):
     assert done.returncode != 0 and "GCI_CPU_ISA=mmx" in done.stderr and "baseline" in done.stderr
 
 
+@pytest.mark.smoke
 def test_plan_is_pure_and_printable():
     def plan(dtype, tokens=2048, device_type="cpu", isa="avx512bf16", impl="auto"):
         return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, isa=isa)

@@ -163,6 +163,7 @@ class Fingerprint:
 # PEFT's LoRA, layer for layer
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", FUSED_LORA)
 def test_output_and_gradients_are_those_of_peft(kind, fused_calls):
     patched, peft = patched_and_not(with_lora(lora_config(**FUSED_LORA[kind])))
@@ -298,6 +299,7 @@ def test_merged_then_unmerged(patch_first, fused_calls):
     assert_same(patched, with_lora())
 
 
+@pytest.mark.smoke
 def test_merge_and_unload():
     patched, peft = patched_and_not(with_lora())
     merged = [model.merge_and_unload() for model in (patched, peft)]

@@ -70,6 +70,7 @@ def test_targets_of_conv1d(config_cls):
     assert list(layers(get_peft_model(plain("gpt2"), chosen))) == ["1.attn.c_attn"]
 
 
+@pytest.mark.smoke
 @each_method
 @pytest.mark.parametrize("changes", [{"layers_to_transform": [7]}, {"exclude_modules": ["q_proj"]}], ids=str)
 def test_choices_that_leave_nothing_raise(config_cls, changes):

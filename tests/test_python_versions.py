@@ -74,6 +74,7 @@ def newer(tree: ast.AST) -> set[str]:
     return found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sources_are_for_python_3_10(path):
     source = path.read_text("utf-8")

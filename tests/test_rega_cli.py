@@ -59,6 +59,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
+@pytest.mark.smoke
 def test_distill(folder, capsys):
     assert run("distill", DISTILL, "--roles", "roles.json", "--seed", "4") == 0
     found = rega.read_distilled("general.jsonl")
@@ -87,6 +88,7 @@ def test_distill_takes_every_option(folder):
     assert run("distill", DISTILL) == 1 and Path("general.jsonl").read_bytes() == before
 
 
+@pytest.mark.smoke
 def test_mix(folder, capsys):
     assert run("distill", DISTILL) == 0
     more = ["--domain", "health=health.jsonl", "--integration", "0.5", "--seed", "2"]

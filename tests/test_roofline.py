@@ -35,6 +35,7 @@ def test_no_temporary_of_tokens_by_features_but_y_and_dx(case, dropout_p):
     assert sum(size >= y for size in allocated) > 2, "the count sees the library plan's masked copies"
 
 
+@pytest.mark.smoke
 def test_floor_by_hand():
     """2 tokens, 3 to 5, two experts of rank 1, float32: every operand and result of every stage."""
     entries = {entry.name: entry for entry in floor(Case(2, 3, 5, 2, 2), torch.float32, torch.float32)}

@@ -1,12 +1,11 @@
 """loki_linear: every implementation against float64, the published layer, under torch.compile; bad input."""
 
-from pathlib import Path
 
+import golden_data
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from gci_kernels import ops
 from gci_kernels.ops.row_linear import FORMS, MergedRows, choose_form
@@ -14,7 +13,6 @@ from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIBRARY_FORMS = tuple(form for form in FORMS if form not in ("upcast", "triton"))
 
@@ -77,26 +75,26 @@ def test_float64_equals_restatement(form, shape, k, bias):
         assert relative_error(actual[name], expected[name]) < 1e-12, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ("reference", "aten", "auto"))
 @pytest.mark.parametrize("form", (None, *LIBRARY_FORMS))
-@pytest.mark.parametrize("index", range(3))
-def test_published_split_layer(impl, form, index):
-    with safe_open(GOLDEN / f"loki_linear_{index}.safetensors", "pt") as file:
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+@pytest.mark.parametrize("name", golden_data.LOKI)
+def test_published_split_layer(impl, form, name):
+    golden = golden_data.load(name)[1]
     positions, bias = golden["positions"], golden.get("bias")
     arguments = {
         "x": golden["x"], "weight": golden["weight"], "bias": bias, "active_weight": golden["weight"][positions],
         "positions": positions, "active_bias": None if bias is None else bias[positions],
     }  # fmt: skip
     leaves = {k: None if v is None else v.clone() for k, v in arguments.items()}
-    trained = [name for name in ("x", "active_weight", "active_bias") if leaves[name] is not None]
-    for name in trained:
-        leaves[name].requires_grad_()
+    trained = [leaf for leaf in ("x", "active_weight", "active_bias") if leaves[leaf] is not None]
+    for leaf in trained:
+        leaves[leaf].requires_grad_()
     y = call(**leaves, form=form) if form else call(**leaves, impl=impl)
-    grads = torch.autograd.grad(y, [leaves[name] for name in trained], golden["dy"])
+    grads = torch.autograd.grad(y, [leaves[leaf] for leaf in trained], golden["dy"])
     actual = {"y": y, **dict(zip(["dx", "dactive", "dactive_bias"], grads, strict=False))}
-    for name, value in actual.items():
-        assert relative_error(value, golden[name]) < 1e-10, name
+    for tensor, value in actual.items():
+        assert relative_error(value, golden[tensor]) < 1e-10, tensor
 
 
 @pytest.mark.parametrize("form", LIBRARY_FORMS)

@@ -215,6 +215,7 @@ def folder(model, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.smoke
 def test_commands(model, folder, tmp_path, capsys):
     text, out, positions, picture = (tmp_path / name for name in ("t.jsonl", "s.safetensors", "p.json", "p.png"))
     lines = [{"text": "w5 w6 w7 w8 w9"}, "w10 w11", {"messages": [{"role": "user", "content": "w12 w13"}]}, "w14"]

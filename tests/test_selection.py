@@ -40,6 +40,7 @@ def test_definition(monkeypatch, strategy, quota, values):
     assert select(scores.transpose(0, 1).contiguous().transpose(0, 1), quota, strategy) == expected
 
 
+@pytest.mark.smoke
 def test_strategies_choose_what_they_say():
     scores = torch.arange(24.0).reshape(1, 3, 8)
     assert select(scores, 25) == [[0, 1]] * 3

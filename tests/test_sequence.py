@@ -66,6 +66,7 @@ def test_padded_batch_equals_single_runs(family, side):
     assert nothing_is_set()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("lengths", [(3, 4), (1, 5, 1), (7,)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2"])
 def test_packed_row_equals_separate_runs(family, lengths):

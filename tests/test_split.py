@@ -191,6 +191,7 @@ def test_compiled():
         assert relative_error(actual[key], value) < 1e-12, name
 
 
+@pytest.mark.smoke
 def test_report():
     lines = report(Model())
     assert [(line.name, line.method, line.shape, line.plan) for line in lines] == [

@@ -79,6 +79,7 @@ def test_resumed_run_is_the_uninterrupted_one(method, tmp_path):
     assert run.losses == whole[3:]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", toy.METHODS)
 def test_saved_is_the_adapter_alone(method, tmp_path):
     run = toy.trainer(toy.fused(method), tmp_path, max_steps=2)

@@ -12,10 +12,15 @@ from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import triton as gate
 
 
-def test_interpreted(tmp_path):
+# The names of some cases, of others, and of all the rest.
+PARTS = (pytest.param("gate", marks=pytest.mark.smoke), "dropout and not gate", "not gate and not dropout")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreted(part, tmp_path):
     """Triton reads TRITON_INTERPRET when a kernel is defined, so no process can have it both ways."""
     cases = Path(__file__).with_name("triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(cases)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -46,6 +46,7 @@ def test_dropout_inside_the_products(chip):
     assert check(DROPOUT_CASES, chip, torch.bfloat16, torch.float32) == KERNELS
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("chip", CHIPS)
 def test_dropout_by_itself(chip):
     def step():

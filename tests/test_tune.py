@@ -52,6 +52,7 @@ def seconds_of(cost):
     return seconds
 
 
+@pytest.mark.smoke
 def test_the_best_of_each_field_wins_and_is_kept():
     found = tune.tune(target(), GPU, seconds_of(lambda c: abs(c.block_t - 128) + abs(c.num_stages - 4) + 1.0))
     assert found.best == dataclasses.replace(chosen(), block_t=128, num_stages=4)

@@ -215,12 +215,14 @@ def test_splits_cover_the_sum_once(monkeypatch, splits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_twice(dtype):
-    u, m, x, w = (torch.randn(s).to(dtype) for s in ((300, 16), (16, 90), (300, 2100), (2100, 90)))
-    assert config.choose_project_config(300, 2100, 16, dtype, "sm_90").splits > 1
+    u, m, x, w = (torch.randn(s).to(dtype) for s in ((70, 16), (16, 90), (70, 600), (600, 90)))
+    left, right = torch.randn(300, 16).to(dtype), torch.randn(300, 130).to(dtype)
+    assert config.choose_project_config(70, 600, 90, dtype, "sm_90").splits > 1
+    assert config.choose_reduce_config(300, 16, 130, dtype, "sm_90").splits > 1
     for call in (
         lambda: stages.project(x, w),
         lambda: stages.expand(u, m, x, w, None),
-        lambda: stages.reduce(u, x),
+        lambda: stages.reduce(left, right),
         lambda: stages.dropout(x, 0.3, 5),
     ):
         assert torch.equal(call(), call())
@@ -228,8 +230,7 @@ def test_same_bits_twice(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 67), (130, 256), (3, 1030), (0, 5)])
-@pytest.mark.parametrize("seed", (0, 1, 2**31, 2**61 + 12345))
-@pytest.mark.parametrize("p", (0.05, 0.9))
+@pytest.mark.parametrize(("seed", "p"), [(0, 0.05), (1, 0.9), (2**31, 0.05), (2**61 + 12345, 0.9)])
 def test_dropout_is_the_definition(dtype, rows, cols, seed, p):
     x = torch.rand(rows, cols).to(dtype) + 1  # no zeros of its own
     keep = philox.keep_mask(rows, cols, p, seed, x.device)
