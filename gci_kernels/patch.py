@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from gci_kernels import frozen
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
@@ -78,7 +79,9 @@ class _Snapshot:
         return _Undo(changes, self.trainable)
 
 
-def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default") -> nn.Module:
+def patch(
+    model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False
+) -> nn.Module:
     """Fuses a model's adapters, in place; with a config, adds the adapter first. All or nothing.
 
     Args:
@@ -86,6 +89,9 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
             the published LoKI repository's layers.
         config: LoRAMoEConfig, ALoRAConfig, LoKIConfig or peft.LoraConfig. The caller's object is not changed.
         adapter_name: the new adapter's name in PEFT.
+        upcast_frozen: let the model's frozen torch.nn.Linear layers, the head among them, take float32 products too
+            where they are faster: in bfloat16 and float16, on a CPU without instructions for them. They are then more
+            exact than PyTorch's and do not give its bits. Off, these layers stay PyTorch's, whatever they cost.
 
     Returns:
         With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused
@@ -98,14 +104,16 @@ def patch(model: nn.Module, config: PeftConfig | None = None, *, adapter_name: s
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     snapshot = _Snapshot(model)
     try:
+        peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
             _take_over(model)
-            return model
-        peft_model = _add_adapter(model, config, adapter_name)
+        if upcast_frozen:
+            frozen.swap_all(peft_model)
     except BaseException:
         snapshot.undo().apply(model)
         raise
-    setattr(peft_model.base_model, _UNDO, snapshot.undo())
+    if config is not None:
+        setattr(peft_model.base_model, _UNDO, snapshot.undo())
     return peft_model
 
 
@@ -186,6 +194,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     if undo is not None:
         plain = tuner.model
         undo.apply(plain)
+        frozen.swap_back(plain)
         return plain
     fused = [module for module in model.modules() if isinstance(module, FusedLora)]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
@@ -197,6 +206,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         swap_back(layer)
     for module in published:
         split.swap_back(module)
+    frozen.swap_back(model)
     return model
 
 

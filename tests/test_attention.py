@@ -516,3 +516,17 @@ def test_past_beyond_whole_rows_is_named_too():
     """Where the mask says nothing the segments are left out, but not their check."""
     with pytest.raises(ValueError, match="past must be at most keys=3, got 4"):
         Sequence.from_position_ids(torch.arange(3).expand(2, 3), past=4)
+
+
+@pytest.mark.parametrize("impl", ("aten", "native"))
+def test_same_bits_under_autocast(impl):
+    q = torch.randn(2, 40, 8, requires_grad=True)
+
+    def call():
+        o = low_rank_attention(q, q, q, num_heads=2, impl=impl)
+        return o, *torch.autograd.grad(o.sum(), q)
+
+    expected = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = call()  # backward too
+    assert all(map(torch.equal, actual, expected))

@@ -96,6 +96,21 @@ def test_more_rows_than_a_block_holds_numbers(monkeypatch):
 
 
 @halves
+def test_same_bits_under_autocast(dtype, monkeypatch):
+    """The float32 products inside are not rounded again."""
+    monkeypatch.setitem(upcast.LIBRARY_MULTIPLIES, dtype, False)
+    for case in (CASES[2], CASES[5], CASES[7]):
+        tensors, op = make_inputs(case, dtype, "cpu"), getattr(ops, f"{case.method}_linear")
+        options = {} if case.method == "loki" else {"scaling": 2.0}
+        options |= {"num_heads": case.heads} if case.method == "alora" else {}
+        expected = op(**tensors, **options)
+        with torch.autocast("cpu", dtype=dtype):
+            actual = op(**tensors, **options)
+        for a, e in zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]:
+            assert a.dtype == e.dtype and torch.equal(a, e)
+
+
+@halves
 @pytest.mark.parametrize("tokens", (0, 1))
 def test_hardly_any_tokens(dtype, tokens):
     a = {name: t[:tokens] if name == "x" else t for name, t in make_inputs(CASES[0], dtype, "cpu").items()}

@@ -1,7 +1,13 @@
 """What the ops on linear layers do with their arguments first: autocast, checks, rows."""
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+_Out = TypeVar("_Out")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -21,6 +27,19 @@ def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Ten
     if dtype is None:
         return x, weight, bias
     return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def without_autocast(op: Callable[..., _Out]) -> Callable[..., _Out]:
+    """`op` with autocast off: its arguments are cast already, and what it makes of them is meant to stay so."""
+
+    @functools.wraps(op)
+    def exact(x: Tensor, *args, **kwargs) -> _Out:
+        if autocast_dtype(x) is None:
+            return op(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return op(x, *args, **kwargs)
+
+    return exact
 
 
 def check_x(x: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
@@ -18,7 +19,7 @@ Step = Callable[[Tensor, str, Tensor | None, Tensor | None, Tensor | None], Tens
 
 def obstacle(module: nn.Module) -> str | None:
     """Why `module`'s product must stay its own call, or None where a kernel may read its weight and bias instead."""
-    if type(module) is not nn.Linear:
+    if not is_plain_linear(module):
         return f"{type(module).__name__} is not torch.nn.Linear"
     has = module.__dict__
     if "forward" in has:

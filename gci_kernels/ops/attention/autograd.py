@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gci_kernels.ops.arguments import without_autocast
+
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
 _library.define(
     "low_rank_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? segments, str impl) "
@@ -27,6 +29,7 @@ def _module(impl: str) -> ModuleType:
     return importlib.import_module(f"gci_kernels.ops.attention.{impl}")
 
 
+@without_autocast
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +41,7 @@ def _forward_fake(q, k, v, num_heads, segments, impl):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=lse_dtype)
 
 
+@without_autocast
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None,
     impl: str,

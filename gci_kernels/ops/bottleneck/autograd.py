@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import Plan
-from gci_kernels.ops.arguments import from_rows, rows
+from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.bottleneck import run
 from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
@@ -47,6 +47,7 @@ def _drop(seed: Tensor | None, dropout_p: float, A: Tensor) -> Dropout | None:
     return None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
 
 
+@without_autocast
 def _bottleneck(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None,
     segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
@@ -66,6 +67,7 @@ def _bottleneck_fake(x, weight, bias, A, B, weights, segments, past, seed, name,
     return x.new_empty(*x.shape[:-1], B.shape[0]), *(x.new_empty(shape, dtype=dtype) for shape, dtype in others)
 
 
+@without_autocast
 def _bottleneck_backward(
     dy: Tensor, dshown: Tensor | None, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor,
     weights: Tensor | None, segments: Tensor | None, past: Tensor | None, seed: Tensor | None,

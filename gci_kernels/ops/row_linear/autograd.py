@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.arguments import from_rows, rows
+from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.upcast import reduced
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
@@ -30,6 +30,7 @@ def _module(form: str) -> ModuleType:
     return importlib.import_module(f"gci_kernels.ops.row_linear.{form if form in ('triton', 'upcast') else 'aten'}")
 
 
+@without_autocast
 def _row_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None,
     form: str,
@@ -44,6 +45,7 @@ def _row_linear_fake(x, weight, bias, active, positions, active_bias, form):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@without_autocast
 def _row_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, form: str, needs: list[bool]
 ) -> list[Tensor]:

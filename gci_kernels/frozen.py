@@ -1,0 +1,41 @@
+"""The frozen linear layers of a patched model, whose instances change their class to run `ops.frozen_linear`."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from gci_kernels.ops.frozen_linear import frozen_linear, takes
+from gci_kernels.swapped import Swapped, subclass
+
+if TYPE_CHECKING:  # what the mixin is mixed with
+    _Layer = nn.Linear
+else:
+    _Layer = object
+
+
+class UpcastLinear(Swapped, _Layer):
+    """Mixin for a torch.nn.Linear: float32 products where they are faster than the library's, else its own forward."""
+
+    def forward(self, forward, input: Tensor) -> Tensor:
+        if takes(input, self.weight, self.bias):
+            return frozen_linear(input, self.weight, self.bias)
+        return forward(self, input)
+
+
+def swap_all(model: nn.Module) -> None:
+    """Every layer that is a plain torch.nn.Linear without a gradient; others are left as they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.__class__ = subclass(nn.Linear, UpcastLinear)
+
+
+def swap_back(model: nn.Module) -> None:
+    """Undoes :func:`swap_all`."""
+    for module in model.modules():
+        if isinstance(module, UpcastLinear):
+            module.__class__ = nn.Linear
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes x @ W.T + b and nothing else: a torch.nn.Linear as it is, or swapped by us."""
+    return type(module) is nn.Linear or isinstance(module, UpcastLinear)

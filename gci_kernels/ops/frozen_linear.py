@@ -1,0 +1,87 @@
+"""A frozen linear layer through float32 products, for CPUs without a fast product of its dtype (ops/upcast.py)."""
+
+import torch
+from torch import Tensor
+
+from gci_kernels import native
+from gci_kernels.ops.arguments import check_tensor, check_x, from_rows, rows, without_autocast
+from gci_kernels.ops.upcast import large_product, upcast_from, upcast_obstacle
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x @ W.T + b, rounded once, and dX by the same means; W and b get no gradient.
+
+    Differentiable once, in x. Nothing is saved for backward but W, which is alive anyway. Deterministic for a given
+    number of threads.
+
+    Args:
+        x: [..., in], bfloat16 or float16, on a CPU. Rows that are not contiguous are copied once.
+        weight: [out, in] in x's dtype, without a gradient.
+        bias: [out] in x's dtype, without a gradient, or None.
+
+    Returns:
+        [..., out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    check_x(x)
+    if obstacle := upcast_obstacle(x.device.type, x.dtype):
+        raise ValueError(f"frozen_linear cannot run here: {obstacle}")
+    check_tensor("weight", weight, (None, x.shape[-1]), x, same_dtype=True)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=True)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
+        raise ValueError("weight and bias must be frozen: frozen_linear forms no gradient of them")
+    return torch.ops.gci_kernels.frozen_linear(x, weight, bias)
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`frozen_linear` can take these operands of a linear layer, and is faster than the library."""
+    start = upcast_from(x.dtype, native.ISA) if x.device.type == "cpu" else None
+    if start is None or x.dtype != weight.dtype or x.numel() < start * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (weight.requires_grad or bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
+
+
+@without_autocast
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def finish(sums: Tensor, _: slice, columns: slice) -> Tensor:
+        return sums if bias is None else sums.add_(bias[columns])
+
+    y = x.new_empty(x.numel() // x.shape[-1], weight.shape[0])
+    return from_rows(large_product(rows(x), y, lambda columns: weight[columns].float().t(), finish), x)
+
+
+@without_autocast
+def _dx(dy: Tensor, weight: Tensor) -> Tensor:
+    dx = dy.new_empty(dy.numel() // weight.shape[0], weight.shape[1])
+    large_product(rows(dy), dx, lambda columns: weight[:, columns].float(), lambda sums, *_: sums)
+    return dx.view(*dy.shape[:-1], weight.shape[1])
+
+
+def _backward(ctx, dy):
+    (weight,) = ctx.saved_tensors
+    return torch.ops.gci_kernels.frozen_linear_dx(dy, weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+def _no_double_backward(ctx, *gradients):
+    raise RuntimeError("gci_kernels has no second derivative; leave upcast_frozen out where one is needed")
+
+
+_library = torch.library.Library("gci_kernels", "FRAGMENT")
+_library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("frozen_linear_dx(Tensor dy, Tensor weight) -> Tensor")
+_library.impl("frozen_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("frozen_linear_dx", _dx, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "gci_kernels::frozen_linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_library
+)
+torch.library.register_fake(
+    "gci_kernels::frozen_linear_dx", lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]), lib=_library
+)
+torch.library.register_autograd(
+    "gci_kernels::frozen_linear", _backward, lib=_library,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)  # fmt: skip
+torch.library.register_autograd("gci_kernels::frozen_linear_dx", _no_double_backward, lib=_library)
