@@ -2,7 +2,7 @@
 // nothing to pack; here the small operand stays in cache and the large one is read once, in order.
 //
 // The columns of a product are worked on in strips as wide as a tile. The operand with the columns lies packed, strip by
-// strip, so that a tile reads it line after line from the first-level cache: in place its rows are a page apart.
+// strip: a tile reads it line after line from the first-level cache. In place its rows are a page apart.
 #include <omp.h>
 
 #include "cpu/isa.h"
@@ -11,6 +11,7 @@ namespace gci::GCI_ISA {
 namespace {
 
 constexpr int64_t strip = tile_vectors * lanes;
+constexpr int64_t line = 16;  // floats of a line of the cache
 
 // Rows of a tile that is `vectors` wide: enough independent sums to hide the latency of a multiply-add, and few enough to
 // stay in registers. At most 8: rows of x may all fall into one set of the first-level cache, which has 8 places or more.
@@ -28,6 +29,16 @@ struct Sums {
   int64_t ld;
   bool accumulate;
 };
+
+// c[rows, columns] (+)= whole[rows, width], of which only these columns exist in c. One copy for all tiles, as of the other
+// noinline functions: it spares compiling time.
+__attribute__((noinline)) void add_part(const float* whole, int rows, int width, Sums c, int64_t columns) {
+  for (int m = 0; m < rows; ++m)
+    for (int64_t j = 0; j < columns; ++j) {
+      float& target = c.data[m * c.ld + j];
+      target = c.accumulate ? whole[m * width + j] + target : whole[m * width + j];
+    }
+}
 
 // c[Rows, columns] (+)= sum over k of a[m, k] * b[k * ld_b + column], accumulators in registers. They start at zero and
 // c is added last: a long sum made of blocks rounds less than one running sum. b has Vectors * lanes columns.
@@ -49,16 +60,18 @@ inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int
       for (int j = 0; j < Vectors; ++j) sum[m][j] += scalar * operand[j];
     }
   }
-  const int64_t last = columns - (Vectors - 1) * lanes;  // columns of the last vector that exist in c
+  if (columns < Vectors * lanes) {
+    alignas(64) float whole[Rows * Vectors * lanes];
+    for (int m = 0; m < Rows; ++m)
+      for (int j = 0; j < Vectors; ++j) store(whole + (m * Vectors + j) * lanes, sum[m][j]);
+    return add_part(whole, Rows, Vectors * lanes, c, columns);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       float* target = c.data + m * c.ld + j * lanes;
-      if (j == Vectors - 1 && last < lanes)
-        store_part(target, c.accumulate ? sum[m][j] + load_part(target, last) : sum[m][j], last);
-      else
-        store(target, c.accumulate ? sum[m][j] + load(target) : sum[m][j]);
+      store(target, c.accumulate ? sum[m][j] + load(target) : sum[m][j]);
     }
 }
 
@@ -101,17 +114,27 @@ inline int64_t padded_width(int64_t n) { return (n + skinny_padding - 1) / skinn
 struct Ahead {
   const float* y;
   int64_t ld, rows, per_row, share;
-  int64_t row = 0, line = 0;
+  int64_t row = 0, at = 0;
 
   // `all_rows`: of how many rows_done will be told.
   Ahead(const float* from, int64_t ld_y, int64_t some, int64_t width, int64_t all_rows)
-      : y(from), ld(ld_y), rows(some), per_row((width + 15) / 16), share((rows * per_row + all_rows - 1) / all_rows) {}
+      : y(from), ld(ld_y), rows(some), per_row((width + line - 1) / line), share((rows * per_row + all_rows - 1) / all_rows) {}
 
-  void rows_done(int64_t count) {
+  __attribute__((noinline)) void rows_done(int64_t count) {
     for (int64_t i = 0; i < count * share && row < rows; ++i) {
-      __builtin_prefetch(y + row * ld + line * 16, 0, 2);
-      if (++line == per_row) line = 0, ++row;
+      __builtin_prefetch(y + row * ld + at * line, 0, 2);
+      if (++at == per_row) at = 0, ++row;
     }
+  }
+};
+
+// This thread's part of `count` things: from, and to. Parts are multiples of `unit` and differ by one unit at most.
+struct Share {
+  int64_t first, end;
+  Share(int64_t count, int64_t unit) {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), units = (count + unit - 1) / unit;
+    first = min_of(count, units * me / team * unit);
+    end = min_of(count, units * (me + 1) / team * unit);
   }
 };
 
@@ -119,7 +142,7 @@ constexpr int64_t block_tokens = 64;  // tokens whose y is packed, and then used
 constexpr int64_t group = 4 * strip;  // columns of y that are packed together: longer pieces of its rows
 
 // packed[width / strip, block_tokens, strip] = y[rows, width], zeros beyond width.
-inline void pack_strips(const float* y, int64_t ld_y, int64_t rows, int64_t width, float* packed) {
+__attribute__((noinline)) void pack_strips(const float* y, int64_t ld_y, int64_t rows, int64_t width, float* packed) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = y + i * ld_y;
     int64_t column = 0;
@@ -133,19 +156,28 @@ inline void pack_strips(const float* y, int64_t ld_y, int64_t rows, int64_t widt
   }
 }
 
+inline void turn_line(const float* from, float* to, int64_t step) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < line; ++i) to[i * step] = from[i];
+}
+
 }  // namespace
 
 // Strip after strip, each [k, columns of the strip]; the last one may be narrower.
 void pack_panel(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n) {
   const int64_t padded = padded_width(n);
-  constexpr int64_t rows_together = 16;  // a transposing pack then reads whole lines
   for (int64_t column = 0; column < padded; column += strip) {
-    const int64_t width = min_of(strip, padded - column);
+    const int64_t width = min_of(strip, padded - column), real = min_of(width, n - column);
+    const float* from = source + column * stride_j;
     float* to = panel + column * k;
-    for (int64_t start = 0; start < k; start += rows_together)
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = start; i < min_of(start + rows_together, k); ++i)
-          to[i * width + j] = column + j < n ? source[i * stride_i + (column + j) * stride_j] : 0.0f;
+    if (real < width) memset(to, 0, k * width * sizeof(float));
+    for (int64_t start = 0; start < k; start += line) {
+      if (stride_i == 1 && start + line <= k)
+        for (int64_t j = 0; j < real; ++j) turn_line(from + start + j * stride_j, to + start * width + j, width);
+      else
+        for (int64_t i = start; i < min_of(start + line, k); ++i)
+          for (int64_t j = 0; j < real; ++j) to[i * width + j] = from[i * stride_i + j * stride_j];
+    }
   }
 }
 
@@ -154,52 +186,47 @@ void project(const float* x, int64_t ld_x, const float* panel, float* out, int64
              int64_t n, int threads) {
   const int64_t padded = padded_width(n);
   constexpr int64_t depth = 2048 / lanes;  // rows of a strip of the panel: 24 KB stay in the first-level cache
-  const int64_t blocks = (tokens + block_tokens - 1) / block_tokens;
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t t = block * block_tokens, rows = min_of(block_tokens, tokens - t);
-    for (int64_t start = 0; start < k; start += depth)
-      for (int64_t column = 0; column < n; column += strip) {
-        const int64_t ld = min_of(strip, padded - column);
-        multiply(Scalars{x + t * ld_x + start, ld_x, 1}, panel + column * k + start * ld, ld,
-                 Sums{out + t * ld_out + column, ld_out, start > 0}, rows, min_of(depth, k - start),
-                 min_of(strip, n - column), [](int64_t) {});
-      }
+#pragma omp parallel num_threads(threads)
+  {
+    const Share share(tokens, 8);
+    for (int64_t t = share.first; t < share.end; t += block_tokens)
+      for (int64_t start = 0; start < k; start += depth)
+        for (int64_t column = 0; column < n; column += strip) {
+          const int64_t ld = min_of(strip, padded - column);
+          multiply(Scalars{x + t * ld_x + start, ld_x, 1}, panel + column * k + start * ld, ld,
+                   Sums{out + t * ld_out + column, ld_out, start > 0}, min_of(block_tokens, share.end - t),
+                   min_of(depth, k - start), min_of(strip, n - column), [](int64_t) {});
+        }
   }
 }
 
-// Each thread sums its share of the tokens into a partial of its own, the first one into out; the partials are added in
-// thread order, so the same inputs and the same number of threads give the same bits.
-void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial, int64_t tokens,
-            int64_t r, int64_t n, int threads) {
+// Each thread has some of y's columns to itself, so that the bits do not depend on how many threads there are.
+void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r, int64_t n,
+            int threads) {
+  if (tokens == 0) memset(out, 0, r * n * sizeof(float));
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t first = tokens * me / team, end = tokens * (me + 1) / team;
-    float* mine = me ? partial + (me - 1) * r * n : out;
-    if (first == end) memset(mine, 0, r * n * sizeof(float));
+    const Share share(n, line);
     alignas(64) float packed[block_tokens * group];
-    for (int64_t t = first; t < end; t += block_tokens) {
-      const int64_t rows = min_of(block_tokens, end - t), later = min_of(block_tokens, end - t - rows);
-      for (int64_t start = 0; start < n; start += group) {
-        const int64_t width = min_of(group, n - start), strips = (width + strip - 1) / strip;
+    for (int64_t t = 0; t < tokens; t += block_tokens) {
+      const int64_t rows = min_of(block_tokens, tokens - t), later = min_of(block_tokens, tokens - t - rows);
+      for (int64_t start = share.first; start < share.end; start += group) {
+        const int64_t width = min_of(group, share.end - start), rest = share.end - start - width;
         const float* here = y + t * ld_y + start;
         pack_strips(here, ld_y, rows, width, packed);
         // What is packed next: the columns beside these, or the first ones of the next tokens.
-        Ahead ahead = start + width < n ? Ahead(here + width, ld_y, rows, min_of(group, n - start - width), strips * r)
-                                        : Ahead(y + (t + rows) * ld_y, ld_y, later, min_of(group, n), strips * r);
+        const int64_t calls = (width + strip - 1) / strip * r;
+        Ahead ahead = rest > 0 ? Ahead(here + width, ld_y, rows, min_of(group, rest), calls)
+                               : Ahead(y + (t + rows) * ld_y + share.first, ld_y, later,
+                                       min_of(group, share.end - share.first), calls);
         for (int64_t column = 0; column < width; column += strip)
           multiply(Scalars{u + t * ld_u, 1, ld_u}, packed + column * block_tokens, strip,
-                   Sums{mine + start + column, n, t > first}, r, rows, min_of(strip, width - column),
+                   Sums{out + start + column, n, t > 0}, r, rows, min_of(strip, width - column),
                    [&](int64_t count) { ahead.rows_done(count); });
       }
     }
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < r * n; ++i)
-      for (int64_t other = 0; other < team - 1; ++other) out[i] += partial[other * r * n + i];
   }
 }
 

@@ -12,7 +12,7 @@ void attention_backward(const AttentionArgs&, const AttentionRows&, const Attent
 void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, int);
 void project(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, int64_t, int);
 void pack_panel(const float*, int64_t, int64_t, float*, int64_t, int64_t);
-void reduce(const float*, int64_t, const float*, int64_t, float*, float*, int64_t, int64_t, int64_t, int);
+void reduce(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int);
 void pack_pairs(const void*, DType, int64_t, int64_t, void*, int64_t, int64_t);
 void decode(const DecodeArgs&, const AttendArgs*, const DecodeBase&, float*, int);
 #if defined(__AVX512BF16__)
