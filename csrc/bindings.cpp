@@ -119,10 +119,9 @@ PYBIND11_MODULE(_native, module) {
       nogil);
   module.def(
       "reduce",
-      [](Address u, int64_t ld_u, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens, int64_t r,
-         int64_t n, int threads) {
-        kernels().reduce(at<const float>(u), ld_u, at<const float>(y), ld_y, at<float>(out), at<float>(partial), tokens,
-                         r, n, threads);
+      [](Address u, int64_t ld_u, Address y, int64_t ld_y, Address out, int64_t tokens, int64_t r, int64_t n,
+         int threads) {
+        kernels().reduce(at<const float>(u), ld_u, at<const float>(y), ld_y, at<float>(out), tokens, r, n, threads);
       },
       nogil);
   module.def(

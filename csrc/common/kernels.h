@@ -70,15 +70,17 @@ struct Kernels {
   // project: out[tokens, n] = x[tokens, k] @ panel[k, n_padded]; the panel is packed by pack_panel.
   void (*project)(const float* x, int64_t ld_x, const float* panel, float* out, int64_t ld_out, int64_t tokens,
                   int64_t k, int64_t n, int threads);
-  // panel[i, j] = source[i * stride_i + j * stride_j] for j < n, else 0; rows padded to skinny_padding.
+  // panel[i, j] = source[i * stride_i + j * stride_j] for j < n, else 0; n_padded: to skinny_padding. The order in memory
+  // is project's own.
   void (*pack_panel)(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n);
-  // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n]; partial holds (threads - 1) * r * n floats.
-  void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, float* partial,
-                 int64_t tokens, int64_t r, int64_t n, int threads);
+  // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n].
+  void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r,
+                 int64_t n, int threads);
 
   // The same for bfloat16 x, u and y with float32 sums and results, and expand: y[tokens, n] += u[tokens, r] @ panel.
-  // Null without AVX512_BF16, pack_pairs too. The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2]
-  // bfloat16: pack_pairs, from float32 or bfloat16; u of reduce transposed, [r, tokens].
+  // reduce's partial holds (threads - 1) * r * n floats.
+  // Null without AVX512_BF16, pack_pairs too. The small operand comes in pairs along the summed dimension,
+  // [ceil(k / 2), n_padded, 2] bfloat16: pack_pairs, from float32 or bfloat16; u of reduce transposed, [r, tokens].
   void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
   void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,
                        int64_t k, int64_t n, int threads);

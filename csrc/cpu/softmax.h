@@ -1,9 +1,7 @@
 // The gates of LoRAMoE's experts (arXiv 2312.09979): a softmax over a few logits, of which top_k may leave some out.
 #pragma once
 
-#include <math.h>
-
-#include "cpu/isa.h"
+#include "cpu/lanes.h"
 
 namespace gci::GCI_ISA {
 
@@ -60,6 +58,33 @@ inline void softmax(const H* logits, Acc* gates, int experts, int top_k) {
   for (int n = 0; n < experts; ++n) total += gates[n];
   Acc inverse = Acc(1) / total;
   for (int n = 0; n < experts; ++n) gates[n] *= inverse;
+}
+
+// The same for `tokens` tokens, at most a vector of them, each in a lane of its own: gates[tokens, experts] from logits
+// whose rows are ld apart. top_k chooses token by token. One copy for all callers spares
+// compiling time.
+template <typename H, typename Acc>
+__attribute__((noinline)) void softmax_rows(const H* logits, int64_t ld, Acc* gates, int64_t tokens, int experts, int top_k) {
+  if (top_k < experts) {
+    for (int64_t t = 0; t < tokens; ++t) softmax<H, Acc>(logits + t * ld, gates + t * experts, experts, top_k);
+    return;
+  }
+  typedef Vector<Acc> V;
+  constexpr int count = Lanes<Acc>::count;
+  alignas(64) Acc turned[max_experts * count];
+  for (int n = 0; n < experts; ++n)
+    for (int t = 0; t < count; ++t) turned[n * count + t] = t < tokens ? Acc(widen(logits[t * ld + n])) : Acc(0);
+  V largest = fetch(turned), total = {};
+  for (int n = 1; n < experts; ++n) largest = larger<Acc>(fetch(turned + n * count), largest);
+  for (int n = 0; n < experts; ++n) {
+    const V power = exponential(V(fetch(turned + n * count) - largest));
+    total += power;
+    put(turned + n * count, power);
+  }
+  const V inverse = Acc(1) / total;
+  for (int n = 0; n < experts; ++n) put(turned + n * count, V(fetch(turned + n * count) * inverse));
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int n = 0; n < experts; ++n) gates[t * experts + n] = turned[n * count + t];
 }
 
 }  // namespace gci::GCI_ISA

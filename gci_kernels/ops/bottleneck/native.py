@@ -58,8 +58,9 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
     (tokens, rank), width, lib, threads = u.shape, y.shape[1], extension(), torch.get_num_threads()
-    out, partial = torch.empty(rank, width), torch.empty(threads - 1, rank, width)
+    out = torch.empty(rank, width)
     if _is_half(y):
+        partial = torch.empty(threads - 1, rank, width)
         # No power of two from row to row: those would share the cache's places.
         turned = torch.empty(rank, tokens + 32, dtype=y.dtype)
         turned[:, :tokens].copy_(u.t())
@@ -69,9 +70,8 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
         )  # fmt: skip
     else:
         lib.reduce(
-            u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
-            tokens, rank, width, threads,
-        )  # fmt: skip
+            u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), tokens, rank, width, threads
+        )
     return out
 
 

@@ -16,7 +16,7 @@ _WINS = {
     ("amx", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx512bf16", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("avx512", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
-    ("avx2", torch.float32): {"project": (64, _ANY)},
+    ("avx2", torch.float32): {"project": (64, _ANY), "reduce": (64, _ANY)},
     ("amx", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
     ("avx512bf16", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
 }
