@@ -16,6 +16,7 @@ from gci_kernels.cache import cache_dir
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import choose_decode
 
+_MORE_CUDA = "; GCI_CUDA_ARCH_LIST=9.0a pip install ... builds for another GPU"
 NO_RECORD = "no record: these kernels have never run on real hardware"
 
 
@@ -39,7 +40,7 @@ def _facts(devices: list[torch.device]) -> Table:
     facts.add_row("CPU threads", str(torch.get_num_threads()))
     extension = f"built, {native.ISA}" if native.available() else f"missing: {native.why_unavailable()}"
     facts.add_row("C++ kernels", extension)
-    facts.add_row("CUDA kernels", escape(native.CUDA_BUILD))
+    facts.add_row("CUDA kernels", escape(f"{native.CUDA_BUILD}{_MORE_CUDA}"))
     facts.add_row("OpenMP runtimes", ", ".join(openmp_runtimes()) or "unknown")
     facts.add_row("GPUs", ", ".join(torch.cuda.get_device_name(device) for device in devices) or "none")
     facts.add_row("cache folder", str(cache_dir()))
