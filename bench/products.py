@@ -48,3 +48,8 @@ def fast_dtypes(rates: dict[str, Rates]) -> tuple[str, ...]:
     """The names of those that are float32, or fast beside it."""
     least = FAST * rates["float32"].slower
     return tuple(name for name, rate in rates.items() if name == "float32" or rate.slower >= least)
+
+
+def slowness(rates: dict[str, Rates]) -> dict[str, float]:
+    """How long each takes where float32 takes 1; at least 1/2 and at most 2: products are not all."""
+    return {name: min(2.0, max(0.5, rates["float32"].slower / rate.slower)) for name, rate in rates.items()}

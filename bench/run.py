@@ -20,7 +20,7 @@ from .cases import LayerCase, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
 from .machine import commit, machine, versions
 from .models import ModelError, load_model
-from .products import CANDIDATES, fast_dtypes, product_rates
+from .products import CANDIDATES, fast_dtypes, product_rates, slowness
 from .settings import DTYPES, Settings, add_arguments, check_outputs, device_of, settings_of
 from .timing import Timing, interleave
 from .variants import generations, measure_generation, measure_training, model_variants, random_ids, train_step
@@ -34,8 +34,8 @@ GATE_TRIALS, GATE_TOKENS = 3, 64
 # Seconds for all steps once the first model is loaded: the two and fifteen minutes that are promised, less Python's
 # start and one step that takes longer than foretold.
 SECONDS = {"quick": 95.0, "full": 840.0}
-# The shares of a dtype's steps in its time.
-WEIGHTS = {"layer": 4.0, "training": 10.0, "generate": 4.0, "generate_many": 6.0}
+# The shares of a dtype's steps in its time, as two cores need it.
+WEIGHTS = {"layer": 2.0, "training": 14.0, "generate": 5.0, "generate_many": 12.0}
 # A layer's sizes, each dimension divided by these.
 SHRINKS = {"quick": (16, 8, 4, 2), "full": (16, 8, 4, 2, 1)}
 LEAST_SEQ, LEAST_NEW_TOKENS = 8, 4
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> dict:
         rates = {name: product_rates(getattr(torch, name)) for name in wanted}
     chosen = fast_dtypes(rates) if rates else tuple(DTYPES)
     settings = settings_of(args, tuple(args.dtype or chosen))
-    run = _Run(settings, device)
+    run = _Run(settings, device, slowness(rates))
     return {
         "schema": SCHEMA,
         "machine": machine(device),
@@ -86,9 +86,13 @@ def _run(args: argparse.Namespace) -> dict:
 
 
 class _Run:
-    """The steps of a run, each of which gets its share of the time."""
+    """The steps of a run, each of which gets its share of the time; of dtypes, the slower one gets more of it.
 
-    def __init__(self, settings: Settings, device: torch.device):
+    Args:
+        slowness: dtype -> how long it takes, in any unit; the same for all where it is not known.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, slowness: dict[str, float]):
         self.settings, self.device = settings, device
         self.shrunk: list[dict] = []
         self._budget: Budget
@@ -96,7 +100,8 @@ class _Run:
         self._dtype, self._begun = "", 0  # the steps so far
         parts = {"layer": True, "training": settings.models, "generate": settings.models}
         parts["generate_many"] = settings.models and settings.many > 0
-        self._weights = [WEIGHTS[part] for part, there in parts.items() if there] * len(settings.dtypes)
+        weights = [WEIGHTS[part] for part, there in parts.items() if there]
+        self._weights = [weight * slowness.get(dtype, 1.0) for dtype in settings.dtypes for weight in weights]
 
     def results(self) -> dict[str, list]:
         """The layers and models, dtype by dtype."""
