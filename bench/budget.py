@@ -65,10 +65,10 @@ def largest_fitting(
     def fits(size: Size, measured: Size, taken: float) -> bool:
         return taken / work(measured) * whole(size) <= left()
 
-    for index, (size, larger) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for size, larger in zip(sizes, sizes[1:], strict=False):
         taken = seconds(size)
-        if index == 0 and not fits(sizes[-1], size, taken):
-            taken = min(taken, seconds(size))  # the first one was slowed by all that is done only once
+        if not fits(larger, size, taken):
+            taken = min(taken, seconds(size))  # what is done only once, or other work, may have slowed the first run
         if fits(sizes[-1], size, taken):
             break
         if not fits(larger, size, taken):

@@ -59,9 +59,10 @@ def notes(result: dict) -> list[str]:
         )
     if result["shrunk"]:
         minutes = 2 if settings["quick"] else 15
-        listed = "; ".join(f"{each['dtype']} {each['what']}: {each['used']}, not {each['wanted']}"
-                           for each in result["shrunk"])  # fmt: skip
-        lines.append(f"Less was measured, to end within {minutes} minutes: {listed}.")
+        lines.append(f"Less was measured, to end within {minutes} minutes.")
+        for dtype, less in itertools.groupby(result["shrunk"], key=lambda each: each["dtype"]):
+            listed = "; ".join(f"{each['what']} {each['used']}, not {each['wanted']}" for each in less)
+            lines.append(f"{dtype}: {listed}.")
     return lines
 
 

@@ -37,7 +37,7 @@ SECONDS = {"quick": 95.0, "full": 840.0}
 # The shares of a dtype's steps in its time, as two cores need it.
 WEIGHTS = {"layer": 2.0, "training": 14.0, "generate": 5.0, "generate_many": 12.0}
 # A layer's sizes, each dimension divided by these.
-SHRINKS = {"quick": (16, 8, 4, 2), "full": (16, 8, 4, 2, 1)}
+SHRINKS = {"quick": (8, 4, 2), "full": (8, 4, 2, 1)}
 LEAST_SEQ, LEAST_NEW_TOKENS = 8, 4
 
 
@@ -182,7 +182,7 @@ class _Run:
             fns = {name: variant.step for name, variant in variants.items()}
             before = {name: variant.change for name, variant in variants.items()}
             times = interleave(fns, device=self.device, before=before, **self._how())
-            result.update(self._compare("layer", times))
+            result.update(self._compare("timing the layer", times))
             result["floor_seconds"] = floor_of(case, self.device)
         return result
 
@@ -250,10 +250,10 @@ class _Run:
             for model in variants.values():
                 train_step(model, ids)
 
-        # The timed rounds, one for the peak, a forward for what is saved; the gate's steps and its float64 model's.
+        # The timed rounds, one for the peak and one for what is saved; the gate's steps and its float64 model's.
         return largest_fitting(
             sizes, round_of, work=math.prod, left=self._budget.step_left,
-            whole=lambda size: (LEAST_ROUNDS + 1.5) * math.prod(size) + 3 * gate_tokens(*size),
+            whole=lambda size: (LEAST_ROUNDS + 2) * math.prod(size) + 3 * gate_tokens(*size),
         )  # fmt: skip
 
     def _generate(self, part: str, variants: dict[str, nn.Module], tokenizer: Any, batch: int) -> dict:
