@@ -46,7 +46,7 @@ def _reason(said: str) -> str:
         (os.strerror(errno.ENOSPC), "the disk is full"),
         (os.strerror(errno.EFBIG), "a file may not be as large as it is"),
         ("No module named pip", "this Python has no pip"),
-        ("No matching distribution", "no package index that pip can reach has it; is there a network?"),
+        ("No matching distribution", "pip reaches no package index that has it (no network?)"),
     ):
         if sign in said:
             return reason
