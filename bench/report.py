@@ -1,5 +1,6 @@
 """The results of a run as tables for a terminal and as a picture. Both read the JSON form alone."""
 
+import itertools
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +18,13 @@ TIMED = ("train", "generate", "generate_many")  # the parts of a model's results
 
 def print_tables(result: dict, console: Console) -> None:
     """Print one table of layers, one of each dtype's model, and where they were measured."""
-    if result["layers"]:
-        console.print(layer_table(result))
+    for _, layers in itertools.groupby(result["layers"], key=lambda layer: _shape(layer["case"])):
+        console.print(layer_table(list(layers)))
     for model in result["models"]:
         console.print(model_table(result, model))
         console.print(_agreement(model["generate"]), markup=False, highlight=False)
+    for line in notes(result):
+        console.print(line, markup=False, highlight=False)
     if _widest_spread(result) > DOUBTFUL_SPREAD:
         console.print(
             f"[yellow]Some times vary by more than ±{DOUBTFUL_SPREAD:.0%}: was the machine busy with other work?[/]"
@@ -29,24 +32,58 @@ def print_tables(result: dict, console: Console) -> None:
     console.print(f"[dim]{escape(provenance(result))}[/]", highlight=False)
 
 
+def _timed(result: dict) -> list[dict]:
+    """All parts of a result that hold times."""
+    return [*result["layers"], *(model[part] for model in result["models"] for part in TIMED if part in model)]
+
+
 def _widest_spread(result: dict) -> float:
-    parts = [*result["layers"], *(model[part] for model in result["models"] for part in TIMED if part in model)]
-    return max(_half_span(timing) for part in parts for timing in part["seconds"].values())
+    return max(_half_span(timing) for part in _timed(result) for timing in part["seconds"].values())
 
 
-def layer_table(result: dict) -> Table:
-    case = result["layers"][0]["case"]
+def _rounds(result: dict) -> str:
+    """How many: "10", or "3 to 10"."""
+    counts = {len(timing["samples"]) for part in _timed(result) for timing in part["seconds"].values()}
+    return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+
+
+def notes(result: dict) -> list[str]:
+    """What was not measured, or less than asked for, and why."""
+    settings, products, lines = result["settings"], result["products"], []
+    for dtype in result["left_out"]:
+        rates = {name: products[name] for name in (dtype, "float32")}
+        named = [f"{name} {_number(rate['forward'])} and {_number(rate['dx'])}" for name, rate in rates.items()]
+        lines.append(
+            f"{dtype} was left out: PyTorch multiplies it slowly here (GFLOP/s forward and dX: {', '.join(named)}); "
+            f"--dtype {dtype} measures it."
+        )
+    if result["shrunk"]:
+        minutes = 2 if settings["quick"] else 15
+        lines.append(f"Less was measured, to end within {minutes} minutes.")
+        for dtype, less in itertools.groupby(result["shrunk"], key=lambda each: each["dtype"]):
+            listed = "; ".join(f"{each['what']} {each['used']}, not {each['wanted']}" for each in less)
+            lines.append(f"{dtype}: {listed}.")
+    return lines
+
+
+def layer_table(layers: list[dict]) -> Table:
+    """Of layers that have the same shape."""
+    case = layers[0]["case"]
     table = _table(
         f"One {METHODS[case['method']]} layer, {_size(case)}, {case['in_features']} to "
         f"{case['out_features']}, {case['tokens']} tokens: forward and backward"
     )
-    for layer in result["layers"]:
+    for layer in layers:
         _row(table, f"{layer['case']['dtype']}, ms", _cells(layer["seconds"], unit=1000))
         _ratio_rows(table, layer)
         if layer["floor_seconds"]:
             _row(table, "  per cent of the roofline", _of_floor(layer))
         table.add_section()
     return table
+
+
+def _shape(case: dict) -> tuple[int, int, int]:
+    return case["tokens"], case["in_features"], case["out_features"]
 
 
 def _size(case: dict) -> str:
@@ -63,10 +100,10 @@ def _of_floor(layer: dict) -> dict[str, str]:
 
 
 def model_table(result: dict, model: dict) -> Table:
-    settings, train = result["settings"], model["train"]
+    method, train = METHODS[result["settings"]["method"]], model["train"]
     table = _table(
-        f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {METHODS[settings['method']]} "
-        f"({model['trainable'] / 1e6:.1f}M trained), {model['dtype']}, batch {settings['batch']}x{settings['seq']}"
+        f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {method} "
+        f"({model['trainable'] / 1e6:.1f}M trained), {model['dtype']}, batch {train['batch']}x{train['seq']}"
     )
     _row(table, "train step, tokens/s", _cells(train["tokens_per_second"]))
     _ratio_rows(table, train)
@@ -92,7 +129,7 @@ def provenance(result: dict) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("gci_kernels", "torch", "transformers", "peft"))
     at = f", commit {commit['sha'][:10]}{' with changes' if commit['changed'] else ''}" if commit else ""
     return (
-        f"Medians of {result['settings']['rounds']} interleaved rounds; ± is half the span of the middle 80%. Adapter "
+        f"Medians of {_rounds(result)} interleaved rounds; ± is half the span of the middle 80%. Adapter "
         "tax: time over the frozen base's, which carries the gradient to its input as well. A train step is forward "
         f"and backward, without the optimizer; adapters in {_adapters(result)}.\n{where}; {named}{at}"
     )

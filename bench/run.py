@@ -1,237 +1,306 @@
 """`gci-kernels bench`: the frozen base, eager PyTorch and gci_kernels, on one layer and on a whole model."""
 
 import argparse
-import importlib.util
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from gci_kernels.cache import write_whole
+from gci_kernels.progress import Bar, bar
 
 from . import report
-from .cases import METHODS, floor_of, layer_case, layer_variants, make_inputs
+from .budget import LEAST_ROUNDS, Budget, halvings, largest_fitting
+from .cases import LayerCase, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
 from .machine import commit, machine, versions
-from .models import RANDOM_LLAMAS, ModelError, load_model
+from .models import ModelError, load_model
+from .products import CANDIDATES, fast_dtypes, product_rates, slowness
+from .settings import DTYPES, Settings, add_arguments, check_outputs, device_of, settings_of
 from .timing import Timing, interleave
-from .variants import measure_generation, measure_training, model_variants, random_ids
+from .variants import generations, measure_generation, measure_training, model_variants, random_ids, train_step
 
-SCHEMA = 1
-# Trials and tokens of the model's correctness gate: enough tokens for the plan that a train step is timed with.
-GATE_SHAPE = (3, 64)
-DTYPES = ["float32", "bfloat16", "float16"]
+__all__ = ["add_arguments", "main"]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The options, with their defaults filled in."""
-
-    model: str
-    method: str
-    dtypes: tuple[str, ...]
-    device: str
-    batch: int
-    seq: int
-    new_tokens: int
-    many: int  # sequences generated together, beside one alone; 0: not measured
-    rounds: int
-    adapter_dtype: str
-    quick: bool
-    layers: bool
-    models: bool
-
-    def adapter(self, dtype: torch.dtype) -> torch.dtype:
-        """The adapters' dtype in a model of `dtype`."""
-        return torch.float32 if self.adapter_dtype == "float32" else dtype
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sizes = "|".join(RANDOM_LLAMAS)
-    parser.add_argument(
-        "--model", default="smollm2", help=f"smollm2 (default), random-llama[:{sizes}], a local folder, or a hub id"
-    )
-    parser.add_argument("--method", choices=METHODS, default="loramoe")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, nargs="+", help="default: float32 and bfloat16; on CUDA, float16 as well"
-    )
-    parser.add_argument(
-        "--adapter-dtype",
-        choices=["model", "float32"],
-        default="model",
-        help="model (default): adapters in the model's dtype; float32: PEFT's default, slower in eager PyTorch",
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--batch", type=_positive, default=2, help="sequences in a train step (default: %(default)s)")
-    parser.add_argument("--seq", type=_positive, help="tokens in a sequence (default: 256; --quick: 128)")
-    parser.add_argument("--new-tokens", type=_positive, help="tokens to generate (default: 32; --quick: 16)")
-    parser.add_argument("--rounds", type=_positive, help="how often each variant is timed (default: 10; --quick: 3)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--layers-only", action="store_true", help="time single layers, no model")
-    part.add_argument("--model-only", action="store_true", help="time the model, no single layers")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes: two minutes on 2 cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, every sample included")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the model's numbers")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
+SCHEMA = 2
+# Of the model's correctness gate: trials, and tokens of each, enough for the plan that a train step is timed with. A
+# smaller step's gate has as many tokens as the step.
+GATE_TRIALS, GATE_TOKENS = 3, 64
+# Seconds for all steps once the first model is loaded: the two and fifteen minutes that are promised, less Python's
+# start and one step that takes longer than foretold.
+SECONDS = {"quick": 95.0, "full": 840.0}
+# The shares of a dtype's steps in its time, as two cores need it.
+WEIGHTS = {"layer": 2.0, "training": 14.0, "generate": 5.0, "generate_many": 12.0}
+# A layer's sizes, each dimension divided by these.
+SHRINKS = {"quick": (8, 4, 2), "full": (8, 4, 2, 1)}
+LEAST_SEQ, LEAST_NEW_TOKENS = 8, 4
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print, write. Returns 1, with the reason on stderr and no times, where a result is wrong."""
-    settings = _settings(args)
-    _check_outputs(args)
+    check_outputs(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     stderr = Console(stderr=True)
     try:
-        result = _run(settings, stderr)
+        result = _run(args)
     except CorrectnessError as error:
-        stderr.print(f"No times are shown: the correctness gate failed.\n{error}", markup=False, highlight=False)
+        told = f"No times are shown: the correctness gate failed.\n{error}"
+        stderr.print(told, markup=False, highlight=False, soft_wrap=True)
         return 1
     except ModelError as error:
-        stderr.print(str(error), markup=False, highlight=False)
+        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     report.print_tables(result, Console())
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
     if args.plot:
         report.draw(result, args.plot)
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Settings(
-        model=args.model,
-        method=args.method,
-        dtypes=tuple(args.dtype or (DTYPES if device == "cuda" else DTYPES[:2])),
-        device=device,
-        batch=args.batch,
-        seq=args.seq or (128 if args.quick else 256),
-        new_tokens=args.new_tokens or (16 if args.quick else 32),
-        many=0 if args.quick else 8,
-        rounds=args.rounds or (3 if args.quick else 10),
-        adapter_dtype=args.adapter_dtype,
-        quick=args.quick,
-        layers=not args.model_only,
-        models=not args.layers_only,
-    )
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Find out before the minutes of measuring, not after, that the results can't be written."""
-    for path in (args.json, args.plot):
-        if path and not path.resolve().parent.is_dir():
-            raise SystemExit(f"{path}: its folder does not exist")
-    if args.plot and args.layers_only:
-        raise SystemExit("--plot draws the model's numbers: leave out --layers-only")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install 'gci_kernels[bench]'")
-
-
-def _run(settings: Settings, stderr: Console) -> dict:
-    device = torch.device(settings.device)
-    result: dict = {
+def _run(args: argparse.Namespace) -> dict:
+    device, rates = torch.device(device_of(args)), {}
+    if device.type == "cpu":
+        wanted = dict.fromkeys([*CANDIDATES, *(args.dtype or ())])
+        rates = {name: product_rates(getattr(torch, name)) for name in wanted}
+    chosen = fast_dtypes(rates) if rates else tuple(DTYPES)
+    settings = settings_of(args, tuple(args.dtype or chosen))
+    run = _Run(settings, device, slowness(rates))
+    return {
         "schema": SCHEMA,
         "machine": machine(device),
         "versions": versions(),
         "commit": commit(),
         "settings": asdict(settings),
-        "layers": [],
-        "models": [],
+        "products": {name: asdict(rate) for name, rate in rates.items()},
+        "left_out": [] if args.dtype else [name for name in rates if name not in chosen],
+        **run.results(),
+        "shrunk": run.shrunk,
     }
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    ]
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        steps = (
-            settings.layers * (settings.rounds + 1) + settings.models * (3 if settings.many else 2) * settings.rounds
+
+
+class _Run:
+    """The steps of a run, each of which gets its share of the time; of dtypes, the slower one gets more of it.
+
+    Args:
+        slowness: dtype -> how long it takes, in any unit; the same for all where it is not known.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, slowness: dict[str, float]):
+        self.settings, self.device = settings, device
+        self.shrunk: list[dict] = []
+        self._budget: Budget
+        self._bar: Bar
+        self._dtype, self._begun = "", 0  # the steps so far
+        parts = {"layer": True, "training": settings.models, "generate": settings.models}
+        parts["generate_many"] = settings.models and settings.many > 0
+        weights = [WEIGHTS[part] for part, there in parts.items() if there]
+        self._weights = [weight * slowness.get(dtype, 1.0) for dtype in settings.dtypes for weight in weights]
+
+    def results(self) -> dict[str, list]:
+        """The layers and models, dtype by dtype."""
+        settings, layers, models = self.settings, [], []
+        with bar("starting", sum(self._weights)) as self._bar:
+            for self._dtype in settings.dtypes:
+                loaded = self._load() if settings.models else None
+                if self._begun == 0:  # fetching a model takes no time from the steps
+                    self._start_the_clock()
+                layer = self._layer()
+                if settings.layers:
+                    layers.append(layer)
+                if loaded:
+                    models.append(self._model(*loaded))
+        return {"layers": layers, "models": models}
+
+    def _start_the_clock(self) -> None:
+        seconds = SECONDS["quick" if self.settings.quick else "full"]
+        self._budget = Budget(seconds, self._weights)
+        if not self.settings.fixed:
+            self._bar.limit(seconds)
+
+    def _begin(self) -> None:
+        """The next step."""
+        self._budget.begin_step()
+        self._bar.completed = sum(self._weights[: self._begun])
+        self._begun += 1
+
+    def _tell(self, what: str) -> None:
+        self._bar.step(f"{self._dtype}: {what}")
+
+    def _advance(self, what: str) -> Callable[[int, int], None]:
+        """Tells of so many done of so many."""
+        first, weight = self._bar.completed, sum(self._weights[: self._begun]) - self._bar.completed
+
+        def advance(done: int, of: int) -> None:
+            self._bar.reach(first + weight * done / of, f"{done} of {of} {what}")
+
+        return advance
+
+    def _how(self) -> dict[str, Any]:
+        """How interleave is to repeat the present step."""
+        rounds = self.settings.rounds
+        least = rounds if "rounds" in self.settings.fixed else LEAST_ROUNDS
+        return dict(rounds=rounds, least=least, left=self._budget.step_left, advance=self._advance("rounds"))
+
+    def _note(self, what: str, wanted: object, used: object) -> None:
+        if used != wanted:
+            self.shrunk.append({"dtype": self._dtype, "what": what, "wanted": wanted, "used": used})
+
+    def _load(self) -> tuple:
+        self._tell(f"loading {self.settings.model}")
+        return load_model(self.settings.model, getattr(torch, self._dtype), self.device, tell=self._tell)
+
+    def _layer(self) -> dict:
+        """The gate, which the model's gate builds on; and the times, where they are asked for."""
+        settings, dtype = self.settings, getattr(torch, self._dtype)
+        self._begin()
+        self._tell("checking one layer")
+        shrinks = SHRINKS["quick" if settings.quick else "full"]
+        cases = [layer_case(settings.method, dtype, settings.adapter(dtype), shrink=shrink) for shrink in shrinks]
+        # The gate's steps and its truth, a round to warm up, and those that are timed.
+        times = 4 + (1 + LEAST_ROUNDS) * settings.layers
+        case = largest_fitting(
+            cases, self._layer_round, work=_products, whole=lambda case: times * _products(case),
+            left=self._budget.step_left,
+        )  # fmt: skip
+        self._note("layer", _size(cases[-1]), _size(case))
+        inputs = make_inputs(case, self.device)
+        variants = layer_variants(inputs)
+        result = {
+            "case": {k: str(v).removeprefix("torch.") if "dtype" in k else v for k, v in asdict(case).items()},
+            "name": case.name,
+        }
+        result["errors"] = check_layer(inputs, variants)
+        if settings.layers:
+            self._tell("timing one layer")
+            fns = {name: variant.step for name, variant in variants.items()}
+            before = {name: variant.change for name, variant in variants.items()}
+            times = interleave(fns, device=self.device, before=before, **self._how())
+            result.update(self._compare("timing the layer", times))
+            result["floor_seconds"] = floor_of(case, self.device)
+        return result
+
+    def _layer_round(self, case: LayerCase) -> None:
+        for variant in layer_variants(make_inputs(case, self.device)).values():
+            variant.step()
+
+    def _model(self, model: nn.Module, tokenizer: Any) -> dict:
+        settings = self.settings
+        self._tell("adapting the model")
+        variants = model_variants(model, settings.method, settings.adapter(model.dtype))
+        result = {
+            "name": settings.model,
+            "dtype": self._dtype,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "trainable": sum(p.numel() for p in variants["gci"].parameters() if p.requires_grad),
+            **self._train(variants),
+        }
+        for part, batch in {"generate": 1, "generate_many": settings.many}.items():
+            if batch:
+                result[part] = self._generate(part, variants, tokenizer, batch)
+        return result
+
+    def _train(self, variants: dict[str, nn.Module]) -> dict[str, dict]:
+        """The gate's errors, and what a train step takes."""
+        settings = self.settings
+        self._begin()
+        self._tell("finding the size of a train step")
+        batch, seq = self._train_size(variants)
+        self._note("train step", f"{settings.batch}x{settings.seq}", f"{batch}x{seq}")
+        errors = self._check(variants, gate_tokens(batch, seq))
+        self._tell(f"training, {batch}x{seq} tokens")
+        seconds, needs = measure_training(variants, batch=batch, seq=seq, **self._how())
+        train = {**self._compare("training", seconds, tokens=batch * seq), **needs, "batch": batch, "seq": seq}
+        frozen_saved = train["saved"]["frozen"]
+        train["saved_by_adapters"] = {name: train["saved"][name] - frozen_saved for name in ("eager", "gci")}
+        return {"errors": errors, "train": train}
+
+    def _check(self, variants: dict[str, nn.Module], tokens: int) -> dict:
+        """The model's gate, which may take half of what is left of the step, for the times need the rest."""
+        self._tell(f"checking the loss and gradients of {tokens} tokens")
+        for_times, trials = self._budget.step_left() / 2, 0
+
+        def advance(done: int, of: int) -> None:
+            nonlocal trials
+            trials = done
+            self._bar.step(self._bar.text, f"{done} of {of} trials")
+
+        ids = random_ids(variants["frozen"], GATE_TRIALS, tokens)
+        errors = check_model(variants, ids, left=lambda: self._budget.step_left() - for_times, advance=advance)
+        self._note("trials of the model's gate", GATE_TRIALS, trials)
+        return errors
+
+    def _train_size(self, variants: dict[str, nn.Module]) -> tuple[int, int]:
+        """Sequences and their tokens: what is asked for, or the largest halving of one of them that fits."""
+        settings = self.settings
+        sizes = [(settings.batch, settings.seq)]
+        if "seq" not in settings.fixed:
+            sizes = [(settings.batch, seq) for seq in halvings(settings.seq, LEAST_SEQ)]
+        elif "batch" not in settings.fixed:
+            sizes = [(batch, settings.seq) for batch in halvings(settings.batch, 1)]
+
+        def round_of(size: tuple[int, int]) -> None:
+            ids = random_ids(variants["frozen"], *size)
+            for model in variants.values():
+                train_step(model, ids)
+
+        # The timed rounds, one for the peak and one for what is saved; the gate's steps and its float64 model's.
+        return largest_fitting(
+            sizes, round_of, work=math.prod, left=self._budget.step_left,
+            whole=lambda size: (LEAST_ROUNDS + 2) * math.prod(size) + 3 * gate_tokens(*size),
+        )  # fmt: skip
+
+    def _generate(self, part: str, variants: dict[str, nn.Module], tokenizer: Any, batch: int) -> dict:
+        settings, what = self.settings, "generating" if batch == 1 else f"generating {batch} sequences together"
+        self._begin()
+        self._tell(what)
+        counts = [settings.new_tokens]
+        if "new_tokens" not in settings.fixed:
+            counts = halvings(settings.new_tokens, LEAST_NEW_TOKENS)
+
+        def round_of(new_tokens: int) -> None:
+            for call in generations(variants, tokenizer, batch=batch, new_tokens=new_tokens).values():
+                call()
+
+        new_tokens = largest_fitting(
+            counts, round_of, work=float, left=self._budget.step_left,
+            whole=lambda count: (LEAST_ROUNDS + 1) * count,
+        )  # fmt: skip
+        self._note(f"new tokens, {what}", settings.new_tokens, new_tokens)
+        seconds, agreement = measure_generation(
+            variants, tokenizer, batch=batch, new_tokens=new_tokens, **self._how()
         )
-        task = progress.add_task("starting", total=len(settings.dtypes) * steps)
-        for dtype in settings.dtypes:
+        return {**self._compare(what, seconds, tokens=batch * new_tokens), **agreement, "batch": batch}
 
-            def step(what: str, dtype: str = dtype) -> Callable[[], None]:
-                progress.update(task, description=f"{dtype}: {what}")
-                return lambda: progress.advance(task)
-
-            layer = _layer(settings, getattr(torch, dtype), device, step)
-            if settings.layers:
-                result["layers"].append(layer)
-            if settings.models:
-                result["models"].append(_model(settings, dtype, device, step, progress.console.print))
-    return result
-
-
-def _layer(settings: Settings, dtype: torch.dtype, device: torch.device, step: Callable) -> dict:
-    """The gate, which the model's gate builds on; and the times, where they are asked for."""
-    case = layer_case(settings.method, dtype, settings.adapter(dtype), quick=settings.quick)
-    inputs = make_inputs(case, device)
-    variants = layer_variants(inputs)
-    step("checking one layer")
-    result = {
-        "case": {k: str(v).removeprefix("torch.") if "dtype" in k else v for k, v in asdict(case).items()},
-        "name": case.name,
-    }
-    result["errors"] = check_layer(inputs, variants)
-    if settings.layers:
-        fns = {name: variant.step for name, variant in variants.items()}
-        advance = step("timing one layer")
-        before = {name: variant.change for name, variant in variants.items()}
-        times = interleave(fns, device=device, rounds=settings.rounds, before=before, advance=advance)
-        result.update(_compare(times))
-        result["floor_seconds"] = floor_of(case, device)
-    return result
+    def _compare(self, what: str, seconds: dict[str, Timing], tokens: int | None = None) -> dict:
+        """Times by variant, their ratios and, for a given number of tokens, the tokens a second: all JSON."""
+        self._note(f"rounds of {what}", self.settings.rounds, len(seconds["frozen"].samples))
+        result = {
+            "seconds": {name: asdict(timing) for name, timing in seconds.items()},
+            "tax": {name: asdict(seconds[name] / seconds["frozen"]) for name in ("eager", "gci")},
+            "speedup": asdict(seconds["eager"] / seconds["gci"]),
+        }
+        if tokens:
+            result["tokens"] = tokens
+            result["tokens_per_second"] = {name: asdict(timing.rate(tokens)) for name, timing in seconds.items()}
+        return result
 
 
-def _model(settings: Settings, dtype: str, device: torch.device, step: Callable, tell: Callable) -> dict:
-    step(f"loading {settings.model}")
-    model, tokenizer = load_model(settings.model, getattr(torch, dtype), device, tell=tell)
-    variants = model_variants(model, settings.method, settings.adapter(model.dtype))
-    step("checking the model's loss and gradients")
-    errors = check_model(variants, random_ids(model, *GATE_SHAPE))
-    seconds, needs = measure_training(
-        variants, batch=settings.batch, seq=settings.seq, rounds=settings.rounds, advance=step("training")
-    )
-    train = {**_compare(seconds, tokens=settings.batch * settings.seq), **needs}
-    frozen_saved = train["saved"]["frozen"]
-    train["saved_by_adapters"] = {name: train["saved"][name] - frozen_saved for name in ("eager", "gci")}
-    generated = {}
-    for part, batch in {"generate": 1, "generate_many": settings.many}.items():
-        if batch:
-            what = dict(batch=batch, new_tokens=settings.new_tokens, rounds=settings.rounds)
-            seconds, agreement = measure_generation(variants, tokenizer, **what, advance=step("generating"))
-            generated[part] = {**_compare(seconds, tokens=batch * settings.new_tokens), **agreement, "batch": batch}
-    return {
-        "name": settings.model,
-        "dtype": dtype,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trainable": sum(parameter.numel() for parameter in variants["gci"].parameters() if parameter.requires_grad),
-        "errors": errors,
-        "train": train,
-        **generated,
-    }
+def gate_tokens(batch: int, seq: int) -> int:
+    """The tokens of a trial of the gate in front of a train step of such a size: the same plan computes both."""
+    return min(GATE_TOKENS, batch * seq)
 
 
-def _compare(seconds: dict[str, Timing], tokens: int | None = None) -> dict:
-    """Times by variant, their ratios and, for a given number of tokens, the tokens a second: all JSON."""
-    result = {
-        "seconds": {name: asdict(timing) for name, timing in seconds.items()},
-        "tax": {name: asdict(seconds[name] / seconds["frozen"]) for name in ("eager", "gci")},
-        "speedup": asdict(seconds["eager"] / seconds["gci"]),
-    }
-    if tokens:
-        result["tokens"] = tokens
-        result["tokens_per_second"] = {name: asdict(timing.rate(tokens)) for name, timing in seconds.items()}
-    return result
+def _products(case: LayerCase) -> float:
+    """What a layer's work is proportional to."""
+    return case.tokens * case.in_features * case.out_features
+
+
+def _size(case: LayerCase) -> str:
+    return f"{case.tokens} tokens, {case.in_features} to {case.out_features}"

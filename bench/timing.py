@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -43,33 +44,42 @@ def interleave(
     device: torch.device,
     rounds: int,
     warmup: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int, int], None] = lambda done, of: None,
     before: dict[str, Callable[[], object]] | None = None,
     prepare: Callable[[], None] = lambda: None,
+    left: Callable[[], float] = lambda: math.inf,
+    least: int = 1,
 ) -> dict[str, Timing]:
     """Time every function once a round. The order rotates by one each round, so that none always runs first.
 
     Args:
         device: where the functions work; on CUDA the time is that between two events on the stream.
         warmup: rounds that run first and are not counted.
-        advance: called after every round, warm-up rounds included.
+        advance: called after every round, warm-up rounds included, with the number done and how many there will be.
         before: called before the function of the same name, warm-up rounds included, and not timed.
         prepare: called before every function, after that, and not timed; see :func:`cold_cache`.
+        left: the seconds that are left. No round begins that would take longer, as long as the slowest one before.
+        least: rounds that are timed in any case, however little time is left.
 
     Returns:
         name -> seconds for one call.
     """
     names = list(fns)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(warmup + rounds):
-        first = number % len(names)
+    slowest, done, wanted = 0.0, 0, warmup + rounds
+    while done < wanted:
+        begun, first = time.perf_counter(), done % len(names)
         for name in names[first:] + names[:first]:
             if before and name in before:
                 before[name]()
             seconds = _seconds(fns[name], device, prepare)
-            if number >= warmup:
+            if done >= warmup:
                 samples[name].append(seconds)
-        advance()
+        taken = time.perf_counter() - begun
+        slowest, done = max(slowest, taken) if done > warmup else taken, done + 1
+        fitting = int(min(rounds, max(0.0, left()) / slowest))
+        wanted = min(warmup + rounds, max(warmup + least, done + fitting))
+        advance(done, wanted)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from gci_kernels import hardware
+from gci_kernels.cache import make_cache_dir
 from gci_kernels.impl import triton_obstacle
 from gci_kernels.ops import triton_config, tuned
 from gci_kernels.ops.bottleneck import aten
 from gci_kernels.ops.row_linear import aten as row_aten
+from gci_kernels.progress import bar
 from gci_kernels.testing import error_bound, relative_error
 
 from .cases import RANKS
@@ -201,10 +202,11 @@ def main(args: argparse.Namespace) -> int:
     if obstacle or not torch.cuda.is_available():
         stderr.print(f"Nothing to tune here: {obstacle or 'there is no GPU'}", markup=False, highlight=False)
         return 1
+    make_cache_dir()
     device = torch.device("cuda", torch.cuda.current_device())
     layers = args.layer or [(4096, 4096)]
     shapes = [(args.tokens, *layer, *_columns(method)) for layer in layers for method in args.method]
-    found = list(run(shapes, dtype, device, lambda fn: _seconds(fn, device), stderr))
+    found = list(run(shapes, dtype, device, lambda fn: _seconds(fn, device)))
     Console().print(table(found, hardware.gpu(device)[0]))
     return 0
 
@@ -219,17 +221,14 @@ def _columns(method: str) -> tuple[int, ...]:
 
 def run(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device,
-    seconds: Callable[[Callable[[], object]], float], stderr: Console,
+    seconds: Callable[[Callable[[], object]], float],
 ) -> Iterator[Found]:  # fmt: skip
     """Tune every launch of every shape: (tokens, in, out, columns of B, experts), or of LoKI (tokens, in, out)."""
-    with Progress(console=stderr, transient=True) as progress:
-        for shape in shapes:
-            made = row_targets if len(shape) == 3 else targets
-            for target in made(*shape, dtype, device):
-                steps = sum(map(len, FIELDS[target.kernel].values()))
-                task = progress.add_task(f"{target.kernel} {shape}", total=steps)
-                yield tune(target, device, seconds, lambda task=task: progress.advance(task))
-                progress.remove_task(task)
+    for shape in shapes:
+        made = row_targets if len(shape) == 3 else targets
+        for target in made(*shape, dtype, device):
+            with bar(f"{target.kernel} {shape}", sum(map(len, FIELDS[target.kernel].values()))) as progress:
+                yield tune(target, device, seconds, progress.advance)
 
 
 def _seconds(fn: Callable[[], object], device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """A whole model as the frozen base, in eager PyTorch and in gci_kernels, and what is measured of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -94,12 +95,13 @@ def train_step(model: nn.Module, ids: Tensor) -> None:
 
 
 def measure_training(
-    variants: dict[str, nn.Module], *, batch: int, seq: int, rounds: int, advance: Callable[[], None]
+    variants: dict[str, nn.Module], *, batch: int, seq: int, **how: Any
 ) -> tuple[dict[str, Timing], dict[str, dict]]:
     """Times of a train step by variant, and what it needs: "peak_memory" and "copies" in bytes, "saved" a token.
 
     "copies" is what LoKI's layers keep from step to step beside their weights. It is part of neither of the others.
     Before every timed step the adapters' weights change, so the time holds the renewal of those copies.
+    `how` goes to :func:`.timing.interleave`: rounds and the like.
     """
     ids = random_ids(variants["frozen"], batch, seq)
     steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
@@ -111,8 +113,8 @@ def measure_training(
     peak = {name: peak_memory(step, ids.device) for name, step in steps.items()}
     copies = {name: sum(copy.nbytes for copy in kept_copies(model)) for name, model in variants.items()}
     before = {name: lambda model=model: change_adapters(model) for name, model in variants.items()}
-    seconds = interleave(steps, device=ids.device, rounds=rounds, warmup=0, before=before, advance=advance)
-    if rounds % 2:
+    seconds = interleave(steps, device=ids.device, warmup=0, before=before, **how)
+    if len(seconds["frozen"].samples) % 2:
         for change_back in before.values():
             change_back()
     return seconds, {"peak_memory": peak, "saved": saved, "copies": copies}
@@ -142,21 +144,30 @@ def measure_generation(
     *,
     batch: int = 1,
     new_tokens: int,
-    rounds: int,
-    advance: Callable[[], None],
+    **how: Any,
 ) -> tuple[dict[str, Timing], dict]:
     """Times of a generation by variant (prefill included; `batch` rows of the same prompt), and what they agree on.
 
     "same_tokens" counts the tokens before the first that gci and eager choose differently: after it they answer
-    different prompts.
+    different prompts. `how` goes to :func:`.timing.interleave`.
     """
-    frozen = variants["frozen"]
-    prompt = {name: tensor.expand(batch, -1) for name, tensor in make_prompt(frozen, tokenizer).items()}
-    calls = {name: lambda model=model: generate(model.eval(), prompt, new_tokens) for name, model in variants.items()}
+    calls = generations(variants, tokenizer, batch=batch, new_tokens=new_tokens)
     written = {name: call() for name, call in calls.items()}
     agreement = {
         "same_tokens": int((written["gci"] == written["eager"]).cumprod(0).sum()),
         "of": new_tokens,
         "texts": {name: tokenizer.decode(ids) for name, ids in written.items()} if tokenizer else None,
     }
-    return interleave(calls, device=frozen.device, rounds=rounds, warmup=0, advance=advance), agreement
+    return interleave(calls, device=variants["frozen"].device, warmup=0, **how), agreement
+
+
+def generations(
+    variants: dict[str, nn.Module],
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    *,
+    batch: int,
+    new_tokens: int,
+) -> dict[str, Callable[[], Tensor]]:
+    """What :func:`measure_generation` times; each puts its model into evaluation mode."""
+    prompt = {name: tensor.expand(batch, -1) for name, tensor in make_prompt(variants["frozen"], tokenizer).items()}
+    return {name: lambda model=model: generate(model.eval(), prompt, new_tokens) for name, model in variants.items()}

@@ -4,6 +4,10 @@ model = gci_kernels.patch(model, gci_kernels.LoRAMoEConfig(r=4, num_experts=8)) 
 print(gci_kernels.report(model))
 """
 
+# First of all: it keeps other packages' notices out of our commands, and they are given during import.
+from gci_kernels import quiet  # noqa: F401
+
+# isort: split
 from gci_kernels import loki, ops, rega
 from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
 from gci_kernels.tuners import ALoRAConfig, LoKIConfig, LoRAMoEConfig

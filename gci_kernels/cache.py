@@ -1,7 +1,12 @@
 """The folder for what is made once and kept: fetched models, and which kernels have proved themselves here."""
 
 import os
+import tempfile
 from pathlib import Path
+
+
+class CacheError(OSError):
+    """Something could not be kept in the cache folder. The message is one line that says why and what to do."""
 
 
 def cache_dir() -> Path:
@@ -9,3 +14,41 @@ def cache_dir() -> Path:
     if "GCI_CACHE" in os.environ:
         return Path(os.environ["GCI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gci_kernels")
+
+
+def make_cache_dir() -> Path:
+    """The cache folder, made where it is missing and known to be writable: for work whose result is kept in it.
+
+    Raises:
+        CacheError: it can't be made, or nothing can be written there.
+    """
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cache_error(error) from error
+    return folder
+
+
+def cache_error(error: OSError) -> CacheError:
+    """What `error`, met in the cache folder, means for the one who runs the command."""
+    return CacheError(
+        f"the cache folder {cache_dir()} cannot be used: {error.strerror or error}; GCI_CACHE=FOLDER names another one"
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others see as it was or as it will be, never half of it, and that a failure leaves as it was.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(text)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

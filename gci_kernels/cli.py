@@ -1,11 +1,17 @@
 """The command line: gci-kernels info | verify | bench | tune | attribute | select | convert | rega."""
 
 import argparse
+import errno
+import os
 import sys
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+
+from gci_kernels.cache import CacheError
+
+# What is no fault of the program: nothing may be written, or no more.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 
 
 def info(_: argparse.Namespace) -> int:
@@ -21,15 +27,19 @@ def verify(args: argparse.Namespace) -> int:
     import torch
 
     from gci_kernels import hardware
+    from gci_kernels.cache import make_cache_dir
+    from gci_kernels.progress import bar
     from gci_kernels.verify import CASES, DTYPES, IMPLS
     from gci_kernels.verify import verify as run
 
+    on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu:
+        make_cache_dir()  # raises, before the minutes of checking, where no record could be kept
     groups = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verify", total=len(CASES) * len(DTYPES) * len(IMPLS))
+    with bar("verify", len(CASES) * len(DTYPES) * len(IMPLS)) as progress:
         for checks in run(args.device):
             groups.append(checks)
-            progress.advance(task)
+            progress.advance()
     table = Table("impl", "dtype", "checks", "worst tensor", "in case", "error", "allowed", "")
     kinds: dict[tuple[str, str], list] = {}
     for checks in groups:
@@ -46,7 +56,7 @@ def verify(args: argparse.Namespace) -> int:
         print(f"FAILED {check.impl} {check.dtype} {check.case}: {check.tensor} {check.error:.2e} > {check.bound:.2e}")
     print(f"{sum(map(len, groups)) - len(failed)} of {sum(map(len, groups))} checks passed")
     unproved = False
-    if torch.device(args.device).type == "cuda":
+    if on_gpu:
         whole = next((f"{c.case} {c.dtype}: {c.tensor}" for c in failed if c.impl == "triton"), None)
         for record in hardware.renew_all(torch.device(args.device), whole):
             print(f"kernel {record.kernel} on {record.gpu}: {record}")
@@ -57,7 +67,26 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `gci-kernels` and `python -m gci_kernels`."""
+    """Entry point of `gci-kernels` and `python -m gci_kernels`: the exit status.
+
+    What the machine refuses (a cache folder, room on the disk) and an interruption end in one line on stderr; with
+    GCI_DEBUG=1 in a traceback.
+    """
+    try:
+        return _run(argv)
+    except (OSError, KeyboardInterrupt) as error:
+        if os.environ.get("GCI_DEBUG") == "1":
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return 130
+        if not isinstance(error, CacheError) and error.errno not in _REFUSED:
+            raise
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str] | None) -> int:
     from gci_kernels.bench import run as bench
     from gci_kernels.bench import tune
     from gci_kernels.convert import cli as convert

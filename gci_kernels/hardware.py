@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from gci_kernels import native
-from gci_kernels.cache import cache_dir
+from gci_kernels.cache import cache_dir, write_whole
 
 _BOTTLENECK = "ops/bottleneck/triton/"
 _DROPOUT = (_BOTTLENECK + "dropout.py", "ops/bottleneck/philox.py", "ops/triton_config.py")
@@ -166,10 +165,7 @@ def keep(*records: Record) -> None:
         content = {"proved": [record.as_json() for record in (*others, *records)]}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A reader in another process sees the old file or the new one, never half of it.
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="hardware-", delete=False) as file:
-                json.dump(content, file, indent=1)
-            os.replace(file.name, path)
+            write_whole(path, json.dumps(content, indent=1))
         except OSError as error:
             warn_once(f"gci_kernels: {path} could not be written, so kernels are checked again next time: {error}")
         _own.cache_clear()

@@ -1,5 +1,6 @@
 """`gci-kernels info`: what this machine has, what runs on it, and what never ran on real hardware."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -22,7 +23,8 @@ NO_RECORD = "no record: these kernels have never run on real hardware"
 def show(console: Console) -> None:
     """Print everything; nothing is checked or measured for it."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    console.print(_facts(devices))
+    for name, fact in _facts(devices).items():  # a line each: a table would fold paths and reasons in a narrow terminal
+        console.print(f"{name:<17}{fact}", markup=False, highlight=False, soft_wrap=True)
     console.print(_plans(devices[:1]))
     console.print(_kernels(devices))
     console.print(
@@ -31,19 +33,18 @@ def show(console: Console) -> None:
     )
 
 
-def _facts(devices: list[torch.device]) -> Table:
-    facts = Table("", "", title=f"gci_kernels {__version__}", show_header=False)
-    facts.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "transformers", "peft"):
-        facts.add_row(package, _version(package))
-    facts.add_row("CPU threads", str(torch.get_num_threads()))
-    extension = f"built, {native.ISA}" if native.available() else f"missing: {native.why_unavailable()}"
-    facts.add_row("C++ kernels", extension)
-    facts.add_row("CUDA kernels", escape(native.CUDA_BUILD))
-    facts.add_row("OpenMP runtimes", ", ".join(openmp_runtimes()) or "unknown")
-    facts.add_row("GPUs", ", ".join(torch.cuda.get_device_name(device) for device in devices) or "none")
-    facts.add_row("cache folder", str(cache_dir()))
-    return facts
+def _facts(devices: list[torch.device]) -> dict[str, str]:
+    return {
+        "gci_kernels": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **{package: _version(package) for package in ("torch", "triton", "transformers", "peft")},
+        "CPU threads": str(torch.get_num_threads()),
+        "C++ kernels": f"built, {native.ISA}" if native.available() else f"missing: {native.why_unavailable()}",
+        "CUDA kernels": f"{native.CUDA_BUILD}; for other GPUs: GCI_CUDA_ARCH_LIST=9.0a pip install ...",
+        "OpenMP runtimes": ", ".join(openmp_runtimes()) or "unknown",
+        "GPUs": ", ".join(torch.cuda.get_device_name(device) for device in devices) or "none",
+        "cache folder": str(cache_dir()),
+    }
 
 
 def _version(package: str) -> str:
@@ -103,5 +104,10 @@ def _kernels(devices: list[torch.device]) -> Table | str:
         table.add_column(escape(name))
     for kernel in hardware.KERNELS:
         without = hardware.missing(kernel) or "no record"
-        table.add_row(kernel, *(escape(str(cells.get((kernel, name)) or without)) for name in columns))
+        table.add_row(kernel, *(escape(_short(cells.get((kernel, name))) or without) for name in columns))
     return table
+
+
+def _short(record: hardware.Record | None) -> str:
+    """With its file's name alone, so that the table fits a terminal."""
+    return str(dataclasses.replace(record, source=Path(record.source).name)) if record else ""

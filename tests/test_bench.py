@@ -14,10 +14,13 @@ from rich.console import Console
 from torch import nn
 
 import gci_kernels
+from gci_kernels import native
 from gci_kernels.bench import cases, models, report, run, timing, variants
 from gci_kernels.bench.baselines import EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
+from gci_kernels.bench.budget import LEAST_ROUNDS
 from gci_kernels.bench.cases import LayerCase, layer_variants, make_case, make_inputs
 from gci_kernels.bench.correctness import CorrectnessError, check_layer, check_model
+from gci_kernels.bench.products import Rates
 from gci_kernels.ops import MergedRows
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
@@ -35,7 +38,7 @@ def test_interleave_rotates_the_order_and_leaves_warmup_out() -> None:
     calls: list[str] = []
     rounds: list[int] = []
     fns = {name: lambda name=name: calls.append(name) for name in "abc"}
-    result = timing.interleave(fns, device=CPU, rounds=3, warmup=1, advance=lambda: rounds.append(len(calls)))
+    result = timing.interleave(fns, device=CPU, rounds=3, warmup=1, advance=lambda *_: rounds.append(len(calls)))
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert rounds == [3, 6, 9, 12]
     assert {name: len(measured.samples) for name, measured in result.items()} == {"a": 3, "b": 3, "c": 3}
@@ -180,7 +183,7 @@ def test_cases_are_named_by_their_shapes() -> None:
         "alora r=16 4 heads T=2048 2048x2048 float32",
         "loki 10% T=2048 5504x2048 float32",
     }
-    quick = cases.layer_case("loki", torch.bfloat16, torch.float32, quick=True)
+    quick = cases.layer_case("loki", torch.bfloat16, torch.float32, shrink=2)
     assert quick.name == "loki 10% T=1024 2752x1024 bfloat16" and quick.adapter_dtype == torch.float32
     assert quick.rows == 102 and make_case("loki", 1, 4, 4, torch.float32).rows == 1
 
@@ -308,7 +311,7 @@ def test_every_timed_train_step_finds_other_weights_and_the_first_ones_come_back
     monkeypatch.setattr(variants, "train_step", watched)
     shared = tiny["eager"].state_dict().keys() == tiny["gci"].state_dict().keys()  # LoRA: eager changes them too
     alone = {name: model for name, model in tiny.items() if name != "eager" or not shared}
-    variants.measure_training(alone, batch=1, seq=4, rounds=3, advance=lambda: None)
+    variants.measure_training(alone, batch=1, seq=4, rounds=3)
     assert len(seen) == 1 + 3  # peak memory's and the timed ones
     for before, after in zip(seen, seen[1:], strict=False):
         assert all(torch.equal(after[name], -before[name]) for name in first)
@@ -339,31 +342,40 @@ def test_model_gate_stops_a_stale_copy(monkeypatch) -> None:
 
 # A whole run
 
+FIXED = ("--rounds", "2", "--seq", "16", "--new-tokens", "4")
 
-def bench(*options: str) -> int:
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch) -> None:
+    monkeypatch.setattr(run, "SHRINKS", {"quick": (64, 32), "full": (32, 16)})
+
+
+def bench(*options: str, quick: bool = True) -> int:
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
-    small = ["--model", "random-llama", "--quick", "--rounds", "2", "--seq", "16", "--new-tokens", "4"]
-    return run.main(parser.parse_args([*small, *options]))
+    return run.main(parser.parse_args(["--model", "random-llama", *["--quick"] * quick, *options]))
 
 
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     output, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    assert bench("--method", method, "--json", str(output), "--plot", str(picture)) == 0
+    dtypes = ("--dtype", "float32", "bfloat16")
+    assert bench(*FIXED, *dtypes, "--method", method, "--json", str(output), "--plot", str(picture)) == 0
     shown = capsys.readouterr().out
     for words in ("frozen base", "eager PyTorch", "gci_kernels", "adapter tax", "peak memory", "saved for backward"):
         assert words in shown
     assert f"One {report.METHODS[method]} layer" in shown and f"with {report.METHODS[method]} (" in shown
     for words in ("10% of the rows trained", "copies of weights, kept"):
         assert (words in shown) == (method == "loki")
+    assert "left out" not in shown and "Less was measured" not in shown
 
     result = json.loads(output.read_text())
-    assert result["schema"] == run.SCHEMA
+    assert result["schema"] == run.SCHEMA and result["left_out"] == result["shrunk"] == []
     assert {"machine", "versions", "commit", "settings", "layers", "models"} <= result.keys()
     assert result["machine"]["threads"] == torch.get_num_threads() and result["machine"]["cores"] >= 1
     assert result["versions"]["torch"] == torch.__version__
+    assert result["products"].keys() == {"float32", "bfloat16"}
     assert [model["dtype"] for model in result["models"]] == ["float32", "bfloat16"]
     assert [part in model for model in result["models"] for part in report.TIMED] == [True, True, False] * 2
     for timed in (*result["layers"], *(model[part] for model in result["models"] for part in ("train", "generate"))):
@@ -372,7 +384,8 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     for model in result["models"]:
         assert model["generate"]["of"] == 4 and model["trainable"] > 0
         train = model["train"]
-        assert train["tokens"] == 2 * 16 and train["peak_memory"].keys() == {"frozen", "eager", "gci"}
+        assert (train["batch"], train["seq"], train["tokens"]) == (2, 16, 2 * 16)
+        assert train["peak_memory"].keys() == {"frozen", "eager", "gci"}
         assert 0 < train["saved_by_adapters"]["gci"] <= train["saved_by_adapters"]["eager"]
         copies = 2 * 64 * 160 * (4 if model["dtype"] == "float32" else 2)  # of both layers' down_proj
         assert train["copies"] == {"frozen": 0, "eager": 0, "gci": copies if method == "loki" else 0}
@@ -383,11 +396,80 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 1200
 
 
+def test_without_time_a_run_takes_the_least_of_everything_and_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(run, "SECONDS", {"full": 0.0})
+    output = tmp_path / "bench.json"
+    assert bench("--dtype", "float32", "--json", str(output), quick=False) == 0
+    result, captured = json.loads(output.read_text()), capsys.readouterr()
+    (layer,), (model,) = result["layers"], result["models"]
+    assert layer["case"]["tokens"] == 2048 // 32
+    assert (model["train"]["batch"], model["train"]["seq"]) == (2, run.LEAST_SEQ)
+    assert model["generate"]["of"] == model["generate_many"]["of"] == run.LEAST_NEW_TOKENS
+    for timed in (layer, *(model[part] for part in report.TIMED)):
+        assert len(timed["seconds"]["frozen"]["samples"]) == LEAST_ROUNDS
+    less = {each["what"]: (each["wanted"], each["used"]) for each in result["shrunk"]}
+    assert less["train step"] == ("2x256", "2x8") and less["trials of the model's gate"] == (3, 1)
+    assert less["rounds of training"] == (10, 2) and less["new tokens, generating 8 sequences together"] == (32, 4)
+    shown = " ".join(captured.out.split())
+    assert "Less was measured, to end within 15 minutes. float32: layer 64 tokens, 64 to 64, not 128" in shown
+    assert "train step 2x8, not 2x256;" in shown and "batch 2x8" in shown and "Medians of 2 inter" in shown
+    steps = [line.split("  [")[0] for line in captured.err.splitlines()]
+    named = [
+        "loading random-llama", "checking one layer", "timing one layer", "finding the size of a train step",
+        "checking the loss and gradients of 16 tokens", "training, 2x8 tokens", "generating",
+        "generating 8 sequences together",
+    ]  # fmt: skip
+    assert [step for step in steps if step in {f"float32: {what}" for what in named}] == [
+        f"float32: {what}" for what in named
+    ]
+
+
+def test_what_the_user_asks_for_does_not_shrink(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
+    output = tmp_path / "bench.json"
+    sizes = ("--rounds", "3", "--batch", "3", "--seq", "24", "--new-tokens", "9")
+    assert bench(*sizes, "--dtype", "float32", "--json", str(output)) == 0
+    result = json.loads(output.read_text())
+    (layer,), (model,) = result["layers"], result["models"]
+    assert (model["train"]["batch"], model["train"]["seq"], model["generate"]["of"]) == (3, 24, 9)
+    for timed in (layer, model["train"], model["generate"]):
+        assert len(timed["seconds"]["frozen"]["samples"]) == 3
+    assert {each["what"] for each in result["shrunk"]} == {"layer", "trials of the model's gate"}
+
+
+@pytest.mark.parametrize(("fixed", "size"), [("--seq", (1, 40)), ("--batch", (5, 8))])
+def test_of_a_train_step_that_does_not_shrink_that_is_given(monkeypatch, tmp_path, capsys, fixed: str, size) -> None:
+    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
+    output = tmp_path / "bench.json"
+    given = str(size[1] if fixed == "--seq" else size[0])
+    assert bench(fixed, given, "--model-only", "--dtype", "float32", "--json", str(output)) == 0
+    train = json.loads(output.read_text())["models"][0]["train"]
+    assert (train["batch"], train["seq"]) == size
+
+
+SLOW = {"float32": Rates(100.0, 90.0), "bfloat16": Rates(80.0, 2.5), "float16": Rates(1.0, 1.0)}
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_dtype_that_the_processor_multiplies_slowly_is_left_out_and_named(
+    monkeypatch, tmp_path: Path, capsys, forced: bool
+) -> None:
+    monkeypatch.setattr(run, "product_rates", lambda dtype: SLOW[str(dtype).removeprefix("torch.")])
+    output = tmp_path / "bench.json"
+    assert bench("--layers-only", "--json", str(output), *(("--dtype", "bfloat16") * forced)) == 0
+    result, shown = json.loads(output.read_text()), " ".join(capsys.readouterr().out.split())
+    assert [layer["case"]["dtype"] for layer in result["layers"]] == ["bfloat16" if forced else "float32"]
+    assert result["products"]["bfloat16"] == {"forward": 80.0, "dx": 2.5}
+    assert result["left_out"] == [] if forced else ["bfloat16"]
+    told = "bfloat16 was left out: PyTorch multiplies it slowly here (GFLOP/s forward and dX: bfloat16 80.0 and 2.50, "
+    assert (told + "float32 100 and 90.0); --dtype bfloat16 measures it." in shown) != forced
+
+
 @pytest.mark.smoke
 def test_run_shows_no_times_when_the_gate_fails(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(cases.ops, "loramoe_linear", wrong_by(1.001, "y"))
     output = tmp_path / "bench.json"
-    assert bench("--layers-only", "--dtype", "float32", "--json", str(output)) == 1
+    assert bench(*FIXED, "--layers-only", "--dtype", "float32", "--json", str(output)) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and not output.exists()
     assert "gate failed" in shown.err and "gci_kernels: y differs" in shown.err
@@ -401,16 +483,17 @@ def test_every_layer_step_finds_other_rows(monkeypatch, capsys) -> None:
         return right(x, weight, bias, active, positions, **options)
 
     monkeypatch.setattr(cases.ops, "loki_linear", watched)
-    assert bench("--method", "loki", "--layers-only", "--dtype", "float32") == 0
+    monkeypatch.setattr(run, "SHRINKS", {"quick": (32,)})
+    assert bench(*FIXED, "--method", "loki", "--layers-only", "--dtype", "float32") == 0
     assert len(seen) == 2 + 1 + 2  # the gate's, the warm-up and the timed ones
     for (before, kept), (after, same) in zip(seen, seen[1:], strict=False):
         assert torch.equal(before, -after) and kept is same
 
 
 def test_parts_can_be_left_out(capsys) -> None:
-    assert bench("--layers-only", "--dtype", "float32") == 0
+    assert bench(*FIXED, "--layers-only", "--dtype", "float32") == 0
     assert "train step, tokens/s" not in capsys.readouterr().out
-    assert bench("--model-only", "--dtype", "float32") == 0
+    assert bench(*FIXED, "--model-only", "--dtype", "float32") == 0
     assert "One LoRAMoE layer" not in capsys.readouterr().out
 
 
@@ -428,6 +511,12 @@ def test_bad_options_end_the_run_before_it_starts(options: list[str], message: s
         bench(*options)
 
 
+def test_results_that_cannot_be_written_end_the_run_before_it_starts(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(SystemExit, match="x.json: its folder cannot be written"):
+        bench("--json", str(tmp_path / "x.json"))
+
+
 def test_sizes_are_shown_in_units() -> None:
     shown = [report._bytes(size) for size in (None, 12, 2048, 3 << 20, 5 << 30)]
     assert shown == ["not known here", "12 B", "2.0 KiB", "3.0 MiB", "5.00 GiB"]
@@ -439,24 +528,22 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
     timed["tax"] = {"eager": one, "gci": one}
     timed["tokens_per_second"] = timed["seconds"]
     sizes = {name: 3 << 30 for name in report.COLUMNS}
-    train = {**timed, "peak_memory": sizes, "saved": sizes, "saved_by_adapters": sizes, "copies": sizes}
+    kept = dict.fromkeys(("peak_memory", "saved", "saved_by_adapters", "copies"), sizes)
+    train = {**timed, **kept, "batch": 2, "seq": 256}
     model = dict(name="m", parameters=1e9, trainable=1e6, dtype="bfloat16", train=train)
     model |= {"generate": {**timed, "batch": 1}, "generate_many": {**timed, "batch": 8}}
-    result = {"settings": {"method": "loramoe", "batch": 2, "seq": 256}}
+    result = {"settings": {"method": "loramoe"}}
     console = Console(width=80, file=io.StringIO())
     console.print(report.model_table(result, model))
     shown = console.file.getvalue()
     assert "frozen base" in shown and "…" not in shown and "generation of 8 together, tokens/s" in shown
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_the_gate_checks_the_plan_that_is_timed(dtype):
-    checked, timed = (
-        choose_plan("auto", tokens=tokens, dtype=dtype, device_type="cpu") for tokens in (run.GATE_SHAPE[1], 2 * 128)
-    )
-    assert checked == timed
-    checked, timed = (
-        choose_form("auto", tokens=tokens, share=0.1, dtype=dtype, device_type="cpu", keep=True)
-        for tokens in (run.GATE_SHAPE[1], 2 * 128)
-    )
-    assert checked == timed
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("seq", (run.LEAST_SEQ, 16, 32, 64, 128, 256))
+def test_the_gate_checks_the_plan_that_is_timed(dtype, isa, seq):
+    gate, step = run.gate_tokens(2, seq), 2 * seq
+    what = dict(dtype=dtype, device_type="cpu")
+    assert len({choose_plan("auto", tokens=tokens, isa=isa, **what) for tokens in (gate, step)}) == 1
+    assert len({choose_form("auto", tokens=tokens, share=0.1, keep=True, **what) for tokens in (gate, step)}) == 1

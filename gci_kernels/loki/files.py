@@ -1,5 +1,6 @@
 """Scores of many samples into a file, a few at a time, so that a killed run goes on where it was."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,9 +54,11 @@ def attribute_file(
     growing = out.with_name(out.name + ".partial") if hdf5 else out
     config: Any = model.config
     shape = (len(arch.layers), config.get_text_config().hidden_size)
-    with ScoresFile(growing, texts, shape, settings) as file, progress_bar(len(samples), progress) as bar:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(ScoresFile(growing, texts, shape, settings))
         missing, size = file.missing, batch or samples_together(arch, path, steps)
-        task = bar.add_task("attribution", total=len(samples), completed=len(samples) - len(missing))
+        done = len(samples) - len(missing)
+        bar = stack.enter_context(progress_bar("attribution", len(samples), completed=done, shown=progress))
         for first in range(0, len(missing), size):
             numbers = missing[first : first + size]
             device: Any = model.device
@@ -63,7 +66,7 @@ def attribute_file(
             scores = attribute(model, ids, mask, path=path, steps=steps, projection=projection)
             for number, found in zip(numbers, scores, strict=True):
                 file.write(number, found)
-            bar.advance(task, len(numbers))
+            bar.advance(len(numbers))
             if after:
                 after(len(samples) - len(file.missing))
     if hdf5:

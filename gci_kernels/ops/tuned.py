@@ -8,15 +8,13 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from gci_kernels import hardware
-from gci_kernels.cache import cache_dir
+from gci_kernels.cache import cache_dir, cache_error, make_cache_dir, write_whole
 from gci_kernels.ops import triton_config
 
 #: kernel -> the configuration's class. project_reduce is part of what hardware.py calls "reduce".
@@ -73,10 +71,11 @@ def keep(kernel: str, arguments: tuple, best: object, device: torch.device) -> N
     """Write what was found for `kernel` on `device`, in place of what was kept for the same arguments."""
     entry = _stamp(kernel, device) | {"arguments": _plain(arguments), "config": dataclasses.asdict(best)}
     others = [old for old in _entries(path()) if any(old[key] != entry[key] for key in entry if key != "config")]
-    path().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path().parent, prefix="tuned-", delete=False) as file:
-        json.dump({"tuned": [*others, entry]}, file, indent=1)
-    os.replace(file.name, path())
+    make_cache_dir()
+    try:
+        write_whole(path(), json.dumps({"tuned": [*others, entry]}, indent=1))
+    except OSError as error:
+        raise cache_error(error) from error
     _table.cache_clear()
 
 

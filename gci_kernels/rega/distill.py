@@ -102,8 +102,9 @@ def distill(
             file = stack.enter_context(DistilledFile(Path(out), header, instructions, seeds, batch_size))
             records = list(file.records)
         stack.enter_context(_quiet(model))
-        bar = stack.enter_context(progress_bar(len(texts), progress))
-        task = bar.add_task("distillation", total=len(texts), completed=len(records))
+        bar = stack.enter_context(
+            progress_bar("distillation", len(texts), completed=len(records), shown=progress)
+        )
         seen = {_normal(pair.answer) for pair in kept(records)}
         for first in range(len(records), len(texts), batch_size):
             answers = _answers(model, tokenizer, texts[first : first + batch_size], sampling, seeds[first])
@@ -114,7 +115,7 @@ def distill(
             if file is not None:
                 file.write(made)
             records += made
-            bar.advance(task, len(made))
+            bar.advance(len(made))
             if after:
                 after(len(records))
     return kept(records)
