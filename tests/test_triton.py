@@ -11,7 +11,6 @@ import torch
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import triton as gate
 
-
 # The names of some cases, of others, and of all the rest.
 PARTS = (pytest.param("gate", marks=pytest.mark.smoke), "dropout and not gate", "not gate and not dropout")
 
