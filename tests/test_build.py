@@ -19,9 +19,8 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("csrc", "gci_kernels", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    names = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
-    for path in (*ROOT.glob("*.py"), *(ROOT / name for name in names)):
-        shutil.copy(path, folder)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", *(path.name for path in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 

@@ -28,7 +28,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 TARGETS = ["gate_proj", "down_proj", "q_proj"]
 ADAPTED = 2 * len(TARGETS)  # layers
 PROMPT = 5
-REPLAYS = 8 if ON_CPU else 100
+REPLAYS = 5 if ON_CPU else 100
 NAMES = ["other", "__base__", "default", "other"]
 
 
