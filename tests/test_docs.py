@@ -265,9 +265,10 @@ def test_forgetting_table_is_that_of_the_report():
 def test_the_source_archive_has_the_documentation(tmp_path):
     """Made of the files that git tracks in docs, and little else."""
     source = tmp_path / "source"
-    for name in ("pyproject.toml", "setup.py", "build_cuda.py", "MANIFEST.in", "README.md", "LICENSE", "mkdocs.yml"):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
+    source.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file():
+            (source / path.name).write_bytes(path.read_bytes())
     for name in ("docs", "gci_kernels", "bench"):
         (source / name).symlink_to(ROOT / name)
     backend = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
