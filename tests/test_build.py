@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,3 +137,13 @@ def test_missing_compiler_gives_one_clear_message(source, tmp_path, compiler, wh
     assert output.count("no working C++17 compiler with OpenMP was found") == 1, output
     assert "apt-get install g++" in output and why in output
     assert "Traceback" not in output
+
+
+def test_triton_is_required_where_there_are_packages_of_it():
+    """Of this package as it is installed; GPUs of NVIDIA stand beside Arm processors too."""
+    required = next(r for r in map(Requirement, requires("gci_kernels")) if r.name == "triton")
+    machines = {"Linux": ("x86_64", "aarch64"), "Darwin": ("arm64",), "Windows": ("AMD64",)}
+    for system, names in machines.items():
+        for machine in names:
+            environment = {"platform_system": system, "platform_machine": machine, "extra": ""}
+            assert required.marker.evaluate(environment) == (system == "Linux"), (system, machine)
