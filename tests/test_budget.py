@@ -90,6 +90,7 @@ def test_a_single_size_is_taken_without_a_run() -> None:
     assert budget.largest_fitting([7], pytest.fail, work=float, whole=float, left=lambda: -1.0) == 7
 
 
+@pytest.mark.smoke
 def test_halvings() -> None:
     assert budget.halvings(256, 16) == [16, 32, 64, 128, 256]
     assert budget.halvings(100, 8) == [12, 25, 50, 100]

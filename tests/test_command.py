@@ -126,6 +126,7 @@ def raising(error: BaseException):
     return fails
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [

@@ -80,6 +80,7 @@ def test_reference(name):
         assert getattr(found, member).__doc__, f"{name}.{member}"
 
 
+@pytest.mark.smoke
 def test_everything_public_is_in_the_reference():
     import gci_kernels
 
