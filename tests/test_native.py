@@ -138,7 +138,8 @@ def test_unknown_instruction_set_is_named(tmp_path):
 @pytest.mark.smoke
 def test_plan_is_pure_and_printable():
     def plan(dtype, tokens=2048, device_type="cpu", isa="avx512bf16", impl="auto"):
-        return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, isa=isa)
+        """Where the library multiplies every dtype; tests/test_upcast.py has the other processors."""
+        return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, isa=isa, library=True)
 
     whole = plan(torch.float32, isa="avx512")
     assert whole == Plan("native", "native", "aten", "native", "native") == Plan.from_key(whole.key)
@@ -148,7 +149,8 @@ def test_plan_is_pure_and_printable():
     assert plan(torch.bfloat16).key == plan(torch.bfloat16, isa="amx").key == "native/native/aten/native/native"
     assert plan(torch.float32, isa="amx") == whole
     assert plan(torch.bfloat16, tokens=1).expand == "native"
-    assert plan(torch.bfloat16, isa="avx512").key == "aten/native/aten/aten/native"
+    assert plan(torch.bfloat16, isa="avx512").key == "upcast/native/upcast/upcast/native"
+    assert plan(torch.bfloat16, isa="avx512", tokens=8).key == "aten/native/aten/aten/native"
     assert plan(torch.float32, tokens=1, isa="baseline", impl="native") == whole
     assert plan(torch.bfloat16, impl="native").key == "native/native/native/native/native"
     assert plan(torch.float64, impl="native").key == "aten/native/aten/aten/native"
