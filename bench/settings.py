@@ -2,11 +2,12 @@
 
 import argparse
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from gci_kernels.cache import check_output
 
 from .cases import METHODS
 from .models import RANDOM_LLAMAS
@@ -103,10 +104,11 @@ def settings_of(args: argparse.Namespace, dtypes: tuple[str, ...]) -> Settings:
 def check_outputs(args: argparse.Namespace) -> None:
     """Find out before the minutes of measuring, not after, that the results can't be written."""
     for path in (args.json, args.plot):
-        if path and not path.resolve().parent.is_dir():
-            raise SystemExit(f"{path}: its folder does not exist")
-        if path and not os.access(path.resolve().parent, os.W_OK):
-            raise SystemExit(f"{path}: its folder cannot be written")
+        try:
+            if path:
+                check_output(path)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     if args.plot and args.layers_only:
         raise SystemExit("--plot draws the model's numbers: leave out --layers-only")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

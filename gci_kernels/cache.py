@@ -1,4 +1,5 @@
-"""The folder for what is made once and kept: fetched models, and which kernels have proved themselves here."""
+"""Files that are kept: the folder for what is made once (fetched models, which kernels have proved themselves here),
+and how results are written."""
 
 import os
 import tempfile
@@ -37,6 +38,24 @@ def cache_error(error: OSError) -> CacheError:
     return CacheError(
         f"the cache folder {cache_dir()} cannot be used: {error.strerror or error}; GCI_CACHE=FOLDER names another one"
     )
+
+
+def check_output(path: Path) -> None:
+    """Find out before the work, not after it, that its result can't be written.
+
+    Raises:
+        ValueError: there is a folder of this name, or its folder is missing or can't be written.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: its folder cannot be written: {error.strerror}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

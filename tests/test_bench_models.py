@@ -95,7 +95,7 @@ def test_a_file_in_place_of_the_cache_folder_is_one_clear_line(monkeypatch, tmp_
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "file"))
     assert cli.main(COMMANDS["bench"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"the cache folder {tmp_path}/file cannot be used: File exists; GCI_CACHE=FOLDER")
+    assert last == f"the cache folder {tmp_path}/file cannot be used: File exists; GCI_CACHE=FOLDER names another one"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from gci_kernels.cache import check_output
 from gci_kernels.loki.attribution import PATHS
 from gci_kernels.loki.files import attribute_file
 from gci_kernels.loki.plot import draw_positions
@@ -58,7 +59,7 @@ def attribute(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        _check_folder(args.out)
+        check_output(args.out)
         if args.out.suffix in HDF5_SUFFIXES and importlib.util.find_spec("h5py") is None:
             raise ValueError("HDF5 files need the package h5py: pip install 'gci_kernels[loki]'")
         texts = read_texts(args.text, args.limit)
@@ -77,7 +78,7 @@ def choose(args: argparse.Namespace) -> int:
     """Scores -> positions JSON."""
     try:
         for path in filter(None, (args.out, args.plot)):
-            _check_folder(path)
+            check_output(path)
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'gci_kernels[bench]'")
         scores = load_scores(args.scores)
@@ -96,12 +97,6 @@ def choose(args: argparse.Namespace) -> int:
 def _fail(error: Exception) -> int:
     Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
     return 1
-
-
-def _check_folder(path: Path) -> None:
-    """Find out before the work, not after it, that its result can't be written."""
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist")
 
 
 def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str | list[dict]]:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gci_kernels.cache import check_output
 from gci_kernels.rega.distill import distill
 from gci_kernels.rega.distilled import read_distilled, read_records
 from gci_kernels.rega.instructions import Pair, Problem, is_distilled, read_instructions, read_pairs
@@ -71,7 +72,7 @@ def run_distill(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        _check_folder(args.out)
+        check_output(args.out)
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {args.limit}")
         prompt = Roles.load(args.roles).central if args.roles else args.prompt
@@ -95,7 +96,7 @@ def run_mix(args: argparse.Namespace) -> int:
     from gci_kernels.bench.models import ModelError, load_tokenizer
 
     try:
-        _check_folder(args.out)
+        check_output(args.out)
         roles = Roles.load(args.roles)
         names = [name for name, _ in args.domain]
         if repeated := [name for name in names if names.count(name) > 1]:
@@ -143,12 +144,6 @@ def _show_mixture(made: Mixture, path: Path) -> None:
     central = counts.general + sum(counts.integrated.values())
     table.add_row("all", str(counts.total - central), str(central))
     Console().print(table)
-
-
-def _check_folder(path: Path) -> None:
-    """Find out before the work, not after it, that its result can't be written."""
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist")
 
 
 def _fail(error: Exception) -> int:
