@@ -10,8 +10,8 @@ void attention_forward(const AttentionArgs&, void*, void*, void*, int);
 void attention_backward(const AttentionArgs&, const AttentionRows&, const AttentionRows&, const void*, void*, void*,
                         void*, void*, int);
 void dropout(const void*, void*, DType, int64_t, int64_t, double, uint64_t, int);
-void project(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, int64_t, int);
-void pack_panel(const float*, int64_t, int64_t, float*, int64_t, int64_t);
+void project(const float*, int64_t, const float*, int64_t, int64_t, float*, float*, int64_t, int64_t, int64_t, int64_t,
+             int);
 void reduce(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int);
 void pack_pairs(const void*, DType, int64_t, int64_t, void*, int64_t, int64_t);
 void decode(const DecodeArgs&, const AttendArgs*, const DecodeBase&, float*, int);
@@ -29,7 +29,7 @@ constexpr decltype(Kernels::reduce_bf16) reduce_bf16 = nullptr;
 #define GCI_STRING(isa) GCI_NAME(isa)
 extern const Kernels table = {
     GCI_STRING(GCI_ISA), gate_forward,  gate_backward, attention_forward, attention_backward,
-    dropout,             project,       pack_panel,    reduce,            pack_pairs,
-    project_bf16,        expand_bf16,   reduce_bf16,   decode};
+    dropout,             project,       reduce,        pack_pairs,        project_bf16,
+    expand_bf16,         reduce_bf16,   decode};
 
 }  // namespace gci::GCI_ISA
