@@ -105,16 +105,10 @@ PYBIND11_MODULE(_native, module) {
       nogil);
   module.def(
       "project",
-      [](Address x, int64_t ld_x, Address panel, Address out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n,
-         int threads) {
-        kernels().project(at<const float>(x), ld_x, at<const float>(panel), at<float>(out), ld_out, tokens, k, n,
-                          threads);
-      },
-      nogil);
-  module.def(
-      "pack_panel",
-      [](Address source, int64_t stride_i, int64_t stride_j, Address panel, int64_t k, int64_t n) {
-        kernels().pack_panel(at<const float>(source), stride_i, stride_j, at<float>(panel), k, n);
+      [](Address x, int64_t ld_x, Address m, int64_t stride_i, int64_t stride_j, Address panel, Address out,
+         int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads) {
+        kernels().project(at<const float>(x), ld_x, at<const float>(m), stride_i, stride_j, at<float>(panel),
+                          at<float>(out), ld_out, tokens, k, n, threads);
       },
       nogil);
   module.def(

@@ -66,13 +66,11 @@ struct Kernels {
   // out = keep ? x / (1 - p) : 0; element [row, col] is kept by Philox4x32-10, see dropout.cpp. out may be x.
   void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, int threads);
 
-  // float32 products with one small side, n <= max_skinny.
-  // project: out[tokens, n] = x[tokens, k] @ panel[k, n_padded]; the panel is packed by pack_panel.
-  void (*project)(const float* x, int64_t ld_x, const float* panel, float* out, int64_t ld_out, int64_t tokens,
-                  int64_t k, int64_t n, int threads);
-  // panel[i, j] = source[i * stride_i + j * stride_j] for j < n, else 0; n_padded: to skinny_padding. The order in memory
-  // is project's own.
-  void (*pack_panel)(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n);
+  // float32 products with one small side.
+  // project: out[tokens, n] = x[tokens, k] @ m[k, n], whose elements lie at i * stride_i + j * stride_j. Either k or n is
+  // small. It packs m into `panel`, k * n_padded floats; n_padded: n rounded up to skinny_padding.
+  void (*project)(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int64_t stride_j, float* panel,
+                  float* out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads);
   // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n].
   void (*reduce)(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r,
                  int64_t n, int threads);

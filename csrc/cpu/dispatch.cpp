@@ -24,8 +24,7 @@ namespace gci {
   GCI_DECLARE(attention_forward)                                                                                      \
   GCI_DECLARE(attention_backward)                                                                                     \
   GCI_DECLARE(dropout)                                                                                                \
-  GCI_DECLARE(project)                                                                                                \
-  GCI_DECLARE(pack_panel)                                                                                             \
+  GCI_DECLARE(project)                                                                                                 \
   GCI_DECLARE(reduce)
 #define GCI_DECLARE_BF16_KERNELS                                                                                      \
   GCI_DECLARE(pack_pairs)                                                                                             \
@@ -69,9 +68,9 @@ namespace {
 
 #define GCI_TABLE(isa)                                                                                                \
   constexpr Kernels isa##_table = {                                                                                   \
-      #isa,                isa::gate_forward, isa::gate_backward, isa::attention_forward, isa::attention_backward,    \
-      isa::dropout,        isa::project,      isa::pack_panel,    isa::reduce,            isa::pack_pairs,            \
-      isa::project_bf16,   isa::expand_bf16,  isa::reduce_bf16,   isa::decode};
+      #isa,              isa::gate_forward, isa::gate_backward, isa::attention_forward, isa::attention_backward,      \
+      isa::dropout,      isa::project,      isa::reduce,        isa::pack_pairs,        isa::project_bf16,            \
+      isa::expand_bf16,  isa::reduce_bf16,  isa::decode};
 
 GCI_TABLE(baseline)
 #ifdef GCI_HAS_AVX2

@@ -5,8 +5,8 @@
 namespace gci::GCI_ISA {
 namespace {
 
-// dtypes: H of the projected values and du, U of u and dprojected. An expert's values go through in pieces of `Piece`, of
-// which its rank is a multiple: the compiler makes one vector of a piece.
+// H is the dtype of the projected values and of du, U of u and dprojected. `Piece` divides the rank: an expert's values
+// are worked on in pieces of that many, and the compiler makes one vector of a piece.
 template <typename H, typename U, int Piece>
 void forward(const GateArgs& a, void* u_out, void* gates_out, int threads) {
   typedef typename Accumulator<U>::type Acc;
@@ -33,7 +33,8 @@ void forward(const GateArgs& a, void* u_out, void* gates_out, int threads) {
 // dh = scaling * gate * du;  dgate = dgates + scaling * sum_j du_j h_j;  dlogit = gate * (dgate - sum(gate * dgate)).
 // A gate that top_k left out is 0, so the same line gives its logit no gradient.
 template <typename H, typename U, int Piece, typename Acc>
-inline void backward_token(const GateArgs& a, const H* h, const H* du, const Acc* gates, const Acc* dgates, U* u, U* dh) {
+inline void backward_token(const GateArgs& a, const H* h, const H* du, const Acc* gates, const Acc* dgates, U* u,
+                           U* dh) {
   const int experts = a.experts, rank = a.rank;
   const Acc scaling = Acc(a.scaling);
   Acc dgate[max_experts], mean = 0;

@@ -1,8 +1,8 @@
 // float32 products with one small side: the adapter's rank. General libraries spend their packing on a side that has
 // nothing to pack; here the small operand stays in cache and the large one is read once, in order.
 //
-// The columns of a product are worked on in strips as wide as a tile. The operand with the columns lies packed, strip by
-// strip: a tile reads it line after line from the first-level cache. In place its rows are a page apart.
+// The columns of a product are worked on in strips as wide as a tile. The operand with the columns is packed strip by
+// strip, so that tiles find it in the first-level cache: unpacked, its rows are a page apart and displace one another.
 #include <omp.h>
 
 #include "cpu/isa.h"
@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t strip = tile_vectors * lanes;
 constexpr int64_t line = 16;  // floats of a line of the cache
 
-// Rows of a tile that is `vectors` wide: enough independent sums to hide the latency of a multiply-add, and few enough to
-// stay in registers. At most 8: rows of x may all fall into one set of the first-level cache, which has 8 places or more.
+// Rows of a tile that is `vectors` wide: enough independent sums to hide the latency of a multiply-add, and few enough
+// to stay in registers. At most 8: rows of x may all fall into one set of the first-level cache, which has 8 places.
 constexpr int rows_of(int vectors) { return lanes == 16 ? 8 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8; }
 
 // a[m, k] = data[m * stride_m + k * stride_k]: the operand that gives one number at a time.
@@ -30,8 +30,8 @@ struct Sums {
   bool accumulate;
 };
 
-// c[rows, columns] (+)= whole[rows, width], of which only these columns exist in c. One copy for all tiles, as of the other
-// noinline functions: it spares compiling time.
+// c[rows, columns] (+)= whole[rows, width], of which only these columns exist in c. Not inlined, like Ahead::rows_done:
+// one copy for all tiles halves the time to compile this file.
 __attribute__((noinline)) void add_part(const float* whole, int rows, int width, Sums c, int64_t columns) {
   for (int m = 0; m < rows; ++m)
     for (int64_t j = 0; j < columns; ++j) {
@@ -41,9 +41,10 @@ __attribute__((noinline)) void add_part(const float* whole, int rows, int width,
 }
 
 // c[Rows, columns] (+)= sum over k of a[m, k] * b[k * ld_b + column], accumulators in registers. They start at zero and
-// c is added last: a long sum made of blocks rounds less than one running sum. b has Vectors * lanes columns.
-template <int Rows, int Vectors>
-inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int64_t columns) {
+// c is added last: a long sum made of blocks rounds less than one running sum. b has Vectors * lanes columns; with Copy
+// they are also written to copy[k, Vectors * lanes].
+template <int Rows, int Vectors, bool Copy>
+inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int64_t columns, float* copy = nullptr) {
   Vec sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
@@ -52,7 +53,10 @@ inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int
   for (int64_t i = 0; i < k; ++i) {
     Vec operand[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) operand[j] = load(b + i * ld_b + j * lanes);
+    for (int j = 0; j < Vectors; ++j) {
+      operand[j] = load(b + i * ld_b + j * lanes);
+      if (Copy) store(copy + (i * Vectors + j) * lanes, operand[j]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
       const float scalar = a.data[m * a.stride_m + i * a.stride_k];
@@ -75,25 +79,30 @@ inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int
     }
 }
 
-// Any number of rows, Vectors * lanes columns or up to lanes - 1 fewer. `before(count)` is called before each tile, with
-// the number of its rows.
+template <typename Operand>
+inline Operand at(Operand operand, int64_t offset) {
+  operand.data += offset;
+  return operand;
+}
+
+// Any number of rows, Vectors * lanes columns or up to lanes - 1 fewer. `before(count)` is called before each tile with
+// its number of rows.
 template <int Vectors, typename Before>
 inline void rows_by_tiles(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t rows, int64_t k, int64_t columns,
                           Before before) {
   constexpr int full = rows_of(Vectors), half = full / 2;
-  const auto at = [](auto operand, int64_t offset) { return operand.data += offset, operand; };
   int64_t m = 0;
   for (; m + full <= rows; m += full) {
     before(full);
-    tile<full, Vectors>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
+    tile<full, Vectors, false>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
   }
   for (; m + half <= rows; m += half) {
     before(half);
-    tile<half, Vectors>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
+    tile<half, Vectors, false>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
   }
   for (; m < rows; ++m) {
     before(1);
-    tile<1, Vectors>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
+    tile<1, Vectors, false>(at(a, m * a.stride_m), b, ld_b, at(c, m * c.ld), k, columns);
   }
 }
 
@@ -107,10 +116,8 @@ inline void multiply(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t ro
   rows_by_tiles<1>(a, b, ld_b, c, rows, k, columns, before);
 }
 
-inline int64_t padded_width(int64_t n) { return (n + skinny_padding - 1) / skinny_padding * skinny_padding; }
-
-// Fetches y[rows, width] into the second-level cache, some of its lines with each call of `rows_done`: strips of rows are
-// too short for the processor to foresee, and all lines at once would be waited for.
+// Fetches y[rows, width] into the second-level cache, some lines with each call of `rows_done`: the pieces of its rows
+// are too short for the processor's own prefetching, and all lines at once would have to be waited for.
 struct Ahead {
   const float* y;
   int64_t ld, rows, per_row, share;
@@ -118,7 +125,8 @@ struct Ahead {
 
   // `all_rows`: of how many rows_done will be told.
   Ahead(const float* from, int64_t ld_y, int64_t some, int64_t width, int64_t all_rows)
-      : y(from), ld(ld_y), rows(some), per_row((width + line - 1) / line), share((rows * per_row + all_rows - 1) / all_rows) {}
+      : y(from), ld(ld_y), rows(some), per_row((width + line - 1) / line),
+        share((rows * per_row + all_rows - 1) / all_rows) {}
 
   __attribute__((noinline)) void rows_done(int64_t count) {
     for (int64_t i = 0; i < count * share && row < rows; ++i) {
@@ -138,93 +146,98 @@ struct Share {
   }
 };
 
-constexpr int64_t block_tokens = 64;  // tokens whose y is packed, and then used by all rows of u
-constexpr int64_t group = 4 * strip;  // columns of y that are packed together: longer pieces of its rows
+constexpr int64_t block_tokens = 64;  // tokens that use a strip before the next one is worked on
+constexpr int64_t group = 4 * strip;  // columns of y that are fetched together: longer pieces of its rows
 
-// packed[width / strip, block_tokens, strip] = y[rows, width], zeros beyond width.
-__attribute__((noinline)) void pack_strips(const float* y, int64_t ld_y, int64_t rows, int64_t width, float* packed) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = y + i * ld_y;
-    int64_t column = 0;
-    for (; column + strip <= width; column += strip)
-#pragma GCC unroll 4
-      for (int j = 0; j < tile_vectors; ++j)
-        store(packed + column * block_tokens + i * strip + j * lanes, load(row + column + j * lanes));
-    if (column < width)
-      for (int64_t j = 0; j < strip; ++j)
-        packed[column * block_tokens + i * strip + j] = column + j < width ? row[column + j] : 0.0f;
-  }
-}
-
-inline void turn_line(const float* from, float* to, int64_t step) {
+// panel[rows, width] = from[i * stride_i + j * stride_j] for j < real, else 0; rows <= line. Where stride_i is 1, whole
+// lines of `from` are read at once.
+inline void pack(const float* from, int64_t stride_i, int64_t stride_j, float* panel, int64_t rows, int64_t width,
+                 int64_t real) {
+  if (real < width) memset(panel, 0, rows * width * sizeof(float));
+  if (stride_i == 1 && rows == line) {
+    for (int64_t j = 0; j < real; ++j)
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < line; ++i) to[i * step] = from[i];
+      for (int64_t i = 0; i < line; ++i) panel[i * width + j] = from[i + j * stride_j];
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < real; ++j) panel[i * width + j] = from[i * stride_i + j * stride_j];
+  }
 }
 
 }  // namespace
 
-// Strip after strip, each [k, columns of the strip]; the last one may be narrower.
-void pack_panel(const float* source, int64_t stride_i, int64_t stride_j, float* panel, int64_t k, int64_t n) {
-  const int64_t padded = padded_width(n);
-  for (int64_t column = 0; column < padded; column += strip) {
-    const int64_t width = min_of(strip, padded - column), real = min_of(width, n - column);
-    const float* from = source + column * stride_j;
-    float* to = panel + column * k;
-    if (real < width) memset(to, 0, k * width * sizeof(float));
-    for (int64_t start = 0; start < k; start += line) {
-      if (stride_i == 1 && start + line <= k)
-        for (int64_t j = 0; j < real; ++j) turn_line(from + start + j * stride_j, to + start * width + j, width);
-      else
-        for (int64_t i = start; i < min_of(start + line, k); ++i)
-          for (int64_t j = 0; j < real; ++j) to[i * width + j] = from[i * stride_i + j * stride_j];
-    }
-  }
-}
-
+// The panel has strip after strip, each [k, columns of the strip]; the last one may be narrower.
 // A block of tokens goes through the whole sum before the next one: each page of x is then looked up once.
-void project(const float* x, int64_t ld_x, const float* panel, float* out, int64_t ld_out, int64_t tokens, int64_t k,
-             int64_t n, int threads) {
-  const int64_t padded = padded_width(n);
+void project(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int64_t stride_j, float* panel, float* out,
+             int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads) {
+  const int64_t padded = (n + skinny_padding - 1) / skinny_padding * skinny_padding;
   constexpr int64_t depth = 2048 / lanes;  // rows of a strip of the panel: 24 KB stay in the first-level cache
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));
 #pragma omp parallel num_threads(threads)
   {
-    const Share share(tokens, 8);
+    const Share rows(k, line), share(tokens, 8);
+    for (int64_t column = 0; column < n; column += strip)
+      for (int64_t i = rows.first; i < rows.end; i += line) {
+        const int64_t width = min_of(strip, padded - column);
+        pack(m + i * stride_i + column * stride_j, stride_i, stride_j, panel + column * k + i * width,
+             min_of(line, rows.end - i), width, min_of(width, n - column));
+      }
+#pragma omp barrier
     for (int64_t t = share.first; t < share.end; t += block_tokens)
       for (int64_t start = 0; start < k; start += depth)
         for (int64_t column = 0; column < n; column += strip) {
-          const int64_t ld = min_of(strip, padded - column);
-          multiply(Scalars{x + t * ld_x + start, ld_x, 1}, panel + column * k + start * ld, ld,
+          const int64_t width = min_of(strip, padded - column);
+          multiply(Scalars{x + t * ld_x + start, ld_x, 1}, panel + column * k + start * width, width,
                    Sums{out + t * ld_out + column, ld_out, start > 0}, min_of(block_tokens, share.end - t),
                    min_of(depth, k - start), min_of(strip, n - column), [](int64_t) {});
         }
   }
 }
 
+namespace {
+
+// out[r, columns] (+)= u.T @ y[rows, columns], at most a strip of columns. The first tile reads y in place; where there
+// are others, it packs y for them on the way.
+template <typename Before>
+inline void reduce_strip(Scalars u, const float* y, int64_t ld_y, Sums out, int64_t r, int64_t rows, int64_t columns,
+                         Before before) {
+  alignas(64) float packed[block_tokens * strip];
+  constexpr int full = rows_of(tile_vectors);
+  if (columns < strip) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < strip; ++j) packed[i * strip + j] = j < columns ? y[i * ld_y + j] : 0.0f;
+    return multiply(u, packed, strip, out, r, rows, columns, before);
+  }
+  if (r <= full) return rows_by_tiles<tile_vectors>(u, y, ld_y, out, r, rows, strip, before);
+  before(full);
+  tile<full, tile_vectors, true>(u, y, ld_y, out, rows, strip, packed);
+  rows_by_tiles<tile_vectors>(at(u, full * u.stride_m), packed, strip, at(out, full * out.ld), r - full, rows, strip,
+                              before);
+}
+
+}  // namespace
+
 // Each thread has some of y's columns to itself, so that the bits do not depend on how many threads there are.
-void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r, int64_t n,
-            int threads) {
+void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r,
+            int64_t n, int threads) {
   if (tokens == 0) memset(out, 0, r * n * sizeof(float));
 #pragma omp parallel num_threads(threads)
   {
     const Share share(n, line);
-    alignas(64) float packed[block_tokens * group];
     for (int64_t t = 0; t < tokens; t += block_tokens) {
       const int64_t rows = min_of(block_tokens, tokens - t), later = min_of(block_tokens, tokens - t - rows);
       for (int64_t start = share.first; start < share.end; start += group) {
         const int64_t width = min_of(group, share.end - start), rest = share.end - start - width;
         const float* here = y + t * ld_y + start;
-        pack_strips(here, ld_y, rows, width, packed);
-        // What is packed next: the columns beside these, or the first ones of the next tokens.
-        const int64_t calls = (width + strip - 1) / strip * r;
-        Ahead ahead = rest > 0 ? Ahead(here + width, ld_y, rows, min_of(group, rest), calls)
+        // What comes next: the columns beside these, or the first ones of the next tokens.
+        const int64_t all_rows = (width + strip - 1) / strip * r;
+        Ahead ahead = rest > 0 ? Ahead(here + width, ld_y, rows, min_of(group, rest), all_rows)
                                : Ahead(y + (t + rows) * ld_y + share.first, ld_y, later,
-                                       min_of(group, share.end - share.first), calls);
+                                       min_of(group, share.end - share.first), all_rows);
         for (int64_t column = 0; column < width; column += strip)
-          multiply(Scalars{u + t * ld_u, 1, ld_u}, packed + column * block_tokens, strip,
-                   Sums{out + start + column, n, t > 0}, r, rows, min_of(strip, width - column),
-                   [&](int64_t count) { ahead.rows_done(count); });
+          reduce_strip(Scalars{u + t * ld_u, 1, ld_u}, here + column, ld_y, Sums{out + start + column, n, t > 0}, r,
+                       rows, min_of(strip, width - column), [&](int64_t count) { ahead.rows_done(count); });
       }
     }
   }

@@ -61,10 +61,10 @@ inline void softmax(const H* logits, Acc* gates, int experts, int top_k) {
 }
 
 // The same for `tokens` tokens, at most a vector of them, each in a lane of its own: gates[tokens, experts] from logits
-// whose rows are ld apart. top_k chooses token by token. One copy for all callers spares
-// compiling time.
+// whose rows are ld apart. top_k chooses token by token. Not inlined: one copy for all callers compiles sooner.
 template <typename H, typename Acc>
-__attribute__((noinline)) void softmax_rows(const H* logits, int64_t ld, Acc* gates, int64_t tokens, int experts, int top_k) {
+__attribute__((noinline)) void softmax_rows(const H* logits, int64_t ld, Acc* gates, int64_t tokens, int experts,
+                                            int top_k) {
   if (top_k < experts) {
     for (int64_t t = 0; t < tokens; ++t) softmax<H, Acc>(logits + t * ld, gates + t * experts, experts, top_k);
     return;

@@ -1,7 +1,7 @@
 """The stages in C++ (csrc/cpu/skinny*.cpp, dropout.cpp): CPU tensors; the products for float32 and bfloat16.
 
-Same functions as aten.py, but expand is for bfloat16 alone, and project and reduce return float32 sums of bfloat16
-operands, unrounded. Rows of x, y and u are contiguous: the caller sees to it.
+Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and
+u are contiguous: the caller sees to it.
 """
 
 import torch
@@ -19,41 +19,57 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _panel(m: Tensor, pairs: bool) -> Tensor:
-    """m [depth, width] as the kernels read it: rows padded to a vector; for bfloat16, in pairs of rows."""
+def _padded(width: int) -> int:
+    """Columns of a packed panel."""
+    unit = extension().skinny_padding
+    return -(-width // unit) * unit
+
+
+def _pairs(m: Tensor) -> Tensor:
+    """m [depth, width] as the bfloat16 kernels read it: in pairs of rows, padded to a vector."""
     (depth, width), lib = m.shape, extension()
-    padded = -(-width // lib.skinny_padding) * lib.skinny_padding
-    if pairs:
-        m = m if m.dtype in (torch.float32, torch.bfloat16) else m.float()
-        panel = torch.empty((depth + 1) // 2, padded, 2, dtype=torch.bfloat16)
-        lib.pack_pairs(m.data_ptr(), DTYPE_CODES[m.dtype], *m.stride(), panel.data_ptr(), depth, width)
-    else:
-        panel, m = torch.empty(depth, padded), m.float()
-        lib.pack_panel(m.data_ptr(), *m.stride(), panel.data_ptr(), depth, width)
+    m = m if m.dtype in (torch.float32, torch.bfloat16) else m.float()
+    panel = torch.empty((depth + 1) // 2, _padded(width), 2, dtype=torch.bfloat16)
+    lib.pack_pairs(m.data_ptr(), DTYPE_CODES[m.dtype], *m.stride(), panel.data_ptr(), depth, width)
     return panel
 
 
 def project(x: Tensor, m: Tensor) -> Tensor:
-    (tokens, depth), width, lib = x.shape, m.shape[1], extension()
-    half = _is_half(x)
-    out, panel = torch.empty(tokens, width), _panel(m, pairs=half)
-    (lib.project_bf16 if half else lib.project)(
-        x.data_ptr(), x.stride(0), panel.data_ptr(), out.data_ptr(), width,
-        tokens, depth, width, torch.get_num_threads(),
-    )  # fmt: skip
+    (tokens, depth), width, lib, threads = x.shape, m.shape[1], extension(), torch.get_num_threads()
+    out = torch.empty(tokens, width)
+    if _is_half(x):
+        panel = _pairs(m)
+        lib.project_bf16(
+            x.data_ptr(), x.stride(0), panel.data_ptr(), out.data_ptr(), width, tokens, depth, width, threads
+        )
+    else:
+        m, panel = m.float(), torch.empty(depth, _padded(width))
+        lib.project(
+            x.data_ptr(), x.stride(0), m.data_ptr(), *m.stride(), panel.data_ptr(), out.data_ptr(), width,
+            tokens, depth, width, threads,
+        )  # fmt: skip
     return out
 
 
 def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    if not _is_half(u):
+        return _expand(u, m.float(), x, w, bias)
     if w is None:
         return torch.mm(u, m.to(u.dtype))
-    _is_half(u)
-    y, panel, (rank, width) = F.linear(x, w.t(), bias), _panel(m, pairs=True), m.shape
+    y, panel, (rank, width) = F.linear(x, w.t(), bias), _pairs(m), m.shape
     extension().expand_bf16(
         u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0),
         y.shape[0], rank, width, torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def _expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    """expand in float32; the base product comes last, see aten.py."""
+    if bias is not None:  # one more term of the sum: spares a pass over y
+        u, m = torch.cat((u, u.new_ones(u.shape[0], 1)), dim=1), torch.cat((m, bias.unsqueeze(0)))
+    y = project(u, m)
+    return y if w is None else y.addmm_(x, w)
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
