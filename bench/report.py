@@ -63,6 +63,7 @@ def notes(result: dict) -> list[str]:
         for dtype, less in itertools.groupby(result["shrunk"], key=lambda each: each["dtype"]):
             listed = "; ".join(f"{each['what']} {each['used']}, not {each['wanted']}" for each in less)
             lines.append(f"{dtype}: {listed}.")
+    lines += [f"{dtype} was left out: the time was used up before it." for dtype in result["out_of_time"]]
     return lines
 
 

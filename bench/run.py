@@ -21,7 +21,7 @@ from .correctness import CorrectnessError, check_layer, check_model
 from .machine import commit, machine, versions
 from .models import ModelError, load_model
 from .products import CANDIDATES, fast_dtypes, product_rates, slowness
-from .settings import DTYPES, Settings, add_arguments, check_outputs, device_of, settings_of
+from .settings import DTYPES, SIZES, Settings, add_arguments, check_outputs, device_of, settings_of
 from .timing import Timing, interleave
 from .variants import generations, measure_generation, measure_training, model_variants, random_ids, train_step
 
@@ -82,6 +82,7 @@ def _run(args: argparse.Namespace) -> dict:
         "left_out": [] if args.dtype else [name for name in rates if name not in chosen],
         **run.results(),
         "shrunk": run.shrunk,
+        "out_of_time": run.out_of_time,
     }
 
 
@@ -95,6 +96,7 @@ class _Run:
     def __init__(self, settings: Settings, device: torch.device, slowness: dict[str, float]):
         self.settings, self.device = settings, device
         self.shrunk: list[dict] = []
+        self.out_of_time: list[str] = []  # dtypes for which nothing was left
         self._budget: Budget
         self._bar: Bar
         self._dtype, self._begun = "", 0  # the steps so far
@@ -108,6 +110,9 @@ class _Run:
         settings, layers, models = self.settings, [], []
         with bar("starting", sum(self._weights)) as self._bar:
             for self._dtype in settings.dtypes:
+                if self._begun and self._budget.left() <= 0 and "dtype" not in settings.fixed:
+                    self.out_of_time.append(self._dtype)
+                    continue
                 loaded = self._load() if settings.models else None
                 if self._begun == 0:  # fetching a model takes no time from the steps
                     self._start_the_clock()
@@ -121,7 +126,7 @@ class _Run:
     def _start_the_clock(self) -> None:
         seconds = SECONDS["quick" if self.settings.quick else "full"]
         self._budget = Budget(seconds, self._weights)
-        if not self.settings.fixed:
+        if not {*SIZES} & {*self.settings.fixed}:
             self._bar.limit(seconds)
 
     def _begin(self) -> None:

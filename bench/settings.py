@@ -13,6 +13,7 @@ from .cases import METHODS
 from .models import RANDOM_LLAMAS
 from .products import CANDIDATES
 
+SIZES = ("rounds", "batch", "seq", "new_tokens")
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -33,7 +34,7 @@ class Settings:
     quick: bool
     layers: bool
     models: bool
-    fixed: tuple[str, ...]  # of rounds, batch, seq and new_tokens those that the user has given
+    fixed: tuple[str, ...]  # of dtype, rounds, batch, seq and new_tokens those that the user has given
 
     def adapter(self, dtype: torch.dtype) -> torch.dtype:
         """The adapters' dtype in a model of `dtype`."""
@@ -97,7 +98,7 @@ def settings_of(args: argparse.Namespace, dtypes: tuple[str, ...]) -> Settings:
         quick=args.quick,
         layers=not args.model_only,
         models=not args.layers_only,
-        fixed=tuple(name for name in ("rounds", "batch", "seq", "new_tokens") if getattr(args, name) is not None),
+        fixed=tuple(name for name in ("dtype", *SIZES) if getattr(args, name) is not None),
     )
 
 

@@ -50,7 +50,7 @@ def check_output(path: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{path}: its folder does not exist")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder")
+        raise ValueError(f"{path}: Is a directory")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

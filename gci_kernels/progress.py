@@ -16,7 +16,8 @@ LINE_EVERY = 10.0
 class Bar:
     """Progress of one piece of work; made by :func:`bar`.
 
-    The time left is what the rest takes at the speed so far, and at most what is left of `limit` seconds.
+    The time left is what the rest takes at the speed so far, and at most what is left of `limit` seconds; that says
+    nothing any more once they have passed.
     """
 
     def __init__(self, text: str, total: float, completed: float, limit: float | None, in_bytes: bool, shown: bool):
@@ -54,7 +55,7 @@ class Bar:
         """The time since the beginning, and about how long it still takes where that is known."""
         now = time.monotonic()
         spent, done = now - self._begun, self.completed - self._first
-        guesses = [] if self._end is None else [max(0.0, self._end - now)]
+        guesses = [self._end - now] if self._end is not None and self._end > now else []
         if done > 0:
             guesses.append(spent * (self.total - self.completed) / done)
         word = "about" if done > 0 else "at most"

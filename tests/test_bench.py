@@ -447,6 +447,19 @@ def test_of_a_train_step_that_does_not_shrink_that_is_given(monkeypatch, tmp_pat
     assert (train["batch"], train["seq"]) == size
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_dtype_for_which_no_time_is_left_is_named(monkeypatch, tmp_path: Path, capsys, forced: bool) -> None:
+    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(run, "product_rates", lambda dtype: Rates(1.0, 1.0))
+    output = tmp_path / "bench.json"
+    both = ["float32", "bfloat16"]
+    assert bench("--layers-only", "--json", str(output), *(["--dtype", *both] * forced)) == 0
+    result, shown = json.loads(output.read_text()), capsys.readouterr().out
+    assert [layer["case"]["dtype"] for layer in result["layers"]] == (both if forced else both[:1])
+    assert result["out_of_time"] == both[1:] * (not forced) and result["left_out"] == []
+    assert ("bfloat16 was left out: the time was used up before it." in shown) != forced
+
+
 SLOW = {"float32": Rates(100.0, 90.0), "bfloat16": Rates(80.0, 2.5), "float16": Rates(1.0, 1.0)}
 
 
@@ -515,7 +528,7 @@ def test_bad_options_end_the_run_before_it_starts(options: list[str], message: s
 def test_results_that_cannot_be_written_end_the_run_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="^/proc/x.json: its folder cannot be written: No such file"):
         bench("--json", "/proc/x.json")
-    with pytest.raises(SystemExit, match=f"^{tmp_path} is a folder$"):
+    with pytest.raises(SystemExit, match=f"^{tmp_path}: Is a directory$"):
         bench("--json", str(tmp_path))
 
 
