@@ -15,7 +15,10 @@ SECONDS = 0.02  # for each of two products of each dtype; a slow one takes its o
 
 @dataclass(frozen=True)
 class Rates:
-    """GFLOP/s of x @ W.T, a layer's forward, and of dY @ W, its dX. Libraries can be fast at one of them alone."""
+    """GFLOP/s of x @ W.T, a layer's forward, and of dY @ W, its dX, on one thread.
+
+    Libraries can be fast at one of them alone.
+    """
 
     forward: float
     dx: float
@@ -26,9 +29,17 @@ class Rates:
 
 
 def product_rates(dtype: torch.dtype) -> Rates:
-    """Measured on the CPU in a few hundredths of a second."""
+    """Measured on the CPU in a few hundredths of a second.
+
+    On one thread: where other work has the cores, threads that wait for each other say more of it than of the product.
+    """
     x, w, dy = (torch.randn(rows, FEATURES).to(dtype) for rows in (TOKENS, FEATURES, TOKENS))
-    return Rates(_rate(x, w.t()), _rate(dy, w))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return Rates(_rate(x, w.t()), _rate(dy, w))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rate(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -54,8 +54,8 @@ def notes(result: dict) -> list[str]:
         rates = {name: products[name] for name in (dtype, "float32")}
         named = [f"{name} {_number(rate['forward'])} and {_number(rate['dx'])}" for name, rate in rates.items()]
         lines.append(
-            f"{dtype} was left out: PyTorch multiplies it slowly here (GFLOP/s forward and dX: {', '.join(named)}); "
-            f"--dtype {dtype} measures it."
+            f"{dtype} was left out: PyTorch multiplies it slowly here (GFLOP/s of a core, forward and dX: "
+            f"{', '.join(named)}); --dtype {dtype} measures it."
         )
     if result["shrunk"]:
         minutes = 2 if settings["quick"] else 15

@@ -474,8 +474,8 @@ def test_a_dtype_that_the_processor_multiplies_slowly_is_left_out_and_named(
     assert [layer["case"]["dtype"] for layer in result["layers"]] == ["bfloat16" if forced else "float32"]
     assert result["products"]["bfloat16"] == {"forward": 80.0, "dx": 2.5}
     assert result["left_out"] == [] if forced else ["bfloat16"]
-    told = "bfloat16 was left out: PyTorch multiplies it slowly here (GFLOP/s forward and dX: bfloat16 80.0 and 2.50, "
-    assert (told + "float32 100 and 90.0); --dtype bfloat16 measures it." in shown) != forced
+    told = "bfloat16 was left out: PyTorch multiplies it slowly here (GFLOP/s of a core, forward and dX: "
+    assert (told + "bfloat16 80.0 and 2.50, float32 100 and 90.0); --dtype bfloat16 measures it." in shown) != forced
 
 
 @pytest.mark.smoke

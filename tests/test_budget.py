@@ -198,5 +198,6 @@ def test_rates_are_those_of_a_layers_two_products(monkeypatch) -> None:
 
 
 def test_the_measurement_takes_a_fraction_of_a_second() -> None:
+    threads = torch.get_num_threads()
     rates = products.product_rates(torch.float32)
-    assert rates.forward > 0 and rates.dx > 0
+    assert rates.forward > 0 and rates.dx > 0 and torch.get_num_threads() == threads
