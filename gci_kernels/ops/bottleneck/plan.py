@@ -10,8 +10,8 @@ _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
 # 2048x2048 and 576x1536, R = 8 to 72, in float32 on AVX2 as well: there the library needs up to twice the time, but
 # packing the small operand of `project` and `expand` is too much for a few tokens. Without AVX2, the library is ahead.
-# packing the small operand of `project` and `expand` is too much for a few tokens. Without AVX2 the library is ahead.
-# AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
+# In bfloat16 the kernels are as fast as the library and leave their sums unrounded, which `expand` rounds either way;
+# on AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
 _FLOAT32 = {"project": (256, _ANY), "expand": (256, _ANY), "reduce": (16, _ANY)}
 _WINS = {
     ("amx", torch.float32): _FLOAT32,
