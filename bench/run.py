@@ -30,7 +30,7 @@ __all__ = ["add_arguments", "main"]
 SCHEMA = 2
 # Of the model's correctness gate: trials, and tokens of each, enough for the plan that a train step is timed with. A
 # smaller step's gate has as many tokens as the step.
-GATE_TRIALS, GATE_TOKENS = 3, 64
+GATE_TRIALS, GATE_TOKENS = 3, 256
 # Seconds for all steps once the first model is loaded: the two and fifteen minutes that are promised, less Python's
 # start and one step that takes longer than foretold.
 SECONDS = {"quick": 95.0, "full": 840.0}

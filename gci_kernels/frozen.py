@@ -1,5 +1,6 @@
 """The frozen linear layers of a patched model, whose instances change their class to run `ops.frozen_linear`."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ else:
 class UpcastLinear(Swapped, _Layer):
     """Mixin for a torch.nn.Linear: float32 products where they are faster than the library's, else its own forward."""
 
-    def forward(self, forward, input: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
+        self, own_forward: Callable[..., Tensor], input: Tensor
+    ) -> Tensor:
         if takes(input, self.weight, self.bias):
             return frozen_linear(input, self.weight, self.bias)
-        return forward(self, input)
+        return own_forward(self, input)
 
 
 def swap_all(model: nn.Module) -> None:
@@ -33,7 +36,7 @@ def swap_back(model: nn.Module) -> None:
     """Undoes :func:`swap_all`."""
     for module in model.modules():
         if isinstance(module, UpcastLinear):
-            module.__class__ = nn.Linear
+            module.__class__ = module._gci_parts[0]  # type: ignore[assignment]
 
 
 def is_plain_linear(module: nn.Module) -> bool:

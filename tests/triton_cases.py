@@ -7,7 +7,6 @@ import importlib
 
 import pytest
 import torch
-from rich.console import Console
 
 from gci_kernels import hardware, verify
 from gci_kernels.bench import tune
@@ -340,6 +339,6 @@ def test_tuning_runs_every_launch(monkeypatch, tmp_path, shape, kernels):
     }
     monkeypatch.setattr(tune, "FIELDS", fields)
     clock = iter(range(1000, 0, -1))
-    found = list(tune.run([shape], torch.float16, torch.device("cpu"), lambda fn: float(next(clock)), Console()))
+    found = list(tune.run([shape], torch.float16, torch.device("cpu"), lambda fn: float(next(clock))))
     assert [each.kernel for each in found] == kernels
     assert all(each.tried == 1 and not each.left_out for each in found), found

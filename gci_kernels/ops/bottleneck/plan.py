@@ -12,7 +12,7 @@ _ANY = 2**62
 # packing the small operand of `project` and `expand` is too much for a few tokens. Without AVX2, the library is ahead.
 # In bfloat16 the kernels are as fast as the library and leave their sums unrounded, which `expand` rounds either way;
 # on AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
-_FLOAT32 = {"project": (256, _ANY), "expand": (256, _ANY), "reduce": (16, _ANY)}
+_FLOAT32 = {"project": (256, _ANY), "expand": (256, _ANY), "reduce": (64, _ANY)}
 _WINS = {
     ("amx", torch.float32): _FLOAT32,
     ("avx512bf16", torch.float32): _FLOAT32,
