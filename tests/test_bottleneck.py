@@ -316,7 +316,7 @@ ATEN, MIXED, NATIVE = (
     "native/native/aten/native/native",
     "native/native/native/native/native",
 )
-PLANS = [(ATEN, torch.float32), (NATIVE, torch.float32), ("aten/native/aten/aten/native", torch.float64)]
+PLANS = [(ATEN, torch.float32), (MIXED, torch.float32), ("aten/native/aten/aten/native", torch.float64)]
 if native.extension().has_bf16_products():  # whose sums leave in another dtype than x's
     PLANS += [(NATIVE, torch.bfloat16), (MIXED, torch.bfloat16)]
 

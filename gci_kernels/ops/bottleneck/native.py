@@ -1,7 +1,8 @@
 """The stages in C++ (csrc/cpu/skinny*.cpp, dropout.cpp): CPU tensors; the products for float32 and bfloat16.
 
-Same functions as aten.py, but project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and
-u are contiguous: the caller sees to it.
+Same functions as aten.py, but expand is for bfloat16 alone (in float32 the library hides it in the base product), and
+project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and u are contiguous: the caller
+sees to it.
 """
 
 import torch
@@ -52,8 +53,6 @@ def project(x: Tensor, m: Tensor) -> Tensor:
 
 
 def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
-    if not _is_half(u):
-        return _expand(u, m.float(), x, w, bias)
     if w is None:
         return torch.mm(u, m.to(u.dtype))
     y, panel, (rank, width) = F.linear(x, w.t(), bias), _pairs(m), m.shape
@@ -62,14 +61,6 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
         y.shape[0], rank, width, torch.get_num_threads(),
     )  # fmt: skip
     return y
-
-
-def _expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
-    """expand in float32; the base product comes last, see aten.py."""
-    if bias is not None:  # one more term of the sum: spares a pass over y
-        u, m = torch.cat((u, u.new_ones(u.shape[0], 1)), dim=1), torch.cat((m, bias.unsqueeze(0)))
-    y = project(u, m)
-    return y if w is None else y.addmm_(x, w)
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
