@@ -1,7 +1,10 @@
 """Gives an object a subclass of its own class: what it is made of, its name and its copies stay as they were."""
 
 import functools
+from types import MethodType
 from typing import Any, ClassVar
+
+from torch import nn
 
 
 class Swapped:
@@ -12,7 +15,12 @@ class Swapped:
     def __reduce_ex__(self, protocol):
         # The class is made while the program runs; its parts can be found by name, it cannot.
         _, _, *state = super().__reduce_ex__(2)
-        return _new_instance, type(self)._gci_parts, *state
+        base: type = type(self)
+        mixins: list[type] = []
+        while issubclass(base, Swapped):
+            base, mixin = base._gci_parts
+            mixins.insert(0, mixin)
+        return _new_instance, (base, *mixins), *state
 
 
 @functools.cache
@@ -33,6 +41,14 @@ def subclass(base: Any, mixin: type) -> Any:
     return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
 
 
-def _new_instance(base: type, mixin: type):
-    cls = subclass(base, mixin)
+def give_class(module: nn.Module, cls: type) -> None:
+    """Changes the class of `module`, also where an accelerate hook keeps the forward of the class that it found."""
+    before = type(module).forward
+    module.__class__ = cls
+    if getattr(vars(module).get("_old_forward"), "__func__", None) is before:
+        module._old_forward = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
+def _new_instance(base: type, *mixins: type):
+    cls = functools.reduce(subclass, mixins, base)
     return cls.__new__(cls)

@@ -14,8 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from gci_kernels import experts, parents
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
+from gci_kernels.targets import is_all_linear, matched
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 
@@ -215,6 +217,17 @@ class AdaptedModel(BaseTuner):
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's, with what it does not know of: modules that read past their layers, and experts that are no layers."""
+        config = self.peft_config[adapter_name]
+        self._check_parents(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        parents.call_layers(model)
+        experts.warn(model, config, self.tuner_layer_cls.method_name)
+
+    def _check_parents(self, model: nn.Module, config: Any) -> None:
+        """Leaves layers out, or refuses them, of which other modules take the weight without calling them."""
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """PEFT's way into mixed batches, around a forward or generate() whose arguments it gets."""
@@ -235,6 +248,19 @@ class BottleneckModel(AdaptedModel):
     """PEFT's tuner for layers of :class:`BottleneckLayer`."""
 
     default_targets: tuple[str, ...]
+
+    def _check_parents(self, model: nn.Module, config: Any) -> None:
+        method, default = self.tuner_layer_cls.method_name, config.target_modules is None
+        chosen = copy.copy(config)
+        if default:
+            chosen.target_modules = set(self.default_targets)
+        found = matched(model, chosen)
+        if default and not found and (hint := experts.hint(model)):
+            raise ValueError(f"{method} finds none of {', '.join(self.default_targets)} in this model{hint}")
+        if default or is_all_linear(config.target_modules):
+            parents.leave_out(model, config, method, found)
+        else:
+            parents.refuse(model, method, found, "leave it out of target_modules, or add it to exclude_modules")
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

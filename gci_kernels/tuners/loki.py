@@ -13,6 +13,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels import parents
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
@@ -302,6 +303,10 @@ class LoKIModel(AdaptedModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
+        self._find_rows(peft_config, model)
+        parents.refuse(model, "LoKI", self.rows, "leave it out of positions and target_modules")
+
+    def _find_rows(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.positions is not None:
             self.rows = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
             peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}

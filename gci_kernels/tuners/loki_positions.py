@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels import experts
 from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
@@ -105,8 +106,11 @@ def _by_layer(
             raise ValueError(
                 f"positions: decoder layer {layer} has {len(names)} modules that they could mean "
                 f"({', '.join(names) or 'none'}), one is needed: choose target_modules, or name the modules"
+                f"{'' if names else experts.hint(model)}"
             )
-        found |= {name: chosen for name in names}
+        found |= {name: chosen for name in names if len(chosen)}
+    if target_modules is None:
+        experts.refuse_part(model, found)
     return found
 
 

@@ -11,6 +11,7 @@ from gci_kernels.ops.decode import Group
 from gci_kernels.swapped import Swapped, subclass
 from gci_kernels.tuners import fusion
 from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.merging import ExactMerge
 
 # PEFT's layers that compute base(x) + scaling * B(A(dropout(x))), and differ in how they merge: one for each kind of
 # base layer. By name, because most of their modules cannot be imported without the library they are for.
@@ -43,7 +44,7 @@ else:
     _Layer = object
 
 
-class FusedLora(DecodingLayer, Swapped, _Layer):
+class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -128,4 +129,5 @@ def swap(module: Any) -> None:
 
 def swap_back(module: Any) -> None:
     """Undoes :func:`swap`."""
+    module.forget_unmerged()
     module.__class__ = module._gci_parts[0]

@@ -1,0 +1,117 @@
+"""Experts of a mixture that are no layers but slices of one parameter, which adapters of linear layers do not reach."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from gci_kernels.targets import is_all_linear
+
+# Names by which a config means (part of) an MLP.
+_MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|gate|up_proj|down_proj|fc_?\d|fc_|^w\d|dense_h|c_fc|_to_h|_linear")
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The stacks of experts in one module of the model: parameters' names and shapes, and how many weights they are."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def find(model: nn.Module) -> list[Stacks]:
+    """Parameters of three dimensions in a module that is called experts, by its name or by its class."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) or type(module).__module__.startswith("torch.nn"):
+            continue
+        if "expert" not in name.lower() and "expert" not in type(module).__name__.lower():
+            continue
+        own = {key: p for key, p in module._parameters.items() if p is not None and p.dim() == 3}
+        if own:
+            found.append(Stacks(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name), own))
+    return found
+
+
+def left_out(model: nn.Module, config: Any) -> list[Stacks]:
+    """The stacks that an adapter with this config leaves frozen although it is for the MLPs."""
+    if not _is_for_mlps(config):
+        return []
+    reached = {id(module.get_param()) for module in model.modules() if isinstance(module, ParamWrapper)}
+    return [
+        Stacks(stacks.name, rest)
+        for stacks in find(model)
+        if (rest := {key: p for key, p in stacks.parameters.items() if id(p) not in reached})
+    ]
+
+
+def _is_for_mlps(config: Any) -> bool:
+    if getattr(config, "method", None) in ("GCI_LORAMOE", "GCI_LOKI"):
+        return True
+    targets = getattr(config, "target_modules", None)
+    if targets is None:
+        return False
+    names = [targets] if isinstance(targets, str) else targets
+    return is_all_linear(targets) or any(_MLP.search(name.rpartition(".")[2] or name) for name in names)
+
+
+def describe(stacks: list[Stacks]) -> str:
+    """Their names, equal ones of the layers together, and how many of the weights they are."""
+    groups: dict[str, None] = {}
+    for each in stacks:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", each.name)
+        groups[f"{name}.{{{', '.join(each.parameters)}}}"] = None
+    return "; ".join(groups)
+
+
+def warn(model: nn.Module, config: Any, method: str) -> None:
+    """One warning that names what stays frozen."""
+    if stacks := left_out(model, config):
+        count, total = sum(each.weights for each in stacks), sum(p.numel() for p in _base_parameters(model))
+        warnings.warn(
+            f"{method} leaves this mixture's experts frozen: they are stacks, parameters of three dimensions that "
+            f"no layer holds, {describe(stacks)}, {count:,} of the model's {total:,} weights. "
+            "peft.LoraConfig(target_parameters=...) adapts them",
+            stacklevel=2,
+        )
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    prefixes = ("lora_", "loramoe_", "gci_alora_", "loki_")
+    return [p for name, p in model.named_parameters() if not any(part.startswith(prefixes) for part in name.split("."))]
+
+
+def hint(model: nn.Module) -> str:
+    """What to add to an error that says that no layer matches; empty for models without stacks."""
+    stacks = find(model)
+    if not stacks:
+        return ""
+    return (
+        f"; this mixture's experts are stacks, parameters of three dimensions that no layer holds ({describe(stacks)}): "
+        "name other target_modules, or adapt the experts with peft.LoraConfig(target_parameters=...)"
+    )
+
+
+def refuse_part(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: one of the layers is only a part of a decoder layer's MLP, whose rest are stacks.
+    """
+    layers = {match[0]: stacks for stacks in find(model) if (match := re.match(r".*?\.\d+\.", stacks.name))}
+    for name in names:
+        match = re.match(r".*?\.\d+\.", name)
+        if match and (stacks := layers.get(match[0])) is not None:
+            raise ValueError(
+                f"positions by decoder layer mean the layer's MLP, but {name} is only a part of that: the experts of "
+                f"{stacks.name} are stacks, parameters of three dimensions that no layer holds; name the modules to "
+                f"train in positions, such as {name!r}, to leave the experts frozen"
+            )

@@ -1,0 +1,122 @@
+"""Modules that compute with the weight of a layer within them and never call it: an adapter there has no effect."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from gci_kernels.weight_reads import weights_read
+
+_FAST = "_gci_fast_path"
+
+
+def readers(model: nn.Module) -> dict[str, str]:
+    """Name of each linear layer whose weight is read past it -> the name and class of the module that reads it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for layer in _read_by(module):
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            if _is_linear(base) and id(layer) in names:
+                found.setdefault(names[id(layer)], f"{name} ({type(module).__name__})".lstrip())
+    return found
+
+
+def _read_by(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        return [module.out_proj]
+    if _has_fast_path(module):
+        return []  # it calls its layers once that is turned off
+    return weights_read(module)
+
+
+def _is_linear(module: Any) -> bool:
+    return hasattr(module, "weight") and not isinstance(module, nn.Embedding) and _features(module) is not None
+
+
+def _features(module: Any) -> Any:
+    return getattr(module, "in_features", getattr(module, "nf", None))
+
+
+def sentence(name: str, reader: str) -> str:
+    """Why an adapter on the layer `name` has no effect."""
+    return f"{reader} computes with the weight of {name} and does not call the layer, so that an adapter has no effect"
+
+
+def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) -> None:
+    """Excludes, of the layers that a config takes without naming them, those that are read past; one warning."""
+    found = readers(model)
+    out = {name: found[name] for name in names if name in found}
+    if not out:
+        return
+    config.exclude_modules = _joined(config.exclude_modules, out)
+    more = f" ({len(out)} such layers)" if len(out) > 1 else ""
+    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(*next(iter(out.items())))}{more}", stacklevel=2)
+
+
+def _joined(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:
+    if isinstance(excluded, str):  # a regular expression
+        return "|".join([f"(?:{excluded})", *(name.replace(".", r"\.") for name in more)])
+    return set(excluded or ()) | set(more)
+
+
+def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) -> None:
+    """
+    Raises:
+        ValueError: one of the layers that are asked for by name is read past.
+    """
+    found = readers(model)
+    if (name := next((name for name in names if name in found), None)) is not None:
+        raise ValueError(f"{method} cannot adapt {name}: {sentence(name, found[name])}; {way_out}")
+
+
+def warn(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
+    """PEFT's own methods take such layers; then one warning."""
+    found = readers(model)
+    out = {name: found[name] for name in names if name in found}
+    if out:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        warnings.warn(f"{kind} on {_first(out)} does nothing: {sentence(*next(iter(out.items())))}", stacklevel=2)
+
+
+def _first(names: dict[str, str]) -> str:
+    first, *rest = names
+    return first if not rest else f"{first} and {len(rest)} more"
+
+
+def _has_fast_path(module: nn.Module) -> bool:
+    """Whether it is torch's encoder layer, whose kernel for evaluation reads its layers' weights."""
+    return isinstance(module, nn.TransformerEncoderLayer) and type(module).forward is nn.TransformerEncoderLayer.forward
+
+
+def call_layers(model: nn.Module) -> None:
+    """Turns that kernel off in encoder layers that have adapters within; in training they never take it."""
+    for module in model.modules():
+        if _has_fast_path(module) and _is_adapted(module):
+            _turn_off(module, "activation_relu_or_gelu")
+        # Its layers would be given nested tensors, which only the kernel takes.
+        if isinstance(module, nn.TransformerEncoder) and _is_adapted(module):
+            _turn_off(module, "use_nested_tensor")
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return any(isinstance(each, BaseTunerLayer) for each in module.modules())
+
+
+def _turn_off(module: nn.Module, switch: str) -> None:
+    if _FAST not in vars(module):
+        vars(module)[_FAST] = (switch, getattr(module, switch, False))
+        setattr(module, switch, type(getattr(module, switch, False))(0))
+
+
+def call_layers_no_more(model: nn.Module) -> None:
+    """Undoes :func:`call_layers`."""
+    for module in model.modules():
+        if (kept := vars(module).pop(_FAST, None)) is not None:
+            setattr(module, *kept)

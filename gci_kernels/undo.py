@@ -1,0 +1,356 @@
+"""What patch changes in a model, and the way back to the plain model, bit for bit."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners import lora
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from gci_kernels.swapped import Swapped, give_class, subclass
+from gci_kernels.targets import matched
+from gci_kernels.tuners import LoKILinear
+from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN_VALUES = (bool, int, float, str, list, tuple, dict, set, type(None))
+
+
+class _Absent:
+    """Stands for an attribute or key that was not there."""
+
+
+class Snapshot:
+    """The state of a module tree before something changes it.
+
+    Of tensors it holds what they are made of, which costs no memory: whoever gives a parameter other values by way of
+    `.data` leaves the old ones here. Only the parameters in `in_place` are copied.
+    """
+
+    def __init__(self, model: nn.Module, in_place: Iterable[nn.Parameter] = ()) -> None:
+        self.states = [(module, type(module), self._copy(module)) for module in model.modules()]
+        self.values = {id(p): p.data for p in model.parameters() if _is_plain_tensor(p)}
+        self.copies = {id(p): p.detach().clone() for p in in_place if _is_plain_tensor(p)}
+        self.flags = [(module, name, p.requires_grad) for module, name, p in _parameters(model)]
+        self.configs = [(config, _values(config)) for config in _configs(model)]
+
+    @staticmethod
+    def _copy(module: nn.Module) -> dict:
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+
+    def changes(self) -> list[tuple[nn.Module, str, Any, Any, Any]]:
+        """(module, attribute, key or None, old value, present value) of all that is another now."""
+        changes: list[tuple] = []
+        for module, cls, before in self.states:
+            if type(module) is not cls:
+                changes.append((module, "__class__", None, cls, type(module)))
+            now = vars(module)
+            for attribute in before.keys() | now.keys():
+                old, new = before.get(attribute, _Absent), now.get(attribute, _Absent)
+                if isinstance(old, dict) and isinstance(new, dict):
+                    changes += [
+                        (module, attribute, key, old.get(key, _Absent), new.get(key, _Absent))
+                        for key in old.keys() | new.keys()
+                        if old.get(key, _Absent) is not new.get(key, _Absent)
+                    ]
+                elif old is not new:
+                    changes.append((module, attribute, None, old, new))
+        return changes
+
+    def rewritten(self) -> Iterator["Weight"]:
+        """Parameters that are made of other memory now, or are not equal to their copies."""
+        for module, _, before in self.states:
+            for name, parameter in before["_parameters"].items():
+                old = self.values.get(id(parameter))
+                if old is None:
+                    continue
+                kept = self.copies.get(id(parameter))
+                if kept is not None and not torch.equal(parameter.data, kept):
+                    yield Weight(module, name, parameter, kept, copied=True)
+                elif not _same_memory(parameter.data, old):
+                    yield Weight(module, name, parameter, old, copied=False)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter with values that it had before; `copied`: they are a copy, the parameter's memory was written to."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    old: Tensor
+    copied: bool
+
+    def give_back(self) -> None:
+        """The values as they would be had the plain model gone wherever the patched one has: to a device, a dtype."""
+        now = getattr(self.module, self.name, self.parameter)
+        vars(self.module).pop(self.name, None)  # PEFT puts a plain tensor there for the time of a merge
+        parameter = self.module._parameters[self.name] = self.parameter
+        parameter.grad = None
+        if self.copied and (parameter.shape, parameter.device, parameter.dtype) == (self.old.shape, now.device, now.dtype):
+            parameter.data.copy_(self.old)
+        else:
+            parameter.data = self.old.to(now.device, now.dtype)
+
+
+class Undo:
+    """The way back from what has been changed since a snapshot: at once, or when the model is wanted back."""
+
+    def __init__(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
+        """`trained`: parameters that the adapter's training will change, and which are copied here."""
+        self.plain = [(module, dict(state["_modules"]), state["training"]) for module, _, state in before.states]
+        self.flags = before.flags
+        self.shapes = [(m, name, tuple(p.shape)) for m, name, p in _owned(before) if _is_plain_tensor(p)]
+        self.sizes = [(config, old["vocab_size"]) for config, old in before.configs if "vocab_size" in old]
+        self.changes: list[tuple] = []
+        self.configs: list[tuple[Any, str, Any]] = []
+        self.weights: list[Weight] = []
+        self.blocked: str | None = None
+        self.extend(before, trained)
+
+    def extend(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
+        """Adds what has been changed since another, later snapshot."""
+        known = {id(module) for module, _, _ in self.plain}
+        self.changes += [change for change in before.changes() if id(change[0]) in known]
+        for config, values in before.configs:
+            now = vars(config)
+            self.configs += [
+                (config, key, values.get(key, _Absent))
+                for key in values.keys() | now.keys()
+                if not _equal(values.get(key, _Absent), now.get(key, _Absent))
+            ]
+        wanted = {id(parameter) for parameter in trained}
+        copies = (
+            Weight(module, name, parameter, parameter.detach().clone(), copied=True)
+            for module, name, parameter in _owned(before)
+            if id(parameter) in wanted
+        )
+        kept = {(id(weight.module), weight.name) for weight in self.weights}
+        for weight in (*before.rewritten(), *copies):
+            if id(weight.module) in known and (key := (id(weight.module), weight.name)) not in kept:
+                kept.add(key)
+                self.weights.append(weight)
+
+    def apply(self) -> None:
+        """Puts everything back. What was added since beside it, hooks of other owners above all, stays."""
+        for module, attribute, key, old, _ in reversed(self.changes):
+            if attribute == "__class__":
+                give_class(module, old)
+                continue
+            # Dictionaries are changed in place: hook handles hold on to them.
+            container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)
+            if old is _Absent:
+                container.pop(key, None)
+            else:
+                container[key] = old
+        for module, children, training in self.plain:
+            module._modules.update(children)
+            module.training = training
+        for weight in self.weights:
+            weight.give_back()
+        for module, name, flag in self.flags:
+            if isinstance(parameter := module._parameters.get(name), nn.Parameter):
+                parameter.requires_grad_(flag)
+        for config, key, old in reversed(self.configs):
+            if old is _Absent:
+                vars(config).pop(key, None)
+            else:
+                vars(config)[key] = old
+
+    def obstacle(self, model: nn.Module) -> str | None:
+        """Why :meth:`apply` would not give the plain model back, or None; `model` is what the tuner holds."""
+        names = {id(module): name for name, module in model.named_modules()}
+        return self.blocked or self._replaced(names) or self._resized(names) or _lost_hooks(model) or _rounded(model)
+
+    def _replaced(self, names: dict[int, str]) -> str | None:
+        left = {(id(module), key): new for module, attribute, key, _, new in self.changes if attribute == "_modules"}
+        wrapped = [new for new in left.values() if _is_wrapper(new)]
+        gone = 0
+        for module, children, _ in self.plain:
+            for name, old in children.items():
+                now, by_patch = module._modules.get(name, _Absent), left.get((id(module), name))
+                gone += now is old and _is_wrapper(by_patch)
+                if now is not old and now is not by_patch and not _wraps(now, old):
+                    path = f"{names.get(id(module), '')}.{name}".lstrip(".")
+                    return f"{path} is another module than patch() left there: put that back first"
+        if wrapped and gone == len(wrapped):
+            return (
+                "its adapters have been taken out already: what unload() or merge_and_unload() returned is the model, "
+                "and after merging its weights are no longer the plain model's"
+            )
+        for module, attribute, _, old, new in self.changes:
+            if attribute == "__class__" and type(module) not in (old, new):
+                path = names.get(id(module)) or type(module).__name__
+                return f"{path} has been given another class since (FSDP does that)"
+        return None
+
+    def _resized(self, names: dict[int, str]) -> str | None:
+        for module, name, shape in self.shapes:
+            parameter = module._parameters.get(name)
+            now = None if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if now is not None and _is_plain_tensor(parameter) and now != shape:
+                path = f"{names.get(id(module), '')}.{name}".lstrip(".")
+                return (
+                    f"{path} had shape {list(shape)} when the model was patched and has {list(now)} now: bring it "
+                    "back to that size first (resize_token_embeddings)"
+                )
+        for config, size in self.sizes:
+            if (now := vars(config).get("vocab_size")) != size:
+                return (
+                    f"the config's vocab_size was {size} when the model was patched and is {now} now: call "
+                    f"resize_token_embeddings({size}) first"
+                )
+        return None
+
+
+def unmerge(model: nn.Module) -> None:
+    """Takes merged adapters out of base weights again, where that gives the weights their own bits back."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            module.unmerge()
+
+
+class KeepsPlain(Swapped):
+    """Mixin for the tuner of a model that patch made from a plain one: adapters added later are undone as well."""
+
+    _gci_undo: Undo
+    peft_config: dict[str, PeftConfig]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules())
+        before = Snapshot(model, in_place=rewritten_in_place(model, config))
+        trained = trained_beside(model, config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if merged and next(before.rewritten(), None) is not None:
+                self._gci_undo.blocked = (
+                    f"adapter {adapter_name!r} rewrote base weights into which another adapter was merged"
+                )
+            self._gci_undo.extend(before, trained)
+
+
+def keep_plain(tuner: Any, undo: Undo) -> None:
+    """Makes `tuner` remember how its plain model was, and its layers merge in a way that can be undone exactly."""
+    tuner._gci_undo = undo
+    tuner.__class__ = subclass(type(tuner), KeepsPlain)
+    left = inside_attention(tuner.model)
+    for module in tuner.model.modules():
+        mine = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
+        if mine and id(module) not in left:
+            module.__class__ = subclass(type(module), _ExactLayer)
+
+
+class _ExactLayer(ExactMerge, Swapped):
+    """Mixin for LoRA layers that have no fused form."""
+
+
+def rewritten_in_place(model: nn.Module, config: PeftConfig) -> list[nn.Parameter]:
+    """The base weights whose memory the start of an adapter writes over; other starts replace them."""
+    if str(getattr(config, "init_lora_weights", "")).lower() != "olora":
+        return []
+    return [p for base in matched(model, config).values() if (p := base._parameters.get("weight")) is not None]
+
+
+def trained_beside(model: nn.Module, config: PeftConfig) -> list[nn.Parameter]:
+    """The plain model's parameters that change in training, or with every call, although they are no adapter's."""
+    if not isinstance(config, lora.LoraConfig):
+        return []
+    targets = matched(model, config)
+    found = {"all": [*model.modules()], "lora_only": [*targets.values()]}.get(config.bias, [])
+    changing = [
+        p for module in found for name, p in module._parameters.items() if p is not None and name.endswith("bias")
+    ]
+    for module in targets.values():  # PEFT merges into these for the time of each call, and takes out again by rounding
+        if isinstance(module, nn.MultiheadAttention):
+            changing += [p for part in (module, module.out_proj) for p in part._parameters.values() if p is not None]
+    return changing
+
+
+def _lost_hooks(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if _is_wrapper(module) and any(vars(module).get(hooks) for hooks in _HOOKS):
+            return (
+                f"{name} is an adapter's layer and has hooks, which would be lost with it: remove them first, or "
+                "register them on its base layer"
+            )
+    return None
+
+
+def _rounded(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        exact = isinstance(module, (ExactMerge, LoKILinear, TrainableTokensLayer))
+        if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(module)):
+            return (
+                f"an adapter was merged into the base layer of {name}, which unmerging gives back rounded: load the "
+                "plain model anew"
+            )
+    return None
+
+
+def _is_wrapper(module: Any) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _wraps(module: Any, plain: Any) -> bool:
+    """Whether `module` is layers of PEFT around `plain`."""
+    while _is_wrapper(module):
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
+        if module is plain:
+            return True
+    return False
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in model.modules():
+        yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
+
+
+def _owned(before: Snapshot) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module, _, state in before.states:
+        yield from ((module, name, p) for name, p in state["_parameters"].items() if p is not None)
+
+
+def _is_plain_tensor(parameter: Any) -> bool:
+    """Not quantised, in shards or without values: then its memory tells whether it was rewritten."""
+    return type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same and a.shape == b.shape and a.storage_offset() == b.storage_offset()
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The model's configs and those within them, each once."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if isinstance(config, (PretrainedConfig, GenerationConfig)) and id(config) not in found:
+            found[id(config)] = config
+            for value in vars(config).values():
+                add(value)
+
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            add(vars(module).get(name))
+    return list(found.values())
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {
+        key: copy.deepcopy(value) if isinstance(value, _PLAIN_VALUES) else value for key, value in vars(config).items()
+    }
+
+
+def _equal(old: Any, new: Any) -> bool:
+    return old is new or (isinstance(old, _PLAIN_VALUES) and type(old) is type(new) and old == new)

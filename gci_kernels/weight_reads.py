@@ -1,0 +1,229 @@
+"""Finds, in the source of modules' classes, where they take the weight of a layer within them instead of calling it.
+
+`F.linear(x, self.out_proj.weight)` runs without the layer, and so without an adapter in its place. What a class does is
+read from its forward and the functions that this calls, with the layer in a variable, in a list, or handed on as an
+argument. `weight.dtype` and the like are no use of the weight. A branch whose condition is known from the module's
+attributes (`if self.pretraining_tp > 1`) counts only where it is taken.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+# What is asked of a weight without computing with it.
+_PROPERTIES = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "grad", "__class__"}
+_QUESTIONS = {"size", "dim", "numel", "element_size", "is_floating_point", "data_ptr", "get_device", "stride"}
+_FUNCTIONS = {"isinstance", "hasattr", "type", "id", "zeros_like", "ones_like", "empty_like", "is_tensor", "len"}
+_DEPTH = 6  # of calls that are followed
+
+# The way from a module to one within it: names of attributes, None for any element of a list.
+Path = tuple[str | None, ...]
+Condition = tuple[ast.expr, str, bool]
+
+
+@dataclass(frozen=True)
+class Read:
+    """`path`: the layer whose weight is read; `conditions`: what has to hold, (test, the name of self, its value)."""
+
+    path: Path
+    conditions: tuple[Condition, ...]
+
+
+def weights_read(module: nn.Module) -> list[nn.Module]:
+    """The modules within `module` whose weight its forward reads, or may read."""
+    if not module._modules:
+        return []
+    own = vars(module).get("forward")
+    forward = own.__func__ if isinstance(own, MethodType) and own.__self__ is module else type(module).forward
+    found = {}
+    for read in reads_of(type(module), inspect.unwrap(forward)):
+        if all(_value(test, name, module) in (None, wanted) for test, name, wanted in read.conditions):
+            found |= {id(each): each for each in _resolve(module, read.path)}
+    return list(found.values())
+
+
+@functools.lru_cache(maxsize=2048)
+def reads_of(cls: type, forward: Any) -> tuple[Read, ...]:
+    """What `forward`, a function of `cls`, and the functions that it calls read."""
+    if not isinstance(forward, FunctionType):
+        return ()
+    search = _Search(cls)
+    search.function(forward, ((),))
+    return tuple(dict.fromkeys(search.found))
+
+
+def _resolve(module: Any, path: Path) -> Iterator[nn.Module]:
+    if not path:
+        yield module
+        return
+    for each in module._modules.values() if path[0] is None else (getattr(module, path[0], None),):
+        if isinstance(each, nn.Module):
+            yield from _resolve(each, path[1:])
+
+
+def _value(test: ast.expr, name: str, module: nn.Module) -> bool | None:
+    """Whether the condition holds for `module`; None where that is not known, or not for good."""
+    if isinstance(test, ast.BoolOp):
+        values = [_value(each, name, module) for each in test.values]
+        decisive = isinstance(test.op, ast.Or)
+        return decisive if decisive in values else None if None in values else not decisive
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = _value(test.operand, name, module)
+        return None if value is None else not value
+    known = (ast.Compare, ast.Attribute, ast.Name, ast.Constant, ast.cmpop, ast.expr_context)
+    parts = list(ast.walk(test))
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    changing = any(isinstance(part, ast.Attribute) and part.attr == "training" for part in parts)
+    if names - {name} or changing or not all(isinstance(part, known) for part in parts):
+        return None
+    try:
+        return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}, {name: module}))
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # the function would have failed there too, or set the attribute before
+
+
+@functools.lru_cache(maxsize=2048)
+def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """None: there is no source to read, as of functions made by exec."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return tree if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+
+
+class _Search:
+    """One walk through a class's functions; `found` has what they read."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.found: list[Read] = []
+        self.seen: set = set()
+        self.variables: dict[str, Path] = {}
+        self.conditions: tuple[Condition, ...] = ()
+        self.name = ""  # of self
+        self.current: Any = None
+        self.depth = 0
+
+    def function(self, function: Any, paths: tuple[Path | None, ...], named: tuple[tuple[str, Path], ...] = ()) -> None:
+        """Walks through a function that is called with what lies at `paths`, None for other arguments."""
+        key = (function, paths, named)
+        if self.depth > _DEPTH or key in self.seen or not isinstance(function, FunctionType):
+            return
+        self.seen.add(key)
+        if (tree := _tree(function)) is None:
+            return
+        outer = self.variables, self.name, self.current
+        names = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
+        self.variables = {name: path for name, path in zip(names, paths, strict=False) if path is not None}
+        self.variables |= dict(named)
+        self.name = names[0] if names and paths and paths[0] == () else ""
+        self.current, self.depth = function, self.depth + 1
+        self.statements(tree.body)
+        self.variables, self.name, self.current = outer
+        self.depth -= 1
+
+    def statements(self, body: list[ast.stmt]) -> None:
+        for statement in body:
+            if isinstance(statement, ast.If):
+                self.expression(statement.test)
+                self.branch(statement.test, statement.body, statement.orelse)
+            elif isinstance(statement, (ast.For, ast.AsyncFor)):
+                self.expression(statement.iter)
+                self.loop(statement.target, statement.iter)
+                self.statements(statement.body + statement.orelse)
+            elif isinstance(statement, ast.Assign):
+                self.expression(statement.value)
+                for target in statement.targets:
+                    self.assign(target, self.path(statement.value))
+            else:
+                for _, value in ast.iter_fields(statement):
+                    for each in value if isinstance(value, list) else [value]:
+                        if isinstance(each, ast.stmt):
+                            self.statements([each])
+                        elif isinstance(each, ast.ExceptHandler):
+                            self.statements(each.body)
+                        elif isinstance(each, ast.AST):
+                            self.expression(each)
+
+    def branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt]) -> None:
+        before = self.conditions
+        for statements, value in ((body, True), (orelse, False)):
+            if self.name:
+                self.conditions = (*before, (test, self.name, value))
+            self.statements(statements)
+        self.conditions = before
+
+    def loop(self, target: ast.expr, iterable: ast.expr) -> None:
+        path = self.path(iterable)
+        if isinstance(iterable, ast.Call) and getattr(iterable.func, "id", "") == "enumerate" and iterable.args:
+            path, target = self.path(iterable.args[0]), getattr(target, "elts", [target])[-1]
+        self.assign(target, None if path is None else (*path, None))
+
+    def assign(self, target: ast.expr, path: Path | None) -> None:
+        if isinstance(target, ast.Name):
+            self.variables.pop(target.id, None)
+            if path is not None:
+                self.variables[target.id] = path
+
+    def path(self, node: ast.expr) -> Path | None:
+        """Where, seen from the module, the value of an expression lies."""
+        if isinstance(node, ast.Name):
+            return self.variables.get(node.id)
+        if isinstance(node, (ast.Attribute, ast.Subscript)):
+            path = self.path(node.value)
+            return None if path is None else (*path, node.attr if isinstance(node, ast.Attribute) else None)
+        return None
+
+    def expression(self, node: ast.AST, asked: bool = False) -> None:
+        """`asked`: only a question about the value, such as its dtype."""
+        if isinstance(node, ast.Attribute):
+            path = self.path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
+            if path and not asked:
+                self.found.append(Read(path, self.conditions))
+            return self.expression(node.value, node.attr in _PROPERTIES)
+        if isinstance(node, ast.Call):
+            return self.call(node)
+        if isinstance(node, ast.Compare):
+            asked = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+            for operand in (node.left, *node.comparators):
+                self.expression(operand, asked)
+            return None
+        for child in ast.iter_child_nodes(node):
+            self.expression(child)
+        return None
+
+    def call(self, node: ast.Call) -> None:
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if isinstance(node.func, ast.Attribute):
+            self.expression(node.func.value, name in _QUESTIONS)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+            self.expression(argument, name in _FUNCTIONS)
+        called, first = self.callee(node.func)
+        paths = (*first, *(self.path(argument) for argument in node.args))
+        named = {keyword.arg: self.path(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+        given = tuple((key, path) for key, path in named.items() if path is not None)
+        if callable(called) and (given or any(path is not None for path in paths)):
+            self.function(inspect.unwrap(called), paths, given)
+
+    def callee(self, function: ast.expr) -> tuple[Any, tuple[Path, ...]]:
+        """The function that is called, and self where it is a method."""
+        if isinstance(function, ast.Name):
+            return self.current.__globals__.get(function.id), ()
+        if not isinstance(function, ast.Attribute):
+            return None, ()
+        if self.path(function.value) == ():
+            called = inspect.getattr_static(self.cls, function.attr, None)
+            return (called.__func__, ()) if isinstance(called, staticmethod) else (called, ((),))
+        if isinstance(function.value, ast.Call) and getattr(function.value.func, "id", "") == "super":
+            own = [vars(cls)[function.attr] for cls in self.cls.__mro__ if function.attr in vars(cls)]
+            at = [n for n, each in enumerate(own) if callable(each) and inspect.unwrap(each) is self.current]
+            return (own[at[0] + 1] if at and at[0] + 1 < len(own) else None), ((),)
+        return None, ()
