@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
@@ -97,7 +97,7 @@ def report(model: nn.Module) -> Report:
     for n, row in enumerate(rows):
         reason = next((why for prefix, why in idle.items() if f"{row.name}.".startswith(prefix)), None)
         if reason is None and row.name in read:
-            reason = parents.sentence(row.name.rpartition(".")[2], read[row.name])
+            reason = parents.sentence(read[row.name])
         if reason is not None:
             rows[n] = replace(row, base="own call: declined", plan=None, decode=None, declined=reason)
     return Report(rows + _left_out(model))
@@ -106,6 +106,8 @@ def report(model: nn.Module) -> Report:
 def _idle(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
     """Prefixes of the names of layers that do not run: PEFT keeps a module and copies of it that are trained whole."""
     for name, module in modules.items():
+        if isinstance(module, MultiheadAttention):
+            yield f"{name}.base_layer.out_proj.", f"PEFT merges it for every call of {name}"
         if not isinstance(module, ModulesToSaveWrapper):
             continue
         runs = None if module.disable_adapters else next(iter(set(module.active_adapters) & set(module.modules_to_save)), None)

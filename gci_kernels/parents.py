@@ -18,21 +18,22 @@ def readers(model: nn.Module) -> dict[str, str]:
     """Name of each linear layer whose weight is read past it -> the name and class of the module that reads it."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
+    wrapped = {id(module.base_layer) for module in model.modules() if isinstance(module, BaseTunerLayer)}
     for name, module in model.named_modules():
-        if isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)) or id(module) in wrapped:
             continue
         for layer in _read_by(module):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
             if _is_linear(base) and id(layer) in names:
-                found.setdefault(names[id(layer)], f"{name} ({type(module).__name__})".lstrip())
+                found.setdefault(names[id(layer)], f"{name or 'the model'} ({type(module).__name__})")
     return found
 
 
 def _read_by(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return [module.out_proj]
-    if _has_fast_path(module):
-        return []  # it calls its layers once that is turned off
+    if _has_fast_path(module) or type(module) is nn.TransformerEncoder:
+        return []  # they call their layers once that is turned off
     return weights_read(module)
 
 
@@ -44,9 +45,9 @@ def _features(module: Any) -> Any:
     return getattr(module, "in_features", getattr(module, "nf", None))
 
 
-def sentence(name: str, reader: str) -> str:
-    """Why an adapter on the layer `name` has no effect."""
-    return f"{reader} computes with the weight of {name} and does not call the layer, so that an adapter has no effect"
+def sentence(reader: str) -> str:
+    """Why an adapter on a layer has no effect."""
+    return f"{reader} can compute with its weight without calling it, and an adapter has no effect then"
 
 
 def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) -> None:
@@ -57,7 +58,7 @@ def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) 
         return
     config.exclude_modules = _joined(config.exclude_modules, out)
     more = f" ({len(out)} such layers)" if len(out) > 1 else ""
-    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(*next(iter(out.items())))}{more}", stacklevel=2)
+    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(next(iter(out.values())))}{more}", stacklevel=2)
 
 
 def _joined(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:
@@ -73,7 +74,7 @@ def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) ->
     """
     found = readers(model)
     if (name := next((name for name in names if name in found), None)) is not None:
-        raise ValueError(f"{method} cannot adapt {name}: {sentence(name, found[name])}; {way_out}")
+        raise ValueError(f"{method} cannot adapt {name}: {sentence(found[name])}; {way_out}")
 
 
 def warn(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
@@ -82,7 +83,7 @@ def warn(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
     out = {name: found[name] for name in names if name in found}
     if out:
         kind = getattr(config.peft_type, "value", config.peft_type)
-        warnings.warn(f"{kind} on {_first(out)} does nothing: {sentence(*next(iter(out.items())))}", stacklevel=2)
+        warnings.warn(f"{kind} adapts {_first(out)}: {sentence(next(iter(out.values())))}", stacklevel=2)
 
 
 def _first(names: dict[str, str]) -> str:

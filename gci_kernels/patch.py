@@ -104,8 +104,11 @@ def _take_over(model: nn.Module) -> None:
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
+    left = inside_attention(model)
     adapted: list[tuple[str, Any]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and id(module) not in left
     ]
     obstacles = {name: obstacle(module) for name, module in adapted}
     if needed and all(obstacles.values()):
@@ -114,9 +117,8 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
             "nothing to patch: looked for linear layers of peft.tuners.lora with an adapter that is plain LoRA and for "
             f"layers of the published LoKI repository, found {found}. Pass a config to add an adapter"
         )
-    left = inside_attention(model)
     for _, module in adapted:
-        if is_plain_lora(module) and id(module) not in left:
+        if is_plain_lora(module):
             swap(module)
 
 

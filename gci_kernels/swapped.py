@@ -41,6 +41,20 @@ def subclass(base: Any, mixin: type) -> Any:
     return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
 
 
+def parts_of(cls: type) -> tuple[type, ...]:
+    """The class that :func:`subclass` started from, and the mixins; of any other class, itself."""
+    mixins: tuple[type, ...] = ()
+    while "_gci_parts" in vars(cls):
+        cls, mixin = cls._gci_parts  # type: ignore[attr-defined]
+        mixins = (mixin, *mixins)
+    return cls, *mixins
+
+
+def from_parts(base: type, *mixins: type) -> type:
+    """The class of these :func:`parts_of`."""
+    return functools.reduce(subclass, mixins, base)
+
+
 def give_class(module: nn.Module, cls: type) -> None:
     """Changes the class of `module`, also where an accelerate hook keeps the forward of the class that it found."""
     before = type(module).forward
@@ -50,5 +64,5 @@ def give_class(module: nn.Module, cls: type) -> None:
 
 
 def _new_instance(base: type, *mixins: type):
-    cls = functools.reduce(subclass, mixins, base)
+    cls = from_parts(base, *mixins)
     return cls.__new__(cls)

@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from gci_kernels.swapped import Swapped, give_class, subclass
+from gci_kernels.swapped import Swapped, from_parts, give_class, parts_of, subclass
 from gci_kernels.targets import matched
 from gci_kernels.tuners import LoKILinear
 from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
@@ -51,7 +51,7 @@ class Snapshot:
         changes: list[tuple] = []
         for module, cls, before in self.states:
             if type(module) is not cls:
-                changes.append((module, "__class__", None, cls, type(module)))
+                changes.append((module, "__class__", None, parts_of(cls), parts_of(type(module))))  # can be pickled
             now = vars(module)
             for attribute in before.keys() | now.keys():
                 old, new = before.get(attribute, _Absent), now.get(attribute, _Absent)
@@ -143,7 +143,7 @@ class Undo:
         """Puts everything back. What was added since beside it, hooks of other owners above all, stays."""
         for module, attribute, key, old, _ in reversed(self.changes):
             if attribute == "__class__":
-                give_class(module, old)
+                give_class(module, from_parts(*old))
                 continue
             # Dictionaries are changed in place: hook handles hold on to them.
             container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)
@@ -168,7 +168,7 @@ class Undo:
     def obstacle(self, model: nn.Module) -> str | None:
         """Why :meth:`apply` would not give the plain model back, or None; `model` is what the tuner holds."""
         names = {id(module): name for name, module in model.named_modules()}
-        return self.blocked or self._replaced(names) or self._resized(names) or _lost_hooks(model) or _rounded(model)
+        return self.blocked or self._resized(names) or self._replaced(names) or _lost_hooks(model) or _rounded(model)
 
     def _replaced(self, names: dict[int, str]) -> str | None:
         left = {(id(module), key): new for module, attribute, key, _, new in self.changes if attribute == "_modules"}
@@ -178,7 +178,7 @@ class Undo:
             for name, old in children.items():
                 now, by_patch = module._modules.get(name, _Absent), left.get((id(module), name))
                 gone += now is old and _is_wrapper(by_patch)
-                if now is not old and now is not by_patch and not _wraps(now, old):
+                if now is not old and now is not by_patch and not _wraps(now, old) and not _equal_modules(now, old):
                     path = f"{names.get(id(module), '')}.{name}".lstrip(".")
                     return f"{path} is another module than patch() left there: put that back first"
         if wrapped and gone == len(wrapped):
@@ -187,7 +187,7 @@ class Undo:
                 "and after merging its weights are no longer the plain model's"
             )
         for module, attribute, _, old, new in self.changes:
-            if attribute == "__class__" and type(module) not in (old, new):
+            if attribute == "__class__" and parts_of(type(module)) not in (old, new):
                 path = names.get(id(module)) or type(module).__name__
                 return f"{path} has been given another class since (FSDP does that)"
         return None
@@ -308,6 +308,14 @@ def _wraps(module: Any, plain: Any) -> bool:
         if module is plain:
             return True
     return False
+
+
+def _equal_modules(now: Any, old: nn.Module) -> bool:
+    """Whether one may stand for the other: resizing an output layer to and fro leaves another one of the same values."""
+    if type(now) is not type(old):
+        return False
+    tensors, others = now.state_dict(), old.state_dict()
+    return tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -7,6 +7,7 @@ attributes (`if self.pretraining_tp > 1`) counts only where it is taken.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -154,11 +155,16 @@ class _Search:
                             self.expression(each)
 
     def branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt]) -> None:
-        before = self.conditions
         for statements, value in ((body, True), (orelse, False)):
-            if self.name:
-                self.conditions = (*before, (test, self.name, value))
-            self.statements(statements)
+            with self.condition(test, value):
+                self.statements(statements)
+
+    @contextlib.contextmanager
+    def condition(self, test: ast.expr, value: bool) -> Iterator[None]:
+        before = self.conditions
+        if self.name:  # else it says nothing of the module's attributes
+            self.conditions = (*before, (test, self.name, value))
+        yield
         self.conditions = before
 
     def loop(self, target: ast.expr, iterable: ast.expr) -> None:
@@ -191,13 +197,19 @@ class _Search:
             return self.expression(node.value, node.attr in _PROPERTIES)
         if isinstance(node, ast.Call):
             return self.call(node)
+        if isinstance(node, ast.IfExp):
+            self.expression(node.test)
+            for part, value in ((node.body, True), (node.orelse, False)):
+                with self.condition(node.test, value):
+                    self.expression(part)
+            return None
         if isinstance(node, ast.Compare):
             asked = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
             for operand in (node.left, *node.comparators):
                 self.expression(operand, asked)
             return None
         for child in ast.iter_child_nodes(node):
-            self.expression(child)
+            self.expression(child, asked and isinstance(node, ast.Subscript))
         return None
 
     def call(self, node: ast.Call) -> None:
