@@ -96,8 +96,9 @@ def hint(model: nn.Module) -> str:
     if not stacks:
         return ""
     return (
-        f"; this mixture's experts are stacks, parameters of three dimensions that no layer holds ({describe(stacks)}): "
-        "name other target_modules, or adapt the experts with peft.LoraConfig(target_parameters=...)"
+        "; this mixture's experts are stacks, parameters of three dimensions that no layer holds "
+        f"({describe(stacks)}): name other target_modules, or adapt the experts with "
+        "peft.LoraConfig(target_parameters=...)"
     )
 
 

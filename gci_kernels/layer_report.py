@@ -110,7 +110,11 @@ def _idle(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
             yield f"{name}.base_layer.out_proj.", f"PEFT merges it for every call of {name}"
         if not isinstance(module, ModulesToSaveWrapper):
             continue
-        runs = None if module.disable_adapters else next(iter(set(module.active_adapters) & set(module.modules_to_save)), None)
+        runs = (
+            None
+            if module.disable_adapters
+            else next(iter(set(module.active_adapters) & set(module.modules_to_save)), None)
+        )
         if runs is not None:
             yield f"{name}.original_module.", f"it does not run: the copy that modules_to_save trains for {runs!r} does"
         for adapter in module.modules_to_save:

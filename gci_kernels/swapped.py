@@ -55,14 +55,14 @@ def from_parts(base: type, *mixins: type) -> type:
     return functools.reduce(subclass, mixins, base)
 
 
-def give_class(module: nn.Module, cls: type) -> None:
+def give_class(module: nn.Module, cls: Any) -> None:
     """Changes the class of `module`, also where an accelerate hook keeps the forward of the class that it found."""
     before = type(module).forward
     module.__class__ = cls
     if getattr(vars(module).get("_old_forward"), "__func__", None) is before:
-        module._old_forward = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)
 
 
 def _new_instance(base: type, *mixins: type):
-    cls = from_parts(base, *mixins)
+    cls: Any = from_parts(base, *mixins)
     return cls.__new__(cls)

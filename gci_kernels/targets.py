@@ -1,6 +1,7 @@
 """Which modules an adapter's config means, before PEFT makes layers of them."""
 
 import copy
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -16,10 +17,10 @@ def is_all_linear(target_modules: object) -> bool:
 
 def matched(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """Name -> plain module of all that `config` targets; of adapted modules the one within."""
-    own = copy.copy(config)
+    own: Any = copy.copy(config)
     if getattr(own, "target_modules", None) is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        own.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)  # type: ignore[arg-type]
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        own.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if own.target_modules is None:  # PEFT will say so, or it has target_parameters alone
         return {}
     own = _maybe_include_all_linear_layers(own, model)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -95,7 +95,8 @@ class Weight:
         vars(self.module).pop(self.name, None)  # PEFT puts a plain tensor there for the time of a merge
         parameter = self.module._parameters[self.name] = self.parameter
         parameter.grad = None
-        if self.copied and (parameter.shape, parameter.device, parameter.dtype) == (self.old.shape, now.device, now.dtype):
+        same = (parameter.shape, parameter.device, parameter.dtype) == (self.old.shape, now.device, now.dtype)
+        if self.copied and same:
             parameter.data.copy_(self.old)
         else:
             parameter.data = self.old.to(now.device, now.dtype)
@@ -242,26 +243,26 @@ class KeepsPlain(Swapped):
 def keep_plain(tuner: Any, undo: Undo) -> None:
     """Makes `tuner` remember how its plain model was, and its layers merge in a way that can be undone exactly."""
     tuner._gci_undo = undo
-    tuner.__class__ = subclass(type(tuner), KeepsPlain)
+    tuner.__class__ = subclass(cast(Any, type(tuner)), KeepsPlain)
     left = inside_attention(tuner.model)
     for module in tuner.model.modules():
         mine = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
         if mine and id(module) not in left:
-            module.__class__ = subclass(type(module), _ExactLayer)
+            module.__class__ = subclass(cast(Any, type(module)), _ExactLayer)
 
 
 class _ExactLayer(ExactMerge, Swapped):
     """Mixin for LoRA layers that have no fused form."""
 
 
-def rewritten_in_place(model: nn.Module, config: PeftConfig) -> list[nn.Parameter]:
+def rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The base weights whose memory the start of an adapter writes over; other starts replace them."""
-    if str(getattr(config, "init_lora_weights", "")).lower() != "olora":
+    if not isinstance(config, lora.LoraConfig) or str(config.init_lora_weights).lower() != "olora":
         return []
     return [p for base in matched(model, config).values() if (p := base._parameters.get("weight")) is not None]
 
 
-def trained_beside(model: nn.Module, config: PeftConfig) -> list[nn.Parameter]:
+def trained_beside(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The plain model's parameters that change in training, or with every call, although they are no adapter's."""
     if not isinstance(config, lora.LoraConfig):
         return []
@@ -289,7 +290,7 @@ def _lost_hooks(model: nn.Module) -> str | None:
 def _rounded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         exact = isinstance(module, (ExactMerge, LoKILinear, TrainableTokensLayer))
-        if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(module)):
+        if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(cast(Any, module))):
             return (
                 f"an adapter was merged into the base layer of {name}, which unmerging gives back rounded: load the "
                 "plain model anew"
@@ -311,7 +312,7 @@ def _wraps(module: Any, plain: Any) -> bool:
 
 
 def _equal_modules(now: Any, old: nn.Module) -> bool:
-    """Whether one may stand for the other: resizing an output layer to and fro leaves another one of the same values."""
+    """Whether one may stand for the other: resizing an output layer to and fro leaves another of the same values."""
     if type(now) is not type(old):
         return False
     tensors, others = now.state_dict(), old.state_dict()

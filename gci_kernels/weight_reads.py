@@ -10,11 +10,12 @@ import ast
 import contextlib
 import functools
 import inspect
+import linecache
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -43,8 +44,8 @@ def weights_read(module: nn.Module) -> list[nn.Module]:
         return []
     own = vars(module).get("forward")
     forward = own.__func__ if isinstance(own, MethodType) and own.__self__ is module else type(module).forward
-    found = {}
-    for read in reads_of(type(module), inspect.unwrap(forward)):
+    found: dict[int, nn.Module] = {}
+    for read in reads_of(cast(Any, type(module)), inspect.unwrap(forward)):
         if all(_value(test, name, module) in (None, wanted) for test, name, wanted in read.conditions):
             found |= {id(each): each for each in _resolve(module, read.path)}
     return list(found.values())
@@ -93,9 +94,11 @@ def _value(test: ast.expr, name: str, module: nn.Module) -> bool | None:
 @functools.lru_cache(maxsize=2048)
 def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     """None: there is no source to read, as of functions made by exec."""
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)[max(code.co_firstlineno - 1, 0) :]
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body[0]
+    except (IndexError, SyntaxError):
         return None
     return tree if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
 

@@ -1,5 +1,6 @@
 """Mixtures whose experts are stacks: what no target reaches is named by patch, by errors and by report."""
 
+import re
 import warnings
 
 import pytest
@@ -59,8 +60,8 @@ def test_experts_that_stay_frozen(config, through):
     stacks = [p for name, p in mixture(SHARED).named_parameters() if ".experts." in name]
     total = sum(p.numel() for p in mixture(SHARED).parameters())
     assert f"{sum(p.numel() for p in stacks):,} of the model's {total:,} weights" in message
-    assert pytest.importorskip("re").search(FROZEN, message)
-    assert [row.name.removeprefix("base_model.model.") for row in rows] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert re.search(FROZEN, message)
+    assert [row.name for row in rows] == [f"base_model.model.model.layers.{n}.mlp.experts" for n in (0, 1)]
     assert {(row.plan, row.shape) for row in rows} == {(None, "gate_up_proj [4, 32, 32], down_proj [4, 32, 16]")}
     assert "stay frozen" in rows[0].declined
 
@@ -88,14 +89,14 @@ def test_lora_with_targets_in_the_mlp():
 @pytest.mark.parametrize("through", [patch, get_peft_model])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != SHARED])
 def test_default_targets_that_match_nothing(kind, through):
-    with pytest.raises(ValueError, match="LoRAMoE finds none of gate_proj, up_proj, down_proj.*experts are stacks.*target_parameters"):
+    with pytest.raises(ValueError, match="LoRAMoE finds none of gate_proj.*experts are stacks.*target_parameters"):
         through(mixture(kind), LoRAMoEConfig(r=2, num_experts=4))
-    with pytest.raises(ValueError, match="decoder layer 0 has 0 modules.*experts are stacks.*name other target_modules"):
+    with pytest.raises(ValueError, match="decoder layer 0 has 0 modules.*experts are stacks.*other target_modules"):
         through(mixture(kind), LoKIConfig(positions=[[1], [2]]))
 
 
 def test_positions_by_layer_do_not_mean_the_shared_expert():
-    with pytest.raises(ValueError, match="shared_expert.down_proj is only a part of that: the experts of .* are stacks"):
+    with pytest.raises(ValueError, match="shared_expert.down_proj is only a part.*the experts of .* are stacks"):
         patch(mixture(SHARED), LoKIConfig(positions=[[1], [2]]))
 
 

@@ -176,14 +176,23 @@ def test_all_linear_leaves_such_layers_out_with_one_warning():
         with pytest.warns(UserWarning, match=f"leaves fc out: .*{REASON}") as seen:
             patched = patch(Attribute(), config)
         assert sum(REASON in str(warning.message) for warning in seen) == 1
-        assert {row.name.removeprefix("base_model.model.") for row in report(patched)} == {"other", "layers.0", "layers.1", "inner.0"}
+        assert {row.name.removeprefix("base_model.model.") for row in report(patched)} == {
+            "other",
+            "layers.0",
+            "layers.1",
+            "inner.0",
+        }
 
 
 @pytest.mark.parametrize("excluded", [["other"], r"o.*er"])
 def test_all_linear_keeps_what_is_excluded(excluded):
     with pytest.warns(UserWarning, match="leaves fc out"):
         patched = patch(Attribute(), LoRAMoEConfig(target_modules="all-linear", exclude_modules=excluded))
-    assert {row.name.removeprefix("base_model.model.") for row in report(patched)} == {"layers.0", "layers.1", "inner.0"}
+    assert {row.name.removeprefix("base_model.model.") for row in report(patched)} == {
+        "layers.0",
+        "layers.1",
+        "inner.0",
+    }
 
 
 def test_an_adapter_of_all_linear_loads_without_a_word(tmp_path):

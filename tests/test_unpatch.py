@@ -69,6 +69,10 @@ def train(model: nn.Module) -> None:
     optimizer.step()
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
 # Weights that an adapter's start rewrites
 
 STARTS = ["pissa", "pissa_niter_2", "olora", "loftq", "corda", "orthogonal", "eva", "gaussian"]
@@ -97,7 +101,8 @@ def test_starts_that_rewrite_base_weights(start, dtype):
     config = started(start, model)
     plain = Plain(model)
     patched = patch(model, config)
-    moved = not torch.equal(model.model.layers[0].self_attn.q_proj.weight, plain.tensors["model.layers.0.self_attn.q_proj.weight"])
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    moved = not torch.equal(weight, plain.tensors["model.layers.0.self_attn.q_proj.weight"])
     assert moved == (start not in ("orthogonal", "eva", "gaussian"))
     train(patched)
     assert unpatch(patched) is model
@@ -205,7 +210,7 @@ def test_an_adapter_that_could_not_be_added(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_copies_give_a_plain_model_of_their_own(method, duplicate):
     model = llama()
     plain = Plain(model)
@@ -230,9 +235,12 @@ def test_another_dtype_is_kept(method):
 def test_modules_and_tokens_trained_beside(method):
     model = llama(tie_word_embeddings=True)
     plain = Plain(model)
-    beside = {"trainable_token_indices": [3, 5]} if method == "lora" else {"modules_to_save": ["norm"]}
+    if method == "lora":
+        beside, later = {"trainable_token_indices": [3, 5]}, {}
+    else:
+        beside, later = {"modules_to_save": ["norm"]}, {"modules_to_save": ["embed_tokens"]}
     patched = patch(model, config_of(method, **beside))
-    patched.add_adapter("later", config_of(method, "q_proj", modules_to_save=["embed_tokens"]) if method != "lora" else config_of(method, "q_proj"))
+    patched.add_adapter("later", config_of(method, "q_proj", **later))
     train(patched)
     plain.assert_is(unpatch(patched))
 

@@ -218,7 +218,7 @@ class AdaptedModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's, with what it does not know of: modules that read past their layers, and experts that are no layers."""
+        """PEFT's, and what it does not know of: modules that read past their layers, and experts that are no layers."""
         config = self.peft_config[adapter_name]
         self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -58,5 +58,3 @@ def inside_attention(model: nn.Module) -> set[int]:
     """The ids of the LoRA layers within PEFT's MultiheadAttention, which merges them itself around every call."""
     layers = (module for module in model.modules() if isinstance(module, MultiheadAttention))
     return {id(layer.base_layer.out_proj) for layer in layers}
-
-
