@@ -12,6 +12,7 @@ from torch import nn
 
 from gci_kernels.targets import is_all_linear
 
+_FLAT = {"w1", "v1", "w2"}
 # Names by which a config means (part of) an MLP.
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|gate|up_proj|down_proj|fc_?\d|fc_|^w\d|dense_h|c_fc|_to_h|_linear")
 
@@ -29,14 +30,14 @@ class Stacks:
 
 
 def find(model: nn.Module) -> list[Stacks]:
-    """Parameters of three dimensions in a module that is called experts, by its name or by its class."""
+    """Parameters of three dimensions (DBRX's: of two) in a module that is called experts, by its name or its class."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or type(module).__module__.startswith("torch.nn"):
             continue
         if "expert" not in name.lower() and "expert" not in type(module).__name__.lower():
             continue
-        own = {key: p for key, p in module._parameters.items() if p is not None and p.dim() == 3}
+        own = {key: p for key, p in module._parameters.items() if p is not None and (p.dim() == 3 or key in _FLAT)}
         if own:
             found.append(Stacks(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name), own))
     return found
@@ -47,10 +48,12 @@ def left_out(model: nn.Module, config: Any) -> list[Stacks]:
     if not _is_for_mlps(config):
         return []
     reached = {id(module.get_param()) for module in model.modules() if isinstance(module, ParamWrapper)}
+    whole = set(getattr(config, "modules_to_save", None) or ())
     return [
         Stacks(stacks.name, rest)
         for stacks in find(model)
-        if (rest := {key: p for key, p in stacks.parameters.items() if id(p) not in reached})
+        if not whole & set(stacks.name.split("."))
+        and (rest := {key: p for key, p in stacks.parameters.items() if id(p) not in reached})
     ]
 
 

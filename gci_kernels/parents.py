@@ -32,8 +32,6 @@ def readers(model: nn.Module) -> dict[str, str]:
 def _read_by(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return [module.out_proj]
-    if _has_fast_path(module) or type(module) is nn.TransformerEncoder:
-        return []  # they call their layers once that is turned off
     return weights_read(module)
 
 
@@ -93,7 +91,7 @@ def _first(names: dict[str, str]) -> str:
 
 def _has_fast_path(module: nn.Module) -> bool:
     """Whether it is torch's encoder layer, whose kernel for evaluation reads its layers' weights."""
-    return isinstance(module, nn.TransformerEncoderLayer) and type(module).forward is nn.TransformerEncoderLayer.forward
+    return isinstance(module, nn.TransformerEncoderLayer)
 
 
 def call_layers(model: nn.Module) -> None:

@@ -121,6 +121,8 @@ class _Search:
         key = (function, paths, named)
         if self.depth > _DEPTH or key in self.seen or not isinstance(function, FunctionType):
             return
+        if function.__module__ == "torch.nn.modules.transformer":
+            return  # parents.call_layers takes care of those
         self.seen.add(key)
         if (tree := _tree(function)) is None:
             return
@@ -146,7 +148,7 @@ class _Search:
             elif isinstance(statement, ast.Assign):
                 self.expression(statement.value)
                 for target in statement.targets:
-                    self.assign(target, self.path(statement.value))
+                    self.assignment(target, statement.value)
             else:
                 for _, value in ast.iter_fields(statement):
                     for each in value if isinstance(value, list) else [value]:
@@ -171,10 +173,21 @@ class _Search:
         self.conditions = before
 
     def loop(self, target: ast.expr, iterable: ast.expr) -> None:
-        path = self.path(iterable)
-        if isinstance(iterable, ast.Call) and getattr(iterable.func, "id", "") == "enumerate" and iterable.args:
-            path, target = self.path(iterable.args[0]), getattr(target, "elts", [target])[-1]
-        self.assign(target, None if path is None else (*path, None))
+        called = getattr(iterable.func, "id", "") if isinstance(iterable, ast.Call) else ""
+        targets, iterables = [target], [iterable]
+        if called in ("enumerate", "zip"):
+            targets, iterables = list(getattr(target, "elts", [])), list(getattr(iterable, "args", []))
+            targets = targets[-1:] if called == "enumerate" else targets
+        for each, over in zip(targets, iterables, strict=False):
+            path = self.path(over)
+            self.assign(each, None if path is None else (*path, None))
+
+    def assignment(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for each, part in zip(target.elts, value.elts, strict=False):
+                self.assign(each, self.path(part))
+        else:
+            self.assign(target, self.path(value))
 
     def assign(self, target: ast.expr, path: Path | None) -> None:
         if isinstance(target, ast.Name):
@@ -186,10 +199,22 @@ class _Search:
         """Where, seen from the module, the value of an expression lies."""
         if isinstance(node, ast.Name):
             return self.variables.get(node.id)
-        if isinstance(node, (ast.Attribute, ast.Subscript)):
-            path = self.path(node.value)
-            return None if path is None else (*path, node.attr if isinstance(node, ast.Attribute) else None)
-        return None
+        step: str | None = None
+        if isinstance(node, ast.Call):  # getattr(self, "fc")
+            named = len(node.args) > 1 and getattr(node.func, "id", "") == "getattr"
+            if not (named and isinstance(node.args[1], ast.Constant)):
+                return None
+            within, step = node.args[0], str(node.args[1].value)
+        elif isinstance(node, ast.Attribute):
+            within, step = node.value, node.attr
+        elif isinstance(node, ast.Subscript):
+            within = node.value
+            if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+                step = node.slice.value
+        else:
+            return None
+        path = self.path(within)
+        return None if path is None else (*path, step)
 
     def expression(self, node: ast.AST, asked: bool = False) -> None:
         """`asked`: only a question about the value, such as its dtype."""
@@ -200,6 +225,9 @@ class _Search:
             return self.expression(node.value, node.attr in _PROPERTIES)
         if isinstance(node, ast.Call):
             return self.call(node)
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+            for generator in node.generators:
+                self.loop(generator.target, generator.iter)
         if isinstance(node, ast.IfExp):
             self.expression(node.test)
             for part, value in ((node.body, True), (node.orelse, False)):

@@ -158,8 +158,16 @@ class Lists(Base):
         return F.linear(self.fc(x), self.inner[0].weight)
 
 
-def test_layers_in_lists():
-    assert set(parents.readers(Lists())) == {"layers.0", "layers.1", "inner.0"}
+class Comprehension(Base):
+    def forward(self, x):
+        x = sum(F.linear(x, layer.weight) for layer in self.layers)
+        other, fc = getattr(self, "inner"), self.fc  # noqa: B009
+        return F.linear(fc(x), other[0].weight)
+
+
+@pytest.mark.parametrize("kind", [Lists, Comprehension])
+def test_layers_in_lists(kind):
+    assert set(parents.readers(kind())) == {"layers.0", "layers.1", "inner.0"}
 
 
 def test_a_forward_of_the_instance():
@@ -267,6 +275,20 @@ def test_encoder_layers_call_what_is_adapted(method, layer, through):
     if through is patch:
         model = unpatch(patched)
         assert model.layers[1].activation_relu_or_gelu == 1 and model.use_nested_tensor
+
+
+class Subclass(nn.TransformerEncoderLayer):
+    def forward(self, src, **kwargs):
+        return super().forward(src, **kwargs) + 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_subclasses_of_the_encoder_layer_too(method):
+    torch.manual_seed(0)
+    patched = patch(Subclass(16, 2, 24, dropout=0.0, batch_first=True), config_of(method, "linear1"))
+    trained = patched.train()(X).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(patched.eval()(X), trained)
 
 
 def test_patched_peft_model_calls_what_is_adapted_until_it_is_unpatched():

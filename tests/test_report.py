@@ -1,0 +1,122 @@
+"""report says what really runs, and never fails, whatever wraps the layers or stands in the place of their forward."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, XLoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.tensor([[5, 17, 80, 3, 41], [1, 44, 2, 96, 55]])
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=0, use_cache=False,
+)  # fmt: skip
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False),
+    "loramoe": LoRAMoEConfig(r=2, num_experts=4, target_modules=["up_proj"]),
+    "alora": ALoRAConfig(r=4, num_heads=2, target_modules=["up_proj"]),
+    "loki": LoKIConfig(positions={"0.mlp.up_proj": [1], "1.mlp.up_proj": [2]}),
+}
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **changes)).eval()
+
+
+def rows(model: nn.Module) -> dict:
+    assert str(report(model))
+    return {row.name.removeprefix("base_model.model."): row for row in report(model)}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_forward_replaced_on_a_layer(method):
+    model = patch(llama(), CONFIGS[method])
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.forward = lambda x: layer.base_layer(x)
+    first, second = rows(model).values()
+    assert first.plan is None and first.declined == "its forward is replaced on the instance"
+    assert first.base == "own call: declined"
+    assert second.plan is not None and second.declined is None
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_hooks_of_a_layer(method):
+    model = patch(llama(), CONFIGS[method])
+    model.base_model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    first, second = rows(model).values()
+    assert first.plan.endswith("(between hooks of the layer)") and "hooks" not in second.plan
+
+
+def test_xlora(tmp_path):
+    get_peft_model(llama(), CONFIGS["lora"]).save_pretrained(tmp_path)
+    adapters = {"0": str(tmp_path), "1": str(tmp_path)}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, xlora_depth=1)
+    model = get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match="nothing to patch.*replaced on the instance by that of XLoraLinearLayer"):
+        patch(model)
+    assert {row.declined for row in rows(model).values()} == {
+        "its forward is replaced on the instance by that of XLoraLinearLayer"
+    }
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_layers_within_a_module_that_is_saved_whole(method):
+    model = patch(llama(), CONFIGS[method])
+    later = copy.deepcopy(CONFIGS[method])
+    later.modules_to_save = ["mlp"]
+    if method == "loki":
+        later.positions = {"0.self_attn.q_proj": [1]}
+    else:
+        later.target_modules = {"q_proj"}
+    model.add_adapter("later", later)
+    name = "model.layers.0.mlp.{}.up_proj"
+    for active, runs in (("later", "modules_to_save.later"), ("default", "original_module")):
+        model.set_adapter(active)
+        found = rows(model)
+        for part in ("modules_to_save.later", "original_module"):
+            declined = found[name.format(part)].declined or ""
+            assert declined.startswith("it does not run") == (part != runs), (active, part, declined)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_and_embeddings(tied):
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens"] if not tied else ["q_proj"],
+        trainable_token_indices=[3] if tied else None, init_lora_weights=False,
+    )  # fmt: skip
+    found = rows(patch(llama(tie_word_embeddings=tied), config))
+    assert found["model.layers.0.self_attn.q_proj"].plan
+    others = {name: row for name, row in found.items() if "q_proj" not in name}
+    assert others and all(row.plan is None and "has no fused form" in row.declined for row in others.values())
+    if not tied:
+        assert others["model.embed_tokens"].shape == "97 -> 32" and others["model.embed_tokens"].dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_are_parameters(dtype):
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_local_experts": 4})).to(dtype)
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    found = rows(patch(model, config))
+    stacks = {row.method: row for row in found.values() if "q_proj" not in row.name}
+    assert set(stacks) == {"LoRA r=4 of gate_up_proj", "LoRA r=4 of down_proj"}
+    assert {row.dtype for row in stacks.values()} == {str(dtype).removeprefix("torch.")}
+    assert stacks["LoRA r=4 of gate_up_proj"].shape == "4 x 32 -> 96"
+    assert {row.declined for row in stacks.values()} == {"lora.layer.ParamWrapper has no fused form"}
+
+
+def test_convolutions_and_other_methods():
+    from peft import IA3Config
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    found = rows(patch(model, LoraConfig(r=2, target_modules=["0", "2"])))
+    assert found["2"].plan and found["0"].declined == "lora.layer.Conv2d has no fused form"
+    found = rows(get_peft_model(llama(), IA3Config(target_modules=["up_proj"], feedforward_modules=[])))
+    assert {row.declined for row in found.values()} == {"ia3.layer.Linear has no fused form"}
