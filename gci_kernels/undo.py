@@ -10,11 +10,12 @@ from peft.config import PeftConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from gci_kernels import parents
 from gci_kernels.swapped import Swapped, from_parts, give_class, parts_of, subclass
 from gci_kernels.targets import matched
 from gci_kernels.tuners import LoKILinear
@@ -216,7 +217,8 @@ def unmerge(model: nn.Module) -> None:
     """Takes merged adapters out of base weights again, where that gives the weights their own bits back."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
-            module.unmerge()
+            with onload_layer(module):  # where accelerate keeps its weights elsewhere
+                module.unmerge()
 
 
 class KeepsPlain(Swapped):
@@ -232,6 +234,7 @@ class KeepsPlain(Swapped):
         trained = trained_beside(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            parents.call_layers(model)
         finally:
             if merged and next(before.rewritten(), None) is not None:
                 self._gci_undo.blocked = (

@@ -272,9 +272,8 @@ def test_encoder_layers_call_what_is_adapted(method, layer, through):
         keep = ~mask if kwargs else slice(None)
         torch.testing.assert_close(trained[keep], evaluated[keep])
         assert (evaluated[keep] - plain[keep]).abs().max() > 1e-3
-    if through is patch:
-        model = unpatch(patched)
-        assert model.layers[1].activation_relu_or_gelu == 1 and model.use_nested_tensor
+    model = unpatch(patched) if through is patch else patched.unload()
+    assert model.layers[1].activation_relu_or_gelu == 1 and model.use_nested_tensor
 
 
 class Subclass(nn.TransformerEncoderLayer):

@@ -225,6 +225,11 @@ class AdaptedModel(BaseTuner):
         parents.call_layers(model)
         experts.warn(model, config, self.tuner_layer_cls.method_name)
 
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        parents.call_layers_no_more(model)
+        return model
+
     def _check_parents(self, model: nn.Module, config: Any) -> None:
         """Leaves layers out, or refuses them, of which other modules take the weight without calling them."""
 
