@@ -58,7 +58,7 @@ def left_out(model: nn.Module, config: Any) -> list[Stacks]:
 
 
 def _is_for_mlps(config: Any) -> bool:
-    if getattr(config, "method", None) in ("GCI_LORAMOE", "GCI_LOKI"):
+    if type(config).__name__ in ("LoRAMoEConfig", "LoKIConfig"):
         return True
     targets = getattr(config, "target_modules", None)
     if targets is None:

@@ -55,8 +55,7 @@ def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) 
     if not out:
         return
     config.exclude_modules = _joined(config.exclude_modules, out)
-    more = f" ({len(out)} such layers)" if len(out) > 1 else ""
-    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(next(iter(out.values())))}{more}", stacklevel=2)
+    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(next(iter(out.values())))}", stacklevel=2)
 
 
 def _joined(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:

@@ -4,8 +4,6 @@ import functools
 from types import MethodType
 from typing import Any, ClassVar
 
-from torch import nn
-
 
 class Swapped:
     """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
@@ -55,12 +53,16 @@ def from_parts(base: type, *mixins: type) -> type:
     return functools.reduce(subclass, mixins, base)
 
 
-def give_class(module: nn.Module, cls: Any) -> None:
-    """Changes the class of `module`, also where an accelerate hook keeps the forward of the class that it found."""
-    before = type(module).forward
-    module.__class__ = cls
-    if getattr(vars(module).get("_old_forward"), "__func__", None) is before:
-        vars(module)["_old_forward"] = MethodType(cls.forward, module)
+def give_class(instance: Any, cls: type) -> None:
+    """Gives `instance` the class `cls`, and binds forwards that the instance holds to that of `cls`.
+
+    accelerate's hooks keep the forward of the class that they found, and leave it on the instance when they go.
+    """
+    before = getattr(type(instance), "forward", None)
+    instance.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        if before is not None and getattr(vars(instance).get(name), "__func__", None) is before:
+            vars(instance)[name] = MethodType(cls.forward, instance)  # type: ignore[attr-defined]
 
 
 def _new_instance(base: type, *mixins: type):

@@ -129,5 +129,6 @@ def swap(module: Any) -> None:
 
 def swap_back(module: Any) -> None:
     """Undoes :func:`swap`."""
-    module.forget_unmerged()
+    if isinstance(module, ExactMerge):
+        module.forget_unmerged()
     module.__class__ = module._gci_parts[0]
