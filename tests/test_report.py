@@ -120,3 +120,12 @@ def test_convolutions_and_other_methods():
     assert found["2"].plan and found["0"].declined == "lora.layer.Conv2d has no fused form"
     found = rows(get_peft_model(llama(), IA3Config(target_modules=["up_proj"], feedforward_modules=[])))
     assert {row.declined for row in found.values()} == {"ia3.layer.Linear has no fused form"}
+
+
+@pytest.mark.parametrize("method", ["loramoe", "alora", "loki"])
+def test_accelerate_hooks(method):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(patch(llama(), CONFIGS[method]), {"": "cpu"}, force_hooks=True)
+    assert all(row.declined is None for row in report(model))
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert all(row.declined is None for row in report(model))
