@@ -8,10 +8,12 @@ attributes (`if self.pretraining_tp > 1`) counts only where it is taken.
 
 import ast
 import contextlib
+import dis
 import functools
 import inspect
 import linecache
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -93,12 +95,12 @@ def _value(test: ast.expr, name: str, module: nn.Module) -> bool | None:
 
 @functools.lru_cache(maxsize=2048)
 def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """None: there is no source to read, as of functions made by exec."""
+    """None: there is no source to read, as of functions that exec or a Python prompt made."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)[max(code.co_firstlineno - 1, 0) :]
     try:
         tree = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body[0]
-    except (IndexError, SyntaxError):
+    except (IndexError, SyntaxError, tokenize.TokenError):
         return None
     return tree if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
 
@@ -125,7 +127,7 @@ class _Search:
             return  # parents.call_layers takes care of those
         self.seen.add(key)
         if (tree := _tree(function)) is None:
-            return
+            return self.code(function)
         outer = self.variables, self.name, self.current
         names = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
         self.variables = {name: path for name, path in zip(names, paths, strict=False) if path is not None}
@@ -135,6 +137,28 @@ class _Search:
         self.statements(tree.body)
         self.variables, self.name, self.current = outer
         self.depth -= 1
+
+    def code(self, function: FunctionType) -> None:
+        """For a function without source: what its instructions read of self's attributes, on any condition."""
+        own, instructions = function.__code__.co_varnames[:1], list(dis.get_instructions(function))
+        path: Path | None = None
+        for n, each in enumerate(instructions):
+            if each.opname.startswith("LOAD_FAST"):
+                names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
+                path = () if names[-1:] == own else None
+            elif path is None or each.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                path = None
+            else:
+                following = instructions[n + 1] if n + 1 < len(instructions) else each
+                asked = (
+                    following.opname in ("LOAD_ATTR", "LOAD_METHOD") and following.argval in _PROPERTIES | _QUESTIONS
+                )
+                if each.argval == "weight" and path and not asked:
+                    self.found.append(Read(path, self.conditions))
+                called = inspect.getattr_static(self.cls, each.argval, None) if path == () else None
+                if callable(called):
+                    self.function(inspect.unwrap(called), ((),))
+                path = (*path, each.argval)
 
     def statements(self, body: list[ast.stmt]) -> None:
         for statement in body:

@@ -170,6 +170,23 @@ def test_layers_in_lists(kind):
     assert set(parents.readers(kind())) == {"layers.0", "layers.1", "inner.0"}
 
 
+SOURCELESS = """
+class Sourceless(Base):
+    def forward(self, x):
+        x = x.to(self.other.weight.dtype)
+        return self.other(self.product(x)) if isinstance(self.slow, bool) else x
+
+    def product(self, x):
+        return F.linear(x, self.fc.weight, self.fc.bias)
+"""
+
+
+def test_a_class_without_source():
+    names = {"Base": Base, "F": F, "__name__": __name__}
+    exec(SOURCELESS, names)
+    assert set(parents.readers(names["Sourceless"]())) == {"fc"}
+
+
 def test_a_forward_of_the_instance():
     def forward(self, x):
         return F.linear(x, self.fc.weight)
