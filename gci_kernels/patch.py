@@ -17,6 +17,7 @@ from torch import nn
 from gci_kernels import frozen
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
+from gci_kernels.tuners.base import check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
@@ -133,6 +134,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
 def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | LoraConfig) -> None:
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
     names = [name for name, _ in model.named_modules()]
+    check_modules_to_save(config, names)
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or ():
             if not any(get_pattern_key([pattern], name) is pattern for name in names):

@@ -305,7 +305,9 @@ def test_save_and_load(tmp_path, r, low_cpu_mem_usage):
     model = adapted(dtype=torch.float32, r=r)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    parts = {"loki_active_bias", "loki_positions", "loki_settings._extra_state"} | ({"loki_active"} if r is None else {"loki_A", "loki_lora_B"})
+    parts = {"loki_active_bias", "loki_positions", "loki_settings._extra_state"} | (
+        {"loki_active"} if r is None else {"loki_A", "loki_lora_B"}
+    )
     assert set(weights) == {f"{name}.{part}" for name in loki_layers(model) for part in parts}
     saved = PeftConfig.from_pretrained(tmp_path)
     assert type(saved) is LoKIConfig and saved.positions is None and saved.rows == model.peft_config["default"].rows
@@ -343,7 +345,9 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused(tmp_path):
         ValueError, match="adapter is of another model: here are no modules model.layers.2.mlp.down_proj"
     ):
         PeftModel.from_pretrained(plain(num_hidden_layers=2), tmp_path)
-    with pytest.raises(ValueError, match="mlp.down_proj: the adapter's .* saved with out_features=32, here is out_features=16"):
+    with pytest.raises(
+        ValueError, match="mlp.down_proj: the adapter's .* saved with out_features=32, here is out_features=16"
+    ):
         PeftModel.from_pretrained(plain(hidden_size=16), tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(plain(intermediate_size=40), tmp_path)
@@ -353,7 +357,9 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="positions must be distinct, got 3 more than once"):
         PeftModel.from_pretrained(plain(), tmp_path)
     change_file(tmp_path, lambda weights: weights.pop(key))
-    with pytest.raises(ValueError, match="adapter 'default' does not fit: it lacks .*layers.0.mlp.down_proj.loki_positions"):
+    with pytest.raises(
+        ValueError, match="adapter 'default' does not fit: it lacks .*layers.0.mlp.down_proj.loki_positions"
+    ):
         PeftModel.from_pretrained(plain(), tmp_path)
     model = get_peft_model(plain(), PeftConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="adapter 'default' has no positions"):
@@ -496,7 +502,9 @@ def test_twenty_steps_of_adamw_lower_the_loss_and_leave_the_base_alone(changes):
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == ("loki_" not in name or "positions" in name or "settings" in name), name
+        assert torch.equal(value, before[name]) == ("loki_" not in name or "positions" in name or "settings" in name), (
+            name
+        )
     assert_same(model.eval(), restated(model), 1e-4)
 
 

@@ -33,8 +33,8 @@ class Settings(nn.Module):
             was = ", ".join(f"{name}={value:g}" for name, value, _ in wrong)
             now = ", ".join(f"{name}={value:g}" for name, _, value in wrong)
             raise ValueError(
-                f"{self.where}: the adapter's weights were saved with {was}, here is {now}; load them into the model that "
-                "they were trained in, with the adapter_config.json of their folder"
+                f"{self.where}: the adapter's weights were saved with {was}, here is {now}; load them into the model "
+                "that they were trained in, with the adapter_config.json of their folder"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists) -> None:
@@ -74,8 +74,8 @@ def check_keys(prefix: str, adapter_name: str, model_keys: Iterable[str], found:
     wrong = "; it ".join(f"{verb} {_listed(keys)}" for keys, verb in parts if keys)
     if wrong:
         raise ValueError(
-            f"the file of adapter {adapter_name!r} does not fit: it {wrong}. Is it an adapter of another model, of other "
-            "target_modules, or incomplete?"
+            f"the file of adapter {adapter_name!r} does not fit: it {wrong}. Is it an adapter of another model, of "
+            "other target_modules, or incomplete?"
         )
 
 

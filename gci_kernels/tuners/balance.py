@@ -3,7 +3,7 @@
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,13 @@ from gci_kernels.tuners.token_grid import Grid, TokenGrids
 
 NO_TASKS = (
     "balance_weight is set, but this batch has no task_types: the balancing constraint is not in its loss. Give "
-    "task_types [batch] with every batch (Trainer drops them unless remove_unused_columns=False), or set balance_weight=0"
+    "task_types [batch] with every batch (Trainer drops them unless remove_unused_columns=False), or set "
+    "balance_weight=0"
 )
 UNUSED = (
-    "balance_weight is set, but the loss that was differentiated does not hold the balancing constraint: a loss computed "
-    "from the logits, as Trainer does with label_smoothing_factor or compute_loss_func, leaves the model's own loss out. "
+    "balance_weight is set, but the loss that was differentiated does not hold the balancing constraint: a loss "
+    "computed from the logits, as Trainer does with label_smoothing_factor or compute_loss_func, leaves the model's own "
+    "out. "
     'Add output["balance_loss"] to it'
 )
 
@@ -35,10 +37,10 @@ class _Recorded:
 
 @dataclass
 class _Pass:
-    """One forward pass of the model in training; `task_types` None: its batch has none."""
+    """One forward pass of the model in training with `task_types` in its batch."""
 
-    task_types: Tensor | None
-    grids: TokenGrids
+    task_types: Tensor
+    grids: dict[str, Grid]
     has_labels: bool
     grad_enabled: bool
     share: Tensor | float  # of the optimizer step's loss that this batch makes
@@ -78,7 +80,8 @@ class BalanceCollector:
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, _Pass] = {}  # by thread: DataParallel's replicas share their collector
+        # By thread, for DataParallel's replicas share their collector. None: a pass whose batch has no task_types.
+        self._passes: dict[int, _Pass | None] = {}
         self._told: set[str] = set()
         self._used = False  # a loss with the constraint in it has been differentiated
         self._handles: list = []
@@ -86,7 +89,12 @@ class BalanceCollector:
     @property
     def active(self) -> bool:
         """Whether gates are wanted now."""
-        return bool(self._passes) and threading.get_ident() in self._passes
+        return bool(self._passes) and (torch.compiler.is_compiling() or threading.get_ident() in self._passes)
+
+    def _current(self) -> _Pass | None:
+        if torch.compiler.is_compiling():  # which cannot ask for the thread; replicas are not compiled
+            return next(iter(self._passes.values()))
+        return self._passes[threading.get_ident()]
 
     def record(
         self, key: str, gates: Tensor, output: Tensor, *, weight: float, delta: float, include_padding: bool,
@@ -100,8 +108,8 @@ class BalanceCollector:
             output: what the layer makes of the same tokens.
             trained: whether the gates should carry a gradient.
         """
-        now = self._passes[threading.get_ident()]
-        if now.task_types is None:
+        now = self._current()
+        if now is None:
             if trained:
                 self._tell(NO_TASKS)
             return
@@ -110,7 +118,7 @@ class BalanceCollector:
                 "the balance loss would get no gradient: reentrant gradient checkpointing runs this layer without one; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        grid = now.grids.of_layer(key, gates)
+        grid = self._grids.of_layer(key, now.grids, gates)
         if grid is None:
             now.left_out.append(key)
             return
@@ -121,24 +129,29 @@ class BalanceCollector:
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the model."""
         task_types = kwargs.pop("task_types", None)
-        missing = task_types is None and NO_TASKS not in self._told and torch.is_grad_enabled()
-        if model.training and (task_types is not None or missing):
-            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-            grids = TokenGrids(model, given)
-            task_types = None if task_types is None else torch.as_tensor(task_types)
-            self._passes[threading.get_ident()] = _Pass(
-                task_types,
-                grids,
-                has_labels=given.get("labels") is not None,
-                grad_enabled=torch.is_grad_enabled(),
-                share=_share(given.get("labels"), kwargs),
-                check_values=_value_check(task_types, grids.text),
-            )
+        if not model.training:
+            return args, kwargs
+        if task_types is not None:
+            self._passes[_thread()] = self._begin(model, torch.as_tensor(task_types), args, kwargs)
+        elif NO_TASKS not in self._told and torch.is_grad_enabled():
+            self._passes[_thread()] = None
         return args, kwargs
+
+    def _begin(self, model: nn.Module, task_types: Tensor, args: tuple, kwargs: dict) -> _Pass:
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        grids = self._grids.of_batch(given)
+        return _Pass(
+            task_types,
+            grids,
+            has_labels=given.get("labels") is not None,
+            grad_enabled=torch.is_grad_enabled(),
+            share=_share(given.get("labels"), kwargs),
+            check_values=_value_check(task_types, grids.get("text")),
+        )
 
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output):
         """Forward hook of the model; called with output None where the forward raised."""
-        done = self._passes.pop(threading.get_ident(), None)
+        done = self._passes.pop(_thread(), None)
         if done is None or output is None:
             return None
         if done.left_out:
@@ -182,8 +195,9 @@ class BalanceCollector:
             self._told.add(message)
             warnings.warn(message, stacklevel=2)
 
-    def attach(self, model: nn.Module) -> None:
-        """Puts the two hooks on `model`, once."""
+    def attach(self, model: nn.Module, keys: Iterable[str]) -> None:
+        """Puts the two hooks on `model`, once; `keys`: the names of its layers."""
+        self._grids = TokenGrids(model, keys)
         if not self._handles:
             self._handles = [
                 model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
@@ -196,13 +210,15 @@ class BalanceCollector:
             self._handles.pop().remove()
 
 
-def _value_check(task_types: Tensor | None, text: Grid | None) -> Callable[[], None]:
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _value_check(task_types: Tensor, text: Grid | None) -> Callable[[], None]:
     """Raises what can be seen at once; what it returns raises where a value is neither 0 nor 1.
 
     On a GPU the answer is on its way meanwhile: waiting for it only after the forward has been launched costs nothing.
     """
-    if task_types is None:
-        return lambda: None
     if task_types.dim() != 1 or (text is not None and task_types.shape[0] != text.shape[0]):
         wanted = "[batch]" if text is None else f"[batch={text.shape[0]}]"
         raise ValueError(f"task_types must be {wanted}, got {list(task_types.shape)}")

@@ -48,6 +48,8 @@ class AdaptedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
+        self.earlier = type(self.peft_type) is str and self.peft_type == self.method.value
         self.peft_type: Any = self.method
         if (
             isinstance(self.target_modules, str)
@@ -111,11 +113,13 @@ _HEADS = {
 
 
 def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
-    """That every entry means a module of the model, whose modules are called `names`; ValueError names one that does not.
+    """That every entry means a module of the model, whose modules are called `names`; ValueError names those that don't.
 
     PEFT passes over an entry that means none, and what was to be trained stays frozen.
     """
     wanted, names = getattr(config, "modules_to_save", None) or (), list(names)
+    if isinstance(wanted, str):  # PEFT would take its letters
+        raise TypeError(f"modules_to_save must be a list of names, got {wanted!r}")
     heads = _HEADS.get(config.task_type, set())
     # As PEFT: by the end of the name.
     unknown = sorted(each for each in set(wanted) - heads if not any(name.endswith(each) for name in names))
@@ -248,6 +252,19 @@ class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
     tuner_layer_cls: type[Any]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+        # PEFT's models give a dictionary, and load through the renaming below; transformers' load_adapter does neither.
+        if isinstance(peft_config, AdaptedConfig) and peft_config.earlier and self._renamed(peft_config):
+            raise ValueError(
+                f"adapter {adapter_name!r} was saved by an earlier gci_kernels, with other names in it: load it with "
+                "peft.PeftModel.from_pretrained and save it again with save_pretrained"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def _renamed(self, config: Any) -> bool:
+        """Whether an adapter of `config` has parameters that earlier versions called otherwise."""
+        return bool(self.tuner_layer_cls.former_names)
 
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
         raise NotImplementedError

@@ -29,8 +29,8 @@ class LoKIConfig(AdaptedConfig):
     Args:
         positions: the rows: a positions JSON as gci_kernels.loki.select and the published code write them, a scores
             file (with `quota`), a list of row indices for each decoder layer, or a mapping from layer numbers or module
-            names to them; rows in any list, range, set, array or tensor of integers. A layer with no rows is left alone.
-            Saved with the adapter's weights, not in its config.
+            names to them. The rows of one in any list, range, set, array or tensor of integers; a layer with none is left
+            alone. Saved with the adapter's weights, not in its config.
         quota: percent of each layer's rows, for a scores file: those that gci_kernels.loki.select takes.
         r: None: the rows themselves are trained. A rank: LoKI*, the rows' change is scaling * B @ A, A [r, in] and
             B [k, r].
@@ -303,7 +303,7 @@ def _random(like: Tensor) -> Tensor:
 
 
 def _num_layers(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
 
 
@@ -323,6 +323,9 @@ class LoKIModel(AdaptedModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
         return peft_config
 
+    def _renamed(self, config: LoKIConfig) -> bool:
+        return config.r is not None
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         super()._prepare_model(peft_config, model)
@@ -330,7 +333,7 @@ class LoKIModel(AdaptedModel):
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
             self.rows = {name: rows for name, rows in found.items() if _is_wanted(name, peft_config)}
             if not self.rows:
-                raise ValueError("exclude_modules and layers_to_transform leave none of the modules that have positions")
+                raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
             peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
             peft_config.num_layers = _num_layers(model)
             return

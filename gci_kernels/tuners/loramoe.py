@@ -154,7 +154,7 @@ class LoRAMoEModel(BottleneckModel):
         self.collector = BalanceCollector() if first is None else first.collector
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.collector.attach(model)
+        self.collector.attach(model, [layer.key for layer in model.modules() if isinstance(layer, LoRAMoELinear)])
 
     def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> LoRAMoELinear:
         return LoRAMoELinear(target, name, config, self.collector)
