@@ -19,9 +19,8 @@ NO_TASKS = (
 )
 UNUSED = (
     "balance_weight is set, but the loss that was differentiated does not hold the balancing constraint: a loss "
-    "computed from the logits, as Trainer does with label_smoothing_factor or compute_loss_func, leaves the model's own "
-    "out. "
-    'Add output["balance_loss"] to it'
+    "computed from the logits, as Trainer does with label_smoothing_factor or compute_loss_func, leaves the model's "
+    'own out. Add output["balance_loss"] to it'
 )
 
 

@@ -113,7 +113,7 @@ _HEADS = {
 
 
 def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
-    """That every entry means a module of the model, whose modules are called `names`; ValueError names those that don't.
+    """That every entry means a module of the model, whose modules are called `names`; ValueError says which don't.
 
     PEFT passes over an entry that means none, and what was to be trained stays frozen.
     """

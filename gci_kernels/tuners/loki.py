@@ -29,8 +29,8 @@ class LoKIConfig(AdaptedConfig):
     Args:
         positions: the rows: a positions JSON as gci_kernels.loki.select and the published code write them, a scores
             file (with `quota`), a list of row indices for each decoder layer, or a mapping from layer numbers or module
-            names to them. The rows of one in any list, range, set, array or tensor of integers; a layer with none is left
-            alone. Saved with the adapter's weights, not in its config.
+            names to them. The rows are any list, range, set, array or tensor of integers; a layer with none is left alone.
+            Saved with the adapter's weights, not in its config.
         quota: percent of each layer's rows, for a scores file: those that gci_kernels.loki.select takes.
         r: None: the rows themselves are trained. A rank: LoKI*, the rows' change is scaling * B @ A, A [r, in] and
             B [k, r].
