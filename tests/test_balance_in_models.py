@@ -267,7 +267,9 @@ def test_threads_keep_their_passes_apart():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(each == pytest.approx(value) and len(row) == 8 for row, value in zip(found, wanted, strict=True) for each in row)
+    assert all(
+        each == pytest.approx(value) and len(row) == 8 for row, value in zip(found, wanted, strict=True) for each in row
+    )
 
 
 @pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))))

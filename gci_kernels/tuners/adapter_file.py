@@ -69,7 +69,9 @@ def check_keys(prefix: str, adapter_name: str, model_keys: Iterable[str], found:
     model_keys, found = set(model_keys), set(found)
     parameter = re.compile(rf"(^|\.){re.escape(prefix)}\w+\.{re.escape(adapter_name)}$")
     lacks = {key for key in model_keys if parameter.search(key)} - found
-    beside = {key for key in found - model_keys if key.removeprefix("base_model.model.") not in model_keys}
+    # With embeddings PEFT saves what modules_to_save holds a second time.
+    known = model_keys | {key.replace(f".{adapter_name}.", ".") for key in model_keys & found}
+    beside = {key for key in found - known if key.removeprefix("base_model.model.") not in known}
     parts = [(lacks, "lacks"), (beside, "has, for no place in this model,")]
     wrong = "; it ".join(f"{verb} {_listed(keys)}" for keys, verb in parts if keys)
     if wrong:

@@ -29,8 +29,8 @@ class LoKIConfig(AdaptedConfig):
     Args:
         positions: the rows: a positions JSON as gci_kernels.loki.select and the published code write them, a scores
             file (with `quota`), a list of row indices for each decoder layer, or a mapping from layer numbers or module
-            names to them. The rows are any list, range, set, array or tensor of integers; a layer with none is left alone.
-            Saved with the adapter's weights, not in its config.
+            names to them. The rows are any list, range, set, array or tensor of integers; a layer with none is left as
+            it is. Saved with the adapter's weights, not in its config.
         quota: percent of each layer's rows, for a scores file: those that gci_kernels.loki.select takes.
         r: None: the rows themselves are trained. A rank: LoKI*, the rows' change is scaling * B @ A, A [r, in] and
             B [k, r].
@@ -307,11 +307,11 @@ def _num_layers(model: nn.Module) -> int | None:
     return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
 
 
-def _is_wanted(name: str, config: LoKIConfig) -> bool:
-    """Whether exclude_modules, layers_to_transform and layers_pattern leave the module `name` in."""
+def _choice(config: LoKIConfig, targets: set[str], name: str) -> Any:
+    """What PEFT makes of the module `name` by the config's exclude_modules, layers_to_transform and layers_pattern."""
     choice = copy.copy(config)
-    choice.target_modules = {name.rpartition(".")[2]} if "." in name else {name}
-    return bool(check_target_module_exists(choice, name))
+    choice.target_modules = targets
+    return check_target_module_exists(choice, name)
 
 
 class LoKIModel(AdaptedModel):
@@ -331,7 +331,8 @@ class LoKIModel(AdaptedModel):
         super()._prepare_model(peft_config, model)
         if peft_config.positions is not None:
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
-            self.rows = {name: rows for name, rows in found.items() if _is_wanted(name, peft_config)}
+            leaves = {name: name.rpartition(".")[2] for name in found}
+            self.rows = {name: rows for name, rows in found.items() if _choice(peft_config, {leaves[name]}, name)}
             if not self.rows:
                 raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
             peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
@@ -350,8 +351,9 @@ class LoKIModel(AdaptedModel):
         self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return key in peft_config.rows
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # Of all others it says whether they are excluded: PEFT warns where nothing is.
+        return key in peft_config.rows or _choice(peft_config, set(), key)
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:
         return LoKILinear(target, name, config, self.rows[key])
