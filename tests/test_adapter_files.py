@@ -307,6 +307,9 @@ def as_before(path) -> None:
 def test_adapters_saved_before_are_loaded(method, low_cpu_mem_usage, folder):
     model, path = folder(method)
     as_before(path)
+    edit_config(path, modules_to_save=["of_nobody"])  # which nobody checked
+    if "loki" not in method:
+        edit_config(path, layers_pattern="layers")
     assert not any("lora_B" in key and "alora" not in key for key in load_file(path / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(llama(), path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(loaded), logits(model))

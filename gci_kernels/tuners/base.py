@@ -57,7 +57,7 @@ class AdaptedConfig(PeftConfig):
             and (self.layers_to_transform is not None or self.layers_pattern is not None)
         ):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list of names")
-        if self.layers_pattern and self.layers_to_transform is None:
+        if self.layers_pattern and self.layers_to_transform is None and not self.earlier:
             raise ValueError("layers_pattern says where the numbers of layers_to_transform stand: give both")
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
@@ -290,7 +290,8 @@ class AdaptedModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        check_modules_to_save(peft_config, (name for name, _ in model.named_modules()))
+        if not peft_config.earlier:
+            check_modules_to_save(peft_config, (name for name, _ in model.named_modules()))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:

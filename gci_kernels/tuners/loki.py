@@ -79,6 +79,7 @@ class RowPositions(BufferDict):
 
     def __setitem__(self, name: str, positions: Tensor) -> None:
         super().__setitem__(name, positions)
+        self.known.discard(name)
         if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
             self.known.add(name)
 
@@ -89,24 +90,26 @@ class RowPositions(BufferDict):
     def require(self, name: str) -> Tensor:
         """The rows of adapter `name`, or ValueError."""
         if name not in self.known:
-            self._look(name)
+            raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
         return self[name]
 
-    def _look(self, name: str) -> None:
-        """transformers, which loads tensors one by one, does not say when it has."""
-        positions = self[name]
-        if positions.device.type == "meta" or (positions < 0).any():
-            raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
-        check_positions(positions, self.out_features)
-        self.known.add(name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """transformers loads a tensor by setting it as an attribute."""
+        if isinstance(value, Tensor) and name in self:
+            self._check(value, f"loki_positions.{name}")
+            self.known.add(name)
+        super().__setattr__(name, value)
+
+    def _check(self, positions: Tensor, key: str) -> None:
+        try:
+            check_positions(positions, self.out_features)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; is this an adapter of another model?") from error
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for name in self:
             if prefix + name in state_dict:
-                try:
-                    check_positions(state_dict[prefix + name], self.out_features)
-                except ValueError as error:
-                    raise ValueError(f"{prefix}{name}: {error}; is this an adapter of another model?") from error
+                self._check(state_dict[prefix + name], prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.known |= {name for name in self if prefix + name in state_dict}
 
