@@ -160,7 +160,7 @@ def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     both the same tensor.
     """
     if isinstance(layer, LoRAMoELinear):
-        stacked = {"A": layer.loramoe_A, "B": layer.loramoe_B, "router": layer.loramoe_router}
+        stacked = {"A": layer.loramoe_A, "B": layer.loramoe_lora_B, "router": layer.loramoe_router}
         return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
     if isinstance(layer, ALoRALinear):
         stacked = {"A": layer.gci_alora_A, "B": layer.gci_alora_B, "qkv": layer.gci_alora_qkv}

@@ -14,6 +14,7 @@ from gci_kernels import experts, frozen, parents
 from gci_kernels.layer_report import LayerReport, Report, obstacle, report
 from gci_kernels.targets import is_all_linear, matched
 from gci_kernels.tuners import BottleneckConfig, LoKIConfig, split
+from gci_kernels.tuners.base import check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, swap, swap_back
 from gci_kernels.tuners.merging import inside_attention
 from gci_kernels.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
@@ -83,6 +84,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
 def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | LoraConfig) -> None:
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
     names = [name for name, _ in model.named_modules()]
+    check_modules_to_save(config, names)
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or ():
             if not any(get_pattern_key([pattern], name) is pattern for name in names):

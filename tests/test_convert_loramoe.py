@@ -288,8 +288,8 @@ def test_our_loramoe_file_errors(our_moe, tmp_path, fault):
         reason, file = "no JSON file", "adapter_config.json"
     else:
         weights = load_file(path)
-        moved = weights.pop(KEY + "loramoe_B")
-        reason = "lacks model.layers.1.mlp.gate_proj.loramoe_B"
+        moved = weights.pop(KEY + "loramoe_lora_B")
+        reason = "lacks model.layers.1.mlp.gate_proj.loramoe_lora_B"
         if fault == "unknown":
             weights[KEY + "loramoe_C"], reason = moved, "no part of a LoRAMoE adapter"
         save_file(weights, path)

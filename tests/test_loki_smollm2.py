@@ -62,7 +62,7 @@ def test_from_a_text_to_a_plain_checkpoint(tmp_path):
 
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "GCI_LOKI"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "gci_kernels.GCI_LOKI"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 1.05 * 30 * 57 * 1536 * 4
     plain, _ = load_model("smollm2", torch.float32, torch.device("cpu"))
     assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), expected)

@@ -64,7 +64,7 @@ class RestatedLoRAMoE(nn.Module):
         super().__init__()
         self.base, self.gates = base, {}
         self.configs = {name: config for name, config in configs.items() if name in layer.loramoe_A}
-        for part in ("loramoe_A", "loramoe_B", "loramoe_router"):
+        for part in ("loramoe_A", "loramoe_lora_B", "loramoe_router"):
             copies = {name: nn.Parameter(getattr(layer, part)[name].detach().clone()) for name in self.configs}
             setattr(self, part, nn.ParameterDict(copies))
 
@@ -79,7 +79,7 @@ class RestatedLoRAMoE(nn.Module):
                 gates = gates * torch.zeros_like(gates).scatter(-1, kept, 1)
                 gates = gates / gates.sum(-1, keepdim=True)
             self.gates[name] = gates
-            As, Bs = self.loramoe_A[name].chunk(experts, 0), self.loramoe_B[name].chunk(experts, 1)
+            As, Bs = self.loramoe_A[name].chunk(experts, 0), self.loramoe_lora_B[name].chunk(experts, 1)
             for n in range(experts):
                 y = y + scaling * gates[..., n : n + 1] * (x @ As[n].T @ Bs[n].T)
         return y
@@ -177,7 +177,7 @@ def test_only_adapters_get_a_gradient():
 
 def test_new_adapter_changes_nothing():
     model = adapted(moe_config(init_weights=True))
-    assert all(not layer.loramoe_B["default"].any() for layer in moe_layers(model).values())
+    assert all(not layer.loramoe_lora_B["default"].any() for layer in moe_layers(model).values())
     torch.testing.assert_close(logits(model), logits(tiny_llama()), rtol=1e-12, atol=1e-12)
 
 
@@ -286,7 +286,7 @@ def test_save_and_load(tmp_path):
     model.save_pretrained(tmp_path)
 
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    parts = {"loramoe_A", "loramoe_B", "loramoe_router"}
+    parts = {"loramoe_A", "loramoe_lora_B", "loramoe_router", "loramoe_settings._extra_state"}
     assert set(weights) == {f"{name}.{part}" for name in moe_layers(model) for part in parts}
 
     loaded_config = PeftConfig.from_pretrained(tmp_path)

@@ -158,7 +158,7 @@ def test_patch_takes_a_pattern_that_matches_nothing_for_a_typing_error(field):
     assert not layers(model)
 
 
-@pytest.mark.parametrize("field", ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform"))
+@pytest.mark.parametrize("field", ("rank_pattern", "alpha_pattern"))
 def test_loki_has_positions_in_place_of_patterns(field):
     with pytest.raises(TypeError, match=field):
         LoKIConfig(positions=[[1], [2]], **{field: None})

@@ -89,7 +89,7 @@ def test_saved_is_the_adapter_alone(method, tmp_path):
     assert weights and all(".lora_" in k or "loramoe_" in k or "gci_alora_" in k or "loki_" in k for k in weights)
     assert not any("base_layer" in name for name in weights) and not (tmp_path / "model.safetensors").exists()
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"] == {"lora": "LORA"}.get(method, f"GCI_{method.upper()}")
+    assert saved["peft_type"] == {"lora": "LORA"}.get(method, f"gci_kernels.GCI_{method.upper()}")
     loaded = PeftModel.from_pretrained(toy.plain(), tmp_path, autocast_adapter_dtype=False).double()
     if method == "lora":
         gci_kernels.patch(loaded)

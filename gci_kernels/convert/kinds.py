@@ -45,9 +45,9 @@ def recognise(folder: str | os.PathLike) -> Kind:
     if config.is_file():
         found = read_json(config)
         method = found.get("peft_type")
-        ours = {LoRAMoEConfig.method: Kind.LORAMOE, LoKIConfig.method: Kind.LOKI}
-        if isinstance(method, str) and method in ours:
-            return ours[method]
+        for config_cls, kind in ((LoRAMoEConfig, Kind.LORAMOE), (LoKIConfig, Kind.LOKI)):
+            if method in (config_cls.method, config_cls.method.in_file):
+                return kind
         if method == "LORA" and "lora_nums" in found:
             return Kind.PUBLISHED_LORAMOE
         raise ConvertError(f"{config}: an adapter of {method!r} without lora_nums is not one that has two formats")

@@ -38,12 +38,13 @@ from gci_kernels.convert.split_layers import CONFIG, ROW_FIELDS, Split, is_part,
 from gci_kernels.loki import write_positions
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import LoKIConfig
+from gci_kernels.tuners.adapter_file import is_settings
 
 # The published program that merges a model asks for the rows in a file of their own.
 POSITIONS = "target_pos.json"
 PREFIX = "base_model.model."
 
-_OURS = re.compile(r"(?P<module>.+)\.loki_(?P<part>positions|active|A|B|active_bias)")
+_OURS = re.compile(r"(?P<module>.+)\.loki_(?:lora_)?(?P<part>positions|active|A|B|active_bias)")
 _PUBLISHED_LAYER = re.compile(r"(?:.+\.)?layers\.(\d+)\.[^.]+\.down_proj")
 _TIED = "lm_head.weight"
 
@@ -220,6 +221,8 @@ def _read_adapter(folder: Path) -> tuple[Checkpoint, LoKIConfig, dict[str, dict[
     adapter = Checkpoint(folder, ADAPTER)
     parts: dict[str, dict[str, str]] = {module: {} for module in rows}
     for key in adapter:
+        if is_settings(key):
+            continue
         name = key.removeprefix(PREFIX)
         match = _OURS.fullmatch(name)
         if key == name or match is None or match["module"] not in rows:

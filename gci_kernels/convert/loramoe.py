@@ -31,13 +31,14 @@ from gci_kernels.convert.files import (
     write_json,
     write_safetensors,
 )
-from gci_kernels.tuners import LoRAMoEConfig
+from gci_kernels.tuners import LoRAMoEConfig, LoRAMoELinear
+from gci_kernels.tuners.adapter_file import is_settings, rename
 
 WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 _PUBLISHED_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>route|[AB](?:0|[1-9]\d*))\.weight")
-_OUR_PART = re.compile(r"(?P<module>.+)\.loramoe_(?P<part>A|B|router)")
+_OUR_PART = re.compile(r"(?P<module>.+)\.loramoe_(?P<part>A|lora_B|router)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 # The published config's fields, and what they are in an adapter that ours can be.
 _FIXED: dict[str, Any] = {"bias": "none", "enable_lora": None, "fan_in_fan_out": False, "merge_weights": False}
@@ -103,13 +104,15 @@ def loramoe_to_published(folder: str | os.PathLike, out: str | os.PathLike, *, p
     check_target(out)
     config, where = _read_our_config(folder / ADAPTER_CONFIG), folder / ADAPTER
     checkpoint = Checkpoint(folder, ADAPTER)
-    parts, saved = _sort({name: checkpoint[name] for name in checkpoint}, _OUR_PART, config.modules_to_save, where)
+    weights = rename({name: checkpoint[name] for name in checkpoint}, LoRAMoELinear.former_names)
+    weights = {name: tensor for name, tensor in weights.items() if not is_settings(name)}
+    parts, saved = _sort(weights, _OUR_PART, config.modules_to_save, where)
     width, reason = config.num_experts * config.r, f"r={config.r} and num_experts={config.num_experts}"
     weights = {PREFIX + name: tensor.clone() for name, tensor in saved.items()}
     with progress_bar("splitting experts", sum(_nbytes(found) for found in parts.values()), progress) as advance:
         for module, found in parts.items():
-            inner, outer = _sizes(found.get("A"), found.get("B"))
-            allowed = {"A": (width, inner), "B": (outer, width), "router": (config.num_experts, inner)}
+            inner, outer = _sizes(found.get("A"), found.get("lora_B"))
+            allowed = {"A": (width, inner), "lora_B": (outer, width), "router": (config.num_experts, inner)}
             _check(found, allowed, f"{module}.loramoe_{{}}", where, reason)
             weights |= _experts(PREFIX + module, found, config.r)
             advance(_nbytes(found))
@@ -136,7 +139,7 @@ def _stacked(name: str, found: dict[str, Tensor], experts: int) -> dict[str, Pla
     (r, width), height = A[0].shape, B[0].shape[0]
     return {
         f"{name}.loramoe_A": Planned(A[0].dtype, (experts * r, width), lambda: torch.cat(A)),
-        f"{name}.loramoe_B": Planned(A[0].dtype, (height, experts * r), lambda: torch.cat(B, dim=1)),
+        f"{name}.loramoe_lora_B": Planned(A[0].dtype, (height, experts * r), lambda: torch.cat(B, dim=1)),
         f"{name}.loramoe_router": _planned(found["route"]),
     }
 
@@ -144,7 +147,7 @@ def _stacked(name: str, found: dict[str, Tensor], experts: int) -> dict[str, Pla
 def _experts(name: str, found: dict[str, Tensor], r: int) -> dict[str, Tensor]:
     """A module's experts one by one. Copies: torch.save would write the whole of what a view is a part of."""
     weights = {f"{name}.lora_route.weight": found["router"].clone()}
-    for i, (A, B) in enumerate(zip(found["A"].split(r), found["B"].split(r, dim=1), strict=True)):
+    for i, (A, B) in enumerate(zip(found["A"].split(r), found["lora_B"].split(r, dim=1), strict=True)):
         weights[f"{name}.lora_A{i}.weight"] = A.clone()
         weights[f"{name}.lora_B{i}.weight"] = B.clone(memory_format=torch.contiguous_format)
     return weights

@@ -15,7 +15,8 @@ from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer, register
+from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer
+from gci_kernels.tuners.methods import Method, register
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ALoRAConfig(BottleneckConfig):
     num_heads: int = 4
     residual: bool = False
 
-    method: ClassVar[str] = "GCI_ALORA"
+    method: ClassVar[Method] = Method.GCI_ALORA
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,8 @@ class ALoRALinear(BottleneckLayer):
     """
 
     adapter_layer_names = ("gci_alora_A", "gci_alora_qkv", "gci_alora_B")
-    other_param_names = ("r", "num_heads", "scaling", "dropout_p", "residual")
+    other_param_names = ("r", "num_heads", "scaling", "dropout_p", "residual", "gci_alora_settings")
+    settings_name = "gci_alora_settings"
     num_heads: dict[str, int]
     dropout_p: dict[str, float]
     residual: dict[str, bool]
@@ -169,6 +171,9 @@ class ALoRALinear(BottleneckLayer):
         A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
         return Group(A, B, self.scaling[name], first, count, None, None, qkv, self.num_heads[name], self.residual[name])
 
+    def settings_of(self, config: ALoRAConfig) -> dict[str, float]:
+        return {name: getattr(config, name) for name in ("r", "num_heads", "lora_alpha", "residual")}
+
     def describe(self, name: str) -> str:
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
 
@@ -181,9 +186,9 @@ class ALoRAModel(BottleneckModel):
     default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        if not hasattr(self, "adapted"):
-            self.adapted: list[ALoRALinear] = []
-            self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
+        # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
+        self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
+        self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.attached = sequence.attach(model, self.wanted)

@@ -3,13 +3,12 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from gci_kernels import experts, parents
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.targets import is_all_linear, matched
-from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners import adapter_file, fusion, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.methods import Method
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -37,40 +37,57 @@ def check_number(name: str, value: float, allowed: str, low: float = -math.inf, 
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
-    """The fields that every bottleneck method has; the subclasses say what they mean."""
+class AdaptedConfig(PeftConfig):
+    """The fields that every method of the package has, as peft.LoraConfig has them."""
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    init_weights: bool = True
 
-    method: ClassVar[str]
+    method: ClassVar[Method]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.method
-        check_integer("r", self.r, 1)
-        check_number("lora_alpha", self.lora_alpha, "a finite number")
-        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
-        self._check_patterns()
+        # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
+        self.earlier = type(self.peft_type) is str and self.peft_type == self.method.value
+        self.peft_type: Any = self.method
         if (
             isinstance(self.target_modules, str)
             and self.target_modules != "all-linear"
             and (self.layers_to_transform is not None or self.layers_pattern is not None)
         ):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list of names")
-        if isinstance(self.target_modules, list):
+        if self.layers_pattern and self.layers_to_transform is None and not self.earlier:
+            raise ValueError("layers_pattern says where the numbers of layers_to_transform stand: give both")
+        if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
+        if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
+
+    def to_dict(self) -> dict:
+        """What is saved."""
+        return super().to_dict() | {"peft_type": self.method.in_file}
+
+
+@dataclass
+class BottleneckConfig(AdaptedConfig):
+    """The fields that every bottleneck method has; the subclasses say what they mean."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, "a finite number")
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
+        self._check_patterns()
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -89,6 +106,29 @@ class BottleneckConfig(PeftConfig):
         return own
 
 
+# What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
+_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+
+
+def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
+    """That every entry means a module of the model, whose modules are called `names`; ValueError says which don't.
+
+    PEFT passes over an entry that means none, and what was to be trained stays frozen.
+    """
+    wanted, names = getattr(config, "modules_to_save", None) or (), list(names)
+    if isinstance(wanted, str):  # PEFT would take its letters
+        raise TypeError(f"modules_to_save must be a list of names, got {wanted!r}")
+    heads = _HEADS.get(config.task_type, set())
+    # As PEFT: by the end of the name.
+    unknown = sorted(each for each in set(wanted) - heads if not any(name.endswith(each) for name in names))
+    if unknown:
+        raise ValueError(f"modules_to_save: no module of this model is called {', '.join(map(repr, unknown))}")
+
+
 class AdaptedLinear(nn.Module, BaseTunerLayer):
     """A linear layer with adapters of one method.
 
@@ -103,6 +143,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     r: dict[str, int]
     scaling: dict[str, float]
     update_layer: Callable[..., None]
+    #: Where the adapters' Settings are; among other_param_names.
+    settings_name: ClassVar[str]
+    #: Parameters that earlier versions called otherwise: former name -> present one.
+    former_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -110,12 +154,27 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         for parameters in self.adapter_layer_names:
             setattr(self, parameters, nn.ParameterDict())
         for settings in self.other_param_names:
-            setattr(self, settings, {})
+            setattr(self, settings, nn.ModuleDict() if settings == self.settings_name else {})
         self._disable_adapters = False
         self._active_adapter = name
         self.merged_adapters: list[str] = []
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
+
+    def settings_of(self, config: Any) -> dict[str, float]:
+        """What an adapter of `config` computes with here and its tensors' shapes do not show."""
+        raise NotImplementedError
+
+    def record(self, name: str, config: Any, where: str) -> None:
+        """Lets the adapter be saved with its settings; `where`: the layer's name in the model."""
+        self.key = where
+        getattr(self, self.settings_name)[name] = adapter_file.Settings(where, self.settings_of(config))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for former, present in self.former_names.items():
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{former}.")]:
+                state_dict[f"{prefix}{present}.{key.removeprefix(f'{prefix}{former}.')}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def adapters(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -196,6 +255,19 @@ class AdaptedModel(BaseTuner):
 
     tuner_layer_cls: type[Any]
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+        # PEFT's models give a dictionary, and load through the renaming below; transformers' load_adapter does neither.
+        if isinstance(peft_config, AdaptedConfig) and peft_config.earlier and self._renamed(peft_config):
+            raise ValueError(
+                f"adapter {adapter_name!r} was saved by an earlier gci_kernels, with other names in it: load it with "
+                "peft.PeftModel.from_pretrained and save it again with save_pretrained"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def _renamed(self, config: Any) -> bool:
+        """Whether an adapter of `config` has parameters that earlier versions called otherwise."""
+        return bool(self.tuner_layer_cls.former_names)
+
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
         raise NotImplementedError
 
@@ -207,6 +279,7 @@ class AdaptedModel(BaseTuner):
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
             self._update_layer(target, adapter_name, peft_config, current_key)
+            target.record(adapter_name, peft_config, current_key)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not fusion.is_linear(base):
@@ -215,6 +288,7 @@ class AdaptedModel(BaseTuner):
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+        layer.record(adapter_name, peft_config, current_key)
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -232,6 +306,18 @@ class AdaptedModel(BaseTuner):
 
     def _check_parents(self, model: nn.Module, config: Any) -> None:
         """Leaves layers out, or refuses them, of which other modules take the weight without calling them."""
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if not peft_config.earlier:
+            check_modules_to_save(peft_config, (name for name, _ in model.named_modules()))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
+        """The file's keys as the model has them; a file that does not fit is refused."""
+        state_dict = adapter_file.rename(state_dict, cls.tuner_layer_cls.former_names)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        adapter_file.check_keys(cls.prefix, adapter_name, model.state_dict(), found)
+        return found
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -287,10 +373,3 @@ class BottleneckModel(AdaptedModel):
         model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         self._detach()
         return model
-
-
-def register(config: Any, tuner: type[AdaptedModel]) -> None:
-    """Makes the method known to PEFT under its plain string key."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
-    PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix

@@ -1,14 +1,14 @@
 """LoKI (arXiv 2505.22120) as the PEFT method GCI_LOKI: train some rows of a projection, keep all others."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, check_target_module_exists
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,56 +18,52 @@ from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import AdaptedLinear, AdaptedModel, check_integer, check_number, register
+from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.loki_positions import Positions, resolve
+from gci_kernels.tuners.methods import Method, register
 
 
 @dataclass
-class LoKIConfig(PeftConfig):
+class LoKIConfig(AdaptedConfig):
     """Configuration of LoKI: chosen rows of each layer's last MLP projection are trained, and its bias there.
 
     Args:
         positions: the rows: a positions JSON as gci_kernels.loki.select and the published code write them, a scores
             file (with `quota`), a list of row indices for each decoder layer, or a mapping from layer numbers or module
-            names to them. A layer with no rows is left alone. Saved with the adapter's weights, not in its config.
+            names to them. The rows are any list, range, set, array or tensor of integers; a layer with none is left as
+            it is. Saved with the adapter's weights, not in its config.
         quota: percent of each layer's rows, for a scores file: those that gci_kernels.loki.select takes.
         r: None: the rows themselves are trained. A rank: LoKI*, the rows' change is scaling * B @ A, A [r, in] and
             B [k, r].
         lora_alpha: scaling = lora_alpha / r.
         target_modules: names (suffixes) or a regular expression of the projections, one in a decoder layer; None:
             down_proj or what the model calls it.
-        modules_to_save: as in peft.LoraConfig, of whose other choices (exclude_modules, layers_to_transform,
-            rank_pattern ...) there is none: positions say what is trained, and LoKI* has one rank.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in peft.LoraConfig: the positions of
+            modules that they leave out are not used. There are no rank_pattern and alpha_pattern: LoKI* has one rank.
         init_weights: True: the rows start as the model's own (B zeros); False: random, so that tests see an effect.
         keep_merged: keep, beside each adapted weight, a copy with the trained rows in it, which training then uses.
             False saves that memory; the products find the rows in other ways, at most some percent slower.
-        rows: how many rows each module has; filled in.
+        rows, num_layers: how many rows each module has, and how many decoder layers the model; filled in.
     """
 
     positions: Positions | None = None
     quota: float | None = None
     r: int | None = None
     lora_alpha: float = 32
-    target_modules: list[str] | set[str] | str | None = None
-    modules_to_save: list[str] | None = None
     init_weights: bool = True
     keep_merged: bool = True
     rows: dict[str, int] | None = None
+    num_layers: int | None = None
 
-    method: ClassVar[str] = "GCI_LOKI"
+    method: ClassVar[Method] = Method.GCI_LOKI
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.method
-        if self.positions is None and self.rows is None:
-            raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         if self.quota is not None:
             check_number("quota", self.quota, "above 0 and at most 100", math.nextafter(0, 1), 100)
         if self.r is not None:
             check_integer("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, "a finite number")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
 
     def to_dict(self) -> dict:
         """What is saved: all but where the positions came from; they stand beside the weights."""
@@ -84,6 +80,7 @@ class RowPositions(BufferDict):
 
     def __setitem__(self, name: str, positions: Tensor) -> None:
         super().__setitem__(name, positions)
+        self.known.discard(name)
         if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
             self.known.add(name)
 
@@ -97,13 +94,23 @@ class RowPositions(BufferDict):
             raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
         return self[name]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """transformers loads a tensor by setting it as an attribute."""
+        if isinstance(value, Tensor) and name in self:
+            self._check(value, f"loki_positions.{name}")
+            self.known.add(name)
+        super().__setattr__(name, value)
+
+    def _check(self, positions: Tensor, key: str) -> None:
+        try:
+            check_positions(positions, self.out_features)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; is this an adapter of another model?") from error
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for name in self:
             if prefix + name in state_dict:
-                try:
-                    check_positions(state_dict[prefix + name], self.out_features)
-                except ValueError as error:
-                    raise ValueError(f"{prefix}{name}: {error}; is this an adapter of another model?") from error
+                self._check(state_dict[prefix + name], prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.known |= {name for name in self if prefix + name in state_dict}
 
@@ -112,15 +119,17 @@ class LoKILinear(AdaptedLinear):
     """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
     Under each adapter's name: positions [k], active [k, in] (LoKI*: A [r, in] and B [k, r]) and, where the base layer
-    has a bias, active_bias [k]. Several active adapters must not share a row.
+    has a bias, active_bias [k]. Several active adapters must not share a row. B's name has "lora_B" in it, for LoRA+.
     """
 
-    adapter_layer_names = ("loki_active", "loki_A", "loki_B", "loki_active_bias")
-    other_param_names = ("loki_positions", "r", "scaling")
+    adapter_layer_names = ("loki_active", "loki_A", "loki_lora_B", "loki_active_bias")
+    other_param_names = ("loki_positions", "r", "scaling", "loki_settings")
+    settings_name = "loki_settings"
+    former_names = {"loki_B": "loki_lora_B"}
     method_name = "LoKI"
     loki_active: nn.ParameterDict
     loki_A: nn.ParameterDict
-    loki_B: nn.ParameterDict
+    loki_lora_B: nn.ParameterDict
     loki_active_bias: nn.ParameterDict
     loki_positions: "RowPositions"
 
@@ -145,7 +154,7 @@ class LoKILinear(AdaptedLinear):
         else:
             self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
             up = torch.zeros(k, r)
-            self.loki_B[name] = nn.Parameter(up if config.init_weights else _random(up))
+            self.loki_lora_B[name] = nn.Parameter(up if config.init_weights else _random(up))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -204,7 +213,7 @@ class LoKILinear(AdaptedLinear):
 
     def _up(self, name: str) -> Tensor:
         """B as [out, r], zeros where nothing is trained."""
-        up = self.loki_B[name]
+        up = self.loki_lora_B[name]
         return up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.loki_positions.require(name), up)
 
     def _check_apart(self, names: list[str]) -> None:
@@ -226,7 +235,8 @@ class LoKILinear(AdaptedLinear):
         for name in names:
             rows, positions = self._merged(name), self.loki_positions.require(name)
             if safe_merge and not torch.isfinite(rows).all():
-                raise ValueError(f"adapter {name!r} has NaN or infinite rows")
+                # in PEFT's words
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             with torch.no_grad():
                 bias = None if base.bias is None else base.bias.index_select(0, positions)
                 self.replaced.append((self._base_rows().index_select(0, positions), bias))
@@ -248,7 +258,7 @@ class LoKILinear(AdaptedLinear):
         if not self.r[name]:
             return self.loki_active[name].to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        change = self.loki_B[name].to(wide) @ self.loki_A[name].to(wide)
+        change = self.loki_lora_B[name].to(wide) @ self.loki_A[name].to(wide)
         own = self._base_rows().index_select(0, self.loki_positions.require(name))
         return (own.to(wide) + self.scaling[name] * change).to(dtype)
 
@@ -262,6 +272,10 @@ class LoKILinear(AdaptedLinear):
         if self.merged_rows is not None:
             self.merged_rows.drop()  # before, so that a move does not hold two copies
         return super()._apply(fn, recurse)
+
+    def settings_of(self, config: LoKIConfig) -> dict[str, float]:
+        # Positions of a narrower model fit into a wider one.
+        return {"out_features": self.out_features} | ({"lora_alpha": config.lora_alpha} if config.r else {})
 
     def describe(self, name: str) -> str:
         rank = f", r={self.r[name]}" if self.r[name] else ""
@@ -292,6 +306,18 @@ def _random(like: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
 
 
+def _num_layers(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
+
+
+def _choice(config: LoKIConfig, targets: set[str], name: str) -> Any:
+    """What PEFT makes of the module `name` by the config's exclude_modules, layers_to_transform and layers_pattern."""
+    choice = copy.copy(config)
+    choice.target_modules = targets
+    return check_target_module_exists(choice, name)
+
+
 class LoKIModel(AdaptedModel):
     """PEFT's tuner for GCI_LOKI. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
@@ -301,24 +327,41 @@ class LoKIModel(AdaptedModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
         return peft_config
 
+    def _renamed(self, config: LoKIConfig) -> bool:
+        return config.r is not None
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
+        super()._prepare_model(peft_config, model)
         self._find_rows(peft_config, model)
         parents.refuse(model, "LoKI", self.rows, "leave it out of positions and target_modules")
 
     def _find_rows(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.positions is not None:
-            self.rows = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
+            found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
+            leaves = {name: name.rpartition(".")[2] for name in found}
+            self.rows = {name: rows for name, rows in found.items() if _choice(peft_config, {leaves[name]}, name)}
+            if not self.rows:
+                raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
             peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
+            peft_config.num_layers = _num_layers(model)
             return
+        if peft_config.rows is None:
+            raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
         if unknown:
             raise ValueError(f"this adapter is of another model: here are no modules {', '.join(sorted(unknown))}")
+        if peft_config.num_layers not in (None, _num_layers(model)):
+            raise ValueError(
+                f"this adapter is of another model: of {peft_config.num_layers} decoder layers, here are "
+                f"{_num_layers(model)}"
+            )
         self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return key in peft_config.rows
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # Of all others it says whether they are excluded: PEFT warns where nothing is.
+        return key in peft_config.rows or _choice(peft_config, set(), key)
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:
         return LoKILinear(target, name, config, self.rows[key])

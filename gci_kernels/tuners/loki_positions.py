@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from gci_kernels.loki.selection import read_positions, select
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import fusion
 
-Positions = str | os.PathLike | Mapping[str | int, Sequence[int]] | Sequence[Sequence[int]]
+Rows = Sequence[int] | Set[int] | np.ndarray | Tensor
+Positions = str | os.PathLike | Mapping[str | int, Rows] | Sequence[Rows] | np.ndarray | Tensor
 
 
 def resolve(
@@ -58,7 +60,27 @@ def _read(positions: Positions, quota: float | None) -> Mapping | Sequence:
         )
     if has_scores:
         return select(load_scores(positions), quota)
-    return read_positions(positions) if is_file else positions
+    if is_file:
+        return read_positions(positions)
+    if isinstance(positions, (np.ndarray, Tensor)):
+        positions = positions.tolist()
+    if isinstance(positions, Mapping):
+        # Numbers of numpy are numbers too.
+        return {key if isinstance(key, str) else _integer(key): _listed(rows) for key, rows in positions.items()}
+    return [_listed(rows) for rows in positions] if isinstance(positions, Sequence) else positions
+
+
+def _integer(key: object) -> object:
+    return key.__index__() if hasattr(key, "__index__") else key
+
+
+def _listed(rows: Rows) -> Sequence[int] | Tensor:
+    """One module's rows in some order."""
+    if isinstance(rows, Tensor) and rows.dim():
+        return rows
+    if isinstance(rows, (str, bytes, Tensor)) or not isinstance(rows, Iterable):
+        raise ValueError(f"positions must have the rows of each layer, got {rows!r} for those of one")
+    return list(rows)
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -139,8 +161,12 @@ def _first(names: list[str], target_modules: set[str] | str | None) -> list[str]
 
 
 def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> Tensor:
-    found = torch.as_tensor(rows)
-    if found.dtype not in (torch.int64, torch.int32) or found.dim() != 1:
+    try:
+        found = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole or found.dim() != 1:
         raise ValueError(f"positions of {name} must be row indices, got {rows!r}"[:200])
     found = found.to("cpu", torch.int64).sort().values
     try:

@@ -17,8 +17,8 @@ from gci_kernels.tuners.base import (
     BottleneckModel,
     check_integer,
     check_number,
-    register,
 )
+from gci_kernels.tuners.methods import Method, register
 
 
 @dataclass
@@ -49,7 +49,7 @@ class LoRAMoEConfig(BottleneckConfig):
     balance_delta: float = 0.1
     balance_include_padding: bool = False
 
-    method: ClassVar[str] = "GCI_LORAMOE"
+    method: ClassVar[Method] = Method.GCI_LORAMOE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,17 +65,20 @@ class LoRAMoEConfig(BottleneckConfig):
 class LoRAMoELinear(BottleneckLayer):
     """A linear layer with LoRAMoE adapters; its forward is :func:`gci_kernels.ops.loramoe_linear`.
 
-    Under each adapter's name: A [N*r, in], B [out, N*r] and router [N, in].
+    Under each adapter's name: A [N*r, in], B [out, N*r] and router [N, in]. B's name among the parameters has "lora_B"
+    in it: PEFT's LoRA+ finds the matrices with the higher learning rate by that.
     """
 
-    adapter_layer_names = ("loramoe_A", "loramoe_B", "loramoe_router")
-    other_param_names = ("r", "num_experts", "scaling", "dropout_p", "top_k", "balance")
+    adapter_layer_names = ("loramoe_A", "loramoe_lora_B", "loramoe_router")
+    other_param_names = ("r", "num_experts", "scaling", "dropout_p", "top_k", "balance", "loramoe_settings")
+    settings_name = "loramoe_settings"
+    former_names = {"loramoe_B": "loramoe_lora_B"}
     num_experts: dict[str, int]
     dropout_p: dict[str, float]
     top_k: dict[str, int | None]
     balance: dict[str, tuple[float, float, bool]]
     loramoe_A: nn.ParameterDict
-    loramoe_B: nn.ParameterDict
+    loramoe_lora_B: nn.ParameterDict
     loramoe_router: nn.ParameterDict
     method_name, mixer = "LoRAMoE", "gate"
     no_merge = "LoRAMoE cannot be merged into the base weight: its update depends on each token's gates; use unload()"
@@ -92,7 +95,7 @@ class LoRAMoELinear(BottleneckLayer):
         self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
         self.balance[name] = (config.balance_weight, config.balance_delta, config.balance_include_padding)
         self.loramoe_A[name] = nn.Parameter(torch.empty(width, self.in_features))
-        self.loramoe_B[name] = nn.Parameter(torch.empty(self.out_features, width))
+        self.loramoe_lora_B[name] = nn.Parameter(torch.empty(self.out_features, width))
         self.loramoe_router[name] = nn.Parameter(torch.empty(config.num_experts, self.in_features))
         self.reset_parameters(name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(name)
@@ -103,21 +106,21 @@ class LoRAMoELinear(BottleneckLayer):
         nn.init.kaiming_uniform_(self.loramoe_A[name], a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.loramoe_router[name], a=math.sqrt(5))
         if init_weights:
-            nn.init.zeros_(self.loramoe_B[name])
+            nn.init.zeros_(self.loramoe_lora_B[name])
         else:
-            nn.init.kaiming_uniform_(self.loramoe_B[name], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.loramoe_lora_B[name], a=math.sqrt(5))
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         router = self.loramoe_router[name]
         y, gates = loramoe_linear(
-            x, weight, bias, self.loramoe_A[name], self.loramoe_B[name], router,
+            x, weight, bias, self.loramoe_A[name], self.loramoe_lora_B[name], router,
             scaling=self.scaling[name], top_k=self.top_k[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0,
         )  # fmt: skip
         balance_weight, delta, include_padding = self.balance[name]
         if self.collector.active and balance_weight:
             self.collector.record(
-                gates, weight=balance_weight, delta=delta, include_padding=include_padding,
+                self.key, gates, y, weight=balance_weight, delta=delta, include_padding=include_padding,
                 trained=router.requires_grad,
             )  # fmt: skip
         return y
@@ -128,6 +131,10 @@ class LoRAMoELinear(BottleneckLayer):
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
         return Group(A, B, self.scaling[name], first, count, router, self.top_k[name])
+
+    def settings_of(self, config: LoRAMoEConfig) -> dict[str, float]:
+        names = ("r", "num_experts", "lora_alpha")
+        return {name: getattr(config, name) for name in names} | {"top_k": config.top_k or 0}
 
     def describe(self, name: str) -> str:
         return f"{self.num_experts[name]}x{self.r[name]}"
@@ -141,17 +148,19 @@ class LoRAMoEModel(BottleneckModel):
     default_targets = ("gate_proj", "up_proj", "down_proj")
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.collector = BalanceCollector()
+        # transformers makes a tuner for each adapter that it loads; a model has one collector.
+        layers = (module for module in model.modules() if isinstance(module, LoRAMoELinear))
+        first = next(layers, None)
+        self.collector = BalanceCollector() if first is None else first.collector
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.hook_handles = self.collector.attach(model)
+        self.collector.attach(model, [layer.key for layer in model.modules() if isinstance(layer, LoRAMoELinear)])
 
     def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> LoRAMoELinear:
         return LoRAMoELinear(target, name, config, self.collector)
 
     def _detach(self) -> None:
-        for handle in self.hook_handles:
-            handle.remove()
+        self.collector.detach()
 
 
 register(LoRAMoEConfig, LoRAMoEModel)
