@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from rich.table import Table
 from torch import nn
 
 from gci_kernels import frozen
+from gci_kernels.impl import check_impl
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
+from gci_kernels.tuners.base import AdaptedModel
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
@@ -80,8 +83,9 @@ class _Snapshot:
 
 
 def patch(
-    model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False
-) -> nn.Module:
+    model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False,
+    impl: str = "auto",
+) -> nn.Module:  # fmt: skip
     """Fuses a model's adapters, in place; with a config, adds the adapter first. All or nothing.
 
     Args:
@@ -92,14 +96,17 @@ def patch(
         upcast_frozen: let the model's frozen torch.nn.Linear layers, the head among them, take float32 products too
             where they are faster: in bfloat16 and float16, on a CPU without instructions for them. They are then more
             exact than PyTorch's and do not give its bits. Off, these layers stay PyTorch's, whatever they cost.
+        impl: what all adapted layers give to their op as `impl`: "auto", "reference", "aten", "upcast", "native" (C++)
+            or "triton". "reference" is plain PyTorch; of the others but "auto", one that cannot run raises in forward.
 
     Returns:
         With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused
         keeps PEFT's own computation and stands in :func:`report` with the reason. Patching twice changes nothing.
 
     Raises:
-        ValueError, TypeError: the model has nothing to patch, or the config does not fit. The model is then as it was.
+        ValueError, TypeError: the model has nothing to patch, or an argument does not fit. The model is then as it was.
     """
+    check_impl(impl)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     snapshot = _Snapshot(model)
@@ -109,6 +116,7 @@ def patch(
             _take_over(model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
+        _set_impl(peft_model, impl)
     except BaseException:
         snapshot.undo().apply(model)
         raise
@@ -169,6 +177,17 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
             swap(module)
 
 
+def _set_impl(model: nn.Module, impl: str) -> bool:
+    """Gives every adapted layer its `impl`; returns whether one had another than "auto" before."""
+    changed = False
+    for module in model.modules():
+        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, split.FusedSplit)):
+            changed |= vars(module).pop("gci_impl", None) is not None
+            if impl != "auto":
+                vars(module)["gci_impl"] = impl
+    return changed
+
+
 def _obstacle(module: Any, *, active_only: bool = False) -> str | None:
     """Why none of a layer's adapters (or one of its active ones) can be fused, or None where they can, or are."""
     if isinstance(module, AdaptedLinear):
@@ -198,7 +217,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         return plain
     fused = [module for module in model.modules() if isinstance(module, FusedLora)]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
-    if not fused and not published:
+    if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )
@@ -268,8 +287,15 @@ def _split_report(name: str, module: nn.Module) -> LayerReport:
     method, shape, dtype = split.describe(module)
     patched = isinstance(module, split.FusedSplit)
     declined = split.split_obstacle(module) if patched else "not patched: call gci_kernels.patch(model)"
-    base, plan = ("fused", "rows=kept") if declined is None else ("own call: declined", None)
+    base, plan = ("fused", _said(lambda: split.plan(module))) if declined is None else ("own call: declined", None)
     return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
+
+
+def _said(plan: Callable[[], Any]) -> str:
+    try:
+        return str(plan())
+    except ValueError as error:  # what was asked for in patch cannot run, and the layer's forward says so too
+        return f"raises: {error}"
 
 
 def _adapter_report(name: str, module: Any) -> LayerReport:
@@ -288,8 +314,10 @@ def _adapter_report(name: str, module: Any) -> LayerReport:
     if declined is None:
         first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
         shape = dict(dtype=dtype or first.dtype, device_type=first.device.type)
-        own = isinstance(module, AdaptedLinear)
-        plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
+        if isinstance(module, AdaptedLinear):
+            plan = _said(lambda: module.plan(2048, **shape))
+        else:
+            plan = _said(lambda: choose_plan(module.gci_impl, tokens=2048, **shape, mixer="identity"))
         decode = module.decode_plan(**shape)
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"

@@ -119,6 +119,7 @@ class ALoRALinear(BottleneckLayer):
             x, weight, bias, self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
             num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
+            impl=self.gci_impl,
         )  # fmt: skip
 
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
@@ -147,7 +148,7 @@ class ALoRALinear(BottleneckLayer):
             kept[0][samples, :, : kv.shape[-1]] = kv
             return y.index_add(0, samples, update.to(y.dtype))
 
-        y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.decodes(rows) else None)
+        y = mixed.combine(self.base_layer, rows, tokens, add, step if self._takes_steps(rows) else None)
         if kept:
             context.keep(self.key, key, kept[0])
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -94,6 +94,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     `_adapted`.
     """
 
+    gci_impl = "auto"  # of the layer's op; gci_kernels.patch sets another on the instance
     method_name: str
     base_layer: nn.Module
     in_features: int
@@ -147,7 +148,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What "auto" takes for x [tokens, in]: for reports."""
+        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
         raise NotImplementedError
 
     def parameter(self, part: str, name: str) -> Any:
@@ -180,7 +181,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
         return not (self.training and self.dropout_p[name])
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
+        return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(self.no_merge)
@@ -192,6 +193,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
+    gci_impl = "auto"  # what new layers get; gci_kernels.patch sets another on the instance
     tuner_layer_cls: type[Any]
 
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
@@ -213,6 +215,8 @@ class AdaptedModel(BaseTuner):
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+        if self.gci_impl != layer.gci_impl:
+            layer.gci_impl = self.gci_impl
         self._replace_module(parent, target_name, layer, target)
 
     @contextlib.contextmanager

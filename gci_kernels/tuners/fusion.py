@@ -9,6 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.ops.transforms import transformed
+
+# With these a layer may take decoding steps; the others name what runs the stages of training.
+STEPPING = ("auto", "native")
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
@@ -43,7 +47,9 @@ def operands(module: Any) -> tuple[Tensor, Tensor | None]:
 def decodes(x: Tensor) -> bool:
     """Whether x may be a decoding step for kernels of its own: a few tokens, and no gradients."""
     # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
-    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+    if torch.is_grad_enabled() or type(x) is not Tensor or transformed():
+        return False
+    if not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
         return False
     device = x.device.type
     return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)

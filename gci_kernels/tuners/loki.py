@@ -160,7 +160,7 @@ class LoKILinear(AdaptedLinear):
         self._check_apart(names)
         y = None
         plain = fusion.obstacle(self.base_layer) is None
-        step = plain and fusion.decodes(x)  # then replacing the outputs costs least
+        step = plain and self.gci_impl in fusion.STEPPING and fusion.decodes(x)  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
@@ -182,23 +182,32 @@ class LoKILinear(AdaptedLinear):
         weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name] if bias is not None else None
         if not self.r[name]:
-            return loki_linear(x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows)
+            return loki_linear(
+                x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows,
+                impl=self.gci_impl,
+            )  # fmt: skip
         if active_bias is not None:
             bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
-        return lora_linear(x, weight, bias, self.loki_A[name], self._up(name), scaling=self.scaling[name])
+        return self._low_rank(x, weight, bias, name)
+
+    def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
+        """LoKI*'s update, with the base product where a weight is given."""
+        A, B = self.loki_A[name], self._up(name)
+        return lora_linear(x, weight, bias, A, B, scaling=self.scaling[name], impl=self.gci_impl)
 
     def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
         base: Any = self.get_base_layer()
         positions = self.loki_positions.require(name)
-        active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
+        active_bias = self.loki_active_bias[name].to(y.dtype) if name in self.loki_active_bias else None
         if not self.r[name]:
             columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
             return (y.index_copy_ if in_place else y.index_copy)(-1, positions, columns)
-        y = y + lora_linear(x, None, None, self.loki_A[name], self._up(name), scaling=self.scaling[name]).to(y.dtype)
+        y = y + self._low_rank(x, None, None, name).to(y.dtype)
         if active_bias is None:
             return y
-        change = active_bias - base.bias.index_select(0, positions).to(y.dtype)
+        bias = base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
+        change = active_bias - bias.index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
 
     def _up(self, name: str) -> Tensor:
@@ -269,10 +278,10 @@ class LoKILinear(AdaptedLinear):
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
-            return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+            return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
         share = self.loki_positions[name].shape[0] / self.out_features
         keep = self.merged_rows is not None
-        form = choose_form("auto", tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
+        form = choose_form(self.gci_impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
         return f"rows={form}"
 
 
