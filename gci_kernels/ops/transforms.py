@@ -32,9 +32,14 @@ def captured() -> bool:
     return _tracing_state() is not None or _is_exporting()
 
 
-def differentiated_again() -> bool:
-    """In a backward: whether its gradients will have gradients (create_graph=True), or are transformed (vmap)."""
-    return torch.is_grad_enabled() or _functorch_depth() > 0
+def differentiated_again(*d_outputs: Tensor | None) -> bool:
+    """In a backward: whether its gradients will have gradients (create_graph=True), or are formed for many at once."""
+    return torch.is_grad_enabled() or _functorch_depth() > 0 or any(map(_is_batch, d_outputs))
+
+
+def _is_batch(dy: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) gave dy, which is no transform of torch.func."""
+    return dy is not None and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def plain_gradients(
@@ -44,6 +49,22 @@ def plain_gradients(
 
     The inputs may be the same tensor: each has the gradient of its own place.
     """
+    if any(map(_is_batch, d_outputs)):
+        return _gradients_of_batch(formula, inputs, d_outputs)
     outputs, pull = torch.func.vjp(formula, *inputs)
     given = (torch.zeros_like(y) if dy is None else dy for y, dy in zip(outputs, d_outputs, strict=True))
     return pull(tuple(given))
+
+
+def _gradients_of_batch(
+    formula: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], d_outputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t.view_as(t) if create else t.detach().requires_grad_() for t in inputs]
+        outputs = formula(*own)
+    pairs = [(y, dy) for y, dy in zip(outputs, d_outputs, strict=True) if dy is not None]
+    found = torch.autograd.grad(
+        [y for y, _ in pairs], own, [dy for _, dy in pairs], create_graph=create, materialize_grads=True
+    )
+    return tuple(found)

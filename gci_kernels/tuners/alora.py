@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gci_kernels import sequence
 from gci_kernels.ops import Sequence, alora_linear
+from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
@@ -107,7 +108,8 @@ class ALoRALinear(BottleneckLayer):
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
         rows = x.view(*context.shape, x.shape[-1])  # some models give their inner layers [batch * time, features]
-        past = context.past(self.key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
+        kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
+        past = context.past(self.key, name, kept)
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
         context.keep(self.key, name, kv)
         return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
@@ -140,8 +142,8 @@ class ALoRALinear(BottleneckLayer):
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
-                past = context.past(self.key, key, rows.new_empty(rows.shape[0], 0, width))
-                kept.extend((rows.new_zeros(*context.shape, width), past))
+                new = rows.new_zeros(*context.shape, width, dtype=autocast_dtype(rows))
+                kept.extend((new, context.past(self.key, key, new)))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
             update, kv = self._attended(rows.index_select(0, samples), name, None, None, sub, past)

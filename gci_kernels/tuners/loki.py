@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
+from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
 from gci_kernels.tuners import fusion, mixed
@@ -174,7 +175,7 @@ class LoKILinear(AdaptedLinear):
 
     def _replace_some(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
         some = self._replace(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
-        return y.index_copy(0, samples, some)
+        return index_copy(y, 0, samples, some)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base weight."""
@@ -187,7 +188,7 @@ class LoKILinear(AdaptedLinear):
                 impl=self.gci_impl,
             )  # fmt: skip
         if active_bias is not None:
-            bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
+            bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
         return self._low_rank(x, weight, bias, name)
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
@@ -202,7 +203,7 @@ class LoKILinear(AdaptedLinear):
         active_bias = self.loki_active_bias[name].to(y.dtype) if name in self.loki_active_bias else None
         if not self.r[name]:
             columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
-            return (y.index_copy_ if in_place else y.index_copy)(-1, positions, columns)
+            return y.index_copy_(-1, positions, columns) if in_place else index_copy(y, -1, positions, columns)
         y = y + self._low_rank(x, None, None, name).to(y.dtype)
         if active_bias is None:
             return y
@@ -213,7 +214,7 @@ class LoKILinear(AdaptedLinear):
     def _up(self, name: str) -> Tensor:
         """B as [out, r], zeros where nothing is trained."""
         up = self.loki_B[name]
-        return up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.loki_positions.require(name), up)
+        return index_copy(up.new_zeros(self.out_features, up.shape[1]), 0, self.loki_positions.require(name), up)
 
     def _check_apart(self, names: list[str]) -> None:
         if len(names) < 2:

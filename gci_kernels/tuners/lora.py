@@ -99,7 +99,7 @@ class FusedLora(DecodingLayer, Swapped, _Layer):
         y = lora_linear(
             x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name), impl=self.gci_impl
         )  # fmt: skip
-        return y if extra is None else y + extra
+        return y if extra is None else y + extra.to(y.dtype)
 
     def _dropout_p(self, name: str) -> float:
         dropout = _part(self, "lora_dropout", name)

@@ -66,7 +66,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _derivative(ctx, do, dlse):
     """Gradients of gci_kernels::low_rank_attention."""
     q, k, v, o, lse, segments = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(do):
         return *_formula_backward(do, q, k, v, ctx.num_heads, segments), None, None, None
     dq, dk, dv = torch.ops.gci_kernels.low_rank_attention_backward(
         do, q, k, v, o, lse, ctx.num_heads, segments, ctx.impl

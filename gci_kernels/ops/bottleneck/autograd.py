@@ -137,7 +137,7 @@ def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_weights = ctx.needs_input_grad[:6]
     if dy is None:  # only what is shown was used
         dy = x.new_zeros(*x.shape[:-1], B.shape[0])
-    if differentiated_again():
+    if differentiated_again(dy, dshown):
         return *_formula_backward(dy, dshown, *ctx.saved_tensors[:8], *ctx.settings, ctx.needs_input_grad[:6]), *[None] * 8
     joins = mixer(ctx.settings[0]).JOINS
     needs_stack = needs_A or joins and needs_weights
@@ -183,7 +183,7 @@ def _formula_backward(
     wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
     gradients = iter(plain_gradients(formula, wanted, (dy, dshown) if name == "gate" else (dy,)))
     found = [next(gradients) if needed else None for needed in needs]
-    return [*found[:2], dy.flatten(0, -2).sum(0) if needs_bias else None, *found[2:]]
+    return [*found[:2], dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None, *found[2:]]
 
 
 def _no_double_backward(ctx, *gradients):

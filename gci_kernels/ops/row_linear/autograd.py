@@ -87,7 +87,7 @@ def _backward(ctx, dy):
     needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
     if dy is None:
         return (None,) * 7
-    if differentiated_again():
+    if differentiated_again(dy):
         dx, dactive, dactive_bias = _formula_backward(dy, *ctx.saved_tensors, needs)
         return dx, None, None, dactive, None, None if dactive_bias is None else dactive_bias.to(ctx.dtypes[1]), None
     gradients = iter(torch.ops.gci_kernels.row_linear_backward(dy, *ctx.saved_tensors, ctx.form, needs))
@@ -110,7 +110,7 @@ def _formula_backward(
 
     wanted = [t for t, needed in zip((x, active), needs[:2], strict=True) if needed]
     gradients = iter(plain_gradients(formula, wanted, (dy,)) if wanted else ())
-    dbias = dy.flatten(0, -2).index_select(1, positions).sum(0) if needs[2] else None
+    dbias = dy.reshape(-1, dy.shape[-1]).index_select(1, positions).sum(0) if needs[2] else None
     return [*(next(gradients) if needed else None for needed in needs[:2]), dbias]
 
 
