@@ -1,4 +1,4 @@
-"""torch.func, forward-mode differentiation and second derivatives of patched models: what loops and fused layers give."""
+"""torch.func, forward-mode differentiation and second derivatives of patched models: what fused layers give."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_forward_mode(method, no_grad):
 
 @pytest.mark.parametrize("method", ALONE)
 def test_jacobians_and_second_derivatives(method):
-    """torch.func's, torch.autograd.functional's, and a plain backward with create_graph=True, with and without "auto"."""
+    """torch.func's, torch.autograd.functional's, and a plain backward with create_graph=True."""
     model, x = net(method), X[0]
     rows = torch.stack([torch.autograd.grad(model(v)[i], v)[0] for i in range(3) for v in [x.clone().requires_grad_()]])
     for jacobian in (jacrev(model), jacfwd(model)):
@@ -184,7 +184,8 @@ def test_generation_with_a_cache_in_forward_mode():
     tangents = {name: torch.ones_like(p) for name, p in detached.items()}
 
     def last(parameters, split: int):
-        cache = functional_call(model, parameters, (), dict(input_ids=tokens[:, :split])).past_key_values if split else None
+        first = dict(input_ids=tokens[:, :split])
+        cache = functional_call(model, parameters, (), first).past_key_values if split else None
         rest = dict(input_ids=tokens[:, split:], past_key_values=cache, use_cache=bool(split))
         return functional_call(model, parameters, (), rest).logits[:, -1]
 
@@ -196,7 +197,7 @@ def test_generation_with_a_cache_in_forward_mode():
 
 
 def test_frozen_layers_through_float32():
-    """Those that upcast_frozen swaps: their kernel is left out where a transform looks, and may be differentiated twice."""
+    """Those that upcast_frozen swaps: transforms see the plain layer, and it may be differentiated twice."""
     layer = torch.nn.Linear(8, 6).half().requires_grad_(False)
     plain = torch.nn.Linear(8, 6).half().requires_grad_(False)
     plain.load_state_dict(layer.state_dict())

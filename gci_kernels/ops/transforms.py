@@ -22,9 +22,7 @@ def transformed() -> bool:
 
     Not so under torch.compile alone, which knows our operators.
     """
-    return (
-        _tracing_state() is not None or _functorch_depth() > 0 or forward_ad._current_level >= 0 or _is_exporting()
-    )
+    return _tracing_state() is not None or _functorch_depth() > 0 or forward_ad._current_level >= 0 or _is_exporting()
 
 
 def captured() -> bool:
@@ -51,7 +49,7 @@ def plain_gradients(
     """
     if any(map(_is_batch, d_outputs)):
         return _gradients_of_batch(formula, inputs, d_outputs)
-    outputs, pull = torch.func.vjp(formula, *inputs)
+    outputs, pull, *_ = torch.func.vjp(formula, *inputs)
     given = (torch.zeros_like(y) if dy is None else dy for y, dy in zip(outputs, d_outputs, strict=True))
     return pull(tuple(given))
 

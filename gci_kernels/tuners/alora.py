@@ -150,7 +150,7 @@ class ALoRALinear(BottleneckLayer):
             kept[0][samples, :, : kv.shape[-1]] = kv
             return y.index_add(0, samples, update.to(y.dtype))
 
-        y = mixed.combine(self.base_layer, rows, tokens, add, step if self._takes_steps(rows) else None)
+        y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.takes_steps(self.gci_impl, rows) else None)
         if kept:
             context.keep(self.key, key, kept[0])
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -30,16 +30,13 @@ class DecodingLayer:
 
     def _run(self, x: Tensor, names: list[str]) -> Tensor:
         """base(x) with the updates of all named adapters."""
-        step = self._step if self._takes_steps(x) else None
+        step = self._step if fusion.takes_steps(self.gci_impl, x) else None
         return fusion.combine(self.base_layer, x, names, self._update, step)
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
         """base(x) with, for each row of x, the update of the adapter that `names` gives it, where it is `present`."""
-        step = self._mixed_step if self._takes_steps(x) else None
+        step = self._mixed_step if fusion.takes_steps(self.gci_impl, x) else None
         return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, present), self._add_update, step)
-
-    def _takes_steps(self, x: Tensor) -> bool:
-        return self.gci_impl in fusion.STEPPING and fusion.decodes(x)
 
     def _step(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None

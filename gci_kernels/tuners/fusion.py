@@ -55,6 +55,11 @@ def decodes(x: Tensor) -> bool:
     return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)
 
 
+def takes_steps(impl: str, x: Tensor) -> bool:
+    """Whether a layer that gives its op `impl` may take a decoding step for x."""
+    return impl in STEPPING and decodes(x)
+
+
 def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, step: Step | None = None) -> Tensor:
     """base(x) plus the updates of all named adapters.
 

@@ -161,7 +161,7 @@ class LoKILinear(AdaptedLinear):
         self._check_apart(names)
         y = None
         plain = fusion.obstacle(self.base_layer) is None
-        step = plain and self.gci_impl in fusion.STEPPING and fusion.decodes(x)  # then replacing the outputs costs least
+        step = plain and fusion.takes_steps(self.gci_impl, x)  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
@@ -279,7 +279,8 @@ class LoKILinear(AdaptedLinear):
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
-            return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+            impl = self.gci_impl
+            return str(choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
         share = self.loki_positions[name].shape[0] / self.out_features
         keep = self.merged_rows is not None
         form = choose_form(self.gci_impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)

@@ -22,7 +22,8 @@ def low_rank_attention(
     gives exactly 0 and gradients of 0, whatever it holds.
 
     Differentiable in q, k and v; second derivatives are those of the formula, which keeps all scores. What
-    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too. Sums in float32, for float64 in float64.
+    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too. Sums in float32,
+    for float64 in float64.
     Memory grows with time + keys, except with "reference". Deterministic for a given number of threads.
 
     Args:

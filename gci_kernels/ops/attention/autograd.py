@@ -79,7 +79,7 @@ def _formula_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None
 ) -> tuple[Tensor, ...]:
     """dq, dk and dv in PyTorch's own operations."""
-    return plain_gradients(lambda *qkv: reference.forward(*qkv, num_heads, segments)[:1], (q, k, v), (do,))
+    return plain_gradients(lambda q, k, v: reference.forward(q, k, v, num_heads, segments)[:1], (q, k, v), (do,))
 
 
 def _no_double_backward(ctx, *gradients):

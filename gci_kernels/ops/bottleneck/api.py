@@ -90,7 +90,8 @@ def loramoe_linear(
     top_k = router.shape[0] if top_k is None else top_k
     formula, seed = _formula(impl, dropout_p)
     if formula:
-        return without_autocast(reference.loramoe_linear)(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
+        operands = (x, weight, bias, A, B, router)
+        return without_autocast(reference.loramoe_linear)(*operands, scaling, top_k, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="gate")
     tensors = (x, weight, bias, A, B, router, None, None, seed)
     y, *_, gates = bottleneck(*tensors, "gate", [top_k], scaling, dropout_p, plan.key)

@@ -138,7 +138,8 @@ def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     if dy is None:  # only what is shown was used
         dy = x.new_zeros(*x.shape[:-1], B.shape[0])
     if differentiated_again(dy, dshown):
-        return *_formula_backward(dy, dshown, *ctx.saved_tensors[:8], *ctx.settings, ctx.needs_input_grad[:6]), *[None] * 8
+        needs, inputs = ctx.needs_input_grad[:6], ctx.saved_tensors[:8]
+        return *_formula_backward(dy, dshown, *inputs, *ctx.settings, needs), *[None] * 8
     joins = mixer(ctx.settings[0]).JOINS
     needs_stack = needs_A or joins and needs_weights
     needs = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
@@ -154,9 +155,7 @@ def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     return dx, dweight, dbias, dA, dB, dweights, *[None] * 8
 
 
-def _formula(
-    x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _formula(x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p) -> tuple[Tensor, ...]:
     """What is differentiable of gci_kernels::bottleneck, without the bias."""
     base, drop = (x, weight, None), (dropout_p, seed)
     if name == "gate":

@@ -60,4 +60,5 @@ def alora_linear(
     q, new = made.tensor_split([A.shape[0]], dim=-1)
     k, v = (new if past is None else torch.cat((past, new), dim=1)).chunk(2, dim=-1)
     o = attention.forward(q, k, v, num_heads, segments)[0].view(z.shape)
-    return _base(x, weight, bias) + scaling * F.linear(o + z if residual else o, B), new if transformed() else new.detach()
+    y = _base(x, weight, bias) + scaling * F.linear(o + z if residual else o, B)
+    return y, new if transformed() else new.detach()

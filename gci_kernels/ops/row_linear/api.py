@@ -51,7 +51,8 @@ def loki_linear(
     _check(x, weight, bias, active_weight, positions, active_bias, any_dtype=dtype is not None)
     bias = None if bias is None else bias.to(x.dtype)
     if impl == "reference" or transformed():
-        return without_autocast(reference.loki_linear)(x, weight.to(x.dtype), bias, active_weight, positions, active_bias)
+        weight = weight.to(x.dtype)
+        return without_autocast(reference.loki_linear)(x, weight, bias, active_weight, positions, active_bias)
     form = choose_form(
         impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
         device_type=x.device.type, keep=_keeps(merged, x, active_weight),
