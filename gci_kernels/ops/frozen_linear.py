@@ -42,9 +42,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`frozen_linear` can take these operands of a linear layer, and is faster than the library."""
     start = upcast_from(x.dtype, native.ISA) if x.device.type == "cpu" else None
-    if start is None or x.dtype != weight.dtype or x.numel() < start * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+    if start is None or transformed() or x.dtype != weight.dtype:
         return False
-    if transformed():
+    if x.numel() < start * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return False
     return not (weight.requires_grad or bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
 

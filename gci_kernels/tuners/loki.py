@@ -128,6 +128,7 @@ class LoKILinear(AdaptedLinear):
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
         self.merged_rows = MergedRows() if config.keep_merged else None
+        self.apart: set[frozenset[str]] = set()  # adapters that were seen to share no row
         self.replaced: list[tuple[Tensor, Tensor | None]] = []  # what merging wrote over
         self.update_layer(name, config, positions)
 
@@ -219,9 +220,15 @@ class LoKILinear(AdaptedLinear):
     def _check_apart(self, names: list[str]) -> None:
         if len(names) < 2:
             return
+        if torch.compiler.is_exporting():  # the rows have no values there
+            if frozenset(names) not in self.apart:
+                raise ValueError(f"adapters {names} are active together: run the model once before its graph is made")
+            return
         rows = torch.cat([self.loki_positions.require(name) for name in names])
         if rows.unique().numel() < rows.numel():
+            self.apart.discard(frozenset(names))
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
+        self.apart.add(frozenset(names))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the rows into the base weight; its other rows keep their bits."""
