@@ -1,14 +1,11 @@
-"""Patched models under autocast: every pairing of base, adapters and autocast's own type, in training and generation."""
+"""Patched models under autocast: every pairing of base's, adapters' and autocast's type, in training and generation."""
 
 import itertools
 
 import pytest
 import torch
-from peft import LoraConfig
-from toy_transforms import METHODS, ids, llama, trained
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from toy_transforms import METHODS, ids, llama, trained, with_biases
 
-from gci_kernels import LoKIConfig, patch
 from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,25 +20,6 @@ def cast(model, base: torch.dtype, adapter: torch.dtype):
     model.to(base)
     for parameter in trained(model).values():
         parameter.data = parameter.data.to(adapter)
-    return model
-
-
-def with_biases(method: str):
-    """Qwen2, whose q_proj has a bias, which LoRA has too here."""
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, initializer_range=0.2))
-    torch.manual_seed(1)
-    if method == "lora":
-        config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, lora_bias=True)
-    else:
-        rank = 2 if method == "loki*" else None
-        config = LoKIConfig(positions=[[1, 5, 9]], target_modules=["q_proj"], r=rank, init_weights=False)
-    model = patch(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias" in name:
-                parameter.normal_()
     return model
 
 

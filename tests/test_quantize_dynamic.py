@@ -1,10 +1,9 @@
-"""torch's dynamic int8 (torch.ao.quantization) on patched models: the base products are int8, the adapters as before."""
+"""torch's dynamic int8 (torch.ao.quantization) on patched models: the base products are int8, the adapters stay."""
 
 import pytest
 import torch
-from test_autocast import with_biases
-from toy_transforms import ids, llama
 from torch import nn
+from toy_transforms import ids, llama, with_biases
 
 from gci_kernels import report
 from gci_kernels.testing import relative_error

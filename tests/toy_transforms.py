@@ -3,7 +3,7 @@
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
 
@@ -32,6 +32,25 @@ def llama(method: str, dtype=torch.float32, dropout: float = 0.0, attention: str
     model = LlamaForCausalLM(settings)
     torch.manual_seed(1)
     return patch(model, config(method, TARGETS, [[1, 5, 9], [0, 3]], dropout), **options).to(dtype).eval()
+
+
+def with_biases(method: str):
+    """Qwen2, whose q_proj has a bias, which LoRA has too here."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, initializer_range=0.2))
+    torch.manual_seed(1)
+    if method == "lora":
+        config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, lora_bias=True)
+    else:
+        rank = 2 if method == "loki*" else None
+        config = LoKIConfig(positions=[[1, 5, 9]], target_modules=["q_proj"], r=rank, init_weights=False)
+    model = patch(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+    return model
 
 
 class Net(nn.Module):
