@@ -5,6 +5,7 @@ differentiation: they could not look into it, and some would take its result for
 modules called reference.py run instead, whatever `impl` says.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,9 @@ from torch.autograd import forward_ad
 _tracing_state = torch._C._get_tracing_state
 _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_exporting = torch.compiler.is_exporting
+
+# torch.jit.trace warns wherever Python looks at a size. In this package that is to check arguments, once for all inputs.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gci_kernels")
 
 
 def transformed() -> bool:
