@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
+from published_layers import LoKILinear
 from torch import nn
 from torch.export import Dim
 from toy_transforms import ALONE, METHODS, TARGETS, config, ids, llama, net
 
-from gci_kernels import LoKIConfig, frozen, patch
+from gci_kernels import LoKIConfig, frozen, patch, report
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import mixed
 
@@ -180,6 +181,50 @@ def test_frozen_layers_through_float32():
     assert_plain(program)
     for graph in (program.module(), torch.jit.trace(layers, (x,), check_trace=False)):
         assert torch.equal(graph(other), expected)
+
+
+def test_layers_of_the_published_repository():
+    model = nn.Sequential(LoKILinear(nn.Linear(8, 6), [1, 4]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("active" in name)
+    x, other = rows(20), rows(33, seed=1)
+    with torch.no_grad():
+        model[0].active.weight.normal_()
+        expected = model(other)
+        patch(model)
+        assert report(model)[0].plan == "rows=kept"
+        program = torch.export.export(model, (x,), dynamic_shapes={"input": {0: Dim("rows", min=1, max=64)}})
+        assert_plain(program)
+        for graph in (program.module(), torch.jit.trace(model, (x,), check_trace=False)):
+            assert relative_error(graph(other), expected) < 1e-6
+    for impl in ("auto", "reference"):
+        patch(model, impl=impl)
+        assert report(model)[0].plan == ("rows=kept" if impl == "auto" else "rows=reference")
+        assert relative_error(torch.func.vmap(model)(other), expected) < 1e-6
+        (first,) = torch.autograd.grad(model(other).pow(2).sum(), model[0].active.weight, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), model[0].active.weight)
+        assert relative_error(second, 2 * (other.T @ other).sum(0).expand_as(second)) < 1e-4
+    with pytest.raises(ValueError, match="impl='triton' cannot run here"):
+        patch(model, impl="triton")(x)
+    assert report(model)[0].plan.startswith("raises: impl='triton' cannot run here")
+
+
+def test_packed_sequences_of_attention():
+    """Traced with one sequence in a row, and right for several."""
+    model = llama("alora")
+
+    class Packed(Logits):
+        def forward(self, tokens, positions):
+            return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+
+    one, two = torch.arange(7)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with torch.no_grad():
+        traced = torch.jit.trace(Packed(model), (ids(1, 7), one), check_trace=False)
+        program = torch.export.export(Packed(model), (ids(1, 7), one), strict=False).module()
+        for positions in (one, two):
+            expected = model(input_ids=ids(1, 7), position_ids=positions, use_cache=False).logits
+            assert relative_error(traced(ids(1, 7), positions), expected) < 1e-5
+            assert relative_error(program(ids(1, 7), positions), expected) < 1e-5
 
 
 @pytest.mark.parametrize("method", ALONE)

@@ -17,7 +17,7 @@ _tracing_state = torch._C._get_tracing_state
 _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_exporting = torch.compiler.is_exporting
 
-# torch.jit.trace warns wherever Python looks at a size. In this package that is to check arguments, once for all inputs.
+# torch.jit.trace warns wherever Python looks at a size. In this package that is to check arguments.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gci_kernels")
 
 

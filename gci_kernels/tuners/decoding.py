@@ -63,6 +63,6 @@ class DecodingLayer:
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
         """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
         names = self.adapters()
-        if not names or self.gci_impl not in fusion.STEPPING or not self._has_step(names[0]):
+        if not names or self.gci_impl not in ("auto", "native") or not self._has_step(names[0]):
             return None
         return plan_groups((self._group(names[0], 1),), 1, dtype, device_type)

@@ -11,9 +11,6 @@ from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import transformed
 
-# With these a layer may take decoding steps; the others name what runs the stages of training.
-STEPPING = ("auto", "native")
-
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
 # step(x, adapter's name, weight, bias, y): the same for a decoding step, in a kernel of its own or not at all (None);
@@ -57,7 +54,7 @@ def decodes(x: Tensor) -> bool:
 
 def takes_steps(impl: str, x: Tensor) -> bool:
     """Whether a layer that gives its op `impl` may take a decoding step for x."""
-    return impl in STEPPING and decodes(x)
+    return (impl == "auto" or impl == "native" and x.device.type == "cpu") and decodes(x)
 
 
 def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, step: Step | None = None) -> Tensor:

@@ -162,7 +162,7 @@ class LoKILinear(AdaptedLinear):
         self._check_apart(names)
         y = None
         plain = fusion.obstacle(self.base_layer) is None
-        step = plain and fusion.takes_steps(self.gci_impl, x)  # then replacing the outputs costs least
+        step = plain and self.gci_impl == "auto" and fusion.decodes(x)  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
