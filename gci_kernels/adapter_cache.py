@@ -26,6 +26,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from gci_kernels.ops.transforms import transformed
 from gci_kernels.swapped import Swapped, subclass
 
 _CACHES = (DynamicCache, StaticCache)
@@ -62,10 +63,10 @@ class _Entry:
     def append(self, kv: Tensor, max_length: int) -> None:
         """At least `max_length` places are made where places are made."""
         past, total = self.length, self.length + kv.shape[1]
-        if torch.is_grad_enabled():
-            # Autograd may hold on to any of these, so nothing is written into.
+        if torch.is_grad_enabled() or transformed():
+            # Autograd may hold on to any of these, so nothing is written into; nor can torch.func's transforms.
             self.kv = torch.cat([self.kv[:, :past], kv], 1) if past else kv
-            self.owned, self.recorded = False, True
+            self.owned, self.recorded = False, torch.is_grad_enabled()
         else:
             self.grow(kv.shape[1], max_length)[:, past:total] = kv
         self.length = total

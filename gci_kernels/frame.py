@@ -14,6 +14,7 @@ from gci_kernels import adapter_cache
 from gci_kernels.adapter_cache import AdapterCache
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.ops.transforms import captured
 
 Wanted = Callable[[], Iterable[tuple[str, str]]]
 
@@ -178,6 +179,11 @@ def read(given: dict, wanted: Wanted | None) -> Frame | None:
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     if cache is not None and adapter_cache.obstacle(cache) is None:
         adapter_cache.adopt(cache)
+    if cache is not None and captured() and wanted is not None and any(True for _ in wanted()):
+        raise ValueError(
+            "past_key_values: a graph of torch.jit.trace or torch.export has no place for what these adapters keep "
+            "beside it; make the graph of a forward with use_cache=False"
+        )
     if isinstance(mask, dict):
         mask = _full_mask(mask)
     frame = Frame(functools.partial(_sequence, given, mask, batch, time, device), (batch, time), wanted)
@@ -189,7 +195,8 @@ def read(given: dict, wanted: Wanted | None) -> Frame | None:
     segments = frame.sequence.segments  # made now, so that what is wrong is said before the model does anything
     frame.packed = mask is None and segments is not None
     # Where use_cache is left on in training, a cache is made and dropped in each step; to adopt one breaks the graph.
-    frame.keeps = cache is not None or not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+    # Nor has a graph that outlives this call a place for one.
+    frame.keeps = cache is not None or not (torch.compiler.is_compiling() and torch.is_grad_enabled() or captured())
     return frame
 
 

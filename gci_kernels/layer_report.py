@@ -1,7 +1,7 @@
 """report: what runs in the adapted layers of a model, as it is now."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -151,8 +151,15 @@ def _split_report(name: str, module: nn.Module) -> LayerReport:
     patched = isinstance(module, split.FusedSplit)
     declined = split.split_obstacle(module) if patched else "not patched: call gci_kernels.patch(model)"
     declined = _replaced_forward(module) or declined
-    base, plan = ("fused", "rows=kept") if declined is None else ("own call: declined", None)
+    base, plan = ("fused", _said(lambda: split.plan(module))) if declined is None else ("own call: declined", None)
     return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
+
+
+def _said(plan: Callable[[], Any]) -> str:
+    try:
+        return str(plan())
+    except ValueError as error:  # what was asked for in patch cannot run, and the layer's forward says so too
+        return f"raises: {error}"
 
 
 def _adapter_report(name: str, module: Any) -> LayerReport:
@@ -165,8 +172,10 @@ def _adapter_report(name: str, module: Any) -> LayerReport:
     if declined is None:
         first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
         shape = dict(dtype=dtype or first.dtype, device_type=first.device.type)
-        own = isinstance(module, AdaptedLinear)
-        plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
+        if isinstance(module, AdaptedLinear):
+            plan = _said(lambda: module.plan(2048, **shape))
+        else:
+            plan = _said(lambda: choose_plan(module.gci_impl, tokens=2048, **shape, mixer="identity"))
         decode = module.decode_plan(**shape)
         if module.disable_adapters or module.merged:
             plan += " (now: base layer alone, adapters disabled or merged)"

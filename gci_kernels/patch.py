@@ -11,10 +11,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from gci_kernels import experts, frozen, parents
+from gci_kernels.impl import check_impl
 from gci_kernels.layer_report import LayerReport, Report, obstacle, report
 from gci_kernels.targets import is_all_linear, matched
-from gci_kernels.tuners import BottleneckConfig, LoKIConfig, split
-from gci_kernels.tuners.base import check_modules_to_save
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, split
+from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, swap, swap_back
 from gci_kernels.tuners.merging import inside_attention
 from gci_kernels.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
@@ -23,8 +24,9 @@ __all__ = ["LayerReport", "Report", "patch", "report", "unpatch"]
 
 
 def patch(
-    model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False
-) -> nn.Module:
+    model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False,
+    impl: str = "auto",
+) -> nn.Module:  # fmt: skip
     """Fuses a model's adapters, in place; with a config, adds the adapter first. All or nothing.
 
     Args:
@@ -35,14 +37,17 @@ def patch(
         upcast_frozen: let the model's frozen torch.nn.Linear layers, the head among them, take float32 products too
             where they are faster: in bfloat16 and float16, on a CPU without instructions for them. They are then more
             exact than PyTorch's and do not give its bits. Off, these layers stay PyTorch's, whatever they cost.
+        impl: what all adapted layers give to their op as `impl`: "auto", "reference", "aten", "upcast", "native" (C++)
+            or "triton". "reference" is plain PyTorch; of the others but "auto", one that cannot run raises in forward.
 
     Returns:
         With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused
         keeps PEFT's own computation and stands in :func:`report` with the reason. Patching twice changes nothing.
 
     Raises:
-        ValueError, TypeError: the model has nothing to patch, or the config does not fit. The model is then as it was.
+        ValueError, TypeError: the model has nothing to patch, or an argument does not fit. The model is then as it was.
     """
+    check_impl(impl)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     snapshot = Snapshot(model, in_place=rewritten_in_place(model, config))
@@ -54,6 +59,7 @@ def patch(
         parents.call_layers(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
+        _set_impl(peft_model, impl)
         if config is not None:
             keep_plain(peft_model.base_model, Undo(snapshot, trained))
     except BaseException:
@@ -124,6 +130,17 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
             swap(module)
 
 
+def _set_impl(model: nn.Module, impl: str) -> bool:
+    """Gives every adapted layer its `impl`; returns whether one had another than "auto" before."""
+    changed = False
+    for module in model.modules():
+        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, split.FusedSplit)):
+            changed |= vars(module).pop("gci_impl", None) is not None
+            if impl != "auto":
+                vars(module)["gci_impl"] = impl
+    return changed
+
+
 def unpatch(model: nn.Module) -> nn.Module:
     """Undoes :func:`patch`, and returns what was there before.
 
@@ -151,7 +168,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
     fused = [module for module in model.modules() if isinstance(module, FusedLora)]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
-    if not fused and not published:
+    if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
         )

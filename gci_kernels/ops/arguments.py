@@ -42,6 +42,10 @@ def without_autocast(op: Callable[..., _Out]) -> Callable[..., _Out]:
     return exact
 
 
+#: torch.index_copy, which under autocast refuses tensors of the 16-bit type that is not autocast's.
+index_copy = without_autocast(torch.index_copy)
+
+
 def check_x(x: Tensor) -> None:
     """x [..., in], floating point."""
     if not x.dtype.is_floating_point:

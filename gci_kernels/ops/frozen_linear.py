@@ -5,13 +5,14 @@ from torch import Tensor
 
 from gci_kernels import native
 from gci_kernels.ops.arguments import check_tensor, check_x, from_rows, rows, without_autocast
+from gci_kernels.ops.transforms import differentiated_again, transformed
 from gci_kernels.ops.upcast import large_product, upcast_from, upcast_obstacle
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x @ W.T + b, rounded once, and dX by the same means; W and b get no gradient.
 
-    Differentiable once, in x. Nothing is saved for backward but W, which is alive anyway. Deterministic for a given
+    Differentiable in x. Nothing is saved for backward but W, which is alive anyway. Deterministic for a given
     number of threads.
 
     Args:
@@ -33,13 +34,17 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=True)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise ValueError("weight and bias must be frozen: frozen_linear forms no gradient of them")
+    if transformed():
+        return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.gci_kernels.frozen_linear(x, weight, bias)
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`frozen_linear` can take these operands of a linear layer, and is faster than the library."""
     start = upcast_from(x.dtype, native.ISA) if x.device.type == "cpu" else None
-    if start is None or x.dtype != weight.dtype or x.numel() < start * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+    if start is None or transformed() or x.dtype != weight.dtype:
+        return False
+    if x.numel() < start * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return False
     return not (weight.requires_grad or bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
 
@@ -62,11 +67,13 @@ def _dx(dy: Tensor, weight: Tensor) -> Tensor:
 
 def _backward(ctx, dy):
     (weight,) = ctx.saved_tensors
+    if differentiated_again(dy):
+        return dy @ weight, None, None
     return torch.ops.gci_kernels.frozen_linear_dx(dy, weight) if ctx.needs_input_grad[0] else None, None, None
 
 
 def _no_double_backward(ctx, *gradients):
-    raise RuntimeError("gci_kernels has no second derivative; leave upcast_frozen out where one is needed")
+    raise RuntimeError("gci_kernels::frozen_linear_dx has no derivative; use dy @ weight where one is needed")
 
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")

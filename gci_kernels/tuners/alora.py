@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gci_kernels import sequence
 from gci_kernels.ops import Sequence, alora_linear
+from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
@@ -109,7 +110,8 @@ class ALoRALinear(BottleneckLayer):
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
         rows = x.view(*context.shape, x.shape[-1])  # some models give their inner layers [batch * time, features]
-        past = context.past(self.key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
+        kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
+        past = context.past(self.key, name, kept)
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
         context.keep(self.key, name, kv)
         return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
@@ -121,6 +123,7 @@ class ALoRALinear(BottleneckLayer):
             x, weight, bias, self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
             num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
+            impl=self.gci_impl,
         )  # fmt: skip
 
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
@@ -141,15 +144,15 @@ class ALoRALinear(BottleneckLayer):
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
-                past = context.past(self.key, key, rows.new_empty(rows.shape[0], 0, width))
-                kept.extend((rows.new_zeros(*context.shape, width), past))
+                new = rows.new_zeros(*context.shape, width, dtype=autocast_dtype(rows))
+                kept.extend((new, context.past(self.key, key, new)))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
             update, kv = self._attended(rows.index_select(0, samples), name, None, None, sub, past)
             kept[0][samples, :, : kv.shape[-1]] = kv
             return y.index_add(0, samples, update.to(y.dtype))
 
-        y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.decodes(rows) else None)
+        y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.takes_steps(self.gci_impl, rows) else None)
         if kept:
             context.keep(self.key, key, kept[0])
         return y.view(*x.shape[:-1], y.shape[-1])

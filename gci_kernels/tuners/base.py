@@ -136,6 +136,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     `_adapted`.
     """
 
+    gci_impl = "auto"  # of the layer's op; gci_kernels.patch sets another on the instance
     method_name: str
     base_layer: nn.Module
     in_features: int
@@ -208,7 +209,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What "auto" takes for x [tokens, in]: for reports."""
+        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
         raise NotImplementedError
 
     def parameter(self, part: str, name: str) -> Any:
@@ -241,7 +242,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
         return not (self.training and self.dropout_p[name])
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
+        return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(self.no_merge)
@@ -253,6 +254,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
+    gci_impl = "auto"  # what new layers get; gci_kernels.patch sets another on the instance
     tuner_layer_cls: type[Any]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
@@ -289,6 +291,8 @@ class AdaptedModel(BaseTuner):
             )
         layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
         layer.record(adapter_name, peft_config, current_key)
+        if self.gci_impl != layer.gci_impl:
+            layer.gci_impl = self.gci_impl
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:

@@ -14,6 +14,7 @@ class DecodingLayer:
     """Mixin; the layer says what its adapters are.
 
     Attributes:
+        gci_impl: what the layer gives its op as `impl`.
         adapters: gives the active adapters that the layer has.
         _update: fusion.Update.
         _group: (name, count, first) -> the adapter as a step takes it, for `count` tokens from its token `first` on.
@@ -21,6 +22,7 @@ class DecodingLayer:
     """
 
     base_layer: Any
+    gci_impl: str
     adapters: Callable[[], list[str]]
     _update: fusion.Update
     _group: Callable[..., Group]
@@ -28,11 +30,12 @@ class DecodingLayer:
 
     def _run(self, x: Tensor, names: list[str]) -> Tensor:
         """base(x) with the updates of all named adapters."""
-        return fusion.combine(self.base_layer, x, names, self._update, self._step if fusion.decodes(x) else None)
+        step = self._step if fusion.takes_steps(self.gci_impl, x) else None
+        return fusion.combine(self.base_layer, x, names, self._update, step)
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
         """base(x) with, for each row of x, the update of the adapter that `names` gives it, where it is `present`."""
-        step = self._mixed_step if fusion.decodes(x) else None
+        step = self._mixed_step if fusion.takes_steps(self.gci_impl, x) else None
         return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, present), self._add_update, step)
 
     def _step(
@@ -60,6 +63,6 @@ class DecodingLayer:
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
         """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
         names = self.adapters()
-        if not names or not self._has_step(names[0]):
+        if not names or self.gci_impl not in ("auto", "native") or not self._has_step(names[0]):
             return None
         return plan_groups((self._group(names[0], 1),), 1, dtype, device_type)

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.ops.transforms import transformed
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
@@ -43,10 +44,17 @@ def operands(module: Any) -> tuple[Tensor, Tensor | None]:
 def decodes(x: Tensor) -> bool:
     """Whether x may be a decoding step for kernels of its own: a few tokens, and no gradients."""
     # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
-    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+    if torch.is_grad_enabled() or type(x) is not Tensor or transformed():
+        return False
+    if not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
         return False
     device = x.device.type
     return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)
+
+
+def takes_steps(impl: str, x: Tensor) -> bool:
+    """Whether a layer that gives its op `impl` may take a decoding step for x."""
+    return (impl == "auto" or impl == "native" and x.device.type == "cpu") and decodes(x)
 
 
 def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, step: Step | None = None) -> Tensor:

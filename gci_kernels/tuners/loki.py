@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gci_kernels import parents
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
+from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
 from gci_kernels.tuners import fusion, mixed
@@ -137,6 +138,7 @@ class LoKILinear(AdaptedLinear):
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
         self.merged_rows = MergedRows() if config.keep_merged else None
+        self.apart: set[frozenset[str]] = set()  # adapters that were seen to share no row
         self.replaced: list[tuple[Tensor, Tensor | None]] = []  # what merging wrote over
         self.update_layer(name, config, positions)
 
@@ -170,7 +172,7 @@ class LoKILinear(AdaptedLinear):
         self._check_apart(names)
         y = None
         plain = fusion.obstacle(self.base_layer) is None
-        step = plain and fusion.decodes(x)  # then replacing the outputs costs least
+        step = plain and self.gci_impl == "auto" and fusion.decodes(x)  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
@@ -184,7 +186,7 @@ class LoKILinear(AdaptedLinear):
 
     def _replace_some(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
         some = self._replace(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
-        return y.index_copy(0, samples, some)
+        return index_copy(y, 0, samples, some)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base weight."""
@@ -192,36 +194,51 @@ class LoKILinear(AdaptedLinear):
         weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
         active_bias = self.loki_active_bias[name] if bias is not None else None
         if not self.r[name]:
-            return loki_linear(x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows)
+            return loki_linear(
+                x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows,
+                impl=self.gci_impl,
+            )  # fmt: skip
         if active_bias is not None:
-            bias = bias.index_copy(0, positions, active_bias.to(bias.dtype))
-        return lora_linear(x, weight, bias, self.loki_A[name], self._up(name), scaling=self.scaling[name])
+            bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
+        return self._low_rank(x, weight, bias, name)
+
+    def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
+        """LoKI*'s update, with the base product where a weight is given."""
+        A, B = self.loki_A[name], self._up(name)
+        return lora_linear(x, weight, bias, A, B, scaling=self.scaling[name], impl=self.gci_impl)
 
     def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
         base: Any = self.get_base_layer()
         positions = self.loki_positions.require(name)
-        active_bias = self.loki_active_bias[name].to(y.dtype) if base.bias is not None else None
+        active_bias = self.loki_active_bias[name].to(y.dtype) if name in self.loki_active_bias else None
         if not self.r[name]:
             columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
-            return (y.index_copy_ if in_place else y.index_copy)(-1, positions, columns)
-        y = y + lora_linear(x, None, None, self.loki_A[name], self._up(name), scaling=self.scaling[name]).to(y.dtype)
+            return y.index_copy_(-1, positions, columns) if in_place else index_copy(y, -1, positions, columns)
+        y = y + self._low_rank(x, None, None, name).to(y.dtype)
         if active_bias is None:
             return y
-        change = active_bias - base.bias.index_select(0, positions).to(y.dtype)
+        bias = base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
+        change = active_bias - bias.index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
 
     def _up(self, name: str) -> Tensor:
         """B as [out, r], zeros where nothing is trained."""
         up = self.loki_lora_B[name]
-        return up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.loki_positions.require(name), up)
+        return index_copy(up.new_zeros(self.out_features, up.shape[1]), 0, self.loki_positions.require(name), up)
 
     def _check_apart(self, names: list[str]) -> None:
         if len(names) < 2:
             return
+        if torch.compiler.is_exporting():  # the rows have no values there
+            if frozenset(names) not in self.apart:
+                raise ValueError(f"adapters {names} are active together: run the model once before its graph is made")
+            return
         rows = torch.cat([self.loki_positions.require(name) for name in names])
         if rows.unique().numel() < rows.numel():
+            self.apart.discard(frozenset(names))
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
+        self.apart.add(frozenset(names))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the rows into the base weight; its other rows keep their bits."""
@@ -284,10 +301,11 @@ class LoKILinear(AdaptedLinear):
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
-            return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+            impl = self.gci_impl
+            return str(choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
         share = self.loki_positions[name].shape[0] / self.out_features
         keep = self.merged_rows is not None
-        form = choose_form("auto", tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
+        form = choose_form(self.gci_impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
         return f"rows={form}"
 
 

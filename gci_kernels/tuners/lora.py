@@ -53,6 +53,8 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
     wider dtype, where PEFT converts x to the adapter's dtype first.
     """
 
+    gci_impl = "auto"  # of the op; gci_kernels.patch sets another on the instance
+
     def obstacle(self) -> str | None:
         """Why the active adapters are not fused, or None."""
         for name in self.adapters():
@@ -95,8 +97,10 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
         A, B = (_part(self, part, name).weight for part in ("lora_A", "lora_B"))
-        y = lora_linear(x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name))
-        return y if extra is None else y + extra
+        y = lora_linear(
+            x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name), impl=self.gci_impl
+        )  # fmt: skip
+        return y if extra is None else y + extra.to(y.dtype)
 
     def _dropout_p(self, name: str) -> float:
         dropout = _part(self, "lora_dropout", name)
@@ -131,4 +135,5 @@ def swap_back(module: Any) -> None:
     """Undoes :func:`swap`."""
     if isinstance(module, ExactMerge):
         module.forget_unmerged()
+    vars(module).pop("gci_impl", None)
     module.__class__ = module._gci_parts[0]

@@ -115,7 +115,7 @@ class LoRAMoELinear(BottleneckLayer):
         y, gates = loramoe_linear(
             x, weight, bias, self.loramoe_A[name], self.loramoe_lora_B[name], router,
             scaling=self.scaling[name], top_k=self.top_k[name],
-            dropout_p=self.dropout_p[name] if self.training else 0.0,
+            dropout_p=self.dropout_p[name] if self.training else 0.0, impl=self.gci_impl,
         )  # fmt: skip
         balance_weight, delta, include_padding = self.balance[name]
         if self.collector.active and balance_weight:

@@ -9,6 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.ops.decode import Group
+from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import fusion
 
 #: PEFT's name for no adapter at all.
@@ -46,9 +47,15 @@ class Tokens:
         return tuple(made)
 
 
-@functools.lru_cache(maxsize=256)
 def indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 on `device`, made once: to bring them there a GPU would be waited for."""
+    # What is made while operations are recorded, or under FakeTensorMode, belongs to what records them.
+    own = transformed() or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack())
+    return torch.tensor(samples, device=device) if own else _kept_indices(samples, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later call may need them for its gradients
         return torch.tensor(samples, device=device)
 

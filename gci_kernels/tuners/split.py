@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
+from gci_kernels.ops.transforms import transformed
 from gci_kernels.swapped import Swapped, subclass
 from gci_kernels.tuners import fusion
 
@@ -43,9 +44,12 @@ class FusedSplit(Swapped):
     runs; `gci_kernels.report` says so.
     """
 
+    gci_impl = "auto"  # gci_kernels.patch sets another on the instance
+
     def forward(self, own_forward, x: Tensor) -> Tensor:
-        if split_obstacle(self) is not None:
+        if split_obstacle(self) is not None or self.gci_impl == "reference" or transformed():
             return own_forward(self, x)
+        plan(self)
         state: _State = vars(self)[_STATE]
         frozen, active = _frozen(self), self.active.weight
         positions, rest = state.split(self.index_map, active.shape[0])
@@ -81,6 +85,7 @@ def swap(module: nn.Module) -> None:
 
 def swap_back(module: nn.Module) -> None:
     """Undoes :func:`swap`."""
+    vars(module).pop("gci_impl", None)
     module.__class__ = module._gci_parts[0]
     delattr(module, _STATE)
 
@@ -98,6 +103,14 @@ def split_obstacle(module: nn.Module) -> str | None:
     if _frozen(module).weight.requires_grad or (frozen_bias is not None and frozen_bias.requires_grad):
         return "its frozen rows are trained"
     return None
+
+
+def plan(module: nn.Module) -> str:
+    """What runs, for reports; ValueError where the implementation asked for cannot."""
+    impl = module.gci_impl
+    if impl not in ("auto", "aten", "reference"):
+        raise ValueError(f"impl={impl!r} cannot run here: the products of a published LoKI layer are the library's")
+    return "rows=reference" if impl == "reference" else "rows=kept"
 
 
 def _frozen_name(module: nn.Module) -> str | None:

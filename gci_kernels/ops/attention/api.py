@@ -7,6 +7,7 @@ from gci_kernels.impl import check_impl, native_obstacle, triton_obstacle
 from gci_kernels.ops.attention import reference
 from gci_kernels.ops.attention.autograd import attention
 from gci_kernels.ops.attention.sequence import Sequence
+from gci_kernels.ops.transforms import transformed
 
 _MAX_RANK, _MAX_HEAD = 256, 64
 
@@ -20,7 +21,9 @@ def low_rank_attention(
     up to its own position. The queries are the last `time` of the keys. A position with nothing to attend (padding)
     gives exactly 0 and gradients of 0, whatever it holds.
 
-    Differentiable once in q, k and v (impl="reference": any number of times). Sums in float32, for float64 in float64.
+    Differentiable in q, k and v; second derivatives are those of the formula, which keeps all scores. What
+    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too. Sums in float32,
+    for float64 in float64.
     Memory grows with time + keys, except with "reference". Deterministic for a given number of threads.
 
     Args:
@@ -43,7 +46,7 @@ def low_rank_attention(
     _check_tensors(q, k, v)
     check_heads(q.shape[2], num_heads)
     segments = check_sequence(sequence, q.shape[0], q.shape[1], k.shape[1] - q.shape[1], q.device)
-    impl = _choose(impl, q)
+    impl = "reference" if transformed() else _choose(impl, q)
     if impl == "reference":
         return reference.forward(q, k, v, num_heads, segments)[0]
     return attention(q, k, v, num_heads, segments, impl)[0]

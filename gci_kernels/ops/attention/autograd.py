@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gci_kernels.ops.arguments import without_autocast
+from gci_kernels.ops.attention import reference
+from gci_kernels.ops.transforms import differentiated_again, plain_gradients
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
 _library.define(
@@ -64,14 +66,26 @@ def _setup_context(ctx, inputs, output) -> None:
 def _derivative(ctx, do, dlse):
     """Gradients of gci_kernels::low_rank_attention."""
     q, k, v, o, lse, segments = ctx.saved_tensors
+    if differentiated_again(do):
+        return *_formula_backward(do, q, k, v, ctx.num_heads, segments), None, None, None
     dq, dk, dv = torch.ops.gci_kernels.low_rank_attention_backward(
         do, q, k, v, o, lse, ctx.num_heads, segments, ctx.impl
     )
     return dq, dk, dv, None, None, None
 
 
+@without_autocast
+def _formula_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv in PyTorch's own operations."""
+    return plain_gradients(lambda q, k, v: reference.forward(q, k, v, num_heads, segments)[:1], (q, k, v), (do,))
+
+
 def _no_double_backward(ctx, *gradients):
-    raise RuntimeError("gci_kernels has no second derivative; use impl='reference' where one is needed")
+    raise RuntimeError(
+        "gci_kernels::low_rank_attention_backward has no derivative; use impl='reference' where one is needed"
+    )
 
 
 _library.impl("low_rank_attention", _forward, "CompositeExplicitAutograd")

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gci_kernels.ops.transforms import transformed
+
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
     """What attention must know of a batch. Each row holds `keys` positions, the last `keys - past` being queries.
 
     The classmethods read their tensors' values to check them, which on a GPU waits for it: make one Sequence for a
-    batch, not one for a layer. They leave `segments` out where every row is one sequence without padding.
+    batch, not one for a layer. They leave `segments` out where every row is one sequence without padding. Where
+    torch.jit.trace, torch.func and the like see the call, nothing is read and segments stay: a graph serves other
+    values too.
 
     Attributes:
         segments: int32 [batch, keys], any device: the id of the packed sequence that a position belongs to, negative
@@ -101,23 +105,27 @@ class Sequence:
             raise TypeError(f"cu_seqlens must have an integer dtype, got {cu_seqlens.dtype}")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must be [n + 1] with n >= 1, got {list(cu_seqlens.shape)}")
-        edges = cu_seqlens.tolist()
-        if edges[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {edges[0]}")
-        if edges[-1] != tokens:
-            raise ValueError(f"cu_seqlens must end at tokens={tokens}, got {edges[-1]}")
-        fall = next((i for i in range(1, len(edges)) if edges[i] <= edges[i - 1]), None)
-        if fall is not None:
-            raise ValueError(f"cu_seqlens must rise, got {edges[fall]} after {edges[fall - 1]}")
+        if not transformed():
+            _check_edges(cu_seqlens.tolist(), tokens)
         lengths = cu_seqlens.diff()
-        ids = torch.arange(len(edges) - 1, dtype=torch.int32, device=cu_seqlens.device)
+        ids = torch.arange(lengths.shape[0], dtype=torch.int32, device=cu_seqlens.device)
         return _make(ids.repeat_interleave(lengths, output_size=tokens).unsqueeze(0), 0)
+
+
+def _check_edges(edges: list[int], tokens: int) -> None:
+    if edges[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {edges[0]}")
+    if edges[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at tokens={tokens}, got {edges[-1]}")
+    fall = next((i for i in range(1, len(edges)) if edges[i] <= edges[i - 1]), None)
+    if fall is not None:
+        raise ValueError(f"cu_seqlens must rise, got {edges[fall]} after {edges[fall - 1]}")
 
 
 def _make(segments: Tensor, past: int) -> Sequence:
     """A Sequence, without segments where they say nothing."""
     sequence = Sequence(segments, past)
-    return sequence if segments.any() else Sequence(None, past)
+    return sequence if transformed() or segments.any() else Sequence(None, past)
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
@@ -132,6 +140,8 @@ def _check_mask(attention_mask: Tensor) -> Tensor:
     _check_matrix("attention_mask", attention_mask)
     if attention_mask.dtype == torch.bool:
         return attention_mask
+    if transformed():
+        return attention_mask != 0
     real = attention_mask == 1
     wrong = ~real & (attention_mask != 0)
     if wrong.any():

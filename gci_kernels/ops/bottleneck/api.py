@@ -2,15 +2,17 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
-from gci_kernels.ops.arguments import autocast, check_tensor, check_x
+from gci_kernels.ops.arguments import autocast, check_tensor, check_x, without_autocast
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.attention.api import check_heads, check_sequence
 from gci_kernels.ops.bottleneck import philox, reference
 from gci_kernels.ops.bottleneck.autograd import bottleneck
 from gci_kernels.ops.bottleneck.plan import choose_plan
+from gci_kernels.ops.transforms import transformed
 
 
 def lora_linear(
@@ -19,8 +21,10 @@ def lora_linear(
 ) -> Tensor:  # fmt: skip
     """A linear layer with a LoRA adapter: y = x @ W.T + b + scaling * dropout(x) @ A.T @ B.T (arXiv 2106.09685).
 
-    Differentiable once in x, weight, bias, A and B; a gradient is formed only for what needs one. Under autocast x,
-    weight and bias are cast as torch.nn.functional.linear casts them. Deterministic for a given number of threads.
+    Differentiable in x, weight, bias, A and B; a gradient is formed only for what needs one. Second derivatives are
+    those of the formula, computed anew. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts
+    them. Deterministic for a given number of threads. Where torch.jit.trace, torch.export, torch.func or forward-mode
+    differentiation sees the call, it is the formula in PyTorch's operations and its dropout, whatever `impl` says.
 
     Args:
         x: [..., in], any floating dtype and device. Rows that are not contiguous are copied once.
@@ -43,9 +47,9 @@ def lora_linear(
     check_impl(impl)
     x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
-    seed = philox.draw_seed() if dropout_p else None
-    if impl == "reference":
-        return reference.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed)
+    formula, seed = _formula(impl, dropout_p)
+    if formula:
+        return without_autocast(reference.lora_linear)(x, weight, bias, A, B, scaling, dropout_p, seed)
     plan = choose_plan(
         impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="identity"
     )
@@ -84,9 +88,10 @@ def loramoe_linear(
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     _check_experts(x, A, router, top_k)
     top_k = router.shape[0] if top_k is None else top_k
-    seed = philox.draw_seed() if dropout_p else None
-    if impl == "reference":
-        return reference.loramoe_linear(x, weight, bias, A, B, router, scaling, top_k, dropout_p, seed)
+    formula, seed = _formula(impl, dropout_p)
+    if formula:
+        operands = (x, weight, bias, A, B, router)
+        return without_autocast(reference.loramoe_linear)(*operands, scaling, top_k, dropout_p, seed)
     plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="gate")
     tensors = (x, weight, bias, A, B, router, None, None, seed)
     y, *_, gates = bottleneck(*tensors, "gate", [top_k], scaling, dropout_p, plan.key)
@@ -127,9 +132,9 @@ def alora_linear(
     x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias, A, B, scaling, dropout_p)
     segments = _check_attention(x, A, qkv, num_heads, sequence, past)
-    seed = philox.draw_seed() if dropout_p else None
-    if impl == "reference":
-        return reference.alora_linear(
+    formula, seed = _formula(impl, dropout_p)
+    if formula:
+        return without_autocast(reference.alora_linear)(
             x, weight, bias, A, qkv, B, num_heads, residual, scaling, segments, past, dropout_p, seed
         )
     plan = choose_plan(
@@ -138,6 +143,14 @@ def alora_linear(
     tensors = (x, weight, bias, A, B, qkv, segments, past, seed)
     y, *_, kv = bottleneck(*tensors, "attention", [num_heads, int(residual)], scaling, dropout_p, plan.key)
     return y, kv
+
+
+def _formula(impl: str, dropout_p: float) -> tuple[bool, Tensor | None]:
+    """Whether the formula runs, and dropout's seed; None: there is no dropout, or it is PyTorch's."""
+    seen = transformed()
+    formula = seen or impl == "reference"
+    theirs = seen or formula and torch.compiler.is_compiling()  # a graph cannot hold what the seed's value decides
+    return formula, philox.draw_seed() if dropout_p and not theirs else None
 
 
 def _check_linear(

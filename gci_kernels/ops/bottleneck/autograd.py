@@ -1,7 +1,8 @@
 """The registered operators gci_kernels::bottleneck and ::bottleneck_backward, and the derivative that joins them.
 
 One forward and one backward serve every mixer and every plan. Saved for backward: x, the parameters and what the mixer
-keeps, a few numbers a token; none of them is written to. Dropout is made again from its seed.
+keeps, a few numbers a token; none of them is written to. Dropout is made again from its seed. Gradients that will be
+differentiated or transformed themselves are those of the formula, which is then computed again.
 """
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from gci_kernels.impl import Plan
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
-from gci_kernels.ops.bottleneck import run
+from gci_kernels.ops.bottleneck import reference, run
 from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.transforms import differentiated_again, plain_gradients
 
 _library = torch.library.Library("gci_kernels", "DEF")
 _SETTINGS = "str name, int[] settings, float scaling, float dropout_p, str plan"
@@ -135,6 +137,9 @@ def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_weights = ctx.needs_input_grad[:6]
     if dy is None:  # only what is shown was used
         dy = x.new_zeros(*x.shape[:-1], B.shape[0])
+    if differentiated_again(dy, dshown):
+        needs, inputs = ctx.needs_input_grad[:6], ctx.saved_tensors[:8]
+        return *_formula_backward(dy, dshown, *inputs, *ctx.settings, needs), *[None] * 8
     joins = mixer(ctx.settings[0]).JOINS
     needs_stack = needs_A or joins and needs_weights
     needs = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
@@ -150,8 +155,38 @@ def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
     return dx, dweight, dbias, dA, dB, dweights, *[None] * 8
 
 
+def _formula(x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p) -> tuple[Tensor, ...]:
+    """What is differentiable of gci_kernels::bottleneck, without the bias."""
+    base, drop = (x, weight, None), (dropout_p, seed)
+    if name == "gate":
+        return reference.loramoe_linear(*base, A, B, weights, scaling, settings[0], *drop)
+    if name == "attention":
+        heads, residual = settings
+        return reference.alora_linear(*base, A, weights, B, heads, bool(residual), scaling, segments, past, *drop)[:1]
+    return (reference.lora_linear(*base, A, B, scaling, *drop),)
+
+
+@without_autocast
+def _formula_backward(
+    dy, dshown, x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p, plan, needs
+) -> list[Tensor | None]:  # fmt: skip
+    """The needed ones of [dx, dweight, dbias, dA, dB, dweights], in PyTorch's own operations."""
+    needs_bias, needs = needs[2], [*needs[:2], *needs[3:]]
+    tensors = [x, weight, A, B, weights]
+
+    def formula(*chosen: Tensor) -> tuple[Tensor, ...]:
+        given = iter(chosen)
+        inputs = [next(given) if needed else t for t, needed in zip(tensors, needs, strict=True)]
+        return _formula(*inputs, segments, past, seed, name, settings, scaling, dropout_p)
+
+    wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
+    gradients = iter(plain_gradients(formula, wanted, (dy, dshown) if name == "gate" else (dy,)))
+    found = [next(gradients) if needed else None for needed in needs]
+    return [*found[:2], dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None, *found[2:]]
+
+
 def _no_double_backward(ctx, *gradients):
-    raise RuntimeError("gci_kernels has no second derivative; use impl='reference' where one is needed")
+    raise RuntimeError("gci_kernels::bottleneck_backward has no derivative; use impl='reference' where one is needed")
 
 
 _library.impl("bottleneck", _bottleneck, "CompositeExplicitAutograd")

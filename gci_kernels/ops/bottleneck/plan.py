@@ -74,8 +74,9 @@ def choose_plan(
     if impl == "upcast" or start is not None and tokens >= start:
         other = "aten" if native_obstacle(device_type, dtype) else "native"
         return Plan(project="upcast", mix=other, expand="upcast", reduce="upcast", dropout=other)
-    if impl == "aten" or obstacle:
-        return Plan(project="aten", mix="aten", expand="aten", reduce="aten", dropout="aten")
+    if impl in ("aten", "reference") or obstacle:
+        stage = "reference" if impl == "reference" else "aten"
+        return Plan(project=stage, mix=stage, expand=stage, reduce=stage, dropout=stage)
     return _cpu_plan(impl, tokens, dtype, isa)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from gci_kernels.ops.attention import reference as attention
 from gci_kernels.ops.bottleneck import philox
 from gci_kernels.ops.gate.reference import gate
+from gci_kernels.ops.transforms import transformed
 
 
 def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | float:
@@ -14,8 +15,10 @@ def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | flo
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    if seed is None:
+    if not p:
         return x
+    if seed is None:  # what records or transforms operations could not look into one of ours
+        return F.dropout(x, p)
     keep = philox.keep_mask(x.numel() // x.shape[-1], x.shape[-1], p, int(seed), x.device)
     return x * keep.view(x.shape) / (1 - p)
 
@@ -49,7 +52,7 @@ def alora_linear(
     """y = x @ W.T + b + scaling * (o [+ z]) @ B.T (ALoRA, arXiv 2405.17830)
 
     with z = dropout(x) @ A.T, [q | k | v] = z @ qkv.T and o the causal attention of q to past and present k and v. Also
-    returns the present k and v, side by side.
+    returns the present k and v, side by side; without a gradient, unless a transform differentiates all there is.
     """
     A, qkv, B = A.to(x.dtype), qkv.to(x.dtype), B.to(x.dtype)
     z = F.linear(_dropped(x, dropout_p, seed), A)
@@ -57,4 +60,5 @@ def alora_linear(
     q, new = made.tensor_split([A.shape[0]], dim=-1)
     k, v = (new if past is None else torch.cat((past, new), dim=1)).chunk(2, dim=-1)
     o = attention.forward(q, k, v, num_heads, segments)[0].view(z.shape)
-    return _base(x, weight, bias) + scaling * F.linear(o + z if residual else o, B), new.detach()
+    y = _base(x, weight, bias) + scaling * F.linear(o + z if residual else o, B)
+    return y, new if transformed() else new.detach()

@@ -20,6 +20,8 @@ _library.define(
     f"int[] num_heads, bool[] residual, {_TOKENS}) -> Tensor"
 )
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 
 class _TracedStep:
     """A step in a graph of torch.compile: its operator, which finds the real one when the graph runs."""
@@ -66,6 +68,8 @@ def find_step(
     if torch.compiler.is_compiling():
         # Without rows as many groups as one, whose number of tokens is the operator's to see.
         return None if steps.plan_step(x, weight, bias, groups) is None else _TracedStep(weight, bias, groups, rows)
+    if _dispatch_modes():  # what looks at every operation (make_fx, a counter of products) would not see a step
+        return None
     return steps.find_step(x, weight, bias, groups, rows)
 
 

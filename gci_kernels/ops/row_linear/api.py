@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
-from gci_kernels.ops.arguments import autocast_dtype, check_tensor, check_x
+from gci_kernels.ops.arguments import autocast_dtype, check_tensor, check_x, without_autocast
 from gci_kernels.ops.row_linear import reference
 from gci_kernels.ops.row_linear.autograd import row_linear
 from gci_kernels.ops.row_linear.merged import MergedRows, put_together
 from gci_kernels.ops.row_linear.plan import choose_form
+from gci_kernels.ops.transforms import transformed
 
 
 def loki_linear(
@@ -18,9 +19,11 @@ def loki_linear(
     """A linear layer of whose rows some are trained: y = x @ W'.T + b' (LoKI, arXiv 2505.22120).
 
     W' and b' are W and b with the rows at `positions` replaced by the active ones. One product gives y, one dX, and one
-    the active rows' gradient, from their columns of dY. Differentiable once in x, active_weight and active_bias; W and
-    b are frozen. Saved for backward: x alone. Under autocast the operands are cast as torch.nn.functional.linear casts
-    them. Deterministic for a given number of threads.
+    the active rows' gradient, from their columns of dY. Differentiable in x, active_weight and active_bias; W and b are
+    frozen. Saved for backward: x alone. Second derivatives are those of the formula, computed anew; what
+    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too, whatever `impl`
+    says. Under autocast the operands are cast as torch.nn.functional.linear casts them. Deterministic for a given
+    number of threads.
 
     Args:
         x: [..., in], any floating dtype and device. Rows that are not contiguous are copied once.
@@ -47,8 +50,9 @@ def loki_linear(
     x = x if dtype is None else x.to(dtype)
     _check(x, weight, bias, active_weight, positions, active_bias, any_dtype=dtype is not None)
     bias = None if bias is None else bias.to(x.dtype)
-    if impl == "reference":
-        return reference.loki_linear(x, weight.to(x.dtype), bias, active_weight, positions, active_bias)
+    if impl == "reference" or transformed():
+        weight = weight.to(x.dtype)
+        return without_autocast(reference.loki_linear)(x, weight, bias, active_weight, positions, active_bias)
     form = choose_form(
         impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
         device_type=x.device.type, keep=_keeps(merged, x, active_weight),
@@ -101,7 +105,7 @@ def _check(
     check_tensor("active_weight", active_weight, (None, x.shape[-1]), x, same_dtype=False)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=not any_dtype)
-    for name, frozen in (("weight", weight), ("bias", bias)):
+    for name, frozen in () if transformed() else (("weight", weight), ("bias", bias)):  # the formula has all gradients
         if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen: loki_linear forms no gradient of it; call requires_grad_(False)")
     _check_rows(positions, active_weight, weight)
@@ -124,7 +128,7 @@ def _check_rows(positions: Tensor, active_weight: Tensor, weight: Tensor) -> Non
         )
     if positions.device != weight.device:
         raise ValueError(f"positions must be on x's device {weight.device}, got {positions.device}")
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
         check_positions(positions, weight.shape[0])
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
+from gci_kernels.ops.row_linear import reference
+from gci_kernels.ops.transforms import differentiated_again, plain_gradients
 from gci_kernels.ops.upcast import reduced
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
@@ -85,6 +87,9 @@ def _backward(ctx, dy):
     needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
     if dy is None:
         return (None,) * 7
+    if differentiated_again(dy):
+        dx, dactive, dactive_bias = _formula_backward(dy, *ctx.saved_tensors, needs)
+        return dx, None, None, dactive, None, None if dactive_bias is None else dactive_bias.to(ctx.dtypes[1]), None
     gradients = iter(torch.ops.gci_kernels.row_linear_backward(dy, *ctx.saved_tensors, ctx.form, needs))
     dx, dactive, dactive_bias = (next(gradients) if needed else None for needed in needs)
     dactive = None if dactive is None else dactive.to(ctx.dtypes[0])
@@ -92,8 +97,25 @@ def _backward(ctx, dy):
     return dx, None, None, dactive, None, dactive_bias, None
 
 
+@without_autocast
+def _formula_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """The needed ones of [dx, dactive, dactive_bias], in PyTorch's own operations."""
+
+    def formula(*chosen: Tensor) -> tuple[Tensor]:
+        given = iter(chosen)
+        inputs = [next(given) if needed else t for t, needed in zip((x, active), needs[:2], strict=True)]
+        return (reference.loki_linear(inputs[0], weight, None, inputs[1], positions, None),)
+
+    wanted = [t for t, needed in zip((x, active), needs[:2], strict=True) if needed]
+    gradients = iter(plain_gradients(formula, wanted, (dy,)) if wanted else ())
+    dbias = dy.reshape(-1, dy.shape[-1]).index_select(1, positions).sum(0) if needs[2] else None
+    return [*(next(gradients) if needed else None for needed in needs[:2]), dbias]
+
+
 def _no_double_backward(ctx, *gradients):
-    raise RuntimeError("gci_kernels has no second derivative; use impl='reference' where one is needed")
+    raise RuntimeError("gci_kernels::row_linear_backward has no derivative; use impl='reference' where one is needed")
 
 
 _library.impl("row_linear", _row_linear, "CompositeExplicitAutograd")

@@ -29,7 +29,8 @@ def choose_form(
     """One of :data:`FORMS` for x [tokens, in] of `dtype`; a pure function, once proved, isa and library are given.
 
     Args:
-        impl: "auto", "aten", "upcast", "triton", or "native", which there is none of.
+        impl: "auto", "reference", which is no form of the op, "aten", "upcast", "triton", or "native", which there is
+            none of.
         share: of the rows that are active, in (0, 1].
         keep: whether the caller keeps a copy of W.
         proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
@@ -40,6 +41,8 @@ def choose_form(
     Raises:
         ValueError: an implementation is asked for that cannot run.
     """
+    if impl == "reference":
+        return "reference"
     if impl == "native":
         raise ValueError(f"impl='native' cannot run here: {NO_NATIVE}")
     obstacle = triton_obstacle(device_type, dtype)
