@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -28,8 +28,14 @@ from transformers.cache_utils import (
 
 from gci_kernels.swapped import Swapped, subclass
 
-_CACHES = (DynamicCache, StaticCache)
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_ALLOWED = "DynamicCache and StaticCache without offloading"
+_STORED_OTHERWISE = ("QuantizedLayer", "BaseQuantizedLayer")  # layers of a QuantizedCache, in versions that have them
+# What models call a cache or a state, where it is none of transformers' Cache.
+_NAMES = {
+    "cache", "past", "past_key_value", "layer_past", "kv_cache", "cache_params", "past_buckets_states", "mems", "state",
+    "block_table", "page_table", "read_index", "write_index",
+}  # fmt: skip
+_PLAIN = (Tensor, bool, int, float, str, dict, list, tuple, Cache)
 
 Form = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
 
@@ -104,12 +110,15 @@ class AdapterCache:
     made so is refused, for no gradient would flow into it. Nothing here waits for the device.
     """
 
-    def __init__(self, tokens: int, max_length: int) -> None:
+    def __init__(self, tokens: int, max_length: int, counter: int | None = 0) -> None:
         # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too. It
         # is not (None) behind steps that may be replayed without this code: they count on the device alone. From the
         # first of these on (`replayed`) there may have been replays at any time, and the count is only what is known.
         self.tokens: int | None = tokens
         self.replayed = False
+        # The model's layer whose updates are counted. None: no layer of the cache knows how many tokens it has seen, as
+        # where all are state spaces; then the tokens of every forward are counted, and nothing else.
+        self.counter = counter
         self.max_length = max_length
         self.packed: Tensor | None = None
         self._entries: dict[tuple[str, str], _Entry] = {}
@@ -118,6 +127,11 @@ class AdapterCache:
         """The number of past tokens kept for one adapter of one layer."""
         entry = self._entries.get((layer_key, adapter))
         return 0 if entry is None else entry.length
+
+    def count_forward(self, time: int) -> None:
+        """A forward of `time` tokens begins, whose past has been read."""
+        if self.counter is None:
+            self.tokens += time
 
     def leave_count(self) -> None:
         """From here on the tokens are counted on the device alone."""
@@ -138,8 +152,9 @@ class AdapterCache:
                 raise ValueError(
                     f"past_key_values holds {past} tokens, but {length} tokens of adapter {adapter!r} of layer "
                     f"{layer_key!r}: it was filled by another model, while the adapter was disabled or not active, or "
-                    "by a compiled forward with gradients. Give a cache that this model filled with the same "
-                    "adapters, or an empty one"
+                    "by a compiled forward with gradients, or the layer has run twice in this forward. Give a cache "
+                    "that this model filled with the same adapters, or an empty one; a model that runs its layers "
+                    "several times needs use_cache=False"
                 )
 
     def past(self, layer_key: str, adapter: str, past: int, new: Tensor) -> Tensor | None:
@@ -257,7 +272,7 @@ class _Adopted(Swapped):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == 0 and self.gci_adapters.tokens is not None:
+        if layer_idx == self.gci_adapters.counter and self.gci_adapters.tokens is not None:
             self.gci_adapters.tokens += key_states.shape[-2]
         return result
 
@@ -268,8 +283,12 @@ class _Adopted(Swapped):
     def crop(self, *args, **kwargs) -> None:
         # What the argument means has changed between versions of transformers; the length it leaves has not.
         super().crop(*args, **kwargs)
-        self.gci_adapters.tokens = int(self.get_seq_length())
-        self.gci_adapters.crop(self.gci_adapters.tokens)
+        kept = self.gci_adapters
+        if kept.counter is None:  # layers that know no length take a number of tokens to remove, which is negative
+            kept.tokens = max(0, kept.tokens - abs(next(iter((*args, *kwargs.values())))))
+        else:
+            kept.tokens = int(self.get_seq_length())
+        kept.crop(kept.tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -287,7 +306,20 @@ class _Adopted(Swapped):
 
 
 def length(cache: Cache) -> int:
-    """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there."""
+    """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there.
+
+    Raises:
+        ValueError: it holds the state of tokens that no attached model has seen, and cannot say of how many.
+    """
+    if isinstance(cache, _Adopted) and cache.gci_adapters.counter is None:
+        return cache.gci_adapters.tokens
+    if _counter(cache) is None:
+        if any(any(layer.has_previous_state.values()) for layer in cache.layers if hasattr(layer, "has_previous_state")):
+            raise ValueError(
+                "past_key_values holds a state that was made before the adapter was added, and cannot tell of how many "
+                "tokens; give an empty cache"
+            )
+        return 0
     tokens = cache.get_seq_length()
     if not isinstance(tokens, Tensor):
         return tokens
@@ -298,26 +330,72 @@ def length(cache: Cache) -> int:
     return cache.gci_adapters.tokens
 
 
+def _counter(cache: Cache) -> int | None:
+    """The layer of a model's cache whose length get_seq_length() gives; None where no layer has one."""
+    if not cache.layers or isinstance(cache.layers[0], CacheLayerMixin):
+        return 0
+    return next((i for i, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), None)
+
+
 def position(cache: Cache) -> Tensor | None:
     """The number of tokens in a static cache when this runs, int32 [1] on its device; None for other caches."""
     layer = next((layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized), None)
     return None if layer is None else layer.cumulative_length.to(torch.int32).view(1)
 
 
+def given_cache(given: dict) -> tuple[Cache | None, str | None]:
+    """The cache among the arguments of a forward, and why no adapter can keep anything beside one that is there.
+
+    Continuous batching gives its paged cache under a name of its own, and older models give lists of tensors.
+    """
+    cache = given.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        return None, f"past_key_values must be a transformers Cache, got {type(cache).__name__}"
+    for name, value in given.items():
+        if value is None or value is cache:
+            continue
+        if isinstance(value, Cache):
+            cache = value
+        elif (name in _NAMES and not isinstance(value, bool)) or _is_cache(value):
+            return cache, f"{name} is a {type(value).__name__}; adapters can keep theirs beside {_ALLOWED}"
+    return unwrapped(cache), None
+
+
+def _is_cache(value: object) -> bool:
+    if isinstance(value, _PLAIN):
+        return False
+    return "cache" in type(value).__name__.lower() or hasattr(value, "get_seq_length")
+
+
+def unwrapped(cache: Cache | None) -> Cache | None:
+    """Of a decoder's cache with that of its cross-attention, the decoder's own."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def obstacle(cache: Cache) -> str | None:
     """Why no adapter can keep its keys and values beside `cache`, or None."""
     if isinstance(cache, _Adopted):
         return None
-    allowed = "DynamicCache and StaticCache without offloading"
-    if type(cache) not in _CACHES:
-        return f"past_key_values is a {type(cache).__name__}; adapters can keep theirs beside {allowed}"
+    kind = type(cache)
+    # Models may have a class of their own, derived from these, that holds more.
+    own = kind.__module__.startswith("transformers.models.") and issubclass(kind, (DynamicCache, StaticCache))
+    if kind not in (DynamicCache, StaticCache) and not own:
+        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {_ALLOWED}"
     if cache.offloading:
-        return f"past_key_values is a {type(cache).__name__} with offloading; adapters can keep theirs beside {allowed}"
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in _LAYERS}
+        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {_ALLOWED}"
+    others = {type(layer).__name__ for layer in cache.layers if not _is_known(type(layer))}
     if others:
-        known = ", ".join(layer.__name__ for layer in _LAYERS)
-        return f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside layers of {known}"
+        return (
+            f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside the dynamic and static "
+            "layers of transformers"
+        )
     return None
+
+
+def _is_known(layer: type) -> bool:
+    if not layer.__module__.startswith("transformers."):
+        return False
+    return not any(base.__name__ in _STORED_OTHERWISE for base in layer.__mro__)
 
 
 def adopt(cache: Cache) -> AdapterCache:
@@ -337,6 +415,7 @@ def adopt(cache: Cache) -> AdapterCache:
 
 @torch.compiler.disable
 def _swap(cache: Cache) -> None:
-    full = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
-    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0))
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    full = [layer.max_cache_len for layer in layers if not isinstance(layer, StaticSlidingWindowLayer)]
+    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0), _counter(cache))
     cache.__class__ = subclass(type(cache), _Adopted)

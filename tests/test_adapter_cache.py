@@ -194,7 +194,7 @@ class _OtherLayer(DynamicLayer):
         (lambda: type("MyCache", (DynamicCache,), {})(), "is a MyCache.*DynamicCache and StaticCache"),
         (lambda: Cache(layers=[DynamicLayer(), DynamicLayer()]), "is a Cache;.*DynamicCache and StaticCache"),
         (lambda: _with(DynamicCache(), offloading=True), "is a DynamicCache with offloading"),
-        (lambda: _with(DynamicCache(), layers=[_OtherLayer()]), "layers of .*_OtherLayer.*DynamicLayer, "),
+        (lambda: _with(DynamicCache(), layers=[_OtherLayer()]), "layers of .*_OtherLayer.*dynamic and static layers"),
     ],
     ids=["EncoderDecoderCache", "subclass", "Cache", "offloading", "layer"],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from gci_kernels import sequence
+from gci_kernels import decoder_layers, direction, sequence
+from gci_kernels.frame import Context
 from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
@@ -78,6 +80,7 @@ class ALoRALinear(BottleneckLayer):
     def __init__(self, base_layer: nn.Module, name: str, config: ALoRAConfig, key: str) -> None:
         super().__init__(base_layer, name)
         self.key = key  # in the adapter's cache: the layer's name in the model
+        self.decoder_layers: tuple[int, ...] = ()  # the numbers of those that it lies in, several where it is shared
         self.update_layer(name, config)
 
     def update_layer(self, name: str, config: ALoRAConfig) -> None:
@@ -104,13 +107,30 @@ class ALoRALinear(BottleneckLayer):
         else:
             nn.init.kaiming_uniform_(self.gci_alora_B[name], a=math.sqrt(5))
 
+    def key_in(self, decoder_layer: int) -> str:
+        """Under which the cache keeps what this layer makes when `decoder_layer` runs it."""
+        return self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
+
+    def _rows(self, x: Tensor, context: Context) -> Tensor:
+        """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
+        leading = tuple(x.shape[:-1])
+        if leading == context.shape:
+            return x
+        batch, time = context.shape
+        if math.prod(leading) != batch * time or leading == (time, batch):
+            raise ValueError(
+                f"{self.key} got x {list(x.shape)} in a forward of [batch, time] {context.shape}: ALoRA attends over the "
+                "model's own tokens, in their order; leave this layer out by exclude_modules"
+            )
+        return x.view(batch, time, x.shape[-1])
+
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
-        rows = x.view(*context.shape, x.shape[-1])  # some models give their inner layers [batch * time, features]
-        past = context.past(self.key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
+        rows, key = self._rows(x, context), self.key_in(context.layer)
+        past = context.past(key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
-        context.keep(self.key, name, kv)
-        return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
+        context.keep(key, name, kv)
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
@@ -124,7 +144,7 @@ class ALoRALinear(BottleneckLayer):
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(names)
-        rows = x.view(*context.shape, x.shape[-1])
+        rows, layer_key = self._rows(x, context), self.key_in(context.layer)
         mixed.check(rows, names)
         tokens = mixed.Tokens(rows, names, self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
@@ -134,12 +154,12 @@ class ALoRALinear(BottleneckLayer):
             if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
                 return None
             found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
-            place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
+            place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
-                past = context.past(self.key, key, rows.new_empty(rows.shape[0], 0, width))
+                past = context.past(layer_key, key, rows.new_empty(rows.shape[0], 0, width))
                 kept.extend((rows.new_zeros(*context.shape, width), past))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
@@ -149,7 +169,7 @@ class ALoRALinear(BottleneckLayer):
 
         y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.decodes(rows) else None)
         if kept:
-            context.keep(self.key, key, kept[0])
+            context.keep(layer_key, key, kept[0])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _step(
@@ -160,7 +180,9 @@ class ALoRALinear(BottleneckLayer):
             return None
         group = self._group(name, context.shape[0])
         step: Any = find_step(x, weight, bias, (group,))
-        kept = None if step is None else context.room(self.key, name, 2 * self.r[name], x.dtype, x.device)
+        kept = None
+        if step is not None:
+            kept = context.room(self.key_in(context.layer), name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
@@ -171,6 +193,10 @@ class ALoRALinear(BottleneckLayer):
 
     def describe(self, name: str) -> str:
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 class ALoRAModel(BottleneckModel):
@@ -184,8 +210,38 @@ class ALoRAModel(BottleneckModel):
         if not hasattr(self, "adapted"):
             self.adapted: list[ALoRALinear] = []
             self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
+        _, layers = decoder_layers.find(model)
+        self._inside: dict[nn.Module, tuple[int, ...]] = {}
+        for number, layer in enumerate(layers):
+            for path, module in layer.named_modules():
+                if not direction.CROSS_ATTENTION.search(path):
+                    self._inside[module] = (*self._inside.get(module, ()), number)
+        self._left_out: list[str] = []
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
+        numbers = self._inside.get(target)
+        if numbers is None:
+            self._left_out.append(current_key)
+            return
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name
+        )
+        if not isinstance(target, ALoRALinear):
+            self.adapted[-1].decoder_layers = numbers
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        left_out, self._left_out, self._inside = self._left_out, [], {}
+        if left_out:
+            what = (
+                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
+                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+            )
+            if not any(adapter_name in layer.r for layer in self.adapted):
+                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
+            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.wanted)
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:
@@ -194,14 +250,17 @@ class ALoRAModel(BottleneckModel):
 
     def wanted(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
-        names = self.mixing
+        names, depth = self.mixing, self.attached.depth()
         for layer in self.adapted:
             if layer.disable_adapters:
                 continue
-            if names is None:
-                yield from ((layer.key, name) for name in layer.adapters())
-            elif any(name in layer.r for name in names):
-                yield layer.key, mixed_key(names)
+            for number in layer.decoder_layers:
+                if number >= depth:
+                    continue
+                if names is None:
+                    yield from ((layer.key_in(number), name) for name in layer.adapters())
+                elif any(name in layer.r for name in names):
+                    yield layer.key_in(number), mixed_key(names)
 
     @contextlib.contextmanager
     def _mixing(self, names: list[str]):
