@@ -152,9 +152,8 @@ class AdapterCache:
                 raise ValueError(
                     f"past_key_values holds {past} tokens, but {length} tokens of adapter {adapter!r} of layer "
                     f"{layer_key!r}: it was filled by another model, while the adapter was disabled or not active, or "
-                    "by a compiled forward with gradients, or the layer has run twice in this forward. Give a cache "
-                    "that this model filled with the same adapters, or an empty one; a model that runs its layers "
-                    "several times needs use_cache=False"
+                    "by a compiled forward with gradients. Give a cache that this model filled with the same "
+                    "adapters, or an empty one"
                 )
 
     def past(self, layer_key: str, adapter: str, past: int, new: Tensor) -> Tensor | None:

@@ -11,10 +11,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 #: Modules of a decoder layer that see another sequence, that of an encoder.
 CROSS_ATTENTION = re.compile(r"(^|[._])(cross_?att|crossatt|encoder_att|encoder_decoder_att|cross_attention)", re.I)
 
+# Encoders, many of which say it nowhere else.
+_MASKED_LM = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
 _WHY = "a causal adapter such as ALoRA cannot follow it: use LoRA or LoRAMoE, or make the model causal"
 #: Why a forward that is given is_causal=False is refused.
 ARGUMENT = f"is_causal=False makes this forward attend in both directions; {_WHY}"
@@ -49,6 +55,8 @@ def obstacle(backbone: nn.Module, attentions: Iterable[tuple[nn.Module, str]]) -
         why = f"its config has use_bidirectional_attention={ways!r}"
     elif config.model_type == "xlnet":
         why = "XLNet's tokens attend to each other in the order of a permutation"
+    elif config.model_type in _MASKED_LM:
+        why = f"transformers has no causal language model of type {config.model_type!r}"
     else:
         for module, attribute in attentions:
             if not getattr(module, attribute):
@@ -68,17 +76,15 @@ def check_mask(mask: object, segments: Tensor | None, batch: int, time: int) -> 
     Any block of tokens that attend to each other has such a pair, so no more than one diagonal has to be read.
 
     Args:
-        mask: as attention gets it. What is no tensor [batch or 1, any, time or 1, keys] and no BlockMask of
-            flex attention says nothing about the direction, and is passed over.
+        mask: as attention gets it. What is no tensor [batch or 1, any, time, keys] and no BlockMask of flex attention
+            says nothing about the direction, and is passed over; so does one row of padding for all queries.
         segments: int32 [batch, time], negative for padding, which attends to whatever transformers lets it; or None.
     """
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] in (1, time) and mask.shape[-1] >= time:
-        if mask.shape[-2] == 1:  # one row for all queries
-            seen = mask[:, :, 0, 1:time]
-        else:
-            seen = mask.diagonal(1, -2, -1)[..., : time - 1]
+    # Some models invert a mask of bools; but a token attends to itself, so what is seen is what its own place says.
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == time and mask.shape[-1] >= time:
+        own, following = mask.diagonal(0, -2, -1)[..., : time - 1], mask.diagonal(1, -2, -1)[..., : time - 1]
         # What is hidden has the dtype's minimum, or, in older models, -10000; a bias between neighbours is small.
-        allowed = (seen > -1000) if seen.is_floating_point() else seen.bool()
+        allowed = (own - following).abs() < 1000 if mask.is_floating_point() else own == following
     elif hasattr(mask, "mask_mod"):
         query = torch.arange(time - 1, device=mask.kv_indices.device)
         row = torch.arange(batch, device=query.device)[:, None]

@@ -30,6 +30,7 @@ class Context:
     Attributes:
         shape: batch and time of the new tokens; some models give their inner layers [batch * time, features].
         layer: the number of the decoder layer.
+        run: how often the decoder layer has run before in this forward, counted where there is a cache.
         cache: the past of all adapters; None where the model uses no cache.
         obstacle: why the model's cache can hold nothing of an adapter, or None.
     """
@@ -37,6 +38,7 @@ class Context:
     def __init__(self, frame: "Frame", layer: int, cache: AdapterCache | None, obstacle: str | None) -> None:
         self._frame, self.shape, self.layer = frame, frame.shape, layer
         self.cache, self.obstacle = cache, obstacle
+        self.run = 0 if cache is None else frame.runs(layer)
 
     @property
     def sequence(self) -> Sequence:
@@ -111,6 +113,7 @@ class Frame:
         self.packed = False  # whether segments, if any, are packed sequences
         self.keeps = True  # whether what adapters compute is kept in the model's cache
         self._checked: Cache | None = None
+        self._runs: dict[int, int] = {}
         self._masks: list[object] = []  # that were looked at
         self._past: Tensor | None = None
 
@@ -120,6 +123,12 @@ class Frame:
             # The cache's own length would be another one here: the first layer has written to it.
             self._sequence = self._make() if self.position is None else self._make(int(self.position))
         return self._sequence
+
+    def runs(self, layer: int) -> int:
+        """How often this was called for a decoder layer before."""
+        before = self._runs.get(layer, 0)
+        self._runs[layer] = before + 1
+        return before
 
     def past_on(self, device: torch.device) -> Tensor:
         """sequence.past as int32 [1] on `device`, made once for all layers there."""

@@ -47,7 +47,7 @@ class _State:
         self.context: Context | None = None
         # What generate() made of a 2-D mask for a model that has windows in every layer, and the mask: from what was
         # made, no one can tell which tokens before the window are padding.
-        self.padding: tuple[object, Tensor] | None = None
+        self.padding: tuple[object, Tensor | None] | None = None
 
 
 class _Thread(threading.local):
@@ -131,8 +131,8 @@ class _Generating(Swapped):
     def prepare_inputs_for_generation(self, base_method: Callable, *args, **kwargs):
         inputs = base_method(self, *args, **kwargs)
         given, made = kwargs.get("attention_mask"), inputs.get("attention_mask")
-        windows = made is not given and isinstance(given, Tensor) and given.dim() == 2 and not _sees_all(self.config)
-        _thread.state.padding = (made, given) if windows else None
+        plain = given is None or (isinstance(given, Tensor) and given.dim() == 2)
+        _thread.state.padding = (made, given) if plain and made is not given and not _sees_all(self.config) else None
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):

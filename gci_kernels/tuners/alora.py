@@ -107,9 +107,10 @@ class ALoRALinear(BottleneckLayer):
         else:
             nn.init.kaiming_uniform_(self.gci_alora_B[name], a=math.sqrt(5))
 
-    def key_in(self, decoder_layer: int) -> str:
-        """Under which the cache keeps what this layer makes when `decoder_layer` runs it."""
-        return self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
+    def key_in(self, decoder_layer: int, run: int = 0) -> str:
+        """Under which the cache keeps what this layer makes when `decoder_layer` runs, for the first time or again."""
+        key = self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
+        return f"{key}, run {run}" if run else key
 
     def _rows(self, x: Tensor, context: Context) -> Tensor:
         """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
@@ -126,7 +127,7 @@ class ALoRALinear(BottleneckLayer):
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
-        rows, key = self._rows(x, context), self.key_in(context.layer)
+        rows, key = self._rows(x, context), self.key_in(context.layer, context.run)
         past = context.past(key, name, rows.new_empty(rows.shape[0], 0, 2 * self.r[name]))
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
         context.keep(key, name, kv)
@@ -144,7 +145,7 @@ class ALoRALinear(BottleneckLayer):
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(names)
-        rows, layer_key = self._rows(x, context), self.key_in(context.layer)
+        rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)
         mixed.check(rows, names)
         tokens = mixed.Tokens(rows, names, self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
@@ -182,7 +183,7 @@ class ALoRALinear(BottleneckLayer):
         step: Any = find_step(x, weight, bias, (group,))
         kept = None
         if step is not None:
-            kept = context.room(self.key_in(context.layer), name, 2 * self.r[name], x.dtype, x.device)
+            kept = context.room(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
