@@ -20,7 +20,6 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
-    EncoderDecoderCache,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -28,14 +27,9 @@ from transformers.cache_utils import (
 
 from gci_kernels.swapped import Swapped, subclass
 
-_ALLOWED = "DynamicCache and StaticCache without offloading"
+#: For messages: beside which caches adapters can keep what is theirs.
+ALLOWED = "DynamicCache and StaticCache without offloading"
 _STORED_OTHERWISE = ("QuantizedLayer", "BaseQuantizedLayer")  # layers of a QuantizedCache, in versions that have them
-# What models call a cache or a state, where it is none of transformers' Cache.
-_NAMES = {
-    "cache", "past", "past_key_value", "layer_past", "kv_cache", "cache_params", "past_buckets_states", "mems", "state",
-    "block_table", "page_table", "read_index", "write_index",
-}  # fmt: skip
-_PLAIN = (Tensor, bool, int, float, str, dict, list, tuple, Cache)
 
 Form = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
 
@@ -313,7 +307,8 @@ def length(cache: Cache) -> int:
     if isinstance(cache, _Adopted) and cache.gci_adapters.counter is None:
         return cache.gci_adapters.tokens
     if _counter(cache) is None:
-        if any(any(layer.has_previous_state.values()) for layer in cache.layers if hasattr(layer, "has_previous_state")):
+        states = [layer.has_previous_state for layer in cache.layers if hasattr(layer, "has_previous_state")]
+        if any(any(state.values()) for state in states):
             raise ValueError(
                 "past_key_values holds a state that was made before the adapter was added, and cannot tell of how many "
                 "tokens; give an empty cache"
@@ -342,35 +337,6 @@ def position(cache: Cache) -> Tensor | None:
     return None if layer is None else layer.cumulative_length.to(torch.int32).view(1)
 
 
-def given_cache(given: dict) -> tuple[Cache | None, str | None]:
-    """The cache among the arguments of a forward, and why no adapter can keep anything beside one that is there.
-
-    Continuous batching gives its paged cache under a name of its own, and older models give lists of tensors.
-    """
-    cache = given.get("past_key_values")
-    if cache is not None and not isinstance(cache, Cache):
-        return None, f"past_key_values must be a transformers Cache, got {type(cache).__name__}"
-    for name, value in given.items():
-        if value is None or value is cache:
-            continue
-        if isinstance(value, Cache):
-            cache = value
-        elif (name in _NAMES and not isinstance(value, bool)) or _is_cache(value):
-            return cache, f"{name} is a {type(value).__name__}; adapters can keep theirs beside {_ALLOWED}"
-    return unwrapped(cache), None
-
-
-def _is_cache(value: object) -> bool:
-    if isinstance(value, _PLAIN):
-        return False
-    return "cache" in type(value).__name__.lower() or hasattr(value, "get_seq_length")
-
-
-def unwrapped(cache: Cache | None) -> Cache | None:
-    """Of a decoder's cache with that of its cross-attention, the decoder's own."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
 def obstacle(cache: Cache) -> str | None:
     """Why no adapter can keep its keys and values beside `cache`, or None."""
     if isinstance(cache, _Adopted):
@@ -379,9 +345,9 @@ def obstacle(cache: Cache) -> str | None:
     # Models may have a class of their own, derived from these, that holds more.
     own = kind.__module__.startswith("transformers.models.") and issubclass(kind, (DynamicCache, StaticCache))
     if kind not in (DynamicCache, StaticCache) and not own:
-        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {_ALLOWED}"
+        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {ALLOWED}"
     if cache.offloading:
-        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {_ALLOWED}"
+        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {ALLOWED}"
     others = {type(layer).__name__ for layer in cache.layers if not _is_known(type(layer))}
     if others:
         return (

@@ -1,16 +1,18 @@
 """Whether a model attends to earlier tokens only, as ALoRA's own attention does.
 
 Models say so in several places: the config (is_causal, use_bidirectional_attention), each attention module (is_causal,
-is_decoder), an argument of the forward (is_causal), and at last the mask that reaches the decoder layers, which may open
-up a prefix or the tokens of an image. The first two are read when a model is attached and once a forward, for users
-change them on a model that they have; the mask where a forward starts a sequence.
+is_decoder), an argument of the forward (is_causal), and at last the mask that reaches the decoder layers, in which the
+tokens of a prefix or an image may see each other. The first two are read when a model is attached and once a forward,
+for users change them on a model that they have; the mask where a forward starts a sequence.
 """
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -46,7 +48,7 @@ def self_attentions(layers: Iterable[nn.Module]) -> tuple[tuple[nn.Module, str],
     return tuple(found)
 
 
-def obstacle(backbone: nn.Module, attentions: Iterable[tuple[nn.Module, str]]) -> str | None:
+def obstacle(backbone: PreTrainedModel, attentions: Iterable[tuple[nn.Module, str]]) -> str | None:
     """What makes the model look ahead, in one sentence; None where nothing does."""
     config, why = backbone.config, None
     if not getattr(config, "is_causal", True):
@@ -70,7 +72,7 @@ def is_self_mask(name: str) -> bool:
     return "mask" in name and not any(other in name for other in ("encoder", "cross", "head", "full_text"))
 
 
-def check_mask(mask: object, segments: Tensor | None, batch: int, time: int) -> None:
+def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> None:
     """Raises ValueError where a token of a new sequence attends to the one that follows it.
 
     Any block of tokens that attend to each other has such a pair, so no more than one diagonal has to be read.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from gci_kernels import adapter_cache
+from gci_kernels import adapter_cache, given_cache
 from gci_kernels.adapter_cache import AdapterCache
 from gci_kernels.direction import check_mask, is_self_mask
 from gci_kernels.ops.attention import Sequence
@@ -91,7 +91,8 @@ class Context:
         kv, segments = self.cache.room(layer_key, adapter, form, past=sequence.past), sequence.segments
         if segments is not None and segments.stride(1) != 1:
             segments = segments.contiguous()
-        return kv, frame.past_on(device) if _runs_by_itself(device) else sequence.past, segments
+        on_device = _runs_by_itself(device) or torch.compiler.is_compiling()
+        return kv, frame.past_on(device) if on_device else sequence.past, segments
 
 
 class Frame:
@@ -147,7 +148,7 @@ class Frame:
             )
         # Checkpointing takes the cache out of a layer's arguments, so the layer's own count, not the backbone's.
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        cache = adapter_cache.unwrapped(cache)
+        cache = given_cache.unwrapped(cache)
         if self.position is not None and cache is not None:
             if self.position.device != hidden.device:  # of a model on several
                 self.position = self.position.to(hidden.device)
@@ -212,7 +213,7 @@ def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None
         return None
     batch, time = (ids.shape[0] // codebooks, ids.shape[1]) if embeds is None else embeds.shape[:2]
     device = (ids if embeds is None else embeds).device
-    cache, reason = adapter_cache.given_cache(given)
+    cache, reason = given_cache.find(given)
     kept = adapter_cache.adopt(cache) if cache is not None and adapter_cache.obstacle(cache) is None else None
     if wanted is not None and not any(True for _ in wanted()):
         if kept is not None:  # what it holds is counted before the model writes to it
@@ -338,6 +339,8 @@ def _from_4d(mask: Tensor, time: int, past: int) -> Tensor:
         if floating:
             same &= ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()
         if not bool(same):
+            if not past:
+                check_mask(mask, unpadded.int() - 1, mask.shape[0], time)  # says so where it looks ahead
             raise ValueError(_CUSTOM_MASK)
     return unpadded
 

@@ -160,7 +160,7 @@ class Handle:
         self._model, self._backbone, self.layers = model, backbone, layers
 
     def depth(self) -> int:
-        """How many of the decoder layers run: all, or, as in assisted decoding by an early exit, the config's number."""
+        """How many decoder layers run: all, or, in assisted decoding by an early exit, the config's number of them."""
         return getattr(self._backbone.config, "num_hidden_layers", len(self.layers))
 
     def detach(self) -> None:
@@ -169,13 +169,14 @@ class Handle:
         Raises:
             RuntimeError: a module's class has been changed since (FSDP does that); nothing is detached then.
         """
-        modules = [module for module in (*self.layers, self._backbone, self._model) if isinstance(module, _MIXINS)]
+        every = dict.fromkeys((*self.layers, self._backbone, self._model))
+        modules = [module for module in every if isinstance(module, _MIXINS)]
         for module in modules:
             if "_gci_parts" not in vars(type(module)):
                 raise RuntimeError(f"cannot detach: {type(module).__name__} has been given another class since")
         for module in modules:
             _give_class(module, type(module)._gci_parts[0])
-        for module in (*self.layers, self._backbone, self._model):
+        for module in every:
             for name in _ATTRIBUTES:
                 vars(module).pop(name, None)
 

@@ -120,8 +120,8 @@ class ALoRALinear(BottleneckLayer):
         batch, time = context.shape
         if math.prod(leading) != batch * time or leading == (time, batch):
             raise ValueError(
-                f"{self.key} got x {list(x.shape)} in a forward of [batch, time] {context.shape}: ALoRA attends over the "
-                "model's own tokens, in their order; leave this layer out by exclude_modules"
+                f"{self.key} got x {list(x.shape)} in a forward of [batch, time] {context.shape}: ALoRA attends over "
+                "the model's own tokens, in their order; leave this layer out by exclude_modules"
             )
         return x.view(batch, time, x.shape[-1])
 
@@ -227,9 +227,7 @@ class ALoRAModel(BottleneckModel):
         if numbers is None:
             self._left_out.append(current_key)
             return
-        super()._create_and_replace(
-            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name
-        )
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
         if not isinstance(target, ALoRALinear):
             self.adapted[-1].decoder_layers = numbers
 
