@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -29,8 +28,9 @@ from transformers.cache_utils import (
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.swapped import Swapped, subclass
 
-_CACHES = (DynamicCache, StaticCache)
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+#: For messages: beside which caches adapters can keep what is theirs.
+ALLOWED = "DynamicCache and StaticCache without offloading"
+_STORED_OTHERWISE = ("QuantizedLayer", "BaseQuantizedLayer")  # layers of a QuantizedCache, in versions that have them
 
 Form = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
 
@@ -105,12 +105,15 @@ class AdapterCache:
     made so is refused, for no gradient would flow into it. Nothing here waits for the device.
     """
 
-    def __init__(self, tokens: int, max_length: int) -> None:
+    def __init__(self, tokens: int, max_length: int, counter: int | None = 0) -> None:
         # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too. It
         # is not (None) behind steps that may be replayed without this code: they count on the device alone. From the
         # first of these on (`replayed`) there may have been replays at any time, and the count is only what is known.
         self.tokens: int | None = tokens
         self.replayed = False
+        # The model's layer whose updates are counted. None: no layer of the cache knows how many tokens it has seen, as
+        # where all are state spaces; then the tokens of every forward are counted, and nothing else.
+        self.counter = counter
         self.max_length = max_length
         self.packed: Tensor | None = None
         self._entries: dict[tuple[str, str], _Entry] = {}
@@ -119,6 +122,11 @@ class AdapterCache:
         """The number of past tokens kept for one adapter of one layer."""
         entry = self._entries.get((layer_key, adapter))
         return 0 if entry is None else entry.length
+
+    def count_forward(self, time: int) -> None:
+        """A forward of `time` tokens begins, whose past has been read."""
+        if self.counter is None:
+            self.tokens += time
 
     def leave_count(self) -> None:
         """From here on the tokens are counted on the device alone."""
@@ -258,7 +266,7 @@ class _Adopted(Swapped):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == 0 and self.gci_adapters.tokens is not None:
+        if layer_idx == self.gci_adapters.counter and self.gci_adapters.tokens is not None:
             self.gci_adapters.tokens += key_states.shape[-2]
         return result
 
@@ -269,8 +277,12 @@ class _Adopted(Swapped):
     def crop(self, *args, **kwargs) -> None:
         # What the argument means has changed between versions of transformers; the length it leaves has not.
         super().crop(*args, **kwargs)
-        self.gci_adapters.tokens = int(self.get_seq_length())
-        self.gci_adapters.crop(self.gci_adapters.tokens)
+        kept = self.gci_adapters
+        if kept.counter is None:  # layers that know no length take a number of tokens to remove, which is negative
+            kept.tokens = max(0, kept.tokens - abs(next(iter((*args, *kwargs.values())))))
+        else:
+            kept.tokens = int(self.get_seq_length())
+        kept.crop(kept.tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -288,7 +300,21 @@ class _Adopted(Swapped):
 
 
 def length(cache: Cache) -> int:
-    """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there."""
+    """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there.
+
+    Raises:
+        ValueError: it holds the state of tokens that no attached model has seen, and cannot say of how many.
+    """
+    if isinstance(cache, _Adopted) and cache.gci_adapters.counter is None:
+        return cache.gci_adapters.tokens
+    if _counter(cache) is None:
+        states = [layer.has_previous_state for layer in cache.layers if hasattr(layer, "has_previous_state")]
+        if any(any(state.values()) for state in states):
+            raise ValueError(
+                "past_key_values holds a state that was made before the adapter was added, and cannot tell of how many "
+                "tokens; give an empty cache"
+            )
+        return 0
     tokens = cache.get_seq_length()
     if not isinstance(tokens, Tensor):
         return tokens
@@ -297,6 +323,13 @@ def length(cache: Cache) -> int:
     if cache.gci_adapters.tokens is None or cache.gci_adapters.replayed:
         cache.gci_adapters.count(int(tokens))
     return cache.gci_adapters.tokens
+
+
+def _counter(cache: Cache) -> int | None:
+    """The layer of a model's cache whose length get_seq_length() gives; None where no layer has one."""
+    if not cache.layers or isinstance(cache.layers[0], CacheLayerMixin):
+        return 0
+    return next((i for i, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), None)
 
 
 def position(cache: Cache) -> Tensor | None:
@@ -309,16 +342,26 @@ def obstacle(cache: Cache) -> str | None:
     """Why no adapter can keep its keys and values beside `cache`, or None."""
     if isinstance(cache, _Adopted):
         return None
-    allowed = "DynamicCache and StaticCache without offloading"
-    if type(cache) not in _CACHES:
-        return f"past_key_values is a {type(cache).__name__}; adapters can keep theirs beside {allowed}"
+    kind = type(cache)
+    # Models may have a class of their own, derived from these, that holds more.
+    own = kind.__module__.startswith("transformers.models.") and issubclass(kind, (DynamicCache, StaticCache))
+    if kind not in (DynamicCache, StaticCache) and not own:
+        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {ALLOWED}"
     if cache.offloading:
-        return f"past_key_values is a {type(cache).__name__} with offloading; adapters can keep theirs beside {allowed}"
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in _LAYERS}
+        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {ALLOWED}"
+    others = {type(layer).__name__ for layer in cache.layers if not _is_known(type(layer))}
     if others:
-        known = ", ".join(layer.__name__ for layer in _LAYERS)
-        return f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside layers of {known}"
+        return (
+            f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside the dynamic and static "
+            "layers of transformers"
+        )
     return None
+
+
+def _is_known(layer: type) -> bool:
+    if not layer.__module__.startswith("transformers."):
+        return False
+    return not any(base.__name__ in _STORED_OTHERWISE for base in layer.__mro__)
 
 
 def adopt(cache: Cache) -> AdapterCache:
@@ -338,6 +381,7 @@ def adopt(cache: Cache) -> AdapterCache:
 
 @torch.compiler.disable
 def _swap(cache: Cache) -> None:
-    full = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
-    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0))
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    full = [layer.max_cache_len for layer in layers if not isinstance(layer, StaticSlidingWindowLayer)]
+    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0), _counter(cache))
     cache.__class__ = subclass(type(cache), _Adopted)

@@ -7,11 +7,12 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
-from gci_kernels import adapter_cache
+from gci_kernels import adapter_cache, given_cache
 from gci_kernels.adapter_cache import AdapterCache
+from gci_kernels.direction import check_mask, is_self_mask
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import captured
@@ -29,12 +30,16 @@ class Context:
 
     Attributes:
         shape: batch and time of the new tokens; some models give their inner layers [batch * time, features].
+        layer: the number of the decoder layer.
+        run: how often the decoder layer has run before in this forward, counted where there is a cache.
         cache: the past of all adapters; None where the model uses no cache.
         obstacle: why the model's cache can hold nothing of an adapter, or None.
     """
 
-    def __init__(self, frame: "Frame", cache: AdapterCache | None, obstacle: str | None) -> None:
-        self._frame, self.shape, self.cache, self.obstacle = frame, frame.shape, cache, obstacle
+    def __init__(self, frame: "Frame", layer: int, cache: AdapterCache | None, obstacle: str | None) -> None:
+        self._frame, self.shape, self.layer = frame, frame.shape, layer
+        self.cache, self.obstacle = cache, obstacle
+        self.run = 0 if cache is None else frame.runs(layer)
 
     @property
     def sequence(self) -> Sequence:
@@ -87,7 +92,8 @@ class Context:
         kv, segments = self.cache.room(layer_key, adapter, form, past=sequence.past), sequence.segments
         if segments is not None and segments.stride(1) != 1:
             segments = segments.contiguous()
-        return kv, frame.past_on(device) if _runs_by_itself(device) else sequence.past, segments
+        on_device = _runs_by_itself(device) or torch.compiler.is_compiling()
+        return kv, frame.past_on(device) if on_device else sequence.past, segments
 
 
 class Frame:
@@ -98,14 +104,19 @@ class Frame:
     where something asks for it after all.
     """
 
-    def __init__(self, make: Callable[..., Sequence], shape: tuple[int, int], wanted: Wanted | None) -> None:
+    def __init__(
+        self, make: Callable[..., Sequence], shape: tuple[int, int], wanted: Wanted | None, cache: Cache | None
+    ) -> None:
         self._make, self.shape, self.wanted = make, shape, wanted
+        self._given = cache  # None: the model makes one, or none
         self._sequence: Sequence | None = None
         self.position: Tensor | None = None  # int32 [1], the cache's length on its device
         self.segments: Tensor | None = None  # beside position: int32 [batch, at least position + 1]
         self.packed = False  # whether segments, if any, are packed sequences
         self.keeps = True  # whether what adapters compute is kept in the model's cache
         self._checked: Cache | None = None
+        self._runs: dict[int, int] = {}
+        self._masks: list[object] = []  # that were looked at
         self._past: Tensor | None = None
 
     @property
@@ -115,41 +126,62 @@ class Frame:
             self._sequence = self._make() if self.position is None else self._make(int(self.position))
         return self._sequence
 
+    def runs(self, layer: int) -> int:
+        """How often this was called for a decoder layer before."""
+        before = self._runs.get(layer, 0)
+        self._runs[layer] = before + 1
+        return before
+
     def past_on(self, device: torch.device) -> Tensor:
         """sequence.past as int32 [1] on `device`, made once for all layers there."""
         if self._past is None or self._past.device != device:
             self._past = torch.full((1,), self.sequence.past, dtype=torch.int32, device=device)
         return self._past
 
-    def context(self, args: tuple, kwargs: dict) -> Context:
+    def context(self, layer: nn.Module, args: tuple, kwargs: dict) -> Context:
         """The context of one decoder layer, from the arguments of its forward."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if tuple(hidden.shape[:2]) != self.shape:
+        number, masks = layer.gci_layer
+        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+        if self.shape not in (tuple(hidden.shape[:2]), tuple(hidden.shape[-3:-1])):
             raise ValueError(
                 f"the decoder layer got hidden states {list(hidden.shape)} in a forward of [batch, time] {self.shape}; "
                 "models that change the sequence on its way are not supported"
             )
         # Checkpointing takes the cache out of a layer's arguments, so the layer's own count, not the backbone's.
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        cache = given_cache.unwrapped(cache)
         if self.position is not None and cache is not None:
             if self.position.device != hidden.device:  # of a model on several
                 self.position = self.position.to(hidden.device)
                 self.segments = None if self.segments is None else self.segments.to(hidden.device)
-            return Context(self, adapter_cache.adopt(cache), None)
+            return Context(self, number, adapter_cache.adopt(cache), None)
         segments = self.sequence.segments
         if segments is not None and segments.device != hidden.device:
             self._sequence = Sequence(segments.to(hidden.device), self.sequence.past)
+        if self.shape[1] > 1 and not self.sequence.past:
+            self._check_direction(masks, args, kwargs)
         if cache is None or not self.keeps:
             if self.sequence.past:
                 raise ValueError("past_key_values does not reach the decoder layers; with gradient checkpointing in "
                                  "training there can be none")  # fmt: skip
-            return Context(self, None, None)
+            return Context(self, number, None, None)
         reason = adapter_cache.obstacle(cache)
         kept = adapter_cache.adopt(cache) if reason is None else None
         if self._checked is not cache:
             self._check(kept, reason)
             self._checked = cache
-        return Context(self, kept, reason)
+            if kept is not None and cache is not self._given:
+                kept.count_forward(self.shape[1])
+        return Context(self, number, kept, reason)
+
+    def _check_direction(self, masks: tuple[int, ...], args: tuple, kwargs: dict) -> None:
+        """Of the masks that a layer was given, which most often are those of the layers before it."""
+        given = [args[i] for i in masks if i < len(args)]
+        given += [value for name, value in kwargs.items() if is_self_mask(name)]
+        for mask in given:
+            if mask is not None and all(mask is not seen for seen in self._masks):
+                check_mask(mask, self.sequence.segments, *self.shape)
+                self._masks.append(mask)
 
     def _check(self, kept: AdapterCache | None, reason: str | None) -> None:
         """At the first layer, when nothing has been written yet: that all adapted layers will find their past."""
@@ -167,26 +199,39 @@ class Frame:
             kept.packed = None
 
 
-def read(given: dict, wanted: Wanted | None) -> Frame | None:
-    """Reads a backbone's arguments; None where it has no input, of which the model itself tells the user."""
+def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None:
+    """Reads a backbone's arguments.
+
+    None where it has no input, of which the model itself tells the user, and where no adapter wants to know anything.
+
+    Args:
+        given: the arguments of the backbone's forward by name.
+        wanted: as in :func:`gci_kernels.sequence.attach`.
+        codebooks: how many rows of input_ids make up one row of the batch.
+    """
     ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     if ids is None and embeds is None:
         return None
-    batch, time = ids.shape if embeds is None else embeds.shape[:2]
+    batch, time = (ids.shape[0] // codebooks, ids.shape[1]) if embeds is None else embeds.shape[:2]
     device = (ids if embeds is None else embeds).device
-    cache = given.get("past_key_values")
-    if cache is not None and not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
-    if cache is not None and adapter_cache.obstacle(cache) is None:
-        adapter_cache.adopt(cache)
-    if cache is not None and captured() and wanted is not None and any(True for _ in wanted()):
+    cache, reason = given_cache.find(given)
+    kept = adapter_cache.adopt(cache) if cache is not None and adapter_cache.obstacle(cache) is None else None
+    if wanted is not None and not any(True for _ in wanted()):
+        if kept is not None:  # what it holds is counted before the model writes to it
+            adapter_cache.length(cache)
+            kept.count_forward(time)
+        return None
+    if reason is not None:
+        raise TypeError(reason)
+    if cache is not None and captured() and wanted is not None:
         raise ValueError(
             "past_key_values: a graph of torch.jit.trace or torch.export has no place for what these adapters keep "
             "beside it; make the graph of a forward with use_cache=False"
         )
     if isinstance(mask, dict):
         mask = _full_mask(mask)
-    frame = Frame(functools.partial(_sequence, given, mask, batch, time, device), (batch, time), wanted)
+    make = functools.partial(_sequence, given, cache, mask, (batch, time), device)
+    frame = Frame(make, (batch, time), wanted, cache)
     if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, batch, device):
         frame.position = adapter_cache.position(cache)
         frame.segments = None if mask is None else _segments(mask.to(device), batch, cache.gci_adapters.max_length)
@@ -194,6 +239,8 @@ def read(given: dict, wanted: Wanted | None) -> Frame | None:
         return frame
     segments = frame.sequence.segments  # made now, so that what is wrong is said before the model does anything
     frame.packed = mask is None and segments is not None
+    if kept is not None:
+        kept.count_forward(time)
     # Where use_cache is left on in training, a cache is made and dropped in each step; to adopt one breaks the graph.
     # Nor has a graph that outlives this call a place for one.
     frame.keeps = cache is not None or not (torch.compiler.is_compiling() and torch.is_grad_enabled() or captured())
@@ -201,10 +248,11 @@ def read(given: dict, wanted: Wanted | None) -> Frame | None:
 
 
 def _sequence(
-    given: dict, mask: Tensor | None, batch: int, time: int, device: torch.device, past: int | None = None
-) -> Sequence:
+    given: dict, cache: Cache | None, mask: Tensor | None, shape: tuple[int, int], device: torch.device,
+    past: int | None = None,
+) -> Sequence:  # fmt: skip
+    batch, time = shape
     if past is None:
-        cache = given.get("past_key_values")
         past = 0 if cache is None else adapter_cache.length(cache)
     if mask is not None:
         return _from_mask(mask, batch, time, past, device)
@@ -298,6 +346,8 @@ def _from_4d(mask: Tensor, time: int, past: int) -> Tensor:
         if floating:
             same &= ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()
         if not bool(same):
+            if not past:
+                check_mask(mask, unpadded.int() - 1, mask.shape[0], time)  # says so where it looks ahead
             raise ValueError(_CUSTOM_MASK)
     return unpadded
 
@@ -311,6 +361,10 @@ def _from_positions(given: dict, batch: int, time: int, past: int) -> Sequence:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs all sequences in one row, got a batch of {batch}")
         return Sequence.from_cu_seqlens(lengths, time)
+    if positions.dim() == 3:  # one for each axis of an image; text's own come first where there are four
+        if positions.shape[0] != 4:
+            return Sequence(None, past)
+        positions = positions[0]
     if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != time:
         raise ValueError(
             f"position_ids without an attention_mask must be [{batch}, {time}], got {list(positions.shape)}"

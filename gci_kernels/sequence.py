@@ -24,14 +24,15 @@ torch traces no change of Python's state there; what a layer sets is set back wh
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig
 
-from gci_kernels import frame
+from gci_kernels import direction, frame
+from gci_kernels.decoder_layers import find as _find
 from gci_kernels.frame import Context, Frame, Wanted
 from gci_kernels.swapped import Swapped, subclass
 
@@ -44,6 +45,9 @@ class _State:
     def __init__(self) -> None:
         self.frame: Frame | None = None
         self.context: Context | None = None
+        # What generate() made of a 2-D mask for a model that has windows in every layer, and the mask: from what was
+        # made, no one can tell which tokens before the window are padding.
+        self.padding: tuple[object, Tensor | None] | None = None
 
 
 class _Thread(threading.local):
@@ -82,8 +86,17 @@ class _Backbone(Swapped):
     """Mixin for the class of the module that calls the decoder layers."""
 
     def forward(self, base_forward: Callable, *args, **kwargs):
-        given = frame.read({**dict(zip(self.gci_arguments, args, strict=False)), **kwargs}, self.gci_wanted)
         state = _thread.state
+        arguments = {**dict(zip(self.gci_arguments, args, strict=False)), **kwargs}
+        if state.padding is not None and state.padding[0] is arguments.get("attention_mask"):
+            arguments["attention_mask"] = state.padding[1]
+            state.padding = None
+        given = frame.read(arguments, self.gci_wanted, self.gci_codebooks)
+        if given is not None:
+            look_ahead = arguments.get("is_causal") is False
+            reason = direction.ARGUMENT if look_ahead else direction.obstacle(self, self.gci_attentions)
+            if reason is not None:
+                raise ValueError(reason)
         before, state.frame = state.frame, given
         try:
             return base_forward(self, *args, **kwargs)
@@ -101,7 +114,7 @@ class _Layer(Swapped):
 
     def forward(self, base_forward: Callable, *args, **kwargs):
         given = kwargs.pop(_FRAME, None)
-        context = None if given is None else given.context(args, kwargs)
+        context = None if given is None else given.context(self, args, kwargs)
         state = _thread.state
         before, state.context = state.context, context
         try:
@@ -110,11 +123,45 @@ class _Layer(Swapped):
             state.context = before
 
 
-class Handle:
-    """The way back from :func:`attach`."""
+class _Generating(Swapped):
+    """Mixin for the class of the model whose generate() is called."""
 
-    def __init__(self, backbone: nn.Module, layers: nn.ModuleList) -> None:
-        self._backbone, self._layers = backbone, layers
+    wrapped = ("prepare_inputs_for_generation",)
+
+    def prepare_inputs_for_generation(self, base_method: Callable, *args, **kwargs):
+        inputs = base_method(self, *args, **kwargs)
+        given, made = kwargs.get("attention_mask"), inputs.get("attention_mask")
+        plain = given is None or (isinstance(given, Tensor) and given.dim() == 2)
+        _thread.state.padding = (made, given) if plain and made is not given and not _sees_all(self.config) else None
+        return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        if self.gci_wanted is None or any(True for _ in self.gci_wanted()):
+            raise TypeError(
+                "continuous batching (generate_batch) keeps the past of its requests in a PagedAttentionCache, beside "
+                "which ALoRA cannot keep its own; use generate() with a padded batch, or disable the adapter"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+
+def _sees_all(config: PretrainedConfig) -> bool:
+    """Whether any layer attends to all earlier tokens, so that generate() makes a mask of all of them."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return "full_attention" in kinds
+    return getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None
+
+
+class Handle:
+    """The way back from :func:`attach`, and what it found."""
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self._model, self._backbone, self.layers = model, backbone, layers
+
+    def depth(self) -> int:
+        """How many decoder layers run: all, or, in assisted decoding by an early exit, the config's number of them."""
+        return getattr(self._backbone.config, "num_hidden_layers", len(self.layers))
 
     def detach(self) -> None:
         """Gives every module its own class back; nothing of :func:`attach` stays. Twice does the same as once.
@@ -122,14 +169,20 @@ class Handle:
         Raises:
             RuntimeError: a module's class has been changed since (FSDP does that); nothing is detached then.
         """
-        modules = [module for module in (*self._layers, self._backbone) if isinstance(module, (_Layer, _Backbone))]
+        every = dict.fromkeys((*self.layers, self._backbone, self._model))
+        modules = [module for module in every if isinstance(module, _MIXINS)]
         for module in modules:
             if "_gci_parts" not in vars(type(module)):
                 raise RuntimeError(f"cannot detach: {type(module).__name__} has been given another class since")
         for module in modules:
             _give_class(module, type(module)._gci_parts[0])
-        for name in ("gci_arguments", "gci_wanted"):
-            vars(self._backbone).pop(name, None)
+        for module in every:
+            for name in _ATTRIBUTES:
+                vars(module).pop(name, None)
+
+
+_MIXINS = (_Layer, _Backbone, _Generating)
+_ATTRIBUTES = ("gci_arguments", "gci_attentions", "gci_codebooks", "gci_layer", "gci_wanted")
 
 
 def attach(model: nn.Module, wanted: Wanted | None = None) -> Handle:
@@ -138,28 +191,40 @@ def attach(model: nn.Module, wanted: Wanted | None = None) -> Handle:
     Args:
         model: a decoder-only model from transformers, or a PeftModel around one.
         wanted: gives (layer_key, adapter) for each call of :meth:`Context.update` that the next forward will make.
-            With it a cache that does not fit is refused before the model writes to it; without, the layer that finds
-            no past raises, and layers before it have been written. A bound method, so that copies of the model follow.
+            With it a cache that does not fit is refused before the model writes to it, and a forward for which it gives
+            nothing is the model's own; without, the layer that finds no past raises, and layers before it have been
+            written. A bound method, so that copies of the model follow.
 
     Raises:
         TypeError: not a model from transformers.
-        ValueError: its decoder layers cannot be found or hooked. The model is then as it was.
+        ValueError: its decoder layers cannot be found or hooked, or it attends in both directions. The model is then as
+            it was.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     backbone, layers = _find(model)
+    attentions = direction.self_attentions(layers)
+    if (reason := direction.obstacle(backbone, attentions)) is not None:
+        raise ValueError(reason)
     for module in (backbone, *layers):
         if "forward" in vars(module) and "_old_forward" not in vars(module):
             raise ValueError(f"cannot attach: the forward of a {type(module).__name__} is replaced on the instance")
     if not isinstance(backbone, _Backbone):
         _give_class(backbone, subclass(type(backbone), _Backbone))
-        code = type(backbone)._gci_parts[0].forward
-        backbone.gci_arguments = _positional(code)
-    backbone.gci_wanted = wanted
-    for layer in layers:
+        backbone.gci_arguments = _positional(type(backbone)._gci_parts[0].forward)
+    embedding = getattr(backbone, "embed_tokens", None)
+    backbone.gci_codebooks = len(embedding) if isinstance(embedding, nn.ModuleList) else 1
+    backbone.gci_wanted, backbone.gci_attentions = wanted, attentions
+    for number, layer in enumerate(layers):
         if not isinstance(layer, _Layer):
             _give_class(layer, subclass(type(layer), _Layer))
-    return Handle(backbone, layers)
+        names = _positional(type(layer)._gci_parts[0].forward)
+        layer.gci_layer = number, tuple(i for i, name in enumerate(names) if direction.is_self_mask(name))
+    if model is not backbone and isinstance(model, GenerationMixin):
+        if not isinstance(model, _Generating):
+            model.__class__ = subclass(type(model), _Generating)
+        model.gci_wanted = wanted
+    return Handle(model, backbone, layers)
 
 
 def _give_class(module: nn.Module, cls: type) -> None:
@@ -174,21 +239,3 @@ def _positional(forward: Callable) -> tuple[str, ...]:
     """The names of the arguments that `forward` takes by position, self left out."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]
-
-
-def _find(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The backbone and its decoder layers: the only list of modules of one class among the backbone's children."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a PreTrainedModel, or a PeftModel around one, got {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model must be decoder-only, got the encoder-decoder {type(model).__name__}")
-    backbone = model.get_decoder()
-    lists = {name: child for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)}
-    alike = [child for child in lists.values() if len({type(layer) for layer in child}) == 1]
-    if len(alike) != 1:
-        found = {name: sorted({type(layer).__name__ for layer in child}) for name, child in lists.items()}
-        raise ValueError(
-            f"model: the decoder layers of {type(backbone).__name__} must be its only ModuleList with modules of one "
-            f"class, found {found or 'no ModuleList'}"
-        )
-    return backbone, alike[0]

@@ -9,6 +9,7 @@ class Swapped:
     """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
 
     _gci_parts: ClassVar[tuple[type, type]]
+    wrapped: ClassVar[tuple[str, ...]] = ("forward",)
 
     def __reduce_ex__(self, protocol):
         # The class is made while the program runs; its parts can be found by name, it cannot.
@@ -22,21 +23,24 @@ class Swapped:
 
 
 @functools.cache
-def subclass(base: Any, mixin: type) -> Any:
+def subclass(base: Any, mixin: Any) -> Any:
     """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; the same each time.
 
     `base` is given back by `_gci_parts[0]`. The name stays because transformers, accelerate and FSDP know classes by
-    name, and forward keeps its signature because they also look at that.
+    name, and the methods in `wrapped` keep their signature because they also look at that: those get the base's as
+    their first argument after self.
     """
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    if (inner := getattr(mixin, "forward", None)) is not None:
+    wrapped = {name: _wrap(getattr(base, name), getattr(mixin, name)) for name in mixin.wrapped if hasattr(mixin, name)}
+    return type(base.__name__, (mixin, base), {**names, **wrapped, "_gci_parts": (base, mixin)})
 
-        @functools.wraps(base.forward)
-        def forward(self, *args, **kwargs):
-            return inner(self, base.forward, *args, **kwargs)
 
-        names["forward"] = forward
-    return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
+def _wrap(base_method: Any, inner: Any) -> Any:
+    @functools.wraps(base_method)
+    def method(self, *args, **kwargs):
+        return inner(self, base_method, *args, **kwargs)
+
+    return method
 
 
 def parts_of(cls: type) -> tuple[type, ...]:

@@ -194,7 +194,7 @@ class _OtherLayer(DynamicLayer):
         (lambda: type("MyCache", (DynamicCache,), {})(), "is a MyCache.*DynamicCache and StaticCache"),
         (lambda: Cache(layers=[DynamicLayer(), DynamicLayer()]), "is a Cache;.*DynamicCache and StaticCache"),
         (lambda: _with(DynamicCache(), offloading=True), "is a DynamicCache with offloading"),
-        (lambda: _with(DynamicCache(), layers=[_OtherLayer()]), "layers of .*_OtherLayer.*DynamicLayer, "),
+        (lambda: _with(DynamicCache(), layers=[_OtherLayer()]), "layers of .*_OtherLayer.*dynamic and static layers"),
     ],
     ids=["EncoderDecoderCache", "subclass", "Cache", "offloading", "layer"],
 )
@@ -254,10 +254,12 @@ def test_static_cache_in_generation(family, mode):
     assert torch.equal(actual, generate(model, use_cache=False, **MODES[mode]))
 
 
-def test_static_cache_of_sliding_layers_only():
+@pytest.mark.parametrize("padded", [True, False])
+def test_static_cache_of_sliding_layers_only(padded):
     model = attached("mistral")
-    with pytest.raises(ValueError, match="attention_mask"):
-        generate(model, cache_implementation="static", do_sample=False)
+    options = dict(mask=MASK if padded else torch.ones_like(MASK), do_sample=False)
+    actual = generate(model, cache_implementation="static", **options)
+    assert torch.equal(actual, generate(model, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])

@@ -294,6 +294,8 @@ def test_a_failing_patch_leaves_the_model_as_it_was():
     before = [(type(module), set(vars(module))) for module in model.modules()]
     with pytest.raises(ValueError, match="target_modules: no module is named"):
         gci_kernels.patch(model, config(target_modules=["q_proj", "fc"]))
-    with pytest.raises(TypeError, match="target_modules: model.norm is a LlamaRMSNorm; ALoRA adapts"):
-        gci_kernels.patch(model, config(target_modules=["q_proj", "norm"]))
+    with pytest.raises(TypeError, match="input_layernorm is a LlamaRMSNorm; ALoRA adapts"):
+        gci_kernels.patch(model, config(target_modules=["q_proj", "input_layernorm"]))
+    with pytest.raises(ValueError, match="target_modules: .*leaves out 1 targeted .*: lm_head; nothing is left"):
+        gci_kernels.patch(model, config(target_modules=["lm_head"]))
     assert [(type(module), set(vars(module))) for module in model.modules()] == before

@@ -12,7 +12,8 @@ import toy_alora
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, GPT2Config, T5Config, T5ForConditionalGeneration
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gci_kernels import sequence
@@ -147,7 +148,6 @@ CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7)
         {"attention_mask": LEFT[:2]},
         {"attention_mask": {"sliding_attention": CAUSAL}},
         {"attention_mask": 2 * LEFT},
-        {"position_ids": torch.arange(7).expand(3, 3, 7)},
         {"position_ids": torch.arange(6).expand(3, 6)},
         {"cu_seq_lens_q": torch.tensor([0, 3, 7])},
         {"past_key_values": ((torch.ones(3), torch.ones(3)),)},
@@ -415,8 +415,8 @@ def test_models_that_cannot_be_attached_are_refused_and_left_alone():
         attach(model)
     assert before == [type(module) for module in model.modules()]
     model = plain()
-    model.model.others = nn.ModuleList([nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match="^model: .*LlamaModel.*others.*Linear"):
+    model.model.others = nn.ModuleList([GPT2Block(GPT2Config(n_embd=8, n_head=2)) for _ in model.model.layers])
+    with pytest.raises(ValueError, match="^model: .*LlamaForCausalLM.*layers.*others.*GPT2Block"):
         attach(model)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from gci_kernels import decoder_layers
+
 #: What the MLP's last projection is called in the models of transformers; the first that a layer has is taken.
 PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "fc_out")
 # What computes attention from an explicit mask, which rows that share one sequence's keys need.
@@ -50,13 +52,9 @@ class Architecture:
         other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
         if other:
             raise ValueError(f"attribution can't walk layers of type {', '.join(sorted(other))}")
-        count = config.num_hidden_layers
-        lists = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-        layers = next(lists, None)
-        if layers is None:
-            raise ValueError(f"{type(model).__name__} has no list of its {count} decoder layers")
+        _, layers = decoder_layers.find(model)
         found = tuple(_projection(layer, number, projection) for number, layer in enumerate(layers))
-        return cls(model, tuple(layers), found)
+        return cls(model, layers, found)
 
     @property
     def last(self) -> int:

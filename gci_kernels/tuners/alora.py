@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from gci_kernels import sequence
+from gci_kernels import decoder_layers, direction, sequence
+from gci_kernels.frame import Context
 from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
@@ -81,6 +83,7 @@ class ALoRALinear(BottleneckLayer):
     def __init__(self, base_layer: nn.Module, name: str, config: ALoRAConfig, key: str) -> None:
         super().__init__(base_layer, name)
         self.key = key  # in the adapter's cache: the layer's name in the model
+        self.decoder_layers: tuple[int, ...] = ()  # the numbers of those that it lies in, several where it is shared
         self.update_layer(name, config)
 
     def update_layer(self, name: str, config: ALoRAConfig) -> None:
@@ -107,14 +110,32 @@ class ALoRALinear(BottleneckLayer):
         else:
             nn.init.kaiming_uniform_(self.gci_alora_B[name], a=math.sqrt(5))
 
+    def key_in(self, decoder_layer: int, run: int = 0) -> str:
+        """Under which the cache keeps what this layer makes when `decoder_layer` runs, for the first time or again."""
+        key = self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
+        return f"{key}, run {run}" if run else key
+
+    def _rows(self, x: Tensor, context: Context) -> Tensor:
+        """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
+        leading = tuple(x.shape[:-1])
+        if leading == context.shape:
+            return x
+        batch, time = context.shape
+        if math.prod(leading) != batch * time or leading == (time, batch):
+            raise ValueError(
+                f"{self.key} got x {list(x.shape)} in a forward of [batch, time] {context.shape}: ALoRA attends over "
+                "the model's own tokens, in their order; leave this layer out by exclude_modules"
+            )
+        return x.view(batch, time, x.shape[-1])
+
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
-        rows = x.view(*context.shape, x.shape[-1])  # some models give their inner layers [batch * time, features]
+        rows, key = self._rows(x, context), self.key_in(context.layer, context.run)
         kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
-        past = context.past(self.key, name, kept)
+        past = context.past(key, name, kept)
         y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
-        context.keep(self.key, name, kv)
-        return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
+        context.keep(key, name, kv)
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
@@ -129,7 +150,7 @@ class ALoRALinear(BottleneckLayer):
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(names)
-        rows = x.view(*context.shape, x.shape[-1])
+        rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)
         mixed.check(rows, names)
         tokens = mixed.Tokens(rows, names, self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
@@ -139,13 +160,13 @@ class ALoRALinear(BottleneckLayer):
             if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
                 return None
             found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
-            place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
+            place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
                 new = rows.new_zeros(*context.shape, width, dtype=autocast_dtype(rows))
-                kept.extend((new, context.past(self.key, key, new)))
+                kept.extend((new, context.past(layer_key, key, new)))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
             update, kv = self._attended(rows.index_select(0, samples), name, None, None, sub, past)
@@ -154,7 +175,7 @@ class ALoRALinear(BottleneckLayer):
 
         y = mixed.combine(self.base_layer, rows, tokens, add, step if fusion.takes_steps(self.gci_impl, rows) else None)
         if kept:
-            context.keep(self.key, key, kept[0])
+            context.keep(layer_key, key, kept[0])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _step(
@@ -165,7 +186,9 @@ class ALoRALinear(BottleneckLayer):
             return None
         group = self._group(name, context.shape[0])
         step: Any = find_step(x, weight, bias, (group,))
-        kept = None if step is None else context.room(self.key, name, 2 * self.r[name], x.dtype, x.device)
+        kept = None
+        if step is not None:
+            kept = context.room(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
@@ -181,6 +204,10 @@ class ALoRALinear(BottleneckLayer):
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
 
 
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 class ALoRAModel(BottleneckModel):
     """PEFT's tuner for GCI_ALORA. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
@@ -194,6 +221,15 @@ class ALoRAModel(BottleneckModel):
         self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        left_out, self._left_out, self._inside = self._left_out, [], {}
+        if left_out:
+            what = (
+                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
+                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+            )
+            if not any(adapter_name in layer.r for layer in self.adapted):
+                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
+            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.wanted)
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:
@@ -202,14 +238,17 @@ class ALoRAModel(BottleneckModel):
 
     def wanted(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
-        names = self.mixing
+        names, depth = self.mixing, self.attached.depth()
         for layer in self.adapted:
             if layer.disable_adapters:
                 continue
-            if names is None:
-                yield from ((layer.key, name) for name in layer.adapters())
-            elif any(name in layer.r for name in names):
-                yield layer.key, mixed_key(names)
+            for number in layer.decoder_layers:
+                if number >= depth:
+                    continue
+                if names is None:
+                    yield from ((layer.key_in(number), name) for name in layer.adapters())
+                elif any(name in layer.r for name in names):
+                    yield layer.key_in(number), mixed_key(names)
 
     @contextlib.contextmanager
     def _mixing(self, names: list[str]):

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gci_kernels import experts
+from gci_kernels import decoder_layers, experts
 from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
@@ -112,13 +113,12 @@ def _by_layer(
         rows = dict(enumerate(positions))
     else:
         raise ValueError(f"positions must be a file, a list or a mapping, got {type(positions).__name__}")
+    numbers, count = _numbers(model, modules)
     layers: dict[int, list[str]] = {}
-    for name in modules:
-        number = re.search(r"(?:^|\.)(\d+)\.", name)
-        if number and _is_target(name, target_modules):
-            layers.setdefault(int(number[1]), []).append(name)
-    config = getattr(model, "config", None)
-    count = config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else len(layers)
+    for name, number in numbers.items():
+        if _is_target(name, target_modules):
+            layers.setdefault(number, []).append(name)
+    count = len(layers) if count is None else count
     if not isinstance(positions, Mapping) and len(positions) != count:
         raise ValueError(f"positions are for {len(positions)} decoder layers, this model has {count}")
     found = {}
@@ -134,6 +134,24 @@ def _by_layer(
     if target_modules is None:
         experts.refuse_part(model, found)
     return found
+
+
+def _numbers(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[dict[str, int], int | None]:
+    """The number of the decoder layer that each module lies in, by name, and how many there are, where that is known.
+
+    A vision tower's layers have numbers too. What is no decoder-only model of transformers is taken by the first number
+    in a name, and a layer that then has several candidates is refused.
+    """
+    if isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
+        _, layers = decoder_layers.find(model)
+        inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+        return {name: inside[module] for name, module in modules.items() if module in inside}, len(layers)
+    found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in modules}
+    numbers = {name: int(number[1]) for name, number in found.items() if number}
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        return numbers, config.get_text_config().num_hidden_layers
+    return numbers, None
 
 
 def _is_target(name: str, target_modules: set[str] | str | None) -> bool:

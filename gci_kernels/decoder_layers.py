@@ -1,0 +1,84 @@
+"""Finds the decoder layers of a transformers model, whatever the model calls them and wherever they lie.
+
+The list of decoder layers is one of many ModuleLists: experts, embeddings of several codebooks and the layers of a
+vision or audio tower are others. What tells it from them is what transformers itself goes by: `get_decoder()` names the
+part of the model that decodes text, every module that owns a config is a model of its own (a tower has another one than
+the text model), layers derive from GradientCheckpointingLayer, and the config says how many there are.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+_Found = tuple[PreTrainedModel, str, nn.ModuleList]  # the model that owns the list, the list's name in it, the list
+
+
+def find(model: nn.Module) -> tuple[PreTrainedModel, tuple[nn.Module, ...]]:
+    """The backbone, which is the module whose forward gets mask, positions and cache, and its decoder layers, in order.
+
+    Layers may be of several classes. Of a vision-language model it is the text model's.
+
+    Raises:
+        TypeError: not a model from transformers.
+        ValueError: an encoder-decoder, or no list of layers, or several that cannot be told apart.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel, or a PeftModel around one, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model must be decoder-only, got the encoder-decoder {type(model).__name__}")
+    seen: list[_Found] = []
+    for root in _roots(model):
+        found = list(_lists(root, root, ""))
+        seen = seen or found
+        chosen = _choose(found, root.config.get_text_config(decoder=True))
+        if chosen:
+            layers = dict.fromkeys(layer for _, _, layers in chosen for layer in layers)
+            return chosen[0][0], tuple(layers)
+    lists = {name: sorted({type(layer).__name__ for layer in layers}) for _, name, layers in seen}
+    raise ValueError(
+        f"model: the decoder layers of {type(model).__name__} must be one ModuleList of its text model, "
+        f"found {lists or 'no ModuleList of layers'}"
+    )
+
+
+def _roots(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Where to look, one after the other. get_decoder() may name a head that happens to be called decoder."""
+    for root in (model.get_decoder(), model.base_model, model):
+        if isinstance(root, PreTrainedModel):
+            yield root
+
+
+def _lists(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[_Found]:
+    """Every outermost ModuleList of things that are made of linear layers, with the model that it belongs to."""
+    for key, child in module.named_children():
+        path = f"{name}.{key}" if name else key
+        if isinstance(child, nn.ModuleList):
+            if len(child) and all(_is_layer(layer) for layer in child):
+                yield owner, path, child
+        elif isinstance(child, PreTrainedModel):
+            yield from _lists(child, child, "")
+        else:
+            yield from _lists(child, owner, path)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(isinstance(each, (nn.Linear, Conv1D)) for each in module.modules() if each is not module)
+
+
+def _choose(found: Sequence[_Found], config) -> list[_Found]:
+    """The list of decoder layers; two where a model runs both in turn, of layers of the same classes; or none."""
+    count = getattr(config, "num_hidden_layers", None)
+    tests = (
+        lambda owner, layers: type(owner.config) is type(config),
+        lambda owner, layers: all(isinstance(layer, GradientCheckpointingLayer) for layer in layers),
+        lambda owner, layers: len(layers) == count,
+    )
+    for number, test in enumerate(tests):
+        passed = [each for each in found if test(each[0], each[2])]
+        if passed or number == 0:  # the layers of a model with another config are never the text model's
+            found = passed
+    same = len({(id(owner), frozenset(map(type, layers))) for owner, _, layers in found}) == 1
+    return list(found) if same else []
