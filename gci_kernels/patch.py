@@ -16,8 +16,17 @@ from torch import nn
 
 from gci_kernels import frozen
 from gci_kernels.ops.bottleneck import choose_plan
+from gci_kernels.swapped import set_class
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
-from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle, swap, swap_back
+from gci_kernels.tuners.lora import (
+    FusedLora,
+    FusedLoraModel,
+    is_plain_lora,
+    lora_obstacle,
+    swap,
+    swap_back,
+    swap_tuners,
+)
 
 # Set on the tuner of a model that patch() made from a plain one: the _Undo that gives the plain one back.
 _UNDO = "_gci_undo"
@@ -36,7 +45,7 @@ class _Undo:
     def apply(self, model: nn.Module) -> None:
         for module, attribute, key, old in self.changes:
             if attribute == "__class__":
-                module.__class__ = old
+                set_class(module, old)
                 continue
             # Dictionaries are changed in place: hook handles hold on to them.
             container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)
@@ -167,6 +176,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
     for _, module in adapted:
         if is_plain_lora(module):
             swap(module)
+    swap_tuners(model)
 
 
 def _obstacle(module: Any, *, active_only: bool = False) -> str | None:
@@ -196,7 +206,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         undo.apply(plain)
         frozen.swap_back(plain)
         return plain
-    fused = [module for module in model.modules() if isinstance(module, FusedLora)]
+    fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
     if not fused and not published:
         raise ValueError(

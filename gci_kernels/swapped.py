@@ -1,6 +1,7 @@
 """Gives an object a subclass of its own class: what it is made of, its name and its copies stay as they were."""
 
 import functools
+from types import MethodType
 from typing import Any, ClassVar
 
 
@@ -31,6 +32,18 @@ def subclass(base: Any, mixin: type) -> Any:
 
         names["forward"] = forward
     return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
+
+
+def set_class(instance: Any, cls: type) -> None:
+    """Gives `instance` the class `cls`, and binds forwards that the instance holds to that of `cls`.
+
+    accelerate's hooks keep the forward of the class that they found, and leave it on the instance when they go.
+    """
+    before = getattr(type(instance), "forward", None)
+    instance.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        if before is not None and getattr(vars(instance).get(name), "__func__", None) is before:
+            vars(instance)[name] = MethodType(cls.forward, instance)  # type: ignore[attr-defined]
 
 
 def _new_instance(base: type, mixin: type):

@@ -1,6 +1,5 @@
 """ALoRA (arXiv 2405.17830) as the PEFT method GCI_ALORA."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer, register
+from gci_kernels.tuners.scaling import applied, number
 
 
 @dataclass
@@ -115,18 +115,20 @@ class ALoRALinear(BottleneckLayer):
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
+        scaling, B = applied(self.scaling[name], B)
         return alora_linear(
-            x, weight, bias, self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
-            num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
+            x, weight, bias, A, qkv, B,
+            num_heads=self.num_heads[name], scaling=scaling, residual=self.residual[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
         )  # fmt: skip
 
-    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
-        context, key = sequence.required(), mixed_key(names)
+        context, key = sequence.required(), mixed_key(mix.names)
         rows = x.view(*context.shape, x.shape[-1])
-        mixed.check(rows, names)
-        tokens = mixed.Tokens(rows, names, self.r)
+        mix.check(rows, self)
+        tokens = mixed.Tokens(rows, mix.expanded(rows.shape[0]), self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
         kept: list[Any] = []
 
@@ -167,7 +169,8 @@ class ALoRALinear(BottleneckLayer):
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
-        return Group(A, B, self.scaling[name], first, count, None, None, qkv, self.num_heads[name], self.residual[name])
+        scaling = number(self.scaling[name])
+        return Group(A, B, scaling, first, count, None, None, qkv, self.num_heads[name], self.residual[name])
 
     def describe(self, name: str) -> str:
         return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
@@ -183,7 +186,6 @@ class ALoRAModel(BottleneckModel):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not hasattr(self, "adapted"):
             self.adapted: list[ALoRALinear] = []
-            self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.attached = sequence.attach(model, self.wanted)
@@ -194,22 +196,14 @@ class ALoRAModel(BottleneckModel):
 
     def wanted(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
-        names = self.mixing
         for layer in self.adapted:
             if layer.disable_adapters:
                 continue
-            if names is None:
+            mix = mixed.current(layer)
+            if mix is None:
                 yield from ((layer.key, name) for name in layer.adapters())
-            elif any(name in layer.r for name in names):
-                yield layer.key, mixed_key(names)
-
-    @contextlib.contextmanager
-    def _mixing(self, names: list[str]):
-        self.mixing = names
-        try:
-            yield
-        finally:
-            self.mixing = None
+            elif any(name in layer.r for name in mix.names):
+                yield layer.key, mixed_key(mix.names)
 
     def _detach(self) -> None:
         self.attached.detach()

@@ -31,7 +31,7 @@ class DecodingLayer:
         return fusion.combine(self.base_layer, x, names, self._update, self._step if fusion.decodes(x) else None)
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
-        """base(x) with, for each row of x, the update of the adapter that `names` gives it, where it is `present`."""
+        """base(x) with, for the rows of each of `names`, the update of that adapter, where it is `present`."""
         step = self._mixed_step if fusion.decodes(x) else None
         return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, present), self._add_update, step)
 

@@ -1,16 +1,19 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners import lora
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import Group
-from gci_kernels.swapped import Swapped, subclass
-from gci_kernels.tuners import fusion
+from gci_kernels.swapped import Swapped, set_class, subclass
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.scaling import applied, number
 
 # PEFT's layers that compute base(x) + scaling * B(A(dropout(x))), and differ in how they merge: one for each kind of
 # base layer. By name, because most of their modules cannot be imported without the library they are for.
@@ -71,29 +74,30 @@ class FusedLora(DecodingLayer, Swapped, _Layer):
     def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
     ) -> Tensor:
-        if adapter_names is not None:
-            return self._mixed(own_forward, x, *args, adapter_names=adapter_names, **kwargs)
-        if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
+        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        if mix is not None:
+            return self._mixed(own_forward, x, mix, *args, **kwargs)
+        if args or kwargs or self._disable_adapters or self.merged_adapters or self.obstacle() is not None:
             return own_forward(self, x, *args, **kwargs)
         return self._run(x, self.adapters())
 
-    def _mixed(
-        self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str], **kwargs
-    ) -> Tensor:
-        self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
+    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.Mix, *args, **kwargs) -> Tensor:
+        names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
+        self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
+        mix.check(x, self)
         present = self._present()
-        fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
+        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & present.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
-            return own_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
-        return self._run_mixed(x, adapter_names, present)
+            return own_forward(self, x, *args, adapter_names=names, **kwargs)
+        return self._run_mixed(x, mix.names, present)
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        scaling, extra = self.scaling[name], _part(self, "lora_B", name).bias
+        (A, _), (B, extra) = (fusion.operands(_part(self, part, name)) for part in ("lora_A", "lora_B"))
         if extra is not None:
-            extra = (extra * scaling).to(x.dtype)
+            extra = (extra * self.scaling[name]).to(x.dtype)
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
-        A, B = (_part(self, part, name).weight for part in ("lora_A", "lora_B"))
+        scaling, B = applied(self.scaling[name], B)
         y = lora_linear(x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name))
         return y if extra is None else y + extra
 
@@ -102,11 +106,13 @@ class FusedLora(DecodingLayer, Swapped, _Layer):
         return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _has_step(self, name: str) -> bool:
-        return _part(self, "lora_B", name)._parameters.get("bias") is None and not self._dropout_p(name)
+        if number(self.scaling[name]) is None or self._dropout_p(name):
+            return False
+        return fusion.operands(_part(self, "lora_B", name))[1] is None
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, B = (fusion.operands(_part(self, part, name))[0] for part in ("lora_A", "lora_B"))
-        return Group(A, B, self.scaling[name], first, count)
+        return Group(A, B, number(self.scaling[name]), first, count)
 
 
 # What a patched peft.tuners.lora.Linear is.
@@ -123,9 +129,46 @@ def is_plain_lora(module: nn.Module) -> bool:
 def swap(module: Any) -> None:
     """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
     kind: Any = type(module)
-    module.__class__ = subclass(kind, FusedLora)
+    set_class(module, subclass(kind, FusedLora))
+
+
+if TYPE_CHECKING:
+    _Tuner = lora.LoraModel
+else:
+    _Tuner = object
+
+
+class FusedLoraModel(Swapped, _Tuner):
+    """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names = kwargs.pop("adapter_names", None)
+        if names is None or not self._takes(names):
+            with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):  # which raises
+                yield
+            return
+        taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            with mixed.given(self, names, args, kwargs, (FusedLora,), taking):
+                yield
+
+    def _takes(self, names: object) -> bool:
+        """Whether PEFT has nothing against the names."""
+        if self.training or not isinstance(names, (list, tuple)):
+            return False
+        layers = [module for module in self.modules() if isinstance(module, lora.LoraLayer)]
+        known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        return set(names) <= known | {mixed.BASE}
+
+
+def swap_tuners(model: nn.Module) -> None:
+    """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
+    for module in model.modules():
+        if type(module) is lora.LoraModel:
+            set_class(module, subclass(lora.LoraModel, FusedLoraModel))
 
 
 def swap_back(module: Any) -> None:
-    """Undoes :func:`swap`."""
-    module.__class__ = module._gci_parts[0]
+    """Undoes :func:`swap`, and :func:`swap_tuners` for one of them."""
+    set_class(module, module._gci_parts[0])
