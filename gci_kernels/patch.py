@@ -17,12 +17,13 @@ from torch import nn
 from gci_kernels import frozen
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.swapped import set_class
-from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, split
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, hooks, split
 from gci_kernels.tuners.lora import (
     FusedLora,
     FusedLoraModel,
     is_plain_lora,
     lora_obstacle,
+    place,
     swap,
     swap_back,
     swap_tuners,
@@ -135,6 +136,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     _check_targets(model, config)
     peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name)
     if isinstance(config, LoraConfig):
+        place(peft_model, config, adapter_name)
         _fuse_lora(peft_model)
     return peft_model
 
@@ -186,7 +188,8 @@ def _obstacle(module: Any, *, active_only: bool = False) -> str | None:
     if not isinstance(module, FusedLora) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
     names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
-    reasons = [reason for name in names if (reason := lora_obstacle(module, name)) is not None]
+    found = (lora_obstacle(module, name, hooked=active_only) for name in names)
+    reasons = [reason for reason in found if reason is not None]
     return reasons[0] if reasons and (active_only or len(reasons) == len(names)) else None
 
 
@@ -297,7 +300,7 @@ def _adapter_report(name: str, module: Any) -> LayerReport:
     plan = decode = None
     if declined is None:
         first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
-        shape = dict(dtype=dtype or first.dtype, device_type=first.device.type)
+        shape = dict(dtype=dtype or first.dtype, device_type=hooks.device_of(base, first.device).type)
         own = isinstance(module, AdaptedLinear)
         plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
         decode = module.decode_plan(**shape)

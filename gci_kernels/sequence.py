@@ -25,7 +25,6 @@ torch traces no change of Python's state there; what a layer sets is set back wh
 import inspect
 import threading
 from collections.abc import Callable
-from types import MethodType
 
 from peft import PeftModel
 from torch import nn
@@ -33,7 +32,7 @@ from transformers import PreTrainedModel
 
 from gci_kernels import frame
 from gci_kernels.frame import Context, Frame, Wanted
-from gci_kernels.swapped import Swapped, subclass
+from gci_kernels.swapped import Swapped, set_class, subclass
 
 _FRAME = "gci_frame"  # the decoder layers' additional argument
 
@@ -127,7 +126,7 @@ class Handle:
             if "_gci_parts" not in vars(type(module)):
                 raise RuntimeError(f"cannot detach: {type(module).__name__} has been given another class since")
         for module in modules:
-            _give_class(module, type(module)._gci_parts[0])
+            set_class(module, type(module)._gci_parts[0])
         for name in ("gci_arguments", "gci_wanted"):
             vars(self._backbone).pop(name, None)
 
@@ -149,25 +148,18 @@ def attach(model: nn.Module, wanted: Wanted | None = None) -> Handle:
         model = model.get_base_model()
     backbone, layers = _find(model)
     for module in (backbone, *layers):
-        if "forward" in vars(module) and "_old_forward" not in vars(module):
+        forward = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate's hooks keep the first
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             raise ValueError(f"cannot attach: the forward of a {type(module).__name__} is replaced on the instance")
     if not isinstance(backbone, _Backbone):
-        _give_class(backbone, subclass(type(backbone), _Backbone))
+        set_class(backbone, subclass(type(backbone), _Backbone))
         code = type(backbone)._gci_parts[0].forward
         backbone.gci_arguments = _positional(code)
     backbone.gci_wanted = wanted
     for layer in layers:
         if not isinstance(layer, _Layer):
-            _give_class(layer, subclass(type(layer), _Layer))
+            set_class(layer, subclass(type(layer), _Layer))
     return Handle(backbone, layers)
-
-
-def _give_class(module: nn.Module, cls: type) -> None:
-    before = type(module).forward
-    module.__class__ = cls
-    # accelerate's hooks for models on several devices keep the forward of the class that they found.
-    if getattr(vars(module).get("_old_forward"), "__func__", None) is before:
-        module._old_forward = MethodType(cls.forward, module)
 
 
 def _positional(forward: Callable) -> tuple[str, ...]:

@@ -135,7 +135,8 @@ class ALoRALinear(BottleneckLayer):
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
             if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
                 return None
-            found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
+            groups = tokens.groups(self._group)  # held, for a step knows addresses alone
+            found: Any = find_step(rows, weight, bias, groups, tokens.rows)
             place = None if found is None else context.room(self.key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 

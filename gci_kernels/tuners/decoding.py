@@ -41,7 +41,8 @@ class DecodingLayer:
         """fusion.Step."""
         if not self._has_step(name):
             return None
-        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
+        groups = (self._group(name, x.numel() // x.shape[-1]),)  # held, for a step knows addresses alone
+        step = find_step(x, weight, bias, groups)
         return None if step is None else step.run(x, y)
 
     def _mixed_step(
@@ -50,7 +51,8 @@ class DecodingLayer:
         """mixed.MixedStep."""
         if not all(map(self._has_step, tokens.samples)):
             return None
-        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
+        groups = tokens.groups(self._group)
+        step = find_step(x, weight, bias, groups, tokens.rows)
         return None if step is None else step.run(x, y)
 
     def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:

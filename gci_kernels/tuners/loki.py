@@ -289,6 +289,8 @@ class LoKILinear(AdaptedLinear):
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
             return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+        if fusion.obstacle(self.base_layer) is not None:
+            return "rows=replaced"  # in what the base layer returns
         share = self.loki_positions[name].shape[0] / self.out_features
         keep = self.merged_rows is not None
         form = choose_form("auto", tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)

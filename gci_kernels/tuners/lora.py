@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import Group
 from gci_kernels.swapped import Swapped, set_class, subclass
-from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.scaling import applied, number
 
@@ -23,16 +24,23 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def lora_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
-    """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused."""
+def lora_obstacle(layer: lora.LoraLayer, name: str, *, hooked: bool = True) -> str | None:
+    """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused.
+
+    With `hooked` False hooks of accelerate, which may be taken away again, are no reason.
+    """
     variant = layer.lora_variant.get(name)
     if variant is not None:
         return f"adapter {name!r} uses {type(variant).__name__}, which changes the formula"
     dropout = _part(layer, "lora_dropout", name)
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"adapter {name!r} has dropout of type {type(dropout).__name__}"
-    reason = fusion.obstacle(_part(layer, "lora_A", name)) or fusion.obstacle(_part(layer, "lora_B", name))
-    return None if reason is None else f"adapter {name!r}: {reason}"
+    for part in ("lora_A", "lora_B"):
+        module = _part(layer, part, name)
+        reason = fusion.obstacle(module)
+        if reason is not None and (hooked or hooks.HOOK not in vars(module)):
+            return f"adapter {name!r}: {reason}"
+    return None
 
 
 def _part(layer: Any, part: str, name: str) -> Any:
@@ -160,6 +168,27 @@ class FusedLoraModel(Swapped, _Tuner):
         layers = [module for module in self.modules() if isinstance(module, lora.LoraLayer)]
         known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
         return set(names) <= known | {mixed.BASE}
+
+
+def place(model: nn.Module, config: LoraConfig, name: str) -> None:
+    """Makes the adapter `name` anew where an offloaded base layer computes: PEFT leaves it on the meta device.
+
+    Raises:
+        ValueError: it has parts beside A and B, whose values are lost.
+    """
+    for path, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer) or name not in layer.lora_A or not layer.lora_A[name].weight.is_meta:
+            continue
+        base = layer.get_base_layer()
+        if not hooks.is_offloaded(base):  # a model without values, for the adapter's file to fill
+            continue
+        for part in (layer.lora_A, layer.lora_B):
+            part[name].to_empty(device=hooks.device_of(base, base.weight.device)).reset_parameters()
+        with hooks.at_hand(base):
+            layer.reset_lora_parameters(name, config.init_lora_weights)
+        own = (each for key, each in layer.named_parameters() if "lora_" in key and name in key.split("."))
+        if any(each.is_meta for each in own):
+            raise ValueError(f"{path} is offloaded, and this kind of LoRA needs its weight: add the adapter before the hooks")
 
 
 def swap_tuners(model: nn.Module) -> None:
