@@ -16,7 +16,7 @@ from torch import nn
 
 from gci_kernels import frozen
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.swapped import set_class
+from gci_kernels.swapped import give_class
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, fusion, hooks, split
 from gci_kernels.tuners.lora import (
     FusedLora,
@@ -46,7 +46,7 @@ class _Undo:
     def apply(self, model: nn.Module) -> None:
         for module, attribute, key, old in self.changes:
             if attribute == "__class__":
-                set_class(module, old)
+                give_class(module, old)
                 continue
             # Dictionaries are changed in place: hook handles hold on to them.
             container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from gci_kernels import frame
 from gci_kernels.frame import Context, Frame, Wanted
-from gci_kernels.swapped import Swapped, set_class, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 
 _FRAME = "gci_frame"  # the decoder layers' additional argument
 
@@ -126,7 +126,7 @@ class Handle:
             if "_gci_parts" not in vars(type(module)):
                 raise RuntimeError(f"cannot detach: {type(module).__name__} has been given another class since")
         for module in modules:
-            set_class(module, type(module)._gci_parts[0])
+            give_class(module, type(module)._gci_parts[0])
         for name in ("gci_arguments", "gci_wanted"):
             vars(self._backbone).pop(name, None)
 
@@ -152,13 +152,13 @@ def attach(model: nn.Module, wanted: Wanted | None = None) -> Handle:
         if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             raise ValueError(f"cannot attach: the forward of a {type(module).__name__} is replaced on the instance")
     if not isinstance(backbone, _Backbone):
-        set_class(backbone, subclass(type(backbone), _Backbone))
+        give_class(backbone, subclass(type(backbone), _Backbone))
         code = type(backbone)._gci_parts[0].forward
         backbone.gci_arguments = _positional(code)
     backbone.gci_wanted = wanted
     for layer in layers:
         if not isinstance(layer, _Layer):
-            set_class(layer, subclass(type(layer), _Layer))
+            give_class(layer, subclass(type(layer), _Layer))
     return Handle(backbone, layers)
 
 

@@ -34,7 +34,7 @@ def subclass(base: Any, mixin: type) -> Any:
     return type(base.__name__, (mixin, base), {**names, "_gci_parts": (base, mixin)})
 
 
-def set_class(instance: Any, cls: type) -> None:
+def give_class(instance: Any, cls: type) -> None:
     """Gives `instance` the class `cls`, and binds forwards that the instance holds to that of `cls`.
 
     accelerate's hooks keep the forward of the class that they found, and leave it on the instance when they go.

@@ -27,10 +27,10 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
         x: what it would be called with; None: something on the device of its weight.
     """
     forward = vars(module)["forward"]
-    if _is_own(module, forward):  # what accelerate leaves where it takes its hook away
+    if is_own(module, forward):  # what accelerate leaves where it takes its hook away
         return None
     hook, old = vars(module).get(HOOK), vars(module).get("_old_forward")
-    if torch.compiler.is_compiling() or not (hook is not None and _is_of_accelerate(forward) and _is_own(module, old)):
+    if torch.compiler.is_compiling() or not (hook is not None and _is_of_accelerate(forward) and is_own(module, old)):
         return "its forward is replaced on the instance"
     for each in _each(hook):
         if type(each) not in (ModelHook, AlignDevicesHook) or each.no_grad:
@@ -45,7 +45,7 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
     return None
 
 
-def _is_own(module: nn.Module, forward: object) -> bool:
+def is_own(module: nn.Module, forward: object) -> bool:
     """Whether `forward` is that of the module's class, bound to the module."""
     return (
         getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import Group
-from gci_kernels.swapped import Swapped, set_class, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.scaling import applied, number
@@ -137,7 +137,7 @@ def is_plain_lora(module: nn.Module) -> bool:
 def swap(module: Any) -> None:
     """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
     kind: Any = type(module)
-    set_class(module, subclass(kind, FusedLora))
+    give_class(module, subclass(kind, FusedLora))
 
 
 if TYPE_CHECKING:
@@ -195,9 +195,9 @@ def swap_tuners(model: nn.Module) -> None:
     """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
     for module in model.modules():
         if type(module) is lora.LoraModel:
-            set_class(module, subclass(lora.LoraModel, FusedLoraModel))
+            give_class(module, subclass(lora.LoraModel, FusedLoraModel))
 
 
 def swap_back(module: Any) -> None:
     """Undoes :func:`swap`, and :func:`swap_tuners` for one of them."""
-    set_class(module, module._gci_parts[0])
+    give_class(module, module._gci_parts[0])

@@ -34,23 +34,23 @@ class Mix:
 
     Attributes:
         names: one for each input of the call.
-        layers: ids of the modules that it is for, and whether each is an expert or lies outside of the text's layers.
+        layers: ids of the modules that it is for, and of each whether it is an expert's, or one that sees no text.
         repeats: how many rows generate() may make of each input.
         shape: batch, and lengths of the sequences, of the model's forward that runs; None before the first.
-        even: whether that forward has as much of images or sounds in every row.
+        even: whether that forward has as much of images or sounds in every row; None: it has none, as far as is known.
     """
 
     def __init__(self, names: Sequence[str], repeats: frozenset[int] = frozenset((1,))) -> None:
         self.names, self.repeats = list(names), repeats
         self.layers: dict[int, str | None] = {}
         self.shape: tuple[int, set[int]] | None = None
-        self.even = False
+        self.even: bool | None = None
         self._expanded: dict[int, list[str]] = {len(self.names): self.names}
 
     def fits(self, x: Tensor, layer: nn.Module) -> bool:
         """Whether the rows of x [..., in] are known to be those of the inputs in turn, as many of each."""
         count, rows, kind = len(self.names), x.shape[0], self.layers.get(id(layer))
-        if not count or (kind == "expert" and x.dim() == 2):
+        if not count or (kind == "expert" and x.dim() == 2) or (kind == "tower" and self.even is False):
             return False
         if self.shape is None:
             return rows == count
@@ -59,7 +59,7 @@ class Mix:
             return False
         if rows == batch or (x.dim() == 2 and any(rows == batch * length for length in lengths)):
             return True
-        return kind == "tower" and self.even and rows % batch == 0
+        return kind == "tower" and self.even is True and rows % batch == 0
 
     def check(self, x: Tensor, layer: nn.Module) -> None:
         """ValueError unless x :meth:`fits`."""
@@ -91,7 +91,7 @@ class Mix:
         texts = [t for t in (kwargs.get(name) for name in _TEXTS) if isinstance(t, Tensor)]
         texts = texts or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
         self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
-        self.even = bool(texts) and _is_even(model, kwargs.get("input_ids", texts[0]))
+        self.even = _is_even(model, kwargs.get("input_ids"))
 
     def give(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a module that takes adapter_names; as :meth:`note`."""
@@ -126,16 +126,19 @@ def current(layer: nn.Module) -> Mix | None:
     return mix if mix is not None and id(layer) in mix.layers else None
 
 
-def _is_even(model: nn.Module, ids: Tensor | None) -> bool:
-    """Whether all rows of input_ids have as many tokens that stand for something else; waits for a GPU."""
+def _is_even(model: nn.Module, ids: Tensor | None) -> bool | None:
+    """Whether all rows of input_ids have as many tokens that stand for something else; None: there are none."""
+    if ids is None or ids.dim() != 2 or ids.shape[1] == 1:
+        return None
     settings = vars(model.config) if hasattr(model, "config") else {}
     placeholders = {
         value for name, value in settings.items() if _PLACEHOLDER.match(name) and isinstance(value, int)
     }
-    if not placeholders or ids is None or ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] == 1:
-        return False
-    counts = sum((ids == value).sum(1) for value in placeholders)
-    return bool((counts == counts[0]).all())  # type: ignore[index]
+    if not placeholders:
+        return None
+    counts = torch.stack([(ids == value).sum(1) for value in placeholders])
+    low, high = torch.stack((counts.amin(1), counts.amax(1))).tolist()  # waits for a GPU, once a prompt
+    return None if not any(high) else low == high
 
 
 class Tokens:
@@ -233,7 +236,8 @@ def given(
     handles = [model.register_forward_pre_hook(mix.note, with_kwargs=True)]
     for name, module in tuner.named_modules():
         if isinstance(module, reading):
-            outside = bool(inner) and id(module) not in inner
+            # Heads are children of the model itself.
+            outside = bool(inner) and id(module) not in inner and name.count(".") > 1
             mix.layers[id(module)] = "expert" if _EXPERT.search(name) else "tower" if outside else None
         elif isinstance(module, taking):
             handles.append(module.register_forward_pre_hook(mix.give, with_kwargs=True))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
-from gci_kernels.swapped import Swapped, set_class, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 from gci_kernels.tuners import fusion
 
 _STATE = "_gci_split"
@@ -76,12 +76,12 @@ def swap(module: nn.Module) -> None:
     """Gives a published layer the fused forward, in place."""
     if not isinstance(module, FusedSplit):
         setattr(module, _STATE, _State())
-        set_class(module, subclass(type(module), FusedSplit))
+        give_class(module, subclass(type(module), FusedSplit))
 
 
 def swap_back(module: nn.Module) -> None:
     """Undoes :func:`swap`."""
-    set_class(module, module._gci_parts[0])
+    give_class(module, module._gci_parts[0])
     delattr(module, _STATE)
 
 
