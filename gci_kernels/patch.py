@@ -300,7 +300,8 @@ def _adapter_report(name: str, module: Any) -> LayerReport:
     plan = decode = None
     if declined is None:
         first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
-        shape = dict(dtype=dtype or first.dtype, device_type=hooks.device_of(base, first.device).type)
+        device = hooks.device_of(base, first.device).type
+        shape: dict[str, Any] = dict(dtype=dtype or first.dtype, device_type=device)
         own = isinstance(module, AdaptedLinear)
         plan = module.plan(2048, **shape) if own else str(choose_plan("auto", tokens=2048, **shape, mixer="identity"))
         decode = module.decode_plan(**shape)

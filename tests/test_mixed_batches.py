@@ -260,6 +260,18 @@ def test_another_model_that_runs_meanwhile(method):
     assert len(seen) == 1 and torch.equal(seen[0], wanted)
 
 
+@pytest.mark.parametrize("method", (*METHODS, "loki"))
+def test_a_compiled_model_follows_the_names(method):
+    model = with_two(method)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for names in (NAMES, NAMES[::-1]):
+            wanted = model(BATCH, adapter_names=names).logits
+            assert relative_error(compiled(BATCH, adapter_names=names).logits, wanted) < 1e-5
+        assert relative_error(compiled(BATCH).logits, model(BATCH).logits) < 1e-5
+
+
 def test_a_mixed_batch_of_layers_without_some_adapter():
     model = adapted("loramoe")
     model.add_adapter("other", config("loramoe", target_modules=["up_proj"]))

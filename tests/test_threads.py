@@ -1,5 +1,6 @@
 """One model in several threads: mixed batches at once, and the replicas of torch.nn.DataParallel."""
 
+import functools
 import sys
 import threading
 
@@ -178,10 +179,13 @@ def test_replicas_in_training(method, replicate):
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
+    def loss(model, half):
+        return model(**half).loss
+
     halves = [dict(input_ids=LONG[half], labels=LONG[half]) for half in (slice(0, 2), slice(2, 4))]
-    wanted = gradients(sum(model(**half).loss for half in halves))
+    wanted = gradients(sum(loss(model, half) for half in halves))
     for _ in range(2):  # LoKI keeps a copy of W from the first
         replicas = replicate(model)
-        losses = at_once(*(lambda n=n: replicas[n](**halves[n]).loss for n in range(2)))
+        losses = at_once(*(functools.partial(loss, replicas[n], halves[n]) for n in range(2)))
         actual = gradients(sum(losses))
         assert wanted.keys() == actual.keys() and all(relative_error(actual[n], wanted[n]) < 1e-5 for n in wanted)

@@ -1,9 +1,9 @@
 """accelerate's hooks, for layers that read the tensors of other modules where those modules are not called.
 
-accelerate (cpu_offload, disk_offload, dispatch_model, device_map) replaces the forward of a module's instance: before it
-runs, its AlignDevicesHook brings the module's tensors to the execution device and moves the input there; behind it, it
-puts tensors that it offloads back onto the meta device. A container of parameters has such a hook too, but no forward
-that anybody calls.
+accelerate (cpu_offload, disk_offload, dispatch_model, device_map) replaces the forward of a module's instance. Before
+that runs, its AlignDevicesHook brings the module's tensors to the execution device and moves the input there; behind
+it, it puts the tensors that it offloads back onto the meta device. A container of parameters has such a hook too, but
+no forward that anybody calls.
 """
 
 import contextlib
@@ -47,9 +47,7 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
 
 def is_own(module: nn.Module, forward: object) -> bool:
     """Whether `forward` is that of the module's class, bound to the module."""
-    return (
-        getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-    )
+    return getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
 
 
 def _is_of_accelerate(forward: object) -> bool:

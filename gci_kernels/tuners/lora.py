@@ -176,10 +176,11 @@ def place(model: nn.Module, config: LoraConfig, name: str) -> None:
     Raises:
         ValueError: it has parts beside A and B, whose values are lost.
     """
-    for path, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer) or name not in layer.lora_A or not layer.lora_A[name].weight.is_meta:
+    layers: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], lora.LoraLayer)]
+    for path, layer in layers:
+        if name not in layer.lora_A or not layer.lora_A[name].weight.is_meta:
             continue
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         if not hooks.is_offloaded(base):  # a model without values, for the adapter's file to fill
             continue
         for part in (layer.lora_A, layer.lora_B):
@@ -188,14 +189,20 @@ def place(model: nn.Module, config: LoraConfig, name: str) -> None:
             layer.reset_lora_parameters(name, config.init_lora_weights)
         own = (each for key, each in layer.named_parameters() if "lora_" in key and name in key.split("."))
         if any(each.is_meta for each in own):
-            raise ValueError(f"{path} is offloaded, and this kind of LoRA needs its weight: add the adapter before the hooks")
+            raise ValueError(
+                f"{path} is offloaded, and this kind of LoRA needs its weight: add the adapter before the hooks"
+            )
+
+
+# What a patched peft.tuners.lora.LoraModel is.
+FusedLoraTuner = subclass(lora.LoraModel, FusedLoraModel)
 
 
 def swap_tuners(model: nn.Module) -> None:
     """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
     for module in model.modules():
         if type(module) is lora.LoraModel:
-            give_class(module, subclass(lora.LoraModel, FusedLoraModel))
+            give_class(module, FusedLoraTuner)
 
 
 def swap_back(module: Any) -> None:

@@ -76,7 +76,9 @@ class Mix:
     def _place(self, x: Tensor) -> str:
         if self.shape is None or self.shape[0] == x.shape[0]:
             return ""
-        return f"; in a forward of batch {self.shape[0]} it is not known which inputs {list(x.shape)} of a layer are whose"
+        return (
+            f"; in a forward of batch {self.shape[0]} it is not known which inputs {list(x.shape)} of a layer are whose"
+        )
 
     def expanded(self, rows: int) -> list[str]:
         """The names for `rows` rows, as many for each input."""
@@ -131,9 +133,7 @@ def _is_even(model: nn.Module, ids: Tensor | None) -> bool | None:
     if ids is None or ids.dim() != 2 or ids.shape[1] == 1:
         return None
     settings = vars(model.config) if hasattr(model, "config") else {}
-    placeholders = {
-        value for name, value in settings.items() if _PLACEHOLDER.match(name) and isinstance(value, int)
-    }
+    placeholders = {value for name, value in settings.items() if _PLACEHOLDER.match(name) and isinstance(value, int)}
     if not placeholders:
         return None
     counts = torch.stack([(ids == value).sum(1) for value in placeholders])
@@ -260,4 +260,6 @@ def _repeats(model: nn.Module, args: tuple, kwargs: dict) -> frozenset[int]:
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return {1, *(value for value in values if isinstance(value, int))}
 
-    return frozenset(max(beams, sequences) for beams in asked("num_beams") for sequences in asked("num_return_sequences"))
+    return frozenset(
+        max(beams, sequences) for beams in asked("num_beams") for sequences in asked("num_return_sequences")
+    )

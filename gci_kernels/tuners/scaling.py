@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def number(scaling: Any) -> float | None:
-    """The scaling's present value; None where it cannot be read now.
+def number(scaling: Any) -> Any:
+    """The scaling's present value, a number; None where it cannot be read now.
 
     A GPU would have to be waited for, a graph of torch.compile would hold the value fast, and a gradient would be lost.
     """
@@ -36,4 +36,6 @@ def applied(scaling: Any, B: Tensor) -> tuple[float, Tensor]:
         return 1.0, B * scaling.reshape(())
     if scaling.shape[-1:] == B.shape[:1] and scaling.numel() == B.shape[0]:  # one for each output
         return 1.0, B * scaling.reshape(-1, 1)
-    raise ValueError(f"scaling must be one number, or one for each of the {B.shape[0]} outputs, got {list(scaling.shape)}")
+    raise ValueError(
+        f"scaling must be one number, or one for each of the {B.shape[0]} outputs, got {list(scaling.shape)}"
+    )
