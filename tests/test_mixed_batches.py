@@ -218,6 +218,8 @@ class Mixture(torch.nn.Module):
         y = self.shared(tokens)
         for number, expert in enumerate(self.experts):
             chosen = (tokens[:, 0] > 0).int().eq(number).nonzero().view(-1).flip(0)
+            if not chosen.numel():
+                continue
             y = y.index_add(0, chosen, expert["up"](tokens[chosen]))
         return y.view_as(inputs_embeds)
 
@@ -235,8 +237,9 @@ def test_experts_of_a_mixture(method):
         model.eval()
         with torch.no_grad():
             if refused:
-                with pytest.raises(ValueError, match="adapter_names: a layer of one expert|Length of `adapter_names`"):
-                    model(inputs_embeds=x, adapter_names=NAMES)
+                for some in (x, x.abs()):  # one expert gets all tokens, in another order
+                    with pytest.raises(ValueError, match="adapter_names: a layer of one expert|Length of `adapter_"):
+                        model(inputs_embeds=some, adapter_names=NAMES)
                 continue
             wanted = alone(model, lambda row, model=model: model(inputs_embeds=x[row : row + 1]))
             assert relative_error(model(inputs_embeds=x, adapter_names=NAMES), wanted) < 1e-5
@@ -260,16 +263,16 @@ def test_another_model_that_runs_meanwhile(method):
     assert len(seen) == 1 and torch.equal(seen[0], wanted)
 
 
-@pytest.mark.parametrize("method", (*METHODS, "loki"))
-def test_a_compiled_model_follows_the_names(method):
+@pytest.mark.parametrize("method", ("lora", "loramoe", "loki"))
+def test_compiled_layers_follow_the_names(method):
     model = with_two(method)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        for names in (NAMES, NAMES[::-1]):
-            wanted = model(BATCH, adapter_names=names).logits
-            assert relative_error(compiled(BATCH, adapter_names=names).logits, wanted) < 1e-5
-        assert relative_error(compiled(BATCH).logits, model(BATCH).logits) < 1e-5
+        wanted = [model(BATCH, adapter_names=names).logits for names in (NAMES, NAMES[::-1])] + [model(BATCH).logits]
+        for layer in model.get_base_model().model.layers:
+            (layer.mlp.down_proj if method == "loki" else layer.mlp.gate_proj).compile(backend="eager")
+        found = [model(BATCH, adapter_names=names).logits for names in (NAMES, NAMES[::-1])] + [model(BATCH).logits]
+    assert all(relative_error(a, w) < 1e-5 for a, w in zip(found, wanted, strict=True))
 
 
 def test_a_mixed_batch_of_layers_without_some_adapter():
