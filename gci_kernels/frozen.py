@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from gci_kernels.ops.frozen_linear import frozen_linear, takes
-from gci_kernels.swapped import Swapped, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 
 if TYPE_CHECKING:  # what the mixin is mixed with
     _Layer = nn.Linear
@@ -29,14 +29,14 @@ def swap_all(model: nn.Module) -> None:
     """Every layer that is a plain torch.nn.Linear without a gradient; others are left as they are."""
     for module in model.modules():
         if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
-            module.__class__ = subclass(nn.Linear, UpcastLinear)
+            give_class(module, subclass(nn.Linear, UpcastLinear))
 
 
 def swap_back(model: nn.Module) -> None:
     """Undoes :func:`swap_all`."""
     for module in model.modules():
         if isinstance(module, UpcastLinear):
-            module.__class__ = module._gci_parts[0]  # type: ignore[assignment]
+            give_class(module, module._gci_parts[0])
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from gci_kernels import experts, parents
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import AdaptedLinear, fusion, split
+from gci_kernels.tuners import AdaptedLinear, fusion, hooks, split
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle
 
 
@@ -30,7 +30,8 @@ def obstacle(module: Any, *, active_only: bool = False) -> str | None:
     if not isinstance(module, FusedLora) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
     names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
-    reasons = [reason for name in names if (reason := lora_obstacle(module, name)) is not None]
+    found = (lora_obstacle(module, name, hooked=active_only) for name in names)
+    reasons = [reason for reason in found if reason is not None]
     return reasons[0] if reasons and (active_only or len(reasons) == len(names)) else None
 
 
@@ -171,7 +172,8 @@ def _adapter_report(name: str, module: Any) -> LayerReport:
     plan = decode = None
     if declined is None:
         first = next(each for each in module.parameters() if each.is_floating_point())  # quantised weights are not
-        shape = dict(dtype=dtype or first.dtype, device_type=first.device.type)
+        device = hooks.device_of(base, first.device).type
+        shape: dict[str, Any] = dict(dtype=dtype or first.dtype, device_type=device)
         if isinstance(module, AdaptedLinear):
             plan = _said(lambda: module.plan(2048, **shape))
         else:

@@ -16,7 +16,7 @@ from gci_kernels.layer_report import LayerReport, Report, obstacle, report
 from gci_kernels.targets import is_all_linear, matched
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, split
 from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
-from gci_kernels.tuners.lora import FusedLora, is_plain_lora, swap, swap_back
+from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
 from gci_kernels.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
 
@@ -82,6 +82,7 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
         parents.leave_out(model, config, "LoRA", matched(model, config))
     parents.warn(model, config, matched(model, config))
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    place(peft_model, config, adapter_name)
     _fuse_lora(peft_model)
     experts.warn(model, config, "LoRA")
     return peft_model
@@ -128,6 +129,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
     for _, module in adapted:
         if is_plain_lora(module):
             swap(module)
+    swap_tuners(model)
 
 
 def _set_impl(model: nn.Module, impl: str) -> bool:
@@ -166,7 +168,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     inner = next((name for name, module in model.named_modules() if "_gci_undo" in vars(module)), None)
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
-    fused = [module for module in model.modules() if isinstance(module, FusedLora)]
+    fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
     if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(

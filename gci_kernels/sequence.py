@@ -25,7 +25,6 @@ torch traces no change of Python's state there; what a layer sets is set back wh
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from types import MethodType
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from transformers import GenerationMixin, PretrainedConfig
 from gci_kernels import direction, frame
 from gci_kernels.decoder_layers import find as _find
 from gci_kernels.frame import Context, Frame, Wanted
-from gci_kernels.swapped import Swapped, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 
 _FRAME = "gci_frame"  # the decoder layers' additional argument
 
@@ -175,7 +174,7 @@ class Handle:
             if "_gci_parts" not in vars(type(module)):
                 raise RuntimeError(f"cannot detach: {type(module).__name__} has been given another class since")
         for module in modules:
-            _give_class(module, type(module)._gci_parts[0])
+            give_class(module, type(module)._gci_parts[0])
         for module in every:
             for name in _ATTRIBUTES:
                 vars(module).pop(name, None)
@@ -207,32 +206,25 @@ def attach(model: nn.Module, wanted: Wanted | None = None) -> Handle:
     if (reason := direction.obstacle(backbone, attentions)) is not None:
         raise ValueError(reason)
     for module in (backbone, *layers):
-        if "forward" in vars(module) and "_old_forward" not in vars(module):
+        forward = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate's hooks keep the first
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             raise ValueError(f"cannot attach: the forward of a {type(module).__name__} is replaced on the instance")
     if not isinstance(backbone, _Backbone):
-        _give_class(backbone, subclass(type(backbone), _Backbone))
+        give_class(backbone, subclass(type(backbone), _Backbone))
         backbone.gci_arguments = _positional(type(backbone)._gci_parts[0].forward)
     embedding = getattr(backbone, "embed_tokens", None)
     backbone.gci_codebooks = len(embedding) if isinstance(embedding, nn.ModuleList) else 1
     backbone.gci_wanted, backbone.gci_attentions = wanted, attentions
     for number, layer in enumerate(layers):
         if not isinstance(layer, _Layer):
-            _give_class(layer, subclass(type(layer), _Layer))
+            give_class(layer, subclass(type(layer), _Layer))
         names = _positional(type(layer)._gci_parts[0].forward)
         layer.gci_layer = number, tuple(i for i, name in enumerate(names) if direction.is_self_mask(name))
     if model is not backbone and isinstance(model, GenerationMixin):
         if not isinstance(model, _Generating):
-            model.__class__ = subclass(type(model), _Generating)
+            give_class(model, subclass(type(model), _Generating))
         model.gci_wanted = wanted
     return Handle(model, backbone, layers)
-
-
-def _give_class(module: nn.Module, cls: type) -> None:
-    before = type(module).forward
-    module.__class__ = cls
-    # accelerate's hooks for models on several devices keep the forward of the class that they found.
-    if getattr(vars(module).get("_old_forward"), "__func__", None) is before:
-        module._old_forward = MethodType(cls.forward, module)
 
 
 def _positional(forward: Callable) -> tuple[str, ...]:

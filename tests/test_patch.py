@@ -15,6 +15,7 @@ import gci_kernels
 from gci_kernels import LoRAMoEConfig, patch, report, unpatch
 from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.tuners import FusedLoraLinear, LoRAMoELinear
+from gci_kernels.tuners.lora import FusedLoraTuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -430,7 +431,7 @@ def test_patch_and_unpatch_leave_everything_else():
 
     patched = Fingerprint(model)
     for name, (identity, cls, attributes) in before.modules.items():
-        now = FusedLoraLinear if cls is lora.Linear else cls
+        now = {lora.Linear: FusedLoraLinear, lora.LoraModel: FusedLoraTuner}.get(cls, cls)
         assert patched.modules[name] == (identity, now, attributes), name
     assert FusedLoraLinear in {type(module) for module in model.modules()}
     assert list(patched.values) == list(before.values) and patched.flags == before.flags

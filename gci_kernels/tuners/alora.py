@@ -1,6 +1,5 @@
 """ALoRA (arXiv 2405.17830) as the PEFT method GCI_ALORA."""
 
-import contextlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer
 from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.scaling import applied, number
 
 
 @dataclass
@@ -140,26 +140,29 @@ class ALoRALinear(BottleneckLayer):
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
+        scaling, B = applied(self.scaling[name], B)
         return alora_linear(
-            x, weight, bias, self.gci_alora_A[name], self.gci_alora_qkv[name], self.gci_alora_B[name],
-            num_heads=self.num_heads[name], scaling=self.scaling[name], residual=self.residual[name],
+            x, weight, bias, A, qkv, B,
+            num_heads=self.num_heads[name], scaling=scaling, residual=self.residual[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
             impl=self.gci_impl,
         )  # fmt: skip
 
-    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
-        context, key = sequence.required(), mixed_key(names)
+        context, key = sequence.required(), mixed_key(mix.names)
         rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)
-        mixed.check(rows, names)
-        tokens = mixed.Tokens(rows, names, self.r)
+        mix.check(rows, self)
+        tokens = mixed.Tokens(rows, mix.expanded(rows.shape[0]), self.r)
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
         kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
             if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
                 return None
-            found: Any = find_step(rows, weight, bias, tokens.groups(self._group), tokens.rows)
+            groups = tokens.groups(self._group)  # held, for a step knows addresses alone
+            found: Any = find_step(rows, weight, bias, groups, tokens.rows)
             place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 
@@ -195,7 +198,8 @@ class ALoRALinear(BottleneckLayer):
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
-        return Group(A, B, self.scaling[name], first, count, None, None, qkv, self.num_heads[name], self.residual[name])
+        scaling = number(self.scaling[name])
+        return Group(A, B, scaling, first, count, None, None, qkv, self.num_heads[name], self.residual[name])
 
     def settings_of(self, config: ALoRAConfig) -> dict[str, float]:
         return {name: getattr(config, name) for name in ("r", "num_heads", "lora_alpha", "residual")}
@@ -218,7 +222,25 @@ class ALoRAModel(BottleneckModel):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
-        self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
+        _, layers = decoder_layers.find(model)
+        self._inside: dict[nn.Module, tuple[int, ...]] = {}
+        for index, layer in enumerate(layers):
+            for path, module in layer.named_modules():
+                if not direction.CROSS_ATTENTION.search(path):
+                    self._inside[module] = (*self._inside.get(module, ()), index)
+        self._left_out: list[str] = []
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
+        indices = self._inside.get(target)
+        if indices is None:
+            self._left_out.append(current_key)
+            return
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        if not isinstance(target, ALoRALinear):
+            self.adapted[-1].decoder_layers = indices
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         left_out, self._left_out, self._inside = self._left_out, [], {}
@@ -238,25 +260,18 @@ class ALoRAModel(BottleneckModel):
 
     def wanted(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
-        names, depth = self.mixing, self.attached.depth()
+        depth = self.attached.depth()
         for layer in self.adapted:
             if layer.disable_adapters:
                 continue
-            for number in layer.decoder_layers:
-                if number >= depth:
+            mix = mixed.current(layer)
+            for index in layer.decoder_layers:
+                if index >= depth:
                     continue
-                if names is None:
-                    yield from ((layer.key_in(number), name) for name in layer.adapters())
-                elif any(name in layer.r for name in names):
-                    yield layer.key_in(number), mixed_key(names)
-
-    @contextlib.contextmanager
-    def _mixing(self, names: list[str]):
-        self.mixing = names
-        try:
-            yield
-        finally:
-            self.mixing = None
+                if mix is None:
+                    yield from ((layer.key_in(index), name) for name in layer.adapters())
+                elif any(name in layer.r for name in mix.names):
+                    yield layer.key_in(index), mixed_key(mix.names)
 
     def _detach(self) -> None:
         self.attached.detach()

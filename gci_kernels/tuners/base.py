@@ -10,16 +10,17 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from gci_kernels import experts, parents
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.targets import is_all_linear, matched
-from gci_kernels.tuners import adapter_file, fusion, mixed
+from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.scaling import number
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -142,7 +143,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     r: dict[str, int]
-    scaling: dict[str, float]
+    scaling: dict[str, Any]  # numbers, or tensors of one
     update_layer: Callable[..., None]
     #: Where the adapters' Settings are; among other_param_names.
     settings_name: ClassVar[str]
@@ -187,21 +188,26 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        if adapter_names is not None and self.merged:
+        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        if self._disable_adapters or self.merged_adapters:
+            return self._base_alone(x, mix)
+        if mix is not None:
+            return self._mixed(x, mix)
+        return self._adapted(x, self.adapters())
+
+    def _base_alone(self, x: Tensor, mix: mixed.Mix | None) -> Tensor:
+        """The base layer's output, while the adapters are merged into it or disabled."""
+        if self.merged and mix is not None:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
         if self.disable_adapters and self.merged:
             self.unmerge()  # as PEFT's layers: what is disabled does not show
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x)
-        if adapter_names is not None:
-            return self._mixed(x, adapter_names)
-        return self._adapted(x, self.adapters())
+        return self.base_layer(x)
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         raise NotImplementedError
 
-    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
-        """Every row of x with the adapter of its own; see tuners/mixed.py."""
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+        """Every row of x with the adapter of its own."""
         raise NotImplementedError
 
     def describe(self, name: str) -> str:
@@ -213,8 +219,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def parameter(self, part: str, name: str) -> Any:
-        """The adapter's parameter, without what looking it up costs by way of two modules."""
-        return cast(nn.Module, self._modules[part])._parameters[name]
+        """The adapter's parameter as a call of its container would find it, without what looking it up there costs."""
+        container = cast(nn.Module, self._modules[part])
+        try:
+            found: Any = container._parameters[name]
+        except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
+            return getattr(container, name)
+        if hooks.HOOK in container.__dict__ and found.is_meta:
+            return hooks.brought(container, name, found)
+        return found
 
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
         """What a decoding step of one token launches for the first active adapter, None: the plan's stages."""
@@ -234,12 +247,12 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         return self._run(x, names)
 
-    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
-        mixed.check(x, names)
-        return self._run_mixed(x, names, self.r)
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+        mix.check(x, self)
+        return self._run_mixed(x, mix.names, self.r)
 
     def _has_step(self, name: str) -> bool:
-        return not (self.training and self.dropout_p[name])
+        return not (self.training and self.dropout_p[name]) and number(self.scaling[name]) is not None
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
@@ -279,21 +292,23 @@ class AdaptedModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(target, self.tuner_layer_cls):
-            self._update_layer(target, adapter_name, peft_config, current_key)
+            with hooks.at_hand(base):
+                self._update_layer(target, adapter_name, peft_config, current_key)
             target.record(adapter_name, peft_config, current_key)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
-        layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
-        layer.record(adapter_name, peft_config, current_key)
-        if self.gci_impl != layer.gci_impl:
-            layer.gci_impl = self.gci_impl
-        self._replace_module(parent, target_name, layer, target)
+        with hooks.at_hand(base):  # so that the adapter is put where an offloaded layer computes
+            layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+            layer.record(adapter_name, peft_config, current_key)
+            if self.gci_impl != layer.gci_impl:
+                layer.gci_impl = self.gci_impl
+            self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's, and what it does not know of: modules that read past their layers, and experts that are no layers."""
@@ -330,13 +345,9 @@ class AdaptedModel(BaseTuner):
             yield
             return
         known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.r}
-        names = mixed.checked_names(self, kwargs["adapter_names"], kwargs.get("num_beams"), known)
-        with self._mixing(names), mixed.given(self.modules(), names, AdaptedLinear):
+        names = mixed.checked_names(self, kwargs["adapter_names"], known)
+        with mixed.given(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
             yield
-
-    def _mixing(self, names: list[str]) -> contextlib.AbstractContextManager:
-        """What else has to know meanwhile."""
-        return contextlib.nullcontext()
 
 
 class BottleneckModel(AdaptedModel):

@@ -34,7 +34,7 @@ class DecodingLayer:
         return fusion.combine(self.base_layer, x, names, self._update, step)
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
-        """base(x) with, for each row of x, the update of the adapter that `names` gives it, where it is `present`."""
+        """base(x) with, for the rows of each of `names`, the update of that adapter, where it is `present`."""
         step = self._mixed_step if fusion.takes_steps(self.gci_impl, x) else None
         return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, present), self._add_update, step)
 
@@ -44,7 +44,8 @@ class DecodingLayer:
         """fusion.Step."""
         if not self._has_step(name):
             return None
-        step = find_step(x, weight, bias, (self._group(name, x.numel() // x.shape[-1]),))
+        groups = (self._group(name, x.numel() // x.shape[-1]),)  # held, for a step knows addresses alone
+        step = find_step(x, weight, bias, groups)
         return None if step is None else step.run(x, y)
 
     def _mixed_step(
@@ -53,7 +54,8 @@ class DecodingLayer:
         """mixed.MixedStep."""
         if not all(map(self._has_step, tokens.samples)):
             return None
-        step = find_step(x, weight, bias, tokens.groups(self._group), tokens.rows)
+        groups = tokens.groups(self._group)
+        step = find_step(x, weight, bias, groups, tokens.rows)
         return None if step is None else step.run(x, y)
 
     def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:

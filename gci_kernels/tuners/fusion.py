@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import transformed
+from gci_kernels.tuners import hooks
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
@@ -18,13 +19,16 @@ Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
 Step = Callable[[Tensor, str, Tensor | None, Tensor | None, Tensor | None], Tensor | None]
 
 
-def obstacle(module: nn.Module) -> str | None:
-    """Why `module`'s product must stay its own call, or None where a kernel may read its weight and bias instead."""
+def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why `module`'s product must stay its own call, or None where a kernel may read its weight and bias instead.
+
+    `x`: what would be multiplied; None: something on the device of the weight.
+    """
     if not is_plain_linear(module):
         return f"{type(module).__name__} is not torch.nn.Linear"
     has = module.__dict__
-    if "forward" in has:
-        return "its forward is replaced on the instance"
+    if "forward" in has and (reason := hooks.obstacle(module, x)) is not None:
+        return reason
     # What nn.Module.__call__ would run around forward; a fused layer reads the weight and calls neither.
     if has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"]:
         return "it has hooks"
@@ -36,9 +40,12 @@ def obstacle(module: nn.Module) -> str | None:
 
 def operands(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, without what looking them up costs by way of nn.Module.__getattr__."""
+    # Looked up as items: the dictionary may be one that gathers a sharded parameter when it is (DeepSpeed's ZeRO-3).
     parameters = module._parameters
-    weight = parameters.get("weight")
-    return (module.weight, module.bias) if weight is None else (weight, parameters["bias"])
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
+        return module.weight, module.bias
 
 
 def decodes(x: Tensor) -> bool:
@@ -63,7 +70,7 @@ def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, st
     The first adapter is fused with the base product if nothing stands against it, the others are added. `step` is asked
     first, where one is given.
     """
-    y, own = (None, True) if obstacle(base) is None else (base(x), False)
+    y, own = (None, True) if obstacle(base, x) is None else (base(x), False)
     for name in names:
         weight, bias = operands(base) if y is None else (None, None)
         made = None

@@ -1,5 +1,6 @@
 """LoKI (arXiv 2505.22120) as the PEFT method GCI_LOKI: train some rows of a projection, keep all others."""
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge, check_target_module_exists
+from peft.tuners.tuners_utils import check_adapters_to_merge, check_target_module_exists, onload_layer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,10 +19,11 @@ from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import check_positions, choose_form
-from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.loki_positions import Positions, resolve
 from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.scaling import applied
 
 
 @dataclass
@@ -93,7 +95,8 @@ class RowPositions(BufferDict):
         """The rows of adapter `name`, or ValueError."""
         if name not in self.known:
             raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
-        return self[name]
+        positions = self[name]
+        return hooks.brought(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
 
     def __setattr__(self, name: str, value: Any) -> None:
         """transformers loads a tensor by setting it as an attribute."""
@@ -165,13 +168,19 @@ class LoKILinear(AdaptedLinear):
     def _base_rows(self) -> Tensor:
         """The base layer's weight, dequantised, as [out, in]."""
         base: Any = self.get_base_layer()
-        weight = _dequantised(base).detach()
+        with hooks.at_hand(base):
+            weight = _dequantised(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
+
+    def _base_bias(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        with hooks.at_hand(base):
+            return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         self._check_apart(names)
         y = None
-        plain = fusion.obstacle(self.base_layer) is None
+        plain = fusion.obstacle(self.base_layer, x) is None
         step = plain and self.gci_impl == "auto" and fusion.decodes(x)  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
@@ -180,9 +189,9 @@ class LoKILinear(AdaptedLinear):
                 y = self._replace(self.base_layer(x) if y is None else y, x, name, in_place=step)
         return self.base_layer(x) if y is None else y
 
-    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
-        mixed.check(x, names)
-        return mixed.combine(self.base_layer, x, mixed.Tokens(x, names, self.r), self._replace_some, None)
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+        mix.check(x, self)
+        return mixed.combine(self.base_layer, x, mixed.Tokens(x, mix.names, self.r), self._replace_some, None)
 
     def _replace_some(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
         some = self._replace(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
@@ -192,39 +201,38 @@ class LoKILinear(AdaptedLinear):
         """The adapted layer in one op, which reads the base weight."""
         base: Any = self.base_layer
         weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
-        active_bias = self.loki_active_bias[name] if bias is not None else None
+        active_bias = self.parameter("loki_active_bias", name) if bias is not None else None
         if not self.r[name]:
+            active = self.parameter("loki_active", name)
             return loki_linear(
-                x, weight, bias, self.loki_active[name], positions, active_bias, merged=self.merged_rows,
-                impl=self.gci_impl,
-            )  # fmt: skip
+                x, weight, bias, active, positions, active_bias, merged=self.merged_rows, impl=self.gci_impl
+            )
         if active_bias is not None:
             bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
         return self._low_rank(x, weight, bias, name)
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        A, B = self.loki_A[name], self._up(name)
-        return lora_linear(x, weight, bias, A, B, scaling=self.scaling[name], impl=self.gci_impl)
+        scaling, up = applied(self.scaling[name], self._up(name))
+        return lora_linear(x, weight, bias, self.parameter("loki_A", name), up, scaling=scaling, impl=self.gci_impl)
 
     def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out] with the adapter's columns in it."""
-        base: Any = self.get_base_layer()
         positions = self.loki_positions.require(name)
-        active_bias = self.loki_active_bias[name].to(y.dtype) if name in self.loki_active_bias else None
+        active_bias = self.parameter("loki_active_bias", name).to(y.dtype) if name in self.loki_active_bias else None
         if not self.r[name]:
-            columns = F.linear(x.to(y.dtype), self.loki_active[name].to(y.dtype), active_bias).to(y.dtype)
+            active = self.parameter("loki_active", name).to(y.dtype)
+            columns = F.linear(x.to(y.dtype), active, active_bias).to(y.dtype)
             return y.index_copy_(-1, positions, columns) if in_place else index_copy(y, -1, positions, columns)
         y = y + self._low_rank(x, None, None, name).to(y.dtype)
         if active_bias is None:
             return y
-        bias = base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
-        change = active_bias - bias.index_select(0, positions).to(y.dtype)
+        change = active_bias - self._base_bias().index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
 
     def _up(self, name: str) -> Tensor:
         """B as [out, r], zeros where nothing is trained."""
-        up = self.loki_lora_B[name]
+        up = self.parameter("loki_lora_B", name)
         return index_copy(up.new_zeros(self.out_features, up.shape[1]), 0, self.loki_positions.require(name), up)
 
     def _check_apart(self, names: list[str]) -> None:
@@ -249,23 +257,29 @@ class LoKILinear(AdaptedLinear):
             name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
             raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
         self._check_apart([*self.merged_adapters, *names])
-        for name in names:
-            rows, positions = self._merged(name), self.loki_positions.require(name)
-            if safe_merge and not torch.isfinite(rows).all():
-                # in PEFT's words
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            with torch.no_grad():
-                bias = None if base.bias is None else base.bias.index_select(0, positions)
-                self.replaced.append((self._base_rows().index_select(0, positions), bias))
-                self._write(positions, rows, None if bias is None else self.loki_active_bias[name])
-            self.merged_adapters.append(name)
+        with self._base_to_be_written():
+            for name in names:
+                rows, positions = self._merged(name), self.loki_positions.require(name)
+                if safe_merge and not torch.isfinite(rows).all():
+                    # in PEFT's words
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                with torch.no_grad():
+                    bias = None if base.bias is None else base.bias.index_select(0, positions)
+                    self.replaced.append((self._base_rows().index_select(0, positions), bias))
+                    self._write(positions, rows, None if bias is None else self.parameter("loki_active_bias", name))
+                self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Gives the base weight its own rows back, bit for bit."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            with torch.no_grad():
+        with self._base_to_be_written(), torch.no_grad():
+            while self.merged_adapters:
+                name = self.merged_adapters.pop()
                 self._write(self.loki_positions.require(name), *self.replaced.pop())
+
+    def _base_to_be_written(self) -> contextlib.AbstractContextManager:
+        """Meanwhile the base layer's weight can be written to, an offloaded one too."""
+        base: Any = self.get_base_layer()
+        return onload_layer(self) if hooks.is_offloaded(base) else contextlib.nullcontext()
 
     @torch.no_grad()
     def _merged(self, name: str) -> Tensor:
@@ -273,9 +287,9 @@ class LoKILinear(AdaptedLinear):
         base: Any = self.get_base_layer()
         dtype = base.weight.dtype
         if not self.r[name]:
-            return self.loki_active[name].to(dtype)
+            return self.parameter("loki_active", name).to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        change = self.loki_lora_B[name].to(wide) @ self.loki_A[name].to(wide)
+        change = self.parameter("loki_lora_B", name).to(wide) @ self.parameter("loki_A", name).to(wide)
         own = self._base_rows().index_select(0, self.loki_positions.require(name))
         return (own.to(wide) + self.scaling[name] * change).to(dtype)
 
@@ -303,6 +317,8 @@ class LoKILinear(AdaptedLinear):
         if self.r[name]:
             impl = self.gci_impl
             return str(choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+        if fusion.obstacle(self.base_layer) is not None:
+            return "rows=replaced"  # in what the base layer returns
         share = self.loki_positions[name].shape[0] / self.out_features
         keep = self.merged_rows is not None
         form = choose_form(self.gci_impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)

@@ -1,17 +1,21 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
 from peft.tuners import lora
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import Group
-from gci_kernels.swapped import Swapped, subclass
-from gci_kernels.tuners import fusion
+from gci_kernels.swapped import Swapped, give_class, subclass
+from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.merging import ExactMerge
+from gci_kernels.tuners.scaling import applied, number
 
 # PEFT's layers that compute base(x) + scaling * B(A(dropout(x))), and differ in how they merge: one for each kind of
 # base layer. By name, because most of their modules cannot be imported without the library they are for.
@@ -21,16 +25,23 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def lora_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
-    """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused."""
+def lora_obstacle(layer: lora.LoraLayer, name: str, *, hooked: bool = True) -> str | None:
+    """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused.
+
+    With `hooked` False hooks of accelerate, which may be taken away again, are no reason.
+    """
     variant = layer.lora_variant.get(name)
     if variant is not None:
         return f"adapter {name!r} uses {type(variant).__name__}, which changes the formula"
     dropout = _part(layer, "lora_dropout", name)
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"adapter {name!r} has dropout of type {type(dropout).__name__}"
-    reason = fusion.obstacle(_part(layer, "lora_A", name)) or fusion.obstacle(_part(layer, "lora_B", name))
-    return None if reason is None else f"adapter {name!r}: {reason}"
+    for part in ("lora_A", "lora_B"):
+        module = _part(layer, part, name)
+        reason = fusion.obstacle(module)
+        if reason is not None and (hooked or hooks.HOOK not in vars(module)):
+            return f"adapter {name!r}: {reason}"
+    return None
 
 
 def _part(layer: Any, part: str, name: str) -> Any:
@@ -74,29 +85,30 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
     def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
     ) -> Tensor:
-        if adapter_names is not None:
-            return self._mixed(own_forward, x, *args, adapter_names=adapter_names, **kwargs)
-        if args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
+        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        if mix is not None:
+            return self._mixed(own_forward, x, mix, *args, **kwargs)
+        if args or kwargs or self._disable_adapters or self.merged_adapters or self.obstacle() is not None:
             return own_forward(self, x, *args, **kwargs)
         return self._run(x, self.adapters())
 
-    def _mixed(
-        self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str], **kwargs
-    ) -> Tensor:
-        self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
+    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.Mix, *args, **kwargs) -> Tensor:
+        names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
+        self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
+        mix.check(x, self)
         present = self._present()
-        fused = all(lora_obstacle(self, name) is None for name in set(adapter_names) & present.keys())
+        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & present.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
-            return own_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
-        return self._run_mixed(x, adapter_names, present)
+            return own_forward(self, x, *args, adapter_names=names, **kwargs)
+        return self._run_mixed(x, mix.names, present)
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        scaling, extra = self.scaling[name], _part(self, "lora_B", name).bias
+        (A, _), (B, extra) = (fusion.operands(_part(self, part, name)) for part in ("lora_A", "lora_B"))
         if extra is not None:
-            extra = (extra * scaling).to(x.dtype)
+            extra = (extra * self.scaling[name]).to(x.dtype)
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
-        A, B = (_part(self, part, name).weight for part in ("lora_A", "lora_B"))
+        scaling, B = applied(self.scaling[name], B)
         y = lora_linear(
             x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name), impl=self.gci_impl
         )  # fmt: skip
@@ -107,11 +119,13 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
         return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _has_step(self, name: str) -> bool:
-        return _part(self, "lora_B", name)._parameters.get("bias") is None and not self._dropout_p(name)
+        if number(self.scaling[name]) is None or self._dropout_p(name):
+            return False
+        return fusion.operands(_part(self, "lora_B", name))[1] is None
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, B = (fusion.operands(_part(self, part, name))[0] for part in ("lora_A", "lora_B"))
-        return Group(A, B, self.scaling[name], first, count)
+        return Group(A, B, number(self.scaling[name]), first, count)
 
 
 # What a patched peft.tuners.lora.Linear is.
@@ -128,12 +142,77 @@ def is_plain_lora(module: nn.Module) -> bool:
 def swap(module: Any) -> None:
     """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
     kind: Any = type(module)
-    module.__class__ = subclass(kind, FusedLora)
+    give_class(module, subclass(kind, FusedLora))
+
+
+if TYPE_CHECKING:
+    _Tuner = lora.LoraModel
+else:
+    _Tuner = object
+
+
+class FusedLoraModel(Swapped, _Tuner):
+    """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names = kwargs.pop("adapter_names", None)
+        if names is None or not self._takes(names):
+            with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):  # which raises
+                yield
+            return
+        taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            with mixed.given(self, names, args, kwargs, (FusedLora,), taking):
+                yield
+
+    def _takes(self, names: object) -> bool:
+        """Whether PEFT has nothing against the names."""
+        if self.training or not isinstance(names, (list, tuple)):
+            return False
+        layers = [module for module in self.modules() if isinstance(module, lora.LoraLayer)]
+        known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        return set(names) <= known | {mixed.BASE}
+
+
+def place(model: nn.Module, config: LoraConfig, name: str) -> None:
+    """Makes the adapter `name` anew where an offloaded base layer computes: PEFT leaves it on the meta device.
+
+    Raises:
+        ValueError: it has parts beside A and B, whose values are lost.
+    """
+    layers: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], lora.LoraLayer)]
+    for path, layer in layers:
+        if name not in layer.lora_A or not layer.lora_A[name].weight.is_meta:
+            continue
+        base: Any = layer.get_base_layer()
+        if not hooks.is_offloaded(base):  # a model without values, for the adapter's file to fill
+            continue
+        for part in (layer.lora_A, layer.lora_B):
+            part[name].to_empty(device=hooks.device_of(base, base.weight.device)).reset_parameters()
+        with hooks.at_hand(base):
+            layer.reset_lora_parameters(name, config.init_lora_weights)
+        own = (each for key, each in layer.named_parameters() if "lora_" in key and name in key.split("."))
+        if any(each.is_meta for each in own):
+            raise ValueError(
+                f"{path} is offloaded, and this kind of LoRA needs its weight: add the adapter before the hooks"
+            )
+
+
+# What a patched peft.tuners.lora.LoraModel is.
+FusedLoraTuner = subclass(lora.LoraModel, FusedLoraModel)
+
+
+def swap_tuners(model: nn.Module) -> None:
+    """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
+    for module in model.modules():
+        if type(module) is lora.LoraModel:
+            give_class(module, FusedLoraTuner)
 
 
 def swap_back(module: Any) -> None:
-    """Undoes :func:`swap`."""
+    """Undoes :func:`swap`, and :func:`swap_tuners` for one of them."""
     if isinstance(module, ExactMerge):
         module.forget_unmerged()
     vars(module).pop("gci_impl", None)
-    module.__class__ = module._gci_parts[0]
+    give_class(module, module._gci_parts[0])

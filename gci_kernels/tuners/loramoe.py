@@ -19,6 +19,7 @@ from gci_kernels.tuners.base import (
     check_number,
 )
 from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.scaling import applied, number
 
 
 @dataclass
@@ -111,10 +112,10 @@ class LoRAMoELinear(BottleneckLayer):
             nn.init.kaiming_uniform_(self.loramoe_lora_B[name], a=math.sqrt(5))
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        router = self.loramoe_router[name]
+        A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
+        scaling, B = applied(self.scaling[name], B)
         y, gates = loramoe_linear(
-            x, weight, bias, self.loramoe_A[name], self.loramoe_lora_B[name], router,
-            scaling=self.scaling[name], top_k=self.top_k[name],
+            x, weight, bias, A, B, router, scaling=scaling, top_k=self.top_k[name],
             dropout_p=self.dropout_p[name] if self.training else 0.0, impl=self.gci_impl,
         )  # fmt: skip
         balance_weight, delta, include_padding = self.balance[name]
@@ -130,7 +131,7 @@ class LoRAMoELinear(BottleneckLayer):
 
     def _group(self, name: str, count: int, first: int = 0) -> Group:
         A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
-        return Group(A, B, self.scaling[name], first, count, router, self.top_k[name])
+        return Group(A, B, number(self.scaling[name]), first, count, router, self.top_k[name])
 
     def settings_of(self, config: LoRAMoEConfig) -> dict[str, float]:
         names = ("r", "num_experts", "lora_alpha")

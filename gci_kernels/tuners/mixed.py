@@ -1,12 +1,18 @@
-"""Batches in which every sequence has an adapter of its own: PEFT's `adapter_names`."""
+"""Batches in which every sequence has an adapter of its own: PEFT's `adapter_names`.
+
+The names hold for one thread, and for the layers of one model: requests in several threads keep to their own.
+"""
 
 import contextlib
 import functools
+import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from gci_kernels.ops.decode import Group
 from gci_kernels.ops.transforms import transformed
@@ -17,6 +23,124 @@ BASE = "__base__"
 # step(x, weight, bias, y, tokens): as fusion.Step, for the adapters of all tokens at once.
 MixedStep = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, "Tokens"], Tensor | None]
 
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+# One expert of several in a list: it gets some of the tokens, in an order that only its router knows.
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+# What configs call the token that stands for a part of an image, a film or a sound.
+_PLACEHOLDER = re.compile(r"^(image|video|audio|speech)_token_(id|index)$")
+
+
+class Mix:
+    """The adapters of a mixed batch.
+
+    Attributes:
+        names: one for each input of the call.
+        layers: ids of the modules that it is for, and of each whether it is an expert's, or one that sees no text.
+        repeats: how many rows generate() may make of each input.
+        shape: batch, and lengths of the sequences, of the model's forward that runs; None before the first.
+        even: whether that forward has as much of images or sounds in every row; None: it has none, as far as is known.
+    """
+
+    def __init__(self, names: Sequence[str], repeats: frozenset[int] = frozenset((1,))) -> None:
+        self.names, self.repeats = list(names), repeats
+        self.layers: dict[int, str | None] = {}
+        self.shape: tuple[int, set[int]] | None = None
+        self.even: bool | None = None
+        self._expanded: dict[int, list[str]] = {len(self.names): self.names}
+
+    def fits(self, x: Tensor, layer: nn.Module) -> bool:
+        """Whether the rows of x [..., in] are known to be those of the inputs in turn, as many of each."""
+        count, rows, kind = len(self.names), x.shape[0], self.layers.get(id(layer))
+        if not count or (kind == "expert" and x.dim() == 2) or (kind == "tower" and self.even is False):
+            return False
+        if self.shape is None:
+            return rows == count
+        batch, lengths = self.shape
+        if batch % count or batch // count not in self.repeats:
+            return False
+        if rows == batch or (x.dim() == 2 and any(rows == batch * length for length in lengths)):
+            return True
+        return kind == "tower" and self.even is True and rows % batch == 0
+
+    def check(self, x: Tensor, layer: nn.Module) -> None:
+        """ValueError unless x :meth:`fits`."""
+        if self.fits(x, layer):
+            return
+        if self.layers.get(id(layer)) == "expert":
+            raise ValueError(
+                "adapter_names: a layer of one expert of a mixture gets tokens in an order of its own, so nobody knows "
+                "whose they are; leave the experts out of target_modules, or run each adapter by itself"
+            )
+        found = f"each of the {x.shape[0]} inputs"
+        raise ValueError(f"adapter_names must name an adapter for {found}, got {len(self.names)}{self._place(x)}")
+
+    def _place(self, x: Tensor) -> str:
+        if self.shape is None or self.shape[0] == x.shape[0]:
+            return ""
+        return (
+            f"; in a forward of batch {self.shape[0]} it is not known which inputs {list(x.shape)} of a layer are whose"
+        )
+
+    def expanded(self, rows: int) -> list[str]:
+        """The names for `rows` rows, as many for each input."""
+        if rows not in self._expanded:
+            self._expanded[rows] = [name for name in self.names for _ in range(rows // len(self.names))]
+        return self._expanded[rows]
+
+    def note(self, model: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Forward pre-hook of the model: reads its batch. Without kwargs another thread is just adding or removing."""
+        if _thread.state.mix is not self or kwargs is None:
+            return
+        texts = [t for t in (kwargs.get(name) for name in _TEXTS) if isinstance(t, Tensor)]
+        texts = texts or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
+        self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
+        self.even = _is_even(model, kwargs.get("input_ids"))
+
+    def give(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of a module that takes adapter_names; as :meth:`note`."""
+        if _thread.state.mix is not self or kwargs is None:
+            return None
+        names = self.names
+        if args and isinstance(args[0], Tensor) and self.fits(args[0], module):
+            names = self.expanded(args[0].shape[0])
+        return args, kwargs | {"adapter_names": names}
+
+
+class _State:
+    """What is set in one thread."""
+
+    def __init__(self) -> None:
+        self.mix: Mix | None = None
+
+
+class _Thread(threading.local):
+    """One state for each thread; torch.compile follows what is set on the state, but not on a threading.local."""
+
+    def __init__(self) -> None:
+        self.state = _State()
+
+
+_thread = _Thread()
+
+
+def current(layer: nn.Module) -> Mix | None:
+    """The mixed batch that `layer` is called in; None in the ordinary case."""
+    mix = _thread.state.mix
+    return mix if mix is not None and id(layer) in mix.layers else None
+
+
+def _is_even(model: nn.Module, ids: Tensor | None) -> bool | None:
+    """Whether all rows of input_ids have as many tokens that stand for something else; None: there are none."""
+    if ids is None or ids.dim() != 2 or ids.shape[1] == 1:
+        return None
+    settings = vars(model.config) if hasattr(model, "config") else {}
+    placeholders = {value for name, value in settings.items() if _PLACEHOLDER.match(name) and isinstance(value, int)}
+    if not placeholders:
+        return None
+    counts = torch.stack([(ids == value).sum(1) for value in placeholders])
+    low, high = torch.stack((counts.amin(1), counts.amax(1))).tolist()  # waits for a GPU, once a prompt
+    return None if not any(high) else low == high
+
 
 class Tokens:
     """Which tokens of x [batch, ..., in], seen as [tokens, in], have which adapter.
@@ -25,6 +149,7 @@ class Tokens:
         samples: an adapter's rows of the batch, by its name; adapters that the layer lacks are left out.
         rows: the tokens, those of each adapter in turn, and behind them those of none.
         counts: how many tokens each adapter has.
+        inputs: the number of names; x may have more rows, as many for each.
     """
 
     def __init__(self, x: Tensor, names: Sequence[str], present) -> None:
@@ -32,6 +157,7 @@ class Tokens:
         for sample, name in enumerate(names):
             if name in present:
                 self.samples.setdefault(name, []).append(sample)
+        self.inputs = len(names)
         each = x.numel() // x.shape[-1] // len(names)
         alone = [sample for sample, name in enumerate(names) if name not in self.samples]
         order = [*(sample for samples in self.samples.values() for sample in samples), *alone]
@@ -60,12 +186,6 @@ def _kept_indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(samples, device=device)
 
 
-def check(x: Tensor, names: Sequence[str]) -> None:
-    """That x has one row for each name."""
-    if x.shape[0] != len(names):
-        raise ValueError(f"adapter_names must name an adapter for each of the {x.shape[0]} inputs, got {len(names)}")
-
-
 def combine(
     base: nn.Module, x: Tensor, tokens: Tokens, add: Callable[[Tensor, Tensor, str, Tensor], Tensor],
     step: MixedStep | None,
@@ -73,10 +193,11 @@ def combine(
     """base(x) with what each sequence's own adapter makes of it.
 
     Args:
-        add: of y, x, an adapter's name and its rows of the batch, int64 on x's device, returns y with its update.
+        add: of y and x, both [inputs, tokens of each, features], an adapter's name and its inputs, int64 on x's device,
+            returns y with its update.
         step: takes all of a decoding step at once where a kernel can; None where it is none.
     """
-    plain, y = fusion.obstacle(base) is None, None
+    plain, y = fusion.obstacle(base, x) is None, None
     if step is not None and tokens.samples:
         weight, bias = fusion.operands(base) if plain else (None, None)
         y = None if plain else base(x)
@@ -85,13 +206,14 @@ def combine(
             if (made := step(x, weight, bias, own, tokens)) is not None:
                 return made
     y = base(x) if y is None else y
+    shape, rows = y.shape, x.reshape(tokens.inputs, -1, x.shape[-1])
     for name, samples in tokens.samples.items():
-        y = add(y, x, name, indices(tuple(samples), x.device))
-    return y
+        y = add(y.reshape(tokens.inputs, -1, shape[-1]), rows, name, indices(tuple(samples), x.device))
+    return y.reshape(shape)
 
 
-def checked_names(model: nn.Module, names: object, num_beams: object, known: set[str]) -> list[str]:
-    """The adapter of each row that the layers will see; generate repeats every input for its beams."""
+def checked_names(model: nn.Module, names: object, known: set[str]) -> list[str]:
+    """`names`, or what is wrong with them."""
     if model.training:
         raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first")
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -101,24 +223,50 @@ def checked_names(model: nn.Module, names: object, num_beams: object, known: set
         raise ValueError(
             f"adapter_names: there is no adapter {sorted(unknown)}; there are {sorted(known)} and {BASE!r}"
         )
-    beams = num_beams if isinstance(num_beams, int) else 1
-    return [name for name in names for _ in range(beams)]
+    return list(names)
 
 
 @contextlib.contextmanager
-def given(modules: Iterator[nn.Module], names: list[str], kind: type[nn.Module]) -> Iterator[None]:
-    """Meanwhile every module of `kind`, and those that PEFT saves beside adapters, are called with `names`."""
+def given(
+    tuner: Any, names: list[str], args: tuple, kwargs: dict, reading: tuple[type, ...], taking: tuple[type, ...]
+) -> Iterator[None]:
+    """Meanwhile calls of the tuner's model in this thread are mixed batches.
 
-    def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | {"adapter_names": names}
-
-    handles = [
-        module.register_forward_pre_hook(give, with_kwargs=True)
-        for module in modules
-        if isinstance(module, (kind, AuxiliaryTrainingWrapper))
-    ]
+    Args:
+        args, kwargs: of the forward or generate() that begins.
+        reading: the kinds of layers that ask :func:`current`.
+        taking: other kinds of modules, which take the names as an argument.
+    """
+    model, mix = tuner.model, Mix(names, _repeats(tuner.model, args, kwargs))
+    text = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inner = set() if text is None or text is model else {id(module) for module in text.modules()}
+    handles = [model.register_forward_pre_hook(mix.note, with_kwargs=True)]
+    for name, module in tuner.named_modules():
+        if isinstance(module, reading):
+            # Heads are children of the model itself.
+            outside = bool(inner) and id(module) not in inner and name.count(".") > 1
+            mix.layers[id(module)] = "expert" if _EXPERT.search(name) else "tower" if outside else None
+        elif isinstance(module, taking):
+            handles.append(module.register_forward_pre_hook(mix.give, with_kwargs=True))
+    state = _thread.state
+    before, state.mix = state.mix, mix
     try:
         yield
     finally:
+        state.mix = before
         for handle in handles:
             handle.remove()
+
+
+def _repeats(model: nn.Module, args: tuple, kwargs: dict) -> frozenset[int]:
+    """How many rows generate() may make of each input, by all that it looks at; a forward makes one."""
+    configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    configs = [config for config in configs if isinstance(config, GenerationConfig)]
+
+    def asked(name: str) -> set[int]:
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return {1, *(value for value in values if isinstance(value, int))}
+
+    return frozenset(
+        max(beams, sequences) for beams in asked("num_beams") for sequences in asked("num_return_sequences")
+    )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.swapped import Swapped, subclass
+from gci_kernels.swapped import Swapped, give_class, subclass
 from gci_kernels.tuners import fusion
 
 _STATE = "_gci_split"
@@ -80,13 +80,13 @@ def swap(module: nn.Module) -> None:
     """Gives a published layer the fused forward, in place."""
     if not isinstance(module, FusedSplit):
         setattr(module, _STATE, _State())
-        module.__class__ = subclass(type(module), FusedSplit)
+        give_class(module, subclass(type(module), FusedSplit))
 
 
 def swap_back(module: nn.Module) -> None:
     """Undoes :func:`swap`."""
     vars(module).pop("gci_impl", None)
-    module.__class__ = module._gci_parts[0]
+    give_class(module, module._gci_parts[0])
     delattr(module, _STATE)
 
 

@@ -1,5 +1,6 @@
 """Steps that are made once for some adapters and used as long as their tensors are the same ones."""
 
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -11,16 +12,20 @@ from gci_kernels.ops.decode.group import Group
 from gci_kernels.ops.decode.plan import DecodePlan, choose_decode
 
 AnyStep = native.Step | cuda.Step
-# What a step belongs to -> the addresses that it holds, and the step; None: there is no kernel for it. The key is made
-# of the tensors' ids and of settings; an entry goes when one of its tensors does, before its id can be another's.
-# Nothing is put on the tensors or their modules, and nothing keeps them alive.
-_steps: dict[tuple, tuple[list[int], AnyStep | None]] = {}
+# What a step belongs to -> what it was made of, and the step; None: there is no kernel for it. The key is made of the
+# tensors' ids and of which tokens they are for; an entry goes when one of its tensors does, before its id can be
+# another's. What else a step holds, addresses, sizes and settings, is compared in every call, for all of it may change
+# while the tensors stay. Nothing is put on the tensors or their modules, and nothing keeps them alive.
+_steps: dict[tuple, tuple[list, AnyStep | None]] = {}
 _keys: dict[int, tuple[weakref.ref, set[tuple]]] = {}  # by the id of a tensor
+# Threads may share the tensors. Reentrant, because a tensor can be collected while its thread keeps a step.
+_lock = threading.RLock()
 
 
 def _forget(tensor_id: int) -> None:
-    for key in _keys.pop(tensor_id, (None, ()))[1]:
-        _steps.pop(key, None)
+    with _lock:
+        for key in _keys.pop(tensor_id, (None, ()))[1]:
+            _steps.pop(key, None)
 
 
 def find_step(
@@ -35,37 +40,35 @@ def find_step(
         groups: as csrc takes them, every tensor of the shape that its name says.
         rows: which rows of x, seen as [tokens, in], the groups' tokens are; None: all, in order.
     """
-    key = (x.dtype, id(weight), id(bias), rows, *[_identity(*g) for g in groups])
-    addresses, found = _addresses(weight, bias, groups), _steps.get(key)
-    if found is None or found[0] != addresses:
-        found = addresses, _make(x, weight, bias, groups, rows)
+    key: list = [x.dtype, id(weight), id(bias), rows]
+    made_of: list = [groups[0].A.dtype]
+    if weight is not None:
+        made_of.append(weight.data_ptr())
+    if bias is not None:
+        made_of.append(bias.data_ptr())
+    for A, B, scaling, first, count, router, top_k, qkv, num_heads, residual in groups:
+        key += id(A), id(B), first, count, id(router), id(qkv)
+        made_of += scaling, A.data_ptr(), A.nbytes, B.data_ptr(), B.nbytes
+        if router is not None:
+            made_of += router.data_ptr(), router.nbytes, top_k
+        if qkv is not None:
+            made_of += qkv.data_ptr(), qkv.nbytes, num_heads, residual
+    found = _steps.get(key := tuple(key))
+    if found is None or found[0] != made_of:
+        found = made_of, _make(x, weight, bias, groups, rows)
         if found[1] is not None or x.device.type == "cpu":  # on a GPU "no" may be for now: a graph is being captured
             _keep(key, found, [t for t in (weight, bias) if t is not None], groups)
     return found[1]
 
 
-def _identity(A, B, scaling, first, count, router, top_k, qkv, num_heads, residual) -> tuple:
-    return id(A), id(B), scaling, first, count, id(router), top_k, id(qkv), num_heads, residual
-
-
-def _addresses(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> list[int]:
-    addresses = [t.data_ptr() for t in (weight, bias) if t is not None]
-    for A, B, _, _, _, router, _, qkv, _, _ in groups:
-        addresses += A.data_ptr(), B.data_ptr()
-        if router is not None:
-            addresses.append(router.data_ptr())
-        if qkv is not None:
-            addresses.append(qkv.data_ptr())
-    return addresses
-
-
 def _keep(key: tuple, found: tuple, base: list[Tensor], groups: Sequence[Group]) -> None:
-    _steps[key] = found
-    for tensor in (*base, *(t for g in groups for t in g.tensors)):
-        number = id(tensor)
-        if number not in _keys:
-            _keys[number] = weakref.ref(tensor, lambda _, number=number: _forget(number)), set()
-        _keys[number][1].add(key)
+    with _lock:
+        _steps[key] = found
+        for tensor in (*base, *(t for g in groups for t in g.tensors)):
+            number = id(tensor)
+            if number not in _keys:
+                _keys[number] = weakref.ref(tensor, lambda _, number=number: _forget(number)), set()
+            _keys[number][1].add(key)
 
 
 def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> DecodePlan | None:
