@@ -16,12 +16,16 @@ from .sweep import sweep  # noqa: E402
 from .table import METHODS, Row, counts  # noqa: E402
 from .tiny import classes  # noqa: E402
 
+COMMIT = commit()  # of what runs; before the file that is written counts as a change
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compatibility", description=(about or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--only", default="", help="a part of the classes' names")
-    parser.add_argument("--part", default="1/1", help="K/N: of all classes the K-th of N parts; rows join those of --json")
+    parser.add_argument(
+        "--part", default="1/1", help="K/N: the K-th of N parts of the classes; from the second on rows join --json"
+    )
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all; may be given several times")
     parser.add_argument("--processes", type=int, default=1, help="classes at a time, each on one thread (default: 1)")
     args = parser.parse_args(argv)
@@ -29,26 +33,28 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in classes() if args.only in name][part - 1 :: parts]
     methods = args.method or list(METHODS)
 
-    def done(row: Row, seconds: float) -> None:
-        nonlocal count
-        count += 1
-        told = row.get("left_out") or " ".join(row["methods"][method]["outcome"] for method in methods)
-        print(f"[{count}/{len(names)}] {row['name']}: {told}  {seconds:.1f} s", file=sys.stderr, flush=True)
+    rows: list[Row] = json.loads(args.json.read_text(encoding="utf-8"))["classes"] if args.json and part > 1 else []
+    before = len(rows)
 
-    count = 0
-    rows = sweep(names, methods, args.processes, done)
-    if args.json:
-        _write(args.json, rows, joined=parts > 1 and part > 1)
+    def done(row: Row, seconds: float) -> None:
+        rows.append(row)
+        told = row.get("left_out") or " ".join(row["methods"][method]["outcome"] for method in methods)
+        count = f"{len(rows) - before}/{len(names)}"
+        print(f"[{count}] {row['name']}: {told}  {seconds:.1f} s", file=sys.stderr, flush=True)
+        if args.json:
+            _write(args.json, rows)
+
+    sweep(names, methods, args.processes, done)
     print(counts({"classes": rows}, methods))
     return 0
 
 
-def _write(path: Path, rows: list[Row], joined: bool) -> None:
-    before = json.loads(path.read_text(encoding="utf-8"))["classes"] if joined else []
+def _write(path: Path, rows: list[Row]) -> None:
+    """After every class, so that a run which is stopped leaves what it had."""
     result = {
         "versions": versions() | {"gci_kernels": gci_kernels.__version__},
-        "commit": commit(),
-        "classes": sorted(before + rows, key=lambda row: row["name"]),
+        "commit": COMMIT,
+        "classes": sorted(rows, key=lambda row: row["name"]),
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

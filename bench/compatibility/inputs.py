@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .tiny import FIRST_TOKEN, LAST_TOKEN
 
-BATCH, LENGTH, NEW_TOKENS = 2, 9, 6
+BATCH, LENGTH, NEW_TOKENS = 2, 12, 6
 
 Inputs = dict[str, Any]
 
@@ -26,6 +26,10 @@ def candidates(model: PreTrainedModel) -> Iterator[tuple[str, Inputs]]:
     yield "text", _text(model)
 
 
+def _arguments(model: PreTrainedModel) -> Any:
+    return inspect.signature(model.forward).parameters
+
+
 def _generator(seed: int = 2) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -36,6 +40,12 @@ def _tokens(length: int) -> Tensor:
 
 def _text(model: PreTrainedModel) -> Inputs:
     inputs: Inputs = {"input_ids": _tokens(LENGTH)}
+    if "mm_token_type_ids" in _arguments(model):
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if "bbox" in _arguments(model):
+        inputs["bbox"] = torch.zeros(BATCH, LENGTH, 4)
+    if "qformer_input_ids" in _arguments(model):
+        inputs["qformer_input_ids"] = _tokens(LENGTH)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _tokens(LENGTH - 4).flip(1)
     return inputs
@@ -43,7 +53,8 @@ def _text(model: PreTrainedModel) -> Inputs:
 
 def _images(model: PreTrainedModel) -> Iterator[Inputs]:
     """Forms in which models take one image for each text: pixels, tiles of pixels, and patches."""
-    if "pixel_values" not in inspect.signature(model.forward).parameters:
+    known = _arguments(model)
+    if "pixel_values" not in known:
         return
     vision = getattr(model.config, "vision_config", None) or model.config
     size, patch = _number(vision, "image_size", 32), _number(vision, "patch_size", 8)
@@ -56,9 +67,25 @@ def _images(model: PreTrainedModel) -> Iterator[Inputs]:
         yield {"pixel_values": pixels[:, None], "image_sizes": sizes}
         yield {"pixel_values": pixels[:, None].repeat(1, 3, 1, 1, 1), "image_sizes": sizes}
         yield {"pixel_values": pixels[:, None]}
+        if "image_embeds_position_mask" in known:
+            places = torch.arange(LENGTH) >= LENGTH - model.config.latent_query_num
+            yield {"pixel_values": pixels, "image_embeds_position_mask": places.expand(BATCH, -1)}
+        if "image_attention_mask" in known:
+            seen = torch.ones(BATCH, LENGTH, 1, dtype=torch.long)
+            yield {"pixel_values": pixels[:, None], "image_attention_mask": seen}
+        if "aspect_ratio_ids" in known:
+            tiles = pixels[:, None, None].repeat(1, 1, 4, 1, 1, 1)
+            ratios = {
+                "aspect_ratio_ids": torch.ones(BATCH, 1).long(),
+                "aspect_ratio_mask": torch.ones(BATCH, 1, 4).long(),
+            }
+            yield {"pixel_values": tiles, "cross_attention_mask": torch.ones(BATCH, LENGTH, 1, 4).long(), **ratios}
     grid = torch.tensor([[1, 4, 4]] * BATCH)
     patches = torch.randn(BATCH * 16, 3 * temporal * patch * patch, generator=_generator())
     yield {"pixel_values": patches, "image_grid_thw": grid}
+    if "spatial_shapes" in known:
+        shapes = {"spatial_shapes": grid[:, 1:], "pixel_attention_mask": torch.ones(BATCH, 16).long()}
+        yield {"pixel_values": patches.unflatten(0, (BATCH, 16)), **shapes}
     yield {"pixel_values": patches.unflatten(-1, (3, patch, patch * temporal)), "image_grid_thw": grid}
 
 
@@ -76,16 +103,17 @@ def _with_image(model: PreTrainedModel, image: Inputs) -> Inputs:
         (value for name in ("image_token_id", "image_token_index") if (value := getattr(model.config, name, None))),
         None,
     )
-    if token is None or not hasattr(model, "get_image_features"):
+    reader = next((each for each in (model, model.base_model) if hasattr(each, "get_image_features")), None)
+    if token is None or reader is None:
         return inputs | image
-    known = inspect.signature(model.get_image_features).parameters
-    features = model.get_image_features(**{name: value for name, value in image.items() if name in known})
+    wanted = inspect.signature(reader.get_image_features).parameters
+    features = reader.get_image_features(**{name: each for name, each in (inputs | image).items() if name in wanted})
     count = _rows(getattr(features, "pooler_output", features)) // BATCH
     places = torch.full((BATCH, count), token)
     ids = inputs["input_ids"]
     inputs["input_ids"] = torch.cat((ids[:, :2], places, ids[:, 2:]), dim=1)
     for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in inspect.signature(model.forward).parameters:
+        if name in _arguments(model):
             inputs[name] = (inputs["input_ids"] == token).long()
     return inputs | image
 

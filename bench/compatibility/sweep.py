@@ -39,7 +39,11 @@ def _short(error: Exception) -> str:
 
 
 def sweep(
-    names: list[str], methods: Iterable[str], processes: int, done: Callable[[Row, float], None], seconds: float = SECONDS
+    names: list[str],
+    methods: Iterable[str],
+    processes: int,
+    done: Callable[[Row, float], None],
+    seconds: float = SECONDS,
 ) -> list[Row]:
     """The rows of all `names`, in their order; `done` gets each one with its seconds when it is there."""
     context, waiting, rows = multiprocessing.get_context("fork"), list(names), {}

@@ -20,7 +20,10 @@ def outcomes(rows: Iterable[Row], method: str) -> Counter[str]:
 def counts(result: dict[str, Any], methods: Iterable[str] = tuple(METHODS)) -> str:
     """For each kind of classes how many there are, how many could be checked, and how each method does in those."""
     methods = list(methods)
-    lines = [["classes of transformers", "checked", *(METHODS[method] for method in methods)], ["---"] * (2 + len(methods))]
+    lines = [
+        ["classes of transformers", "checked", *(METHODS[method] for method in methods)],
+        ["---"] * (2 + len(methods)),
+    ]
     for kind in KINDS:
         rows = [row for row in result["classes"] if row["kind"] == kind]
         checked = [row for row in rows if "methods" in row]
@@ -35,12 +38,13 @@ def _counted(found: Counter[str]) -> str:
     return "; ".join([str(found[YES]), *others])
 
 
-def where(result: dict[str, Any]) -> str:
-    """With which versions, at which commit."""
+def summary(result: dict[str, Any]) -> str:
+    """The counts, under the versions and the commit that they are of."""
     versions, commit = result["versions"], result["commit"]
     changed = " with changes" if commit and commit["changed"] else ""
     at = f", commit {commit['sha'][:10]}{changed}" if commit else ""
-    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft")) + at
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
+    return f"{named}{at}.\n\n{counts(result)}"
 
 
 def every_class(result: dict[str, Any]) -> str:
@@ -50,7 +54,9 @@ def every_class(result: dict[str, Any]) -> str:
     for kind in KINDS:
         rows = [row for row in result["classes"] if row["kind"] == kind and "methods" in row]
         lines = [["class", "inputs", *METHODS.values()], ["---"] * (2 + len(METHODS))]
-        lines += [[f"`{row['name']}`", row["inputs"], *(_cell(row, method, reasons) for method in METHODS)] for row in rows]
+        lines += [
+            [f"`{row['name']}`", row["inputs"], *(_cell(row, method, reasons) for method in METHODS)] for row in rows
+        ]
         parts.append(f"### {kind.capitalize()}\n\n{_table(lines)}")
     parts.append("### Reasons\n\n" + "\n".join(f"{number}. {_plain(reason)}" for reason, number in reasons.items()))
     left = [f"- `{row['name']}`: {_plain(row['left_out'])}" for row in result["classes"] if "left_out" in row]
@@ -70,7 +76,14 @@ def _cell(row: Row, method: str, reasons: dict[str, int]) -> str:
 
 def _plain(text: str) -> str:
     """Without what Markdown would read as its own."""
-    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "'").replace("[", "\\[")
+    return (
+        text.replace("<", "&lt;")
+        .replace("*", "\\*")
+        .replace("_", "\\_")
+        .replace("`", "'")
+        .replace("](", "] (")
+        .replace("[", "\\[")
+    )
 
 
 def _table(lines: list[list[str]]) -> str:
