@@ -22,9 +22,10 @@ from gci_kernels.testing import relative_error
 
 from .inputs import NEW_TOKENS, Inputs, candidates
 from .plain import forget, is_linear, plain_model
-from .table import FAILS, NOT_BY_PEFT, REFUSED, YES
+from .table import FAILS, ANYWAY, REFUSED, YES
 
 TOLERANCE = 1e-4  # of float32, through a few layers
+GRADIENT_TOLERANCE = 1e-3  # attention that does not scale its scores loses a digit more
 EFFECT = 1e-3  # an adapter that changes less than this is taken to have none
 
 Make = Callable[[PreTrainedModel], PeftConfig]
@@ -76,7 +77,7 @@ def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
             run.all()
             return {"outcome": YES, "targets": targets}
         except Exception as error:
-            latest = {"outcome": _outcome(error, run.stage, method), "targets": targets, "why": _told(error, run.stage)}
+            latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _told(error, run.stage)}
             if not told or told["outcome"] != REFUSED or run.stage != "patch":
                 told = latest
             if run.stage != "patch":  # the default targets may lie in no layer of this class, and then others do
@@ -102,13 +103,16 @@ def configs(method: str) -> dict[str, Make]:
 
 
 def _last_linears(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Rows of the last linear layer of each decoder layer."""
-    inside = set(model.get_decoder().modules()) or set(model.modules())
+    """Rows of the last linear layer of each decoder layer that is no router."""
+    decoder = model.get_decoder()
+    inside = set((decoder if isinstance(decoder, PreTrainedModel) else model).modules())
     found: dict[str, tuple[str, int]] = {}
     for name, module in model.named_modules():
         block = re.match(r"(.*?\.\d+)\.", name)
         if block and module in inside and is_linear(module):
-            found[block[1]] = (name, module.weight.shape[0] if isinstance(module, nn.Linear) else module.nf)
+            size = module.weight.shape[0] if isinstance(module, nn.Linear) else module.nf
+            if size >= 16:
+                found[block[1]] = (name, size)
     return {name: sorted({0, size // 2, size - 1}) for name, size in found.values()}
 
 
@@ -154,14 +158,18 @@ class _Run:
             return PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
 
     def _by_formula(self, patched: nn.Module) -> Results:
-        """What plain layers give. Where they cannot run, what the patched model says counts."""
+        """What plain layers give. Where they cannot run, the patched model may still say why."""
+        self.stage = "reference"
         try:
             return results(plain_model(self.base, patched).eval(), self.inputs)
-        except Exception:
-            self.stage = "forward"
-            results(patched, self.inputs)
-            self.stage = "reference"
-            raise
+        except Exception as error:
+            try:
+                results(patched, self.inputs)
+            except Exception as own:
+                if _is_refusal(own):
+                    self.stage = "forward"
+                    raise
+            raise error
 
     def _check_saved(self, patched: Any, wanted: Results) -> None:
         """The adapter written and read; of LoRA, read by PEFT alone, and only then patched and unpatched."""
@@ -201,7 +209,7 @@ class _Run:
         if actual.keys() != wanted.keys():
             raise Difference(f"trained parameters differ: {sorted(actual.keys() ^ wanted.keys())[:2]}")
         largest = max((float(each.norm()) for each in wanted.values() if each is not None), default=0.0)
-        if not largest > 0:
+        if not largest > 1e-3:
             raise Difference("the adapter gets no gradient")
         for name, gradient in wanted.items():
             own = actual[name]
@@ -211,7 +219,7 @@ class _Run:
             gradient, own = (zeros if each is None else each for each in (gradient, own))
             # Of a gradient that is small beside the others only the rounding of larger numbers may be left.
             error = float((own - gradient).norm()) / max(float(gradient.norm()), 1e-2 * largest)
-            if not error <= TOLERANCE:
+            if not error <= GRADIENT_TOLERANCE:
                 raise Difference(f"the gradient of {name} differs by {error:.1e}")
 
 
@@ -267,9 +275,9 @@ def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
     return made
 
 
-def _outcome(error: Exception, stage: str, method: str) -> str:
+def _outcome(error: Exception, stage: str) -> str:
     if stage == "reference":
-        return NOT_BY_PEFT if method == "lora" else FAILS
+        return ANYWAY
     return REFUSED if _is_refusal(error) else FAILS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 #: The methods in the order of the tables, and what one can do in a class.
 METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
-OUTCOMES = YES, REFUSED, FAILS, NOT_BY_PEFT = "yes", "refused", "fails", "not by PEFT"
+OUTCOMES = YES, REFUSED, FAILS, ANYWAY = "yes", "refused", "fails", "fails anyway"
 KINDS = ("causal", "sequence-to-sequence", "vision-language")
 
 Row = dict[str, Any]
