@@ -69,7 +69,8 @@ def _cell(row: Row, method: str, reasons: dict[str, int]) -> str:
     if found is None:
         return ""
     if found["outcome"] == YES:
-        return YES if found["targets"] == "default" or method == "lora" else f"{YES}, {found['targets']}"
+        usual = "all-linear" if method == "lora" else "default"
+        return YES if found["targets"] == usual else f"{YES}, {found['targets']}"
     number = reasons.setdefault(found["why"], len(reasons) + 1)
     return f"{found['outcome']} ({number})"
 
