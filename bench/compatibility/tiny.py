@@ -145,6 +145,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     """
     cls = getattr(transformers, name)
     torch.manual_seed(0)
+    _specials.clear()
     config = tiny_config(cls.config_class)
     model = cls(config).float().eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -253,7 +254,7 @@ def _small_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return small | {name: small[name][:half] for name in ("long_factor", "short_factor") if name in small}
 
 
-_specials: dict[str, int] = {}
+_specials: dict[str, int] = {}  # of the model that is made
 
 
 def _special(name: str) -> int:
