@@ -26,7 +26,7 @@ from .table import ANYWAY, FAILS, REFUSED, YES
 
 TOLERANCE = 1e-4  # of float32, through a few layers
 GRADIENT_TOLERANCE = 1e-3  # attention that does not scale its scores loses a digit more
-EFFECT = 1e-3  # an adapter that changes less than this is taken to have none
+EFFECT = 1e-5  # what changes less than this is rounding; an adapter in a router changes little more
 
 Make = Callable[[PreTrainedModel], PeftConfig]
 
@@ -50,6 +50,7 @@ def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
     Raises:
         Exception: what stands in the way of the last of the inputs that were tried.
     """
+    model.get_input_embeddings()  # PEFT asks for them
     for name, inputs in candidates(model):
         try:
             first = logits_of(model, inputs)
