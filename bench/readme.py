@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .compatibility import table as compatibility
 from .forgetting.report import short_table
 from .report import COLUMNS, METHODS, TIMED, draw
 
@@ -60,6 +61,8 @@ CONTENTS: dict[str, Callable[[Path], str]] = {
     "cpu": lambda root: measured(_read(root / SOURCE)),
     "all": _all_tables,
     "forgetting": lambda root: short_table(_read(root / RESULTS / "forgetting.json")),
+    "compatibility": lambda root: compatibility.summary(_read(root / RESULTS / "compatibility.json")),
+    "compatibility-classes": lambda root: compatibility.every_class(_read(root / RESULTS / "compatibility.json")),
 }
 
 

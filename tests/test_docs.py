@@ -139,7 +139,7 @@ def test_every_environment_variable_is_described():
 def test_tables_are_those_of_the_result_files():
     documents = readme.documents(ROOT)
     assert {str(path.relative_to(ROOT)) for path in documents} == {
-        "README.md", "docs/benchmarks.md", "docs/forgetting.md"
+        "README.md", "docs/benchmarks.md", "docs/compatibility.md", "docs/forgetting.md"
     }  # fmt: skip
     for path, text in documents.items():
         assert path.read_text() == text, "python -m bench.readme writes it"
@@ -154,7 +154,7 @@ def checkout(tmp_path):
     """What `bench.readme` reads and writes, with places for every table."""
     (tmp_path / "docs").mkdir()
     (tmp_path / readme.RESULTS).mkdir(parents=True)
-    for name in ("cpu.json", "forgetting.json"):
+    for name in ("cpu.json", "forgetting.json", "compatibility.json"):
         (tmp_path / readme.RESULTS / name).symlink_to(ROOT / readme.RESULTS / name)
     place = "before\n<!-- made by python -m bench.readme: {} -->\nold\n<!-- end -->\n"
     (tmp_path / "README.md").write_text("".join(map(place.format, readme.CONTENTS)))

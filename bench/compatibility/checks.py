@@ -1,0 +1,310 @@
+"""What has to hold of a method in a model, and how it is told when it does not."""
+
+import copy
+import linecache
+import re
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.config import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import gci_kernels
+from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
+from gci_kernels.testing import relative_error
+
+from .inputs import NEW_TOKENS, Inputs, candidates
+from .plain import forget, is_linear, plain_model
+from .table import ANYWAY, FAILS, REFUSED, YES
+
+TOLERANCE = 1e-4  # of float32, through a few layers
+GRADIENT_TOLERANCE = 1e-3  # attention that does not scale its scores loses a digit more
+EFFECT = 1e-5  # what changes less than this is rounding; an adapter in a router changes little more
+
+Make = Callable[[PreTrainedModel], PeftConfig]
+
+
+class Difference(Exception):
+    """Something is not what the same without this package gives; or the adapter does nothing."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a model gives for its inputs."""
+
+    logits: Tensor
+    gradients: dict[str, Tensor | None]
+    tokens: Tensor
+
+
+def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
+    """Inputs that the model takes by itself, and their name, for its forward, backward and generate().
+
+    Raises:
+        Exception: what stands in the way of the last of the inputs that were tried.
+    """
+    model.get_input_embeddings()  # PEFT asks for them
+    for name, inputs in candidates(model):
+        try:
+            first = logits_of(model, inputs)
+            if not torch.isfinite(first).all():
+                raise Difference("the model's logits are not finite")
+            if relative_error(logits_of(model, inputs), first) > TOLERANCE / 10:
+                raise Difference("the model's logits are others in each call")
+            if "pixel_values" in inputs:
+                other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+                if relative_error(logits_of(model, other), first) < EFFECT:
+                    raise Difference("the image makes no difference")
+            results(model, inputs)
+            return name, inputs
+        except Exception as error:
+            failed = error
+    raise failed
+
+
+def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
+    """What `method` does in copies of `base`: its outcome, with the reason where it is not "yes", and its targets."""
+    told: dict[str, str] = {}
+    for targets, make in configs(method).items():
+        run = _Run(base, inputs, method, make)
+        try:
+            run.all()
+            return {"outcome": YES, "targets": targets}
+        except Exception as error:
+            latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _told(error, run.stage)}
+            early = run.stage in ("patch", "reference")  # then other targets may fit better
+            if not told or told["outcome"] == FAILS or not early:
+                told = latest
+            if not early:
+                break
+    return told
+
+
+def configs(method: str) -> dict[str, Make]:
+    """The configs to try, by what they target: a method's default first, then what fits every model."""
+    if method == "lora":
+        whole: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+        return {
+            "all-linear": lambda model: LoraConfig(**whole),
+            "all-linear but some": lambda model: LoraConfig(**whole, exclude_modules=_not_for_peft(model)),
+        }
+    if method == "loki":
+        return {
+            "default": lambda model: LoKIConfig(positions={0: [1, 5, 9], 1: [0, 3]}),
+            "by name": lambda model: LoKIConfig(positions=_last_linears(model)),
+        }
+    sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
+    cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
+    return {
+        "default": lambda model: cls(**sizes),
+        "all-linear": lambda model: cls(**sizes, target_modules="all-linear"),
+    }
+
+
+def _not_for_peft(model: PreTrainedModel) -> list[str]:
+    """What PEFT's LoRA cannot adapt: Mamba's output, and layers derived from nn.Linear that compute something else."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return ["out_proj", *(name for name, each in linears.items() if type(each).forward is not nn.Linear.forward)]
+
+
+def _last_linears(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Rows of the last linear layer of each decoder layer that is no router."""
+    decoder = model.get_decoder()
+    inside = set((decoder if isinstance(decoder, PreTrainedModel) else model).modules())
+    found: dict[str, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        block = re.match(r"(.*?\.\d+)\.", name)
+        if block and module in inside and is_linear(module):
+            size = module.weight.shape[0] if isinstance(module, nn.Linear) else module.nf
+            if size >= 16:
+                found[block[1]] = (name, size)
+    return {name: sorted({0, size // 2, size - 1}) for name, size in found.values()}
+
+
+class _Run:
+    """The checks of one method in one model; `stage` is the one that runs."""
+
+    def __init__(self, base: PreTrainedModel, inputs: Inputs, method: str, make: Make):
+        self.base, self.inputs, self.method, self.make, self.stage = base, inputs, method, make, "patch"
+
+    def all(self) -> None:
+        wanted = self._by_peft() if self.method == "lora" else None
+        self.stage = "patch"
+        patched = gci_kernels.patch(copy.deepcopy(self.base), self.make(self.base)).eval()
+        shake(patched)
+        if wanted is None:
+            wanted = self._by_formula(patched)
+        self.stage = "forward"
+        self._same("logits", logits_of(patched, self.inputs), wanted.logits)
+        if relative_error(logits_of(self.base, self.inputs), wanted.logits) < EFFECT:
+            raise Difference("the adapter has no effect")
+        self.stage = "backward"
+        self._same_gradients(gradients_of(patched, self.inputs), wanted.gradients)
+        self.stage = "generate"
+        tokens = tokens_of(patched, self.inputs)
+        if not torch.equal(tokens, wanted.tokens):
+            raise Difference(f"other tokens: {tokens.tolist()} instead of {wanted.tokens.tolist()}")
+        self._check_saved(patched, wanted)
+        self._check_unpatched(patched)
+
+    def _by_peft(self) -> Results:
+        """What PEFT's own layers give."""
+        self.stage = "reference"
+        model: Any = get_peft_model(copy.deepcopy(self.base), self.make(self.base)).eval()
+        shake(model)
+        wanted = results(model, self.inputs)
+        self._same("logits after saving and loading", logits_of(self._saved(model), self.inputs), wanted.logits)
+        return wanted
+
+    def _saved(self, model: Any) -> PeftModel:
+        """The adapter written, and read into another copy of the base model."""
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
+
+    def _by_formula(self, patched: nn.Module) -> Results:
+        """What plain layers give. Where they cannot run, the patched model may still say why."""
+        self.stage = "reference"
+        try:
+            return results(plain_model(self.base, patched).eval(), self.inputs)
+        except Exception as error:
+            try:
+                results(patched, self.inputs)
+            except Exception as own:
+                if _is_refusal(own):
+                    self.stage = "forward"
+                    raise
+            raise error
+
+    def _check_saved(self, patched: Any, wanted: Results) -> None:
+        """The adapter written and read; of LoRA, read by PEFT alone, and only then patched and unpatched."""
+        self.stage = "save and load"
+        loaded = self._saved(patched)
+        own = logits_of(loaded, self.inputs)
+        self._same("logits", own, wanted.logits)
+        if self.method == "lora":
+            gci_kernels.patch(loaded)
+            self._same("logits", logits_of(loaded, self.inputs), wanted.logits)
+            self.stage = "unpatch"
+            gci_kernels.unpatch(loaded)
+            if not torch.equal(logits_of(loaded, self.inputs), own):
+                raise Difference("PEFT's layers give other logits than before")
+
+    def _check_unpatched(self, patched: nn.Module) -> None:
+        self.stage = "unpatch"
+        plain = gci_kernels.unpatch(patched.eval())
+        kinds = [[(name, type(module)) for name, module in each.named_modules()] for each in (plain, self.base)]
+        states = [each.state_dict() for each in (plain, self.base)]
+        if kinds[0] != kinds[1] or states[0].keys() != states[1].keys():
+            raise Difference("other modules or parameters are left than there were")
+        changed = [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+        if changed:
+            raise Difference(f"changed: {', '.join(changed)}")
+        if not torch.equal(logits_of(plain, self.inputs), logits_of(self.base, self.inputs)):
+            raise Difference("the model gives other logits than before")
+
+    @staticmethod
+    def _same(what: str, actual: Tensor, wanted: Tensor) -> None:
+        error = relative_error(actual, wanted)
+        if not error <= TOLERANCE:
+            raise Difference(f"{what} differ by {error:.1e}")
+
+    @staticmethod
+    def _same_gradients(actual: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+        if actual.keys() != wanted.keys():
+            raise Difference(f"trained parameters differ: {sorted(actual.keys() ^ wanted.keys())[:2]}")
+        largest = max((float(each.norm()) for each in wanted.values() if each is not None), default=0.0)
+        if not largest > 1e-3:
+            raise Difference("the adapter gets no gradient")
+        for name, gradient in wanted.items():
+            own = actual[name]
+            if gradient is None and own is None:
+                continue
+            zeros = torch.zeros_like(own if gradient is None else gradient)
+            gradient, own = (zeros if each is None else each for each in (gradient, own))
+            # Of a gradient that is small beside the others only the rounding of larger numbers may be left.
+            error = float((own - gradient).norm()) / max(float(gradient.norm()), 1e-2 * largest)
+            if not error <= GRADIENT_TOLERANCE:
+                raise Difference(f"the gradient of {name} differs by {error:.1e}")
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Random values for all trained parameters, so that the adapter has an effect."""
+    generator = torch.Generator().manual_seed(3)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.5 * noise / max(parameter.shape[-1], 8) ** 0.5)
+
+
+def results(model: nn.Module, inputs: Inputs) -> Results:
+    """All that is compared, of a model in evaluation mode."""
+    return Results(logits_of(model, inputs), gradients_of(model, inputs), tokens_of(model, inputs))
+
+
+def _forward(model: nn.Module, inputs: Inputs) -> Tensor:
+    torch.manual_seed(0)
+    forget(model)
+    output = model(**inputs)
+    return output.logits if "logits" in output else output[0]
+
+
+def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return _forward(model, inputs)
+
+
+def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
+    """The gradients of the trained parameters, by their names in the plain model, in training mode."""
+    model.train()
+    try:
+        logits = _forward(model, inputs)
+        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+        model.zero_grad()
+        (logits * direction).sum().backward()
+    finally:
+        model.eval()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name.removeprefix("base_model.model."): parameter.grad for name, parameter in trained.items()}
+
+
+def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """What greedy generation adds."""
+    torch.manual_seed(0)
+    forget(model)
+    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    made: Any = model.generate(
+        **given, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+    )
+    return made
+
+
+def _outcome(error: Exception, stage: str) -> str:
+    if stage == "reference":
+        return ANYWAY
+    return REFUSED if _is_refusal(error) else FAILS
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether this package raised the exception on purpose."""
+    if isinstance(error, Difference):
+        return False
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    own = Path(frame.filename).is_relative_to(Path(gci_kernels.__file__).parent)
+    return own and linecache.getline(frame.filename, frame.lineno or 0).strip().startswith("raise ")
+
+
+def _told(error: Exception, stage: str) -> str:
+    """In one line, with the stage and, where it is nobody's refusal, the error's kind."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, Difference) and not _is_refusal(error):
+        text = f"{type(error).__name__}: {text}"
+    return f"{stage}: {text}"[:500]

@@ -1,0 +1,121 @@
+"""The package's own methods as their formulas read, in eager PyTorch: what the patched models are compared with."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gci_kernels.tuners import AdaptedLinear, ALoRALinear, LoKILinear, LoRAMoELinear
+
+from .inputs import BATCH
+
+ADAPTER = "default"
+
+
+class PlainLayer(nn.Module):
+    """A base layer with a copy of an adapter's parameters, under the names that they have in the patched layer."""
+
+    def __init__(self, layer: AdaptedLinear, base: nn.Module):
+        super().__init__()
+        self.base_layer = base
+        for part in layer.adapter_layer_names:
+            found = getattr(layer, part)
+            own = {ADAPTER: nn.Parameter(found[ADAPTER].detach().clone())} if ADAPTER in found else {}
+            setattr(self, part, nn.ParameterDict(own))
+        self.scaling = layer.scaling[ADAPTER]
+
+    # Some parents ask a layer for its weight's dtype.
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def own(self, part: str) -> Tensor:
+        return getattr(self, part)[ADAPTER]
+
+
+class PlainLoRAMoE(PlainLayer):
+    """y = W x + scaling * sum over experts of gate * B A x; the gates are the router's softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = softmax(x @ self.own("loramoe_router").T, dim=-1)
+        down = (x @ self.own("loramoe_A").T).unflatten(-1, (gates.shape[-1], -1))
+        mixed = (down * gates.unsqueeze(-1)).flatten(-2)
+        return self.base_layer(x) + self.scaling * (mixed @ self.own("loramoe_B").T)
+
+
+class PlainALoRA(PlainLayer):
+    """y = W x + scaling * B attention(A x), causal over the sequence.
+
+    It keeps no keys and values: what came before a single new token is kept whole, and computed anew with it.
+    """
+
+    def __init__(self, layer: ALoRALinear, base: nn.Module):
+        super().__init__(layer, base)
+        self.heads = layer.num_heads[ADAPTER]
+        self.before: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(BATCH, -1, x.shape[-1])
+        new = rows.shape[1]
+        if new == 1 and self.before is not None:
+            rows = torch.cat((self.before, rows), dim=1)
+        self.before = rows.detach()
+        projected = rows @ self.own("gci_alora_A").T @ self.own("gci_alora_qkv").T
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+        update = (attended @ self.own("gci_alora_B").T)[:, -new:]
+        return self.base_layer(x) + self.scaling * update.reshape(*x.shape[:-1], -1)
+
+
+class PlainLoKI(PlainLayer):
+    """Some rows of the base weight are others."""
+
+    def __init__(self, layer: LoKILinear, base: nn.Module):
+        super().__init__(layer, base)
+        self.rows = layer.loki_positions[ADAPTER].clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        trained = x @ self.own("loki_active").T
+        if ADAPTER in self.loki_active_bias:
+            trained = trained + self.own("loki_active_bias")
+        return y.index_copy(-1, self.rows, trained)
+
+
+_PLAIN: dict[type, type[PlainLayer]] = {LoRAMoELinear: PlainLoRAMoE, ALoRALinear: PlainALoRA, LoKILinear: PlainLoKI}
+
+
+def plain_model(base: PreTrainedModel, patched: nn.Module) -> PreTrainedModel:
+    """A copy of `base` with plain layers where `patched`, the PeftModel made of another copy, has adapted ones."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    made: dict[int, nn.Module] = {}
+    for name, layer in patched.get_base_model().named_modules(remove_duplicate=False):
+        if isinstance(layer, AdaptedLinear):
+            if id(layer) not in made:
+                made[id(layer)] = _plain(layer, model.get_submodule(name))
+            model.set_submodule(name, made[id(layer)])
+    return model
+
+
+def _plain(layer: AdaptedLinear, base: nn.Module) -> PlainLayer:
+    return next(plain for cls, plain in _PLAIN.items() if isinstance(layer, cls))(layer, base)
+
+
+def forget(model: nn.Module) -> None:
+    """Begins a new sequence."""
+    for layer in model.modules():
+        if isinstance(layer, PlainALoRA):
+            layer.before = None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a layer that every method can adapt."""
+    return isinstance(module, (nn.Linear, Conv1D))

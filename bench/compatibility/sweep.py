@@ -1,0 +1,93 @@
+"""All checks of many classes, each class in a process of its own: one that hangs or crashes stops no other."""
+
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import transformers
+
+from . import checks, tiny
+from .table import METHODS, Row
+
+SECONDS = 120.0  # the most for one class; most take a few
+
+
+def check_class(name: str, methods: Iterable[str] = tuple(METHODS)) -> Row:
+    """The outcome of each method in a class, or under "left_out" why the class itself cannot be checked."""
+    row: Row = {"name": name, "kind": tiny.classes()[name]}
+    try:
+        model = tiny.tiny_model(name)
+    except Exception as error:
+        return row | {"left_out": f"cannot be made tiny: {_short(error)}"}
+    try:
+        row["inputs"], inputs = checks.check_base(model)
+    except Exception as error:
+        return row | {"left_out": f"does not run by itself: {_short(error)}"}
+    return row | {"methods": {method: checks.check(model, inputs, method) for method in methods}}
+
+
+def _short(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f" ({os.path.basename(where.filename)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def sweep(
+    names: list[str],
+    methods: Iterable[str],
+    processes: int,
+    done: Callable[[Row, float], None],
+    seconds: float = SECONDS,
+) -> list[Row]:
+    """The rows of all `names`, in their order; `done` gets each one with its seconds when it is there."""
+    context, waiting, rows = multiprocessing.get_context("fork"), list(names), {}
+    running: dict[Connection, tuple[str, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(theirs, name, tuple(methods)))
+            process.start()
+            theirs.close()
+            running[ours] = (name, process, time.monotonic())
+        ready = wait(list(running), timeout=1.0)
+        for ours, (name, process, begun) in list(running.items()):
+            spent = time.monotonic() - begun
+            if ours not in ready and spent < seconds:
+                continue
+            rows[name] = _received(ours, name, process, seconds) if ours in ready else _late(name, process, seconds)
+            process.join()
+            ours.close()
+            del running[ours]
+            done(rows[name], spent)
+    return [rows[name] for name in names]
+
+
+def _child(connection: Connection, name: str, methods: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    connection.send(check_class(name, methods))
+
+
+def _received(connection: Connection, name: str, process: Any, seconds: float) -> Row:
+    try:
+        return connection.recv()
+    except EOFError:
+        process.join()
+        return _lost(name, f"its process ended with {process.exitcode}")
+
+
+def _late(name: str, process: Any, seconds: float) -> Row:
+    process.kill()
+    return _lost(name, f"takes more than {seconds:.0f} seconds")
+
+
+def _lost(name: str, why: str) -> Row:
+    return {"name": name, "kind": tiny.classes()[name], "left_out": why}
