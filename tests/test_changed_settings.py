@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 METHODS = ("lora", "loramoe", "alora", "loki*")
 PARTS = {
-    "lora": ("lora_A", "lora_B"), "loramoe": ("loramoe_A", "loramoe_B", "loramoe_router"),
-    "alora": ("gci_alora_A", "gci_alora_qkv", "gci_alora_B"), "loki*": ("loki_A", "loki_B"),
+    "lora": ("lora_A", "lora_B"), "loramoe": ("loramoe_A", "loramoe_lora_B", "loramoe_router"),
+    "alora": ("gci_alora_A", "gci_alora_qkv", "gci_alora_B"), "loki*": ("loki_A", "loki_lora_B"),
 }  # fmt: skip
 LONG = IDS.repeat(2, 4)  # too many tokens for a decoding step
 

@@ -20,7 +20,7 @@ def by_formula(layer, x: torch.Tensor) -> torch.Tensor:
     """LoKI's rows over what the int8 layer gives."""
     base, positions, y = layer.base_layer, layer.loki_positions["default"], layer.base_layer(x)
     if layer.r["default"]:
-        update = layer.scaling["default"] * x @ layer.loki_A["default"].T @ layer.loki_B["default"].T
+        update = layer.scaling["default"] * x @ layer.loki_A["default"].T @ layer.loki_lora_B["default"].T
         columns = y[..., positions] + update
         if "default" in layer.loki_active_bias:
             columns += layer.loki_active_bias["default"] - base.bias()[positions]

@@ -48,7 +48,7 @@ class PlainLoRAMoE(PlainLayer):
         gates = softmax(x @ self.own("loramoe_router").T, dim=-1)
         down = (x @ self.own("loramoe_A").T).unflatten(-1, (gates.shape[-1], -1))
         mixed = (down * gates.unsqueeze(-1)).flatten(-2)
-        return self.base_layer(x) + self.scaling * (mixed @ self.own("loramoe_B").T)
+        return self.base_layer(x) + self.scaling * (mixed @ self.own("loramoe_lora_B").T)
 
 
 class PlainALoRA(PlainLayer):
