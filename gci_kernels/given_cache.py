@@ -25,7 +25,7 @@ def find(given: dict) -> tuple[Cache | None, str | None]:
         if value is None or value is cache:
             continue
         if isinstance(value, Cache):
-            cache = value
+            cache = value if cache is None else cache
         elif (name in _NAMES and not isinstance(value, bool)) or _is_cache(value):
             return cache, f"{name} is a {type(value).__name__}; adapters can keep theirs beside {ALLOWED}"
     return unwrapped(cache), None

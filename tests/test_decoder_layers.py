@@ -223,7 +223,7 @@ def test_alora_leaves_out_a_vision_tower_and_says_so():
     with pytest.warns(UserWarning, match=r"leaves out 6 targeted layers .*vision_tower.*exclude_modules"):
         patched = gci_kernels.patch(llava(), OWN["alora"](None))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         config = OWN["alora"](None)
         config.exclude_modules = ".*vision_tower.*"
         excluded = gci_kernels.patch(llava(), config)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from gci_kernels import decoder_layers, direction, sequence
@@ -219,16 +218,27 @@ class ALoRAModel(BottleneckModel):
     tuner_layer_cls = ALoRALinear
     default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's, which learns of the decoder layers, and attaches the model to gci_kernels.sequence."""
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
-        _, layers = decoder_layers.find(model)
         self._inside: dict[nn.Module, tuple[int, ...]] = {}
-        for index, layer in enumerate(layers):
+        self._left_out: list[str] = []
+        for index, layer in enumerate(decoder_layers.find(model)[1]):
             for path, module in layer.named_modules():
                 if not direction.CROSS_ATTENTION.search(path):
                     self._inside[module] = (*self._inside.get(module, ()), index)
-        self._left_out: list[str] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        left_out, self._left_out, self._inside = self._left_out, [], {}
+        if left_out:
+            what = (
+                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
+                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+            )
+            if not any(adapter_name in layer.r for layer in self.adapted):
+                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
+            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
+        self.attached = sequence.attach(model, self.wanted)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -241,18 +251,6 @@ class ALoRAModel(BottleneckModel):
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
         if not isinstance(target, ALoRALinear):
             self.adapted[-1].decoder_layers = indices
-
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        left_out, self._left_out, self._inside = self._left_out, [], {}
-        if left_out:
-            what = (
-                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
-                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
-            )
-            if not any(adapter_name in layer.r for layer in self.adapted):
-                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
-            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
-        self.attached = sequence.attach(model, self.wanted)
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:
         self.adapted.append(ALoRALinear(target, name, config, key))
