@@ -101,7 +101,10 @@ def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | Lor
     unknown = [t for t in config.target_modules if not any(name == t or name.endswith("." + t) for name in names)]
     if unknown:
         leaves = {re.sub(r".*\.", "", name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        raise ValueError(f"target_modules: no module is named {sorted(unknown)}; linear layers here: {sorted(leaves)}")
+        raise ValueError(
+            f"target_modules: no module is named {sorted(unknown)}; linear layers here: {sorted(leaves)}"
+            f"{experts.hint(model)}"
+        )
 
 
 def _take_over(model: nn.Module) -> None:

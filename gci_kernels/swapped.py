@@ -14,12 +14,7 @@ class Swapped:
     def __reduce_ex__(self, protocol):
         # The class is made while the program runs; its parts can be found by name, it cannot.
         _, _, *state = super().__reduce_ex__(2)
-        base: type = type(self)
-        mixins: list[type] = []
-        while issubclass(base, Swapped):
-            base, mixin = base._gci_parts
-            mixins.insert(0, mixin)
-        return _new_instance, (base, *mixins), *state
+        return _new_instance, _importable(type(self)), *state
 
 
 @functools.cache
@@ -55,6 +50,15 @@ def parts_of(cls: type) -> tuple[type, ...]:
 def from_parts(base: type, *mixins: type) -> type:
     """The class of these :func:`parts_of`."""
     return functools.reduce(subclass, mixins, base)
+
+
+def _importable(cls: Any) -> tuple[type, ...]:
+    """:func:`parts_of`, of a class derived from one of ours as well, which then is left out."""
+    mixins: tuple[type, ...] = ()
+    while issubclass(cls, Swapped):
+        cls, mixin = cls._gci_parts
+        mixins = (mixin, *mixins)
+    return cls, *mixins
 
 
 def give_class(instance: Any, cls: type) -> None:

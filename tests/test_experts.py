@@ -95,6 +95,17 @@ def test_default_targets_that_match_nothing(kind, through):
         through(mixture(kind), LoKIConfig(positions=[[1], [2]]))
 
 
+@pytest.mark.parametrize("through", [patch, get_peft_model])
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj"], r".*\.w[12]"])
+def test_given_targets_that_match_nothing(targets, through):
+    for config in (LoRAMoEConfig(r=2, num_experts=4), ALoRAConfig(r=4), LoraConfig()):
+        config.target_modules = targets
+        if isinstance(config, LoraConfig) and (through is get_peft_model or isinstance(targets, str)):
+            continue  # PEFT's own
+        with pytest.raises(ValueError, match="experts are stacks.*name other target_modules"):
+            through(mixture("MixtralForCausalLM"), config)
+
+
 def test_positions_by_layer_do_not_mean_the_shared_expert():
     with pytest.raises(ValueError, match="shared_expert.down_proj is only a part.*the experts of .* are stacks"):
         patch(mixture(SHARED), LoKIConfig(positions=[[1], [2]]))

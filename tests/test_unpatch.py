@@ -439,3 +439,14 @@ def test_patch_again(method):
         assert isinstance(patched, PeftModel)
         train(patched)
         plain.assert_is(unpatch(patched.eval()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerate_s_hooks_stay(method):
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    expected = model(input_ids=IDS).logits
+    patched = accelerate.cpu_offload(patch(model, config_of(method)), execution_device=torch.device("cpu"))
+    assert unpatch(patched) is model
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta and hasattr(model.model.layers[0].mlp.up_proj, "_hf_hook")
+    assert torch.equal(model(input_ids=IDS).logits, expected)

@@ -361,8 +361,10 @@ class BottleneckModel(AdaptedModel):
         if default:
             chosen.target_modules = set(self.default_targets)
         found = matched(model, chosen)
-        if default and not found and (hint := experts.hint(model)):
-            raise ValueError(f"{method} finds none of {', '.join(self.default_targets)} in this model{hint}")
+        if not found and (hint := experts.hint(model)):
+            names = chosen.target_modules
+            names = names if isinstance(names, str) else ", ".join(self.default_targets if default else sorted(names))
+            raise ValueError(f"{method} finds none of {names} in this model{hint}")
         if default or is_all_linear(config.target_modules):
             parents.leave_out(model, config, method, found)
         else:
