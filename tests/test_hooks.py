@@ -218,11 +218,26 @@ def test_merged_under_hooks(method, move, tmp_path):
         assert relative_error(model(LONG).logits, wanted) < 1e-5
         model.unmerge_adapter()
         assert relative_error(model(LONG).logits, wanted) < 1e-5
+        with model.disable_adapter():
+            assert torch.equal(model(LONG).logits, plain)
+
+
+@named("move", (cpu_offload, disk_offload, dispatch))
+@pytest.mark.parametrize("method", ("loki", "loki*"))
+def test_a_layer_merged_by_itself_under_hooks(method, move, tmp_path):
+    """Where PEFT does not bring its weight."""
+    model = with_adapter(method)
+    with torch.no_grad():
+        with model.disable_adapter():
+            plain = model(LONG).logits
+        wanted = model(LONG).logits
+        model = move(model, tmp_path)
         layer = model.base_model.model.model.layers[0].mlp.down_proj
-        layer.merge()  # by itself, where PEFT does not bring its weight
+        layer.merge()
         assert layer.merged and relative_error(model(LONG).logits, wanted) < 1e-5
         with model.disable_adapter():
             assert torch.equal(model(LONG).logits, plain)
+        assert not layer.merged and relative_error(model(LONG).logits, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -97,10 +97,24 @@ def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device
     )  # fmt: skip
 
 
+def _fit(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> bool:
+    """Whether all shapes are what they should be: a kernel would read on behind a tensor that is too small."""
+    width, out = groups[0].A.shape[1], groups[0].B.shape[0]
+    for g in groups:
+        columns = g.A.shape[0]
+        if g.A.shape != (columns, width) or g.B.shape != (out, columns):
+            return False
+        if g.router is not None and (g.router.shape[1:] != (width,) or columns % g.router.shape[0]):
+            return False
+        if g.qkv is not None and (g.qkv.shape != (3 * columns, columns) or columns % g.num_heads):
+            return False
+    return (weight is None or weight.shape == (out, width)) and (bias is None or bias.shape == (out,))
+
+
 def _make(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: Sequence[int] | None
 ) -> AnyStep | None:
-    if plan_step(x, weight, bias, groups) is None:
+    if plan_step(x, weight, bias, groups) is None or not _fit(weight, bias, groups):
         return None
     if rows is None:
         rows = range(x.numel() // x.shape[-1])
