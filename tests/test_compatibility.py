@@ -216,6 +216,6 @@ def test_a_tiny_config_keeps_one_layer_of_each_kind():
     config = tiny.tiny_config(LlamaConfig, hidden_act="gelu")
     assert (config.num_hidden_layers, config.hidden_size, config.hidden_act) == (2, 64, "gelu")
     hybrid = tiny.tiny_model("JambaForCausalLM").config
-    assert set(hybrid.layers_block_type) == {"linear_attention", "full_attention"} and hybrid.num_hidden_layers == 2
+    assert len(set(hybrid.layers_block_type)) == hybrid.num_hidden_layers == 2
     first, second = (tiny.tiny_model("LlamaForCausalLM").state_dict() for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -284,7 +284,7 @@ def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
     made: Any = model.generate(
         **given, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
     )
-    return made
+    return made if isinstance(made, Tensor) else made.sequences
 
 
 def _outcome(error: Exception, stage: str) -> str:
