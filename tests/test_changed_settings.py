@@ -272,7 +272,8 @@ def test_swapping_in_place_equals_peft(first, prepared, tmp_path):
 
 @pytest.mark.parametrize("method", ("lora", "loramoe", "loki*"))  # ALoRA's needs its model around it
 def test_a_compiled_layer_is_not_compiled_again_for_a_new_value(method):
-    layer = layers(with_adapter(method))[0]
+    model = with_adapter(method)
+    layer = layers(model)[0]
     layer.scaling["default"] = torch.tensor(0.5)
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounter()

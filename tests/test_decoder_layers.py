@@ -48,7 +48,7 @@ MODELS = {
     "MambaForCausalLM": (
         dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2, pad_token_id=0,
              eos_token_id=None),
-        "MambaModel", ["MambaBlock"] * 2, "x_proj",
+        "MambaModel", ["MambaBlock"] * 2, "in_proj",
     ),
     "ModernBertDecoderForCausalLM": (
         dict(SIZES, local_attention=6), "ModernBertDecoderModel", ["ModernBertDecoderLayer"] * 2, "q_proj",

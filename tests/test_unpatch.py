@@ -207,7 +207,7 @@ def test_an_adapter_that_could_not_be_added(method):
     if method == "loki":
         later.positions = {"0.mlp.nothing": [1]}
     else:
-        later.target_modules = {"norm", "q_proj"}
+        later.target_modules = {"input_layernorm", "q_proj"}
     with pytest.raises((ValueError, TypeError)):
         patched.add_adapter("later", later)
     plain.assert_is(unpatch(patched))
