@@ -211,13 +211,29 @@ class ALoRAModel(BottleneckModel):
         if not hasattr(self, "adapted"):
             self.adapted: list[ALoRALinear] = []
             self.mixing: list[str] | None = None  # the adapter of every row, while a mixed batch runs
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """As the base class's, for the layers that lie in decoder layers; of others it warns."""
         _, layers = decoder_layers.find(model)
-        self._inside: dict[nn.Module, tuple[int, ...]] = {}
+        inside: dict[nn.Module, tuple[int, ...]] = {}
         for number, layer in enumerate(layers):
             for path, module in layer.named_modules():
                 if not direction.CROSS_ATTENTION.search(path):
-                    self._inside[module] = (*self._inside.get(module, ()), number)
-        self._left_out: list[str] = []
+                    inside[module] = (*inside.get(module, ()), number)
+        left_out: list[str] = []
+        self._inside, self._left_out = inside, left_out
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._inside, self._left_out = {}, []
+        if left_out:
+            what = (
+                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
+                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+            )
+            if not any(adapter_name in layer.r for layer in self.adapted):
+                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
+            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -232,15 +248,6 @@ class ALoRAModel(BottleneckModel):
             self.adapted[-1].decoder_layers = numbers
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        left_out, self._left_out, self._inside = self._left_out, [], {}
-        if left_out:
-            what = (
-                f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
-                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
-            )
-            if not any(adapter_name in layer.r for layer in self.adapted):
-                raise ValueError(f"target_modules: {what}; nothing is left to adapt")
-            warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.wanted)
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:
