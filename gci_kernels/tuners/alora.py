@@ -223,13 +223,16 @@ class ALoRAModel(BottleneckModel):
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
         self._inside: dict[nn.Module, tuple[int, ...]] = {}
-        self._left_out: list[str] = []
+        left_out: list[str] = []
+        self._left_out = left_out
         for index, layer in enumerate(decoder_layers.find(model)[1]):
             for path, module in layer.named_modules():
                 if not direction.CROSS_ATTENTION.search(path):
                     self._inside[module] = (*self._inside.get(module, ()), index)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        left_out, self._left_out, self._inside = self._left_out, [], {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._inside, self._left_out = {}, []
         if left_out:
             what = (
                 f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
