@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning"),
 ]
+SLOW = ("lora", "loki*")  # seconds each, and the quick ones have all that they have
 SIZES = {0: Dim("batch", min=1, max=64), 1: Dim("time", min=2, max=128)}
 
 
@@ -97,7 +98,7 @@ def test_export_of_a_layer(method, count, strict):
         assert relative_error(program.module()(other), model(other)) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])
 def test_export_of_a_language_model(method):
     """With use_cache left on: the graph makes a cache, in which nothing of ours is kept."""
     model = llama(method)
