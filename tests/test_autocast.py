@@ -61,7 +61,7 @@ def test_every_pairing_of_types_with_biases(method):
 @pytest.mark.parametrize("impl", ("auto", "reference"))
 @pytest.mark.parametrize("method", METHODS)
 def test_backward_inside_of_autocast(method, impl):
-    for base, adapter, autocast in TYPES:
+    for base, adapter, autocast in TYPES[:: 1 if impl == "auto" else 3]:
         model = cast(llama(method, impl=impl), base, adapter)
         assert_close(step(model, autocast, backward_inside=True), step(model, autocast), 3e-2)
 

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning"),
 ]
+SLOW = ("lora", "loki*")  # seconds each, and the quick ones have all that they have
 SIZES = {0: Dim("batch", min=1, max=64), 1: Dim("time", min=2, max=128)}
 
 
@@ -83,8 +84,7 @@ def test_trace_in_training_drops_anew(method):
     assert not torch.equal(traced(rows(3)), traced(rows(3)))
 
 
-@pytest.mark.parametrize("strict", (False, True))
-@pytest.mark.parametrize("count", (3, 70))
+@pytest.mark.parametrize(("count", "strict"), ((3, True), (70, False)))
 @pytest.mark.parametrize("method", ALONE)
 def test_export_of_a_layer(method, count, strict):
     """For any number of rows, whichever it was exported with."""
@@ -97,7 +97,7 @@ def test_export_of_a_layer(method, count, strict):
         assert relative_error(program.module()(other), model(other)) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])
 def test_export_of_a_language_model(method):
     """With use_cache left on: the graph makes a cache, in which nothing of ours is kept."""
     model = llama(method)
