@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -11,6 +11,7 @@ import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -202,6 +203,13 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
         raise ValueError(self.no_merge)
 
 
+@contextlib.contextmanager
+def _whole(base: nn.Module) -> Iterator[None]:
+    """Meanwhile the base layer's weight is all there, on the device where the layer computes, for the adapter too."""
+    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.at_hand(base):
+        yield
+
+
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
@@ -218,7 +226,7 @@ class AdaptedModel(BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(target, self.tuner_layer_cls):
-            with hooks.at_hand(base):
+            with _whole(base):
                 self._update_layer(target, adapter_name, peft_config, current_key)
             return
         if not fusion.is_linear(base):
@@ -226,7 +234,7 @@ class AdaptedModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
-        with hooks.at_hand(base):  # so that the adapter is put where an offloaded layer computes
+        with _whole(base):
             layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
             self._replace_module(parent, target_name, layer, target)
 
