@@ -44,9 +44,10 @@ KERNELS = {
 BINDINGS = [f"csrc/{name}.cpp" for name in ("decode_bindings", "bindings", "cuda_bindings", "cpu/dispatch")]
 SOURCES = [*BINDINGS, *(f"csrc/cpu/{name}.cpp" for name in KERNELS)]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
-FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
+FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 # What GCC says of its own vector intrinsics (GCC bug 105593) is no news of ours.
-KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 BINDING_FLAGS = ["-O1"]  # they hand numbers over: more costs the compiler twice the time and brings nothing
 
 NO_COMPILER = """
@@ -92,12 +93,13 @@ def kernel_objects(compiler: list[str], folder: Path, isas: dict[str, list[str]]
 
 def binding_objects(compiler: list[str], folder: Path, isas: list[str], plan: build_cuda.Plan) -> list[Object]:
     """The bindings and the dispatcher: what knows which instruction sets there are, Python and what nvcc made."""
-    include = ["csrc", folder / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
+    others = [pybind11.get_include(), sysconfig.get_path("include")]  # -isystem: their warnings are not ours to mend
     sources = list(BINDINGS)
     if plan.toolkit is not None:
-        include.append(plan.toolkit.include)
+        others.append(str(plan.toolkit.include))
         sources += build_cuda.HOST_SOURCES
-    options = [*(f"-DGCI_HAS_{isa.upper()}" for isa in isas), *(f"-I{path}" for path in include)]
+    options = [*(f"-DGCI_HAS_{isa.upper()}" for isa in isas), "-Icsrc", f"-I{folder / 'cuda'}"]
+    options += [option for path in others for option in ("-isystem", path)]
     command = (*compiler, *FLAGS, *BINDING_FLAGS, *options)
     return [Object(str(folder / (Path(source).stem + ".o")), source, command) for source in sources]
 

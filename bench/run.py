@@ -278,9 +278,7 @@ class _Run:
             whole=lambda count: (LEAST_ROUNDS + 1) * count,
         )  # fmt: skip
         self._note(f"new tokens, {what}", settings.new_tokens, new_tokens)
-        seconds, agreement = measure_generation(
-            variants, tokenizer, batch=batch, new_tokens=new_tokens, **self._how()
-        )
+        seconds, agreement = measure_generation(variants, tokenizer, batch=batch, new_tokens=new_tokens, **self._how())
         return {**self._compare(what, seconds, tokens=batch * new_tokens), **agreement, "batch": batch}
 
     def _compare(self, what: str, seconds: dict[str, Timing], tokens: int | None = None) -> dict:

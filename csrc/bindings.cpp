@@ -27,16 +27,17 @@ GateArgs gate_args(Address projected, int64_t ld, int projected_dtype, int dtype
   return {at<const void>(projected), ld, DType(projected_dtype), DType(dtype), tokens, experts, rank, top_k, scaling};
 }
 
-typedef std::tuple<Address, int64_t, int64_t> Rows;      // address, stride of the batch, stride of a row
-typedef std::tuple<int64_t, int64_t, int64_t> Extent;    // batch, time, keys
-typedef std::tuple<int, int, int> Heads;                 // heads, head_size, parts
+typedef std::tuple<Address, int64_t, int64_t> Rows;    // address, stride of the batch, stride of a row
+typedef std::tuple<int64_t, int64_t, int64_t> Extent;  // batch, time, keys
+typedef std::tuple<int, int, int> Heads;               // heads, head_size, parts
 
 gci::AttentionRows rows(const Rows& r) { return {at<const void>(std::get<0>(r)), std::get<1>(r), std::get<2>(r)}; }
 
 AttentionArgs attention_args(const Rows& q, const Rows& k, const Rows& v, Address segments, int dtype, const Extent& e,
                              const Heads& h) {
-  return {rows(q), rows(k), rows(v), at<const int32_t>(segments), DType(dtype), std::get<0>(e), std::get<1>(e),
-          std::get<2>(e), std::get<0>(h), std::get<1>(h), std::get<2>(h)};
+  return {rows(q),        rows(k),        rows(v),        at<const int32_t>(segments),
+          DType(dtype),   std::get<0>(e), std::get<1>(e), std::get<2>(e),
+          std::get<0>(h), std::get<1>(h), std::get<2>(h)};
 }
 
 // Every thread that asks keeps its own, for steps of some microseconds.
@@ -63,20 +64,18 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "gate_forward",
-      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank, int top_k,
-         double scaling, Address u, Address gates, int threads) {
-        kernels().gate_forward(
-            gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling), at<void>(u),
-            at<void>(gates), threads);
+      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank,
+         int top_k, double scaling, Address u, Address gates, int threads) {
+        kernels().gate_forward(gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling),
+                               at<void>(u), at<void>(gates), threads);
       },
       nogil);
   module.def(
       "gate_backward",
-      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank, int top_k,
-         double scaling, Address du, Address dgates, Address u, Address dprojected, int threads) {
-        kernels().gate_backward(
-            gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling), at<const void>(du),
-            at<const void>(dgates), at<void>(u), at<void>(dprojected), threads);
+      [](Address projected, int64_t ld, int projected_dtype, int dtype, int64_t tokens, int experts, int rank,
+         int top_k, double scaling, Address du, Address dgates, Address u, Address dprojected, int threads) {
+        kernels().gate_backward(gate_args(projected, ld, projected_dtype, dtype, tokens, experts, rank, top_k, scaling),
+                                at<const void>(du), at<const void>(dgates), at<void>(u), at<void>(dprojected), threads);
       },
       nogil);
   module.attr("attention_block_keys") = gci::attention_block_keys;

@@ -1,5 +1,5 @@
-// Python bindings of csrc/cuda: a step, addresses, strides and a stream in, nothing out; an error raises. Without CUDA only
-// the reason is bound.
+// Python bindings of csrc/cuda: a step, addresses, strides and a stream in, nothing out; an error raises. Without CUDA
+// only the reason is bound.
 #include "cuda_bindings.h"
 
 #include "cuda_build.h"  // written by the build: what was built, or why nothing was
@@ -30,7 +30,8 @@ void raise(int error, const char* objection) {
   throw std::runtime_error(name + ": " + gci::cuda_error_text(error));
 }
 
-void project(const DecodeStep& step, Address x, int64_t ld_x, Address partial, int splits, int columns, Address stream) {
+void project(const DecodeStep& step, Address x, int64_t ld_x, Address partial, int splits, int columns,
+             Address stream) {
   DecodeArgs a = step.args;
   a.x = at<const void>(x), a.ld_x = ld_x;
   if (const int error = gci::decode_project(a, at<float>(partial), splits, columns, at<void>(stream)))

@@ -10,13 +10,14 @@ namespace {
 
 typedef uintptr_t Address;
 typedef std::tuple<Address, Address, Address, int, int, int, double, int, int> Group;  // the fields of DecodeGroup
-typedef std::tuple<Address, int, bool> Attention;                                     // the fields of AttendGroup
-typedef std::tuple<Address, Address> Base;                                            // weight and bias, or 0
+typedef std::tuple<Address, int, bool> Attention;                                      // the fields of AttendGroup
+typedef std::tuple<Address, Address> Base;                                             // weight and bias, or 0
 
 const void* at(Address address) { return reinterpret_cast<const void*>(address); }
 
 gci::DecodeStep make_step(int dtype, int adapter_dtype, int64_t in, int64_t out, const std::vector<int>& rows,
-                          const std::vector<Group>& groups, const std::vector<Attention>& attentions, const Base& base) {
+                          const std::vector<Group>& groups, const std::vector<Attention>& attentions,
+                          const Base& base) {
   if (rows.size() > gci::decode_max_tokens || groups.size() > gci::decode_max_tokens)
     throw std::invalid_argument("a decoding step takes at most 16 tokens and as many groups");
   if (!attentions.empty() && attentions.size() != groups.size())
@@ -48,6 +49,6 @@ void bind_decode_step(pybind11::module_& module) {
   // Of this module alone: tests/cuda_on_cpu binds it too, beside the extension.
   py::class_<gci::DecodeStep>(module, "DecodeStep", py::module_local())
       .def(py::init(&make_step), py::arg("dtype"), py::arg("adapter_dtype"), py::arg("in_features"),
-           py::arg("out_features"), py::arg("rows"), py::arg("groups"), py::arg("attentions") = std::vector<Attention>(),
-           py::arg("base") = Base(0, 0));
+           py::arg("out_features"), py::arg("rows"), py::arg("groups"),
+           py::arg("attentions") = std::vector<Attention>(), py::arg("base") = Base(0, 0));
 }

@@ -1,6 +1,5 @@
 """lora_linear, loramoe_linear: every implementation against float64, the published code, and under torch.compile."""
 
-
 import golden_data
 import pytest
 import torch

@@ -67,9 +67,7 @@ def test_the_largest_size_that_fits_is_found_from_below(clock, per_token: float,
         clock.work(per_token * tokens)
 
     sizes = budget.halvings(256, 16)
-    found = budget.largest_fitting(
-        sizes, run, work=float, whole=lambda size: 2.0 * size, left=lambda: end - clock.now
-    )
+    found = budget.largest_fitting(sizes, run, work=float, whole=lambda size: 2.0 * size, left=lambda: end - clock.now)
     assert (found, seen) == (chosen, ran)
 
 

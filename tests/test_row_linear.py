@@ -1,6 +1,5 @@
 """loki_linear: every implementation against float64, the published layer, under torch.compile; bad input."""
 
-
 import golden_data
 import pytest
 import torch

@@ -1,8 +1,8 @@
 // One decoding step of an adapted layer, the same on a CPU (csrc/cpu/decode.cpp) and on a GPU (csrc/cuda): at most
 // decode_max_tokens tokens. Their base product is in y already; on a CPU it may be part of the step.
 //
-// Everything is passed by value or by pointers that stay as they are from step to step, so that a captured CUDA graph can
-// be replayed. Tokens may use different adapters: those of one adapter form a group. A group's adapter is stacked
+// Everything is passed by value or by pointers that stay as they are from step to step, so that a captured CUDA graph
+// can be replayed. Tokens may use different adapters: those of one adapter form a group. A group's adapter is stacked
 // expert-major and has no gaps. Sums are float32; results do not depend on scheduling.
 #pragma once
 
@@ -26,7 +26,8 @@ struct DecodeGroup {
   int first, count;  // its tokens: rows[first] to rows[first + count - 1] of x and y
 };
 
-// y[t] += scaling * mix(x[t] @ A.T) @ B.T, mix being the identity, or the gates softmax(x[t] @ router.T) as in gate.cpp.
+// y[t] += scaling * mix(x[t] @ A.T) @ B.T, mix being the identity, or the gates softmax(x[t] @ router.T) as in
+// gate.cpp.
 struct DecodeArgs {
   const void* x;  // [tokens, in]
   void* y;        // [tokens, out]
@@ -39,8 +40,8 @@ struct DecodeArgs {
   DecodeGroup groups[decode_max_tokens];
 };
 
-// ALoRA's first half, in place of x @ A.T: one new token of each sequence. z = x @ A.T, [q | k | v] = z @ qkv.T; k and v
-// are written into the cache behind what it holds, and u = the attention of q to all of it, or that + z. u takes the
+// ALoRA's first half, in place of x @ A.T: one new token of each sequence. z = x @ A.T, [q | k | v] = z @ qkv.T; k and
+// v are written into the cache behind what it holds, and u = the attention of q to all of it, or that + z. u takes the
 // place of the projected values (experts = 0). Token t of the step is the new one of sequence rows[t].
 struct AttendGroup {  // what a DecodeGroup of the same number has beside A and B
   const void* qkv;    // [3 * rank, rank], in the adapter's dtype
@@ -53,8 +54,9 @@ struct AttendArgs {
   void* kv;  // [sequences, capacity, at least 2 * rank], in the dtype of x: k and v of a token side by side
   int64_t stride_kv, ld_kv, capacity;  // elements between sequences and between tokens; tokens that have a place
   const int32_t* past;                 // how many tokens the cache holds before this one; read when the kernel runs
-  const int32_t* segments;  // [sequences, >= past + 1]: keys of the query's own number are seen, none where that is negative
-  int64_t ld_segments;      // null: all keys are seen
+  // [sequences, >= past + 1]: keys of the query's own number are seen, none where that is negative; null: all keys.
+  const int32_t* segments;
+  int64_t ld_segments;
 };
 
 // What a CPU multiplies the tokens with before it adds the adapters' part; weight null: y holds that product.

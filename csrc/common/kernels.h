@@ -67,8 +67,8 @@ struct Kernels {
   void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, int threads);
 
   // float32 products with one small side.
-  // project: out[tokens, n] = x[tokens, k] @ m[k, n], whose elements lie at i * stride_i + j * stride_j. Either k or n is
-  // small. It packs m into `panel`, k * n_padded floats; n_padded: n rounded up to skinny_padding.
+  // project: out[tokens, n] = x[tokens, k] @ m[k, n], whose elements lie at i * stride_i + j * stride_j. Either k or n
+  // is small. It packs m into `panel`, k * n_padded floats; n_padded: n rounded up to skinny_padding.
   void (*project)(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int64_t stride_j, float* panel,
                   float* out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads);
   // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n].

@@ -1,5 +1,5 @@
-// Products of bfloat16 on AMX: a tile of sums, 16x16 in float32, takes in 16 rows of 32 elements times 16 pairs of rows of
-// 16 columns in one instruction.
+// Products of bfloat16 on AMX: a tile of sums, 16x16 in float32, takes in 16 rows of 32 elements times 16 pairs of rows
+// of 16 columns in one instruction.
 #pragma once
 
 #include "cpu/isa.h"
@@ -20,8 +20,8 @@ struct alignas(64) Config {
 // What the compiler must have in memory before tiles are read: their instructions don't tell it what they read.
 inline void settle() { __asm__ volatile("" ::: "memory"); }
 
-// This thread's tiles are all 16 rows of 64 bytes for as long as this lives, then again as they were: libraries may keep
-// theirs from one call to the next.
+// This thread's tiles are all 16 rows of 64 bytes for as long as this lives, then again as they were: libraries may
+// keep theirs from one call to the next.
 class Tiles {
  public:
   Tiles() {

@@ -4,8 +4,8 @@
 // keys: k and v are packed once as tiles [head_size][block_keys], a score is head_size multiply-adds with a broadcast
 // query value, and every lane keeps its own running maximum, sum and output, which meet once at the end of a row.
 //
-// A task is one head of one batch row, or one of `parts` of it, which takes every parts-th block of queries. Tasks write
-// to places of their own, so that results do not depend on who ran them.
+// A task is one head of one batch row, or one of `parts` of it, which takes every parts-th block of queries. Tasks
+// write to places of their own, so that results do not depend on who ran them.
 #include <omp.h>
 
 #include "cpu/lanes.h"
@@ -172,7 +172,8 @@ struct Block {
     }
   }
 
-  // visit(start, count, tile, index) for every block of keys that some query attends; count is a multiple of the vector.
+  // visit(start, count, tile, index) for every block of keys that some query attends; count is a multiple of the
+  // vector.
   template <typename A, typename Visit>
   void each_tile(Visit visit) const {
     const int64_t edge = first + rows;
@@ -197,7 +198,8 @@ void forward_block(const Block& b, const A* q, const A* panels, A* o, A* lse) {
   for (int i = 0; i < b.rows; ++i) top[i] = V{} - infinity;
   b.template each_tile<A>([&](int64_t start, int count, Tile tile) {
     const A *k = panels + start * 2 * b.columns, *v = k + b.columns * block_keys;
-    product(q, b.columns, 1, k, b.columns, b.rows, count, [&](int row, int key, V s) { put(p + row * block_keys + key, s); });
+    product(q, b.columns, 1, k, b.columns, b.rows, count,
+            [&](int row, int key, V s) { put(p + row * block_keys + key, s); });
     if (tile == Tile::partial) b.hide(start, count, -infinity, p);
     for (int i = 0; i < b.rows; ++i) {
       A* row = p + i * block_keys;
@@ -240,9 +242,8 @@ void backward_block(const Block& b, const A* q, const A* d_o, const A* lse, cons
   b.template each_tile<A>([&](int64_t start, int count, Tile tile) {
     const A *k = panels + start * 2 * columns, *v = k + columns * block_keys;
     A *dk = d_panels + start * 2 * columns, *dv = dk + columns * block_keys;
-    product(q, columns, 1, k, columns, b.rows, count, [&](int row, int key, V s) {
-      put(p + row * block_keys + key, exponential(V(s - lse[row])));
-    });
+    product(q, columns, 1, k, columns, b.rows, count,
+            [&](int row, int key, V s) { put(p + row * block_keys + key, exponential(V(s - lse[row]))); });
     if (tile == Tile::partial) b.hide(start, count, A(0), p);
     product(d_o, columns, 1, v, columns, b.rows, count, [&](int row, int key, V dp) {
       put(ds + row * block_keys + key, V(fetch(p + row * block_keys + key) * (dp - delta[row])));

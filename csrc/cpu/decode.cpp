@@ -4,10 +4,11 @@
 // meeting. They meet nowhere but at the end: the first half's tasks and then blocks of outputs are taken by whoever is
 // free, and what a block needs of the first half is waited for when the base product is through. No result depends on
 // who took what.
+#include "common/decode.h"
+
 #include <omp.h>
 #include <sched.h>
 
-#include "common/decode.h"
 #include "cpu/attend.h"
 #include "cpu/dot.h"
 #include "cpu/softmax.h"
@@ -190,7 +191,8 @@ class Step {
     }
     const int64_t columns = adapter_columns(g), of_A = parts(columns, chunk_);
     const bool routed = i >= of_A;
-    const int64_t first = (routed ? i - of_A : i) * chunk_, count = min_of(chunk_, (routed ? g.experts : columns) - first);
+    const int64_t first = (routed ? i - of_A : i) * chunk_,
+                  count = min_of(chunk_, (routed ? g.experts : columns) - first);
     multiply_all(static_cast<const W*>(routed ? g.router : g.A) + first * a_.in, a_.in, count, x_ + g.first, g.count,
                  h + (routed ? columns : 0) + first, all_columns(g));
   }

@@ -18,18 +18,18 @@
 namespace gci {
 
 #define GCI_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name;
-#define GCI_DECLARE_FLOAT_KERNELS                                                                                     \
-  GCI_DECLARE(gate_forward)                                                                                           \
-  GCI_DECLARE(gate_backward)                                                                                          \
-  GCI_DECLARE(attention_forward)                                                                                      \
-  GCI_DECLARE(attention_backward)                                                                                     \
-  GCI_DECLARE(dropout)                                                                                                \
-  GCI_DECLARE(project)                                                                                                 \
+#define GCI_DECLARE_FLOAT_KERNELS \
+  GCI_DECLARE(gate_forward)       \
+  GCI_DECLARE(gate_backward)      \
+  GCI_DECLARE(attention_forward)  \
+  GCI_DECLARE(attention_backward) \
+  GCI_DECLARE(dropout)            \
+  GCI_DECLARE(project)            \
   GCI_DECLARE(reduce)
-#define GCI_DECLARE_BF16_KERNELS                                                                                      \
-  GCI_DECLARE(pack_pairs)                                                                                             \
-  GCI_DECLARE(project_bf16)                                                                                           \
-  GCI_DECLARE(expand_bf16)                                                                                            \
+#define GCI_DECLARE_BF16_KERNELS \
+  GCI_DECLARE(pack_pairs)        \
+  GCI_DECLARE(project_bf16)      \
+  GCI_DECLARE(expand_bf16)       \
   GCI_DECLARE(reduce_bf16)
 
 namespace baseline {
@@ -66,11 +66,20 @@ GCI_DECLARE_BF16_KERNELS
 
 namespace {
 
-#define GCI_TABLE(isa)                                                                                                \
-  constexpr Kernels isa##_table = {                                                                                   \
-      #isa,              isa::gate_forward, isa::gate_backward, isa::attention_forward, isa::attention_backward,      \
-      isa::dropout,      isa::project,      isa::reduce,        isa::pack_pairs,        isa::project_bf16,            \
-      isa::expand_bf16,  isa::reduce_bf16,  isa::decode};
+#define GCI_TABLE(isa)                                      \
+  constexpr Kernels isa##_table = {#isa,                    \
+                                   isa::gate_forward,       \
+                                   isa::gate_backward,      \
+                                   isa::attention_forward,  \
+                                   isa::attention_backward, \
+                                   isa::dropout,            \
+                                   isa::project,            \
+                                   isa::reduce,             \
+                                   isa::pack_pairs,         \
+                                   isa::project_bf16,       \
+                                   isa::expand_bf16,        \
+                                   isa::reduce_bf16,        \
+                                   isa::decode};
 
 GCI_TABLE(baseline)
 #ifdef GCI_HAS_AVX2
@@ -110,7 +119,8 @@ const Kernels& choose() {
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return avx2_table;
 #endif
   if (wanted.empty() || wanted == "baseline") return baseline_table;
-  throw std::runtime_error("GCI_CPU_ISA=" + wanted + ": this build or processor has no such instruction set; allowed: " +
+  throw std::runtime_error("GCI_CPU_ISA=" + wanted +
+                           ": this build or processor has no such instruction set; allowed: " +
                            "baseline, and on x86-64 avx2, avx512, avx512bf16 and amx where the processor has them");
 }
 

@@ -128,7 +128,8 @@ inline void multiply_rows(const W* rows, int64_t n, int count, const X* const* x
 
 // out[t * ld + r] = rows[r] . x[t] for `count` rows and `tokens` vectors.
 template <typename X, typename W>
-inline void multiply_all(const W* rows, int64_t n, int64_t count, const X* const* x, int tokens, float* out, int64_t ld) {
+inline void multiply_all(const W* rows, int64_t n, int64_t count, const X* const* x, int tokens, float* out,
+                         int64_t ld) {
   for (int64_t r = 0; r < count; r += lanes) {
     const int some = int(min_of(lanes, count - r));
     int t = 0;

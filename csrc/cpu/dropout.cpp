@@ -31,8 +31,8 @@ inline Wide multiply_low(Wide a, uint32_t factor) {
 #endif
 }
 
-// words[4 * i + w] = word w of counter first + i. Each 32-bit word lives in a 64-bit lane: a round is then two multiplies,
-// two shifts and four xors, and nothing has to be taken apart.
+// words[4 * i + w] = word w of counter first + i. Each 32-bit word lives in a 64-bit lane: a round is then two
+// multiplies, two shifts and four xors, and nothing has to be taken apart.
 inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words) {
   Wide c0[groups], c1[groups], c2[groups], c3[groups];
   for (int g = 0; g < groups; ++g) {
@@ -54,7 +54,8 @@ inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words)
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  uint64_t low[batch], high[batch];  // words 0 and 1, words 2 and 3 of each counter, in a form whose interleaving vectorises
+  uint64_t low[batch],
+      high[batch];  // words 0 and 1, words 2 and 3 of each counter, in a form whose interleaving vectorises
   for (int g = 0; g < groups; ++g) {
     const Wide first_pair = (c0[g] & 0xffffffffu) | (c1[g] << 32), second_pair = (c2[g] & 0xffffffffu) | (c3[g] << 32);
     __builtin_memcpy(low + g * wide_lanes, &first_pair, sizeof first_pair);

@@ -1,6 +1,6 @@
-// What a kernel source needs to be compiled once per instruction set: its namespace, a vector of floats, number formats.
-// Only builtins and libm in here: an inline function of the standard library would be emitted for every instruction set
-// under one name, and the linker would keep any of them.
+// What a kernel source needs to be compiled once per instruction set: its namespace, a vector of floats, number
+// formats. Only builtins and libm in here: an inline function of the standard library would be emitted for every
+// instruction set under one name, and the linker would keep any of them.
 #pragma once
 
 #include <cstdint>

@@ -43,7 +43,7 @@ inline Vector<A> larger(Vector<A> a, Vector<A> b) {
 // e^x for x <= 0 to about 1 ulp, 0 for -inf, NaN for NaN: 2^k * p(r), r = x - k ln 2 in [-ln2/2, ln2/2].
 inline Vector<float> exponential(Vector<float> x) {
 #if defined(__AVX512F__)
-  constexpr __mmask16 all = 0xffff;  // the unmasked intrinsics make GCC 12 warn of its own header
+  constexpr __mmask16 all = 0xffff;                // the unmasked intrinsics make GCC 12 warn of its own header
   x = larger<float>(Vector<float>{} - 110.0f, x);  // comes out as 0
   const __m512 scaled = __m512(x * 1.44269504f);
   const Vector<float> k =

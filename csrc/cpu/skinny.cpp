@@ -125,7 +125,10 @@ struct Ahead {
 
   // `all_rows`: of how many rows_done will be told.
   Ahead(const float* from, int64_t ld_y, int64_t some, int64_t width, int64_t all_rows)
-      : y(from), ld(ld_y), rows(some), per_row((width + line - 1) / line),
+      : y(from),
+        ld(ld_y),
+        rows(some),
+        per_row((width + line - 1) / line),
         share((rows * per_row + all_rows - 1) / all_rows) {}
 
   __attribute__((noinline)) void rows_done(int64_t count) {

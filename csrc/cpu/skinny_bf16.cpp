@@ -2,13 +2,14 @@
 // (AVX512_BF16), and where there are enough rows on its tiles (AMX). Compiled for these two instruction sets alone: on
 // others the table's entries are null and plans name other implementations.
 //
-// A "pair" is two neighbours along the summed dimension in one 32-bit word: along a row two elements are one already. The
-// other operand is packed into pairs if it is small, and two of its rows are interleaved block by block if it is large.
-#include "cpu/amx.h"
-#include "cpu/isa.h"
-
+// A "pair" is two neighbours along the summed dimension in one 32-bit word: along a row two elements are one already.
+// The other operand is packed into pairs if it is small, and two of its rows are interleaved block by block if it is
+// large.
 #include <immintrin.h>
 #include <omp.h>
+
+#include "cpu/amx.h"
+#include "cpu/isa.h"
 
 namespace gci::GCI_ISA {
 
@@ -44,12 +45,14 @@ void pack(const T* source, int64_t stride_i, int64_t stride_j, bfloat16* panel, 
         }
   }
   if (k % 2)
-    for (int64_t j = 0; j < n; ++j) panel[(pairs * padded + j) * 2] = as_bfloat16(source[(k - 1) * stride_i + j * stride_j]);
+    for (int64_t j = 0; j < n; ++j)
+      panel[(pairs * padded + j) * 2] = as_bfloat16(source[(k - 1) * stride_i + j * stride_j]);
 }
 
 }  // namespace
 
-void pack_pairs(const void* source, DType dtype, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n) {
+void pack_pairs(const void* source, DType dtype, int64_t stride_i, int64_t stride_j, void* panel, int64_t k,
+                int64_t n) {
   bfloat16* out = static_cast<bfloat16*>(panel);
   if (dtype == DType::float32) return pack(static_cast<const float*>(source), stride_i, stride_j, out, k, n);
   pack(static_cast<const bfloat16*>(source), stride_i, stride_j, out, k, n);
@@ -101,8 +104,8 @@ struct AddToBfloat16 {
 
 // sums[m, j] over k steps of a[m, :] and b. An odd last step has no second half.
 template <int Rows, int Vectors, typename Out>
-inline void tile(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m0,
-                 int64_t k, int64_t columns) {
+inline void tile(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m0, int64_t k,
+                 int64_t columns) {
   __m512 sums[Rows][Vectors];
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
@@ -167,18 +170,17 @@ constexpr int64_t project_rows = tile_rows, reduce_rows = 64;
 
 // Rows m and on.
 template <int Vectors, typename Out>
-inline void rows_of(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m,
-                    int64_t rows, int64_t k, int64_t columns) {
-  for (; m + tile_rows <= rows; m += tile_rows)
-    tile<tile_rows, Vectors>(a, stride_m, b, out, m, k, columns);
+inline void rows_of(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m, int64_t rows,
+                    int64_t k, int64_t columns) {
+  for (; m + tile_rows <= rows; m += tile_rows) tile<tile_rows, Vectors>(a, stride_m, b, out, m, k, columns);
   for (; m + 2 <= rows; m += 2) tile<2, Vectors>(a, stride_m, b, out, m, k, columns);
   for (; m < rows; ++m) tile<1, Vectors>(a, stride_m, b, out, m, k, columns);
 }
 
 // Any number of rows, at most tile_columns columns.
 template <typename Out>
-inline void column_block(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out,
-                         int64_t rows, int64_t k, int64_t columns) {
+inline void column_block(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t rows, int64_t k,
+                         int64_t columns) {
   int64_t m = 0;
 #if defined(__AMX_BF16__)
   m = rows_in_tiles(a, stride_m, b, out, rows, k, columns);

@@ -9,7 +9,8 @@ constexpr int max_experts = 256;
 
 inline double exponential(double x) { return exp(x); }
 
-// exp(x) for x <= 0 to about 1 ulp: 2^k * p(r), r = x - k ln 2 in [-ln2/2, ln2/2]. Branch-free, so that loops vectorise.
+// exp(x) for x <= 0 to about 1 ulp: 2^k * p(r), r = x - k ln 2 in [-ln2/2, ln2/2]. Branch-free, so that loops
+// vectorise.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   float k = __builtin_rintf(x * 1.44269504f);

@@ -71,7 +71,8 @@ const char* cache_objection(const DecodeArgs& a, const AttendArgs& t, int64_t us
   if (!usable(t.kv, a.dtype)) return "kv must be an aligned address";
   if (!t.past || !aligned(t.past, sizeof *t.past)) return "past must be an aligned address";
   if (!aligned(t.segments, sizeof *t.segments)) return "segments must be an aligned address";
-  if (t.ld_kv < used || t.ld_kv > max_length) return "a row of kv must hold 2 * rank values of every group, and at most 2^31";
+  if (t.ld_kv < used || t.ld_kv > max_length)
+    return "a row of kv must hold 2 * rank values of every group, and at most 2^31";
   if (a.tokens > 1 && t.stride_kv < (t.capacity - 1) * t.ld_kv + used) return "the sequences of kv must not overlap";
   return nullptr;
 }

@@ -22,8 +22,8 @@ constexpr int64_t decode_columns(const DecodeGroup& g) {
   return int64_t(g.rank) * (g.experts > 0 ? g.experts : 1) + g.experts;
 }
 
-// Into how many sums the product with A is split: every multiprocessor reads a part of A, and all that follows must read
-// every part's sums. A pure function of the sizes, so that the result does not depend on the GPU.
+// Into how many sums the product with A is split: every multiprocessor reads a part of A, and all that follows must
+// read every part's sums. A pure function of the sizes, so that the result does not depend on the GPU.
 int decode_splits(int tokens, int columns, int64_t in);
 
 // partial[split, token, column] = x @ [A; router].T over the split's part of `in`; float32 [splits, tokens, columns].

@@ -1,17 +1,17 @@
-// The first half of ALoRA's decoding step (arXiv 2405.17830, as ops/attention reads it), a block for each token, which is
-// the new one of a sequence: z = x @ A.T, [q | k | v] = z @ qkv.T, k and v behind the cache, and the attention of q to all
-// that the cache then holds.
+// The first half of ALoRA's decoding step (arXiv 2405.17830, as ops/attention reads it), a block for each token, which
+// is the new one of a sequence: z = x @ A.T, [q | k | v] = z @ qkv.T, k and v behind the cache, and the attention of q
+// to all that the cache then holds.
 //
-// A thread owns four columns of one head, of every so-manieth key, with an online softmax of its own; its neighbours own
-// the rest of the row, so that rows are read whole. But for the sums of a head's columns no thread waits for another until
-// all keys are through.
+// A thread owns four columns of one head, of every so-manieth key, with an online softmax of its own; its neighbours
+// own the rest of the row, so that rows are read whole. But for the sums of a head's columns no thread waits for
+// another until all keys are through.
 #include "cuda/dispatch.h"
 
 namespace gci {
 namespace {
 
 constexpr int threads = 512, warps = threads / 32;
-constexpr int rows_at_once = 16;     // of A, that a warp multiplies
+constexpr int rows_at_once = 16;      // of A, that a warp multiplies
 constexpr int part = 4;               // columns of a thread
 constexpr int state_size = part + 2;  // largest score, sum of weights, weighted sum of v
 static_assert(32 * part == decode_max_head, "a head's threads exchange its scores within a warp");
@@ -22,7 +22,8 @@ constexpr int keys_at_once = sizeof(X) == 2 ? 8 : 4;
 
 // sums[i] += row first + i of A times x, this thread's share of both.
 template <int V, typename X, typename W>
-__device__ inline void accumulate(const X* x, const W* A, int first, int rank, int64_t in, float (&sums)[rows_at_once]) {
+__device__ inline void accumulate(const X* x, const W* A, int first, int rank, int64_t in,
+                                  float (&sums)[rows_at_once]) {
 #pragma unroll 1
   for (int64_t k = int64_t(threadIdx.x) * V; k < in; k += threads * V) {
     const Pack<X, V> value = load<V>(x + k);
@@ -46,8 +47,7 @@ __device__ inline void project(const X* x, const W* A, int rank, int64_t in, boo
     else
       accumulate<1>(x, A, first, rank, in, sums);
     scatter_sums<rows_at_once, 32>(sums);
-    if (first_holder<rows_at_once, 32>())
-      scratch[warp_id() * rows_at_once + first_sum<rows_at_once, 32>()] = sums[0];
+    if (first_holder<rows_at_once, 32>()) scratch[warp_id() * rows_at_once + first_sum<rows_at_once, 32>()] = sums[0];
     __syncthreads();
     if (const int i = threadIdx.x; i < rows_at_once && first + i < rank) {
       float sum = 0;

@@ -1,6 +1,6 @@
 // The second half of a decoding step: the sums of the first are finished, mixed, multiplied with B and added onto y.
-// Every block finishes all sums of its tokens for itself, a few KB from the L2 cache: cheaper than another launch, and no
-// block waits for another.
+// Every block finishes all sums of its tokens for itself, a few KB from the L2 cache: cheaper than another launch, and
+// no block waits for another.
 #include "cuda/dispatch.h"
 
 namespace gci {
@@ -57,8 +57,8 @@ __device__ inline void accumulate(const Pack<W, 4>& b, const float* u, int strid
 // grid: blocks of rows of B, groups. Shared memory: u [tokens of the group, stride], then results [T, block_rows].
 template <typename Y, typename W, int T>
 __global__ void __launch_bounds__(threads, 2)
-    decode_expand_kernel(const __grid_constant__ DecodeArgs a, const float* partial, int splits, int columns, int stride,
-                         bool vector) {
+    decode_expand_kernel(const __grid_constant__ DecodeArgs a, const float* partial, int splits, int columns,
+                         int stride, bool vector) {
   constexpr int outputs = (T * block_rows + threads - 1) / threads;  // of one thread
   float* u = dynamic_shared();
   const DecodeGroup& g = a.groups[blockIdx.y];
@@ -143,8 +143,8 @@ int decode_expand(const DecodeArgs& a, const float* partial, int splits, int col
       constexpr int T = decltype(tokens)::value;
       const size_t shared = sizeof(float) * (size_t(T) * stride + T * block_rows);
       const LaunchShape shape = {blocks, unsigned(a.num_groups), 1, threads, shared, true};
-      return launch(decode_expand_kernel<decltype(y), decltype(w), T>, shape, stream, a, partial, splits, columns, stride,
-                    reads_vectors(a));
+      return launch(decode_expand_kernel<decltype(y), decltype(w), T>, shape, stream, a, partial, splits, columns,
+                    stride, reads_vectors(a));
     });
   });
 }

@@ -25,7 +25,8 @@ __device__ inline void accumulate(const W* w, const X* const (&x)[T], int64_t be
 // grid: splits, blocks of columns, groups.
 template <typename X, typename W, int T>
 __global__ void __launch_bounds__(threads, T > 4 ? 1 : 2)
-    decode_project_kernel(const __grid_constant__ DecodeArgs a, float* partial, int64_t slice, int columns, bool vector) {
+    decode_project_kernel(const __grid_constant__ DecodeArgs a, float* partial, int64_t slice, int columns,
+                          bool vector) {
   let_next_start();
   const DecodeGroup& g = a.groups[blockIdx.z];
   const int width = g.rank * max(g.experts, 1), column = blockIdx.y * block_columns + warp_id();
@@ -64,8 +65,12 @@ int decode_project(const DecodeArgs& a, float* partial, int splits, int columns,
   if (decode_project_objection(a, partial, splits, columns)) return invalid_argument;
   const int64_t units = (a.in + decode_slice_unit - 1) / decode_slice_unit;
   const int64_t slice = (units + splits - 1) / splits * decode_slice_unit;
-  const LaunchShape shape = {unsigned(splits), unsigned((columns + block_columns - 1) / block_columns),
-                             unsigned(a.num_groups), threads, 0, false};
+  const LaunchShape shape = {unsigned(splits),
+                             unsigned((columns + block_columns - 1) / block_columns),
+                             unsigned(a.num_groups),
+                             threads,
+                             0,
+                             false};
   return with_dtypes(a.dtype, a.adapter_dtype, [&](auto x, auto w) {
     return with_tokens(a, [&](auto tokens) {
       return launch(decode_project_kernel<decltype(x), decltype(w), decltype(tokens)::value>, shape, stream, a, partial,

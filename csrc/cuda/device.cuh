@@ -45,8 +45,8 @@ __device__ inline float sum_lanes(float v) {
   return v;
 }
 
-// N sums over groups of `Lanes` lanes at once. Each step sends half of what a lane holds to its partner, so 16 sums over
-// 32 lanes take 16 exchanges and not 80. Afterwards a lane holds in v[0], v[1], ... the sums from first_sum on.
+// N sums over groups of `Lanes` lanes at once. Each step sends half of what a lane holds to its partner, so 16 sums
+// over 32 lanes take 16 exchanges and not 80. Afterwards a lane holds in v[0], v[1], ... the sums from first_sum on.
 template <int N, int Lanes>
 __device__ inline void scatter_sums(float (&v)[N]) {
   int held = N;

@@ -1,10 +1,11 @@
 // The only calls of the CUDA runtime: launching, and the names of its errors.
+#include "cuda/launch.h"
+
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 
 #include "cuda/decode.h"
-#include "cuda/launch.h"
 
 namespace gci {
 namespace {
@@ -21,7 +22,8 @@ int can_overlap(const void* kernel, bool* answer) {
   if (state == 0) {
     int major;
     cudaFuncAttributes attributes;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
+      return error;
     if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     state = major >= 9 && attributes.ptxVersion >= 90 ? 2 : 1;
     if (device < remembered_devices) known[device].store(state, std::memory_order_relaxed);

@@ -102,9 +102,7 @@ def distill(
             file = stack.enter_context(DistilledFile(Path(out), header, instructions, seeds, batch_size))
             records = list(file.records)
         stack.enter_context(_quiet(model))
-        bar = stack.enter_context(
-            progress_bar("distillation", len(texts), completed=len(records), shown=progress)
-        )
+        bar = stack.enter_context(progress_bar("distillation", len(texts), completed=len(records), shown=progress))
         seen = {_normal(pair.answer) for pair in kept(records)}
         for first in range(len(records), len(texts), batch_size):
             answers = _answers(model, tokenizer, texts[first : first + batch_size], sampling, seeds[first])

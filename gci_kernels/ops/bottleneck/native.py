@@ -76,9 +76,7 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
             tokens, rank, width, threads,
         )  # fmt: skip
     else:
-        lib.reduce(
-            u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), tokens, rank, width, threads
-        )
+        lib.reduce(u.data_ptr(), u.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), tokens, rank, width, threads)
     return out
 
 
