@@ -203,6 +203,8 @@ def test_images_of_each_input(method):
         uneven[1, 1:6], uneven[1, 7:12], uneven[2, 7:12] = 4, 4, 4  # as many images as inputs, two of them one's
         with pytest.raises(ValueError, match="must name an adapter"):
             model(input_ids=uneven, pixel_values=pixels[:4], adapter_names=NAMES)
+        with pytest.raises(ValueError, match="must name an adapter"):
+            model(uneven, pixels[:4], adapter_names=NAMES)
 
 
 class Mixture(torch.nn.Module):

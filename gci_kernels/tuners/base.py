@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -264,6 +265,13 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
         raise ValueError(self.no_merge)
 
 
+@contextlib.contextmanager
+def _whole(base: nn.Module) -> Iterator[None]:
+    """Meanwhile the base layer's weight is all there, on the device where the layer computes, for the adapter too."""
+    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.at_hand(base):
+        yield
+
+
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
@@ -294,7 +302,7 @@ class AdaptedModel(BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(target, self.tuner_layer_cls):
-            with hooks.at_hand(base):
+            with _whole(base):
                 self._update_layer(target, adapter_name, peft_config, current_key)
             target.record(adapter_name, peft_config, current_key)
             return
@@ -303,7 +311,7 @@ class AdaptedModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
-        with hooks.at_hand(base):  # so that the adapter is put where an offloaded layer computes
+        with _whole(base):
             layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
             layer.record(adapter_name, peft_config, current_key)
             if self.gci_impl != layer.gci_impl:

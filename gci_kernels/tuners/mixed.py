@@ -91,10 +91,10 @@ class Mix:
         """Forward pre-hook of the model: reads its batch. Without kwargs another thread is just adding or removing."""
         if _thread.state.mix is not self or kwargs is None:
             return
-        texts = [t for t in (kwargs.get(name) for name in _TEXTS) if isinstance(t, Tensor)]
-        texts = texts or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
+        texts = [t for name in _TEXTS if any((t := kwargs.get(name)) is each for each in given)] or given
         self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
-        self.even = _is_even(model, kwargs.get("input_ids"))
+        self.even = _is_even(model, kwargs.get("input_ids", args[0] if args else None))
 
     def give(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a module that takes adapter_names; as :meth:`note`."""
@@ -129,9 +129,9 @@ def current(layer: nn.Module) -> Mix | None:
     return mix if mix is not None and id(layer) in mix.layers else None
 
 
-def _is_even(model: nn.Module, ids: Tensor | None) -> bool | None:
+def _is_even(model: nn.Module, ids: Any) -> bool | None:
     """Whether all rows of input_ids have as many tokens that stand for something else; None: there are none."""
-    if ids is None or ids.dim() != 2 or ids.shape[1] == 1:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2 or ids.shape[1] == 1:
         return None
     settings = vars(model.config) if hasattr(model, "config") else {}
     placeholders = {value for name, value in settings.items() if _PLACEHOLDER.match(name) and isinstance(value, int)}
