@@ -1,19 +1,18 @@
 """Adapter files: what does not fit the model or the config is refused by name, by PEFT's ways and transformers'."""
 
 import json
-import warnings
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from toy_adapters import CONFIGS, IDS, adapted, each_method, each_of_ours, llama, logits, saver
+from transformers import AutoModelForCausalLM
 
 import gci_kernels
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
+from gci_kernels import patch
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import ALoRALinear, LoRAMoELinear
 
@@ -24,52 +23,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
 ]
 
-IDS = torch.tensor([[5, 17, 80, 3, 41], [8, 2, 36, 62, 8]])
-CONFIGS = {
-    "lora": lambda **changes: LoraConfig(**dict(r=4, target_modules=["q_proj"], init_lora_weights=False) | changes),
-    "loramoe": lambda **changes: LoRAMoEConfig(**dict(r=2, num_experts=4, init_weights=False) | changes),
-    "alora": lambda **changes: ALoRAConfig(**dict(r=4, num_heads=2, init_weights=False) | changes),
-    "loki": lambda **changes: LoKIConfig(**dict(positions=[[1, 5, 9], [0, 3]], init_weights=False) | changes),
-    "loki*": lambda **changes: LoKIConfig(**dict(positions=[[1, 5, 9], [0, 3]], r=2, init_weights=False) | changes),
-}
-OURS = [name for name in CONFIGS if name != "lora"]
-each_method = pytest.mark.parametrize("method", CONFIGS)
-each_of_ours = pytest.mark.parametrize("method", OURS)
-DOWN = "base_model.model.model.layers.1.mlp.down_proj"
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
-
-
-def adapted(method: str, **changes) -> PeftModel:
-    model = llama()
-    torch.manual_seed(1)
-    return patch(model, CONFIGS[method](**changes)).eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a base model lies, and beside it adapters that say so: saved(method, **changes) -> (model, folder)."""
-    llama().save_pretrained(tmp_path / "base")
-
-    def saved(method: str, **changes):
-        model = adapted(method, **changes)
-        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-        model.save_pretrained(tmp_path / method)
-        return model, tmp_path / method
-
-    return saved
+    return saver(tmp_path)
 
 
 def edit_config(path, **changes) -> None:
@@ -347,131 +304,3 @@ def test_a_whole_model_s_state_from_before_is_loaded(method):
             parameter.data.zero_()
     twin.load_state_dict(state, strict=True)
     assert torch.equal(logits(twin), logits(model))
-
-
-# What is trained, and how fast
-
-
-@each_method
-@pytest.mark.parametrize("trainable", (False, True))
-def test_requires_grad_after_loading(method, trainable, folder):
-    _, path = folder(method)
-    wanted = {name for name, parameter in adapted(method).named_parameters() if parameter.requires_grad}
-
-    def trained(model) -> set[str]:
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    model = PeftModel.from_pretrained(llama(), path, is_trainable=trainable)
-    assert trained(model) == (wanted if trainable else set())
-    model.load_adapter(path, "other", is_trainable=False)
-    assert trained(model) == (wanted if trainable else set())
-    model.load_adapter(path, "third", is_trainable=True)
-    assert {name for name in trained(model) if "third" in name} == {n.replace("default", "third") for n in wanted}
-    model.set_adapter("other", inference_mode=True)
-    assert not trained(model)
-    model.set_adapter("other")
-    assert trained(model) == {name.replace("default", "other") for name in wanted}
-    model.set_requires_grad("other", requires_grad=False)
-    assert not trained(model)
-
-    base = llama()
-    base.load_adapter(str(path), is_trainable=trainable)
-    assert {f"base_model.model.{name}" for name in trained(base)} == (wanted if trainable else set())
-
-
-@each_method
-def test_loraplus_finds_the_B_matrices(method):
-    model = adapted(method)
-    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = name.removesuffix(".weight").split(".")[-2]
-            assert rates[id(parameter)] == pytest.approx(16e-3 if part.endswith("_B") else 1e-3), name
-    assert (method == "loki") or 16e-3 in [pytest.approx(rate) for rate in rates.values()]
-
-
-# Configs
-
-
-@each_of_ours
-def test_a_config_is_made_again_of_its_own_dictionary(method, tmp_path):
-    config = CONFIGS[method](layers_to_transform=[0], modules_to_save=["lm_head"])
-    again = PeftConfig.from_peft_type(**config.to_dict())
-    assert type(again) is type(config) and again.peft_type is config.peft_type
-    assert again.to_dict() == config.to_dict()
-    config.save_pretrained(tmp_path)
-    assert PeftConfig.from_pretrained(tmp_path).layers_to_transform == [0]
-
-
-@each_method
-@pytest.mark.parametrize("call", (patch, get_peft_model))
-def test_misspelt_modules_to_save_raise(method, call):
-    if method == "lora" and call is get_peft_model:
-        pytest.skip("PEFT's own way with its own method")
-    model = llama()
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="modules_to_save: no module of this model is called 'lm_haed', 'nrom'"):
-        call(model, CONFIGS[method](modules_to_save=["lm_head", "nrom", "lm_haed"]))
-    with pytest.raises(TypeError, match="modules_to_save must be a list of names, got 'lm_head'"):
-        call(model, CONFIGS[method](modules_to_save="lm_head"))
-    assert [type(module) for module in model.modules()] == before
-    call(model, CONFIGS[method](modules_to_save={"lm_head"}))
-
-
-@each_method
-@pytest.mark.parametrize("task", ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
-def test_heads_that_peft_adds_are_no_spelling_mistakes(method, task):
-    from transformers import LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaForTokenClassification
-
-    classes = LlamaForSequenceClassification, LlamaForTokenClassification, LlamaForQuestionAnswering
-    model = classes[("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS").index(task)](llama().config)
-    trained = {n for n, p in patch(model, CONFIGS[method](task_type=task)).named_parameters() if p.requires_grad}
-    assert any("score" in name or "qa_outputs" in name for name in trained)
-
-
-@pytest.mark.parametrize("method", ("loramoe", "alora", "loki"))
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(layers_pattern="layers"), "layers_pattern says where .* give both"),
-        (dict(target_modules=".*proj", layers_to_transform=[0]), "need target_modules as a list of names"),
-    ],
-)
-def test_choices_of_layers_that_would_be_passed_over_raise(method, changes, message):
-    with pytest.raises(ValueError, match=message):
-        CONFIGS[method](**changes)
-
-
-@each_of_ours
-@pytest.mark.parametrize("choice", (dict(layers_to_transform=1), dict(layers_to_transform=[1], layers_pattern="layers"),
-                                    dict(exclude_modules=r".*layers\.0\..*")), ids=str)  # fmt: skip
-def test_layers_are_chosen_as_for_lora(method, choice):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*exclude_modules")
-        names = [name for name, _ in adapted(method, **choice).named_parameters() if "default" in name]
-    assert names and all(".layers.1." in name for name in names)
-
-
-def test_nothing_left_to_adapt_raises():
-    with pytest.raises(ValueError, match="leave no module that has positions"):
-        patch(llama(), CONFIGS["loki"](layers_to_transform=[5]))
-    for call in (patch, get_peft_model):
-        with pytest.raises(ValueError, match="positions must be given"):
-            call(llama(), LoKIConfig(target_modules=["down_proj"]))
-
-
-@each_of_ours
-def test_targets_that_match_nothing_are_named(method):
-    with pytest.raises(ValueError, match="(?i)target_?.?modules"):
-        get_peft_model(llama(), CONFIGS[method](target_modules=["of_nobody"]))
-
-
-@pytest.mark.parametrize("method", ("loki", "loki*"))
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
-def test_safe_merge_says_it_in_peft_s_words(method, value):
-    model = adapted(method)
-    next(p for n, p in model.named_parameters() if "loki_active" in n or "loki_A" in n).data[0] = value
-    with pytest.raises(ValueError) as raised:
-        model.merge_and_unload(safe_merge=True)
-    assert raised.value.args[0] == "NaNs detected in the merged weights. The adapter default seems to be broken"
