@@ -28,11 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all; may be given several times")
     parser.add_argument("--processes", type=int, default=1, help="classes at a time, each on one thread (default: 1)")
     args = parser.parse_args(argv)
+    if args.join and not args.json:
+        parser.error("--join needs --json")
     part, parts = map(int, args.part.split("/"))
     names = [name for name in classes() if args.only in name][part - 1 :: parts]
     methods = args.method or list(METHODS)
 
-    kept = json.loads(args.json.read_text(encoding="utf-8"))["classes"] if args.json and args.join else []
+    kept = json.loads(args.json.read_text(encoding="utf-8"))["classes"] if args.join and args.json.exists() else []
     rows: dict[str, Row] = {row["name"]: row for row in kept if row["name"] not in names}
     before = len(rows)
 
