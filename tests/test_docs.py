@@ -156,7 +156,7 @@ def checkout(tmp_path):
     (tmp_path / readme.RESULTS).mkdir(parents=True)
     for name in ("cpu.json", "forgetting.json", "compatibility.json"):
         (tmp_path / readme.RESULTS / name).symlink_to(ROOT / readme.RESULTS / name)
-    place = "before\n<!-- made by python -m bench.readme: {} -->\nold\n<!-- end -->\n"
+    place = "PLACE\n<!-- made by python -m bench.readme: {} -->\nREPLACED\n<!-- end -->\n"
     (tmp_path / "README.md").write_text("".join(map(place.format, readme.CONTENTS)))
     return tmp_path
 
@@ -164,7 +164,7 @@ def checkout(tmp_path):
 def test_the_command_writes_tables_and_picture(checkout):
     assert readme.main(["--root", str(checkout)]) == 0
     text = (checkout / "README.md").read_text()
-    assert "old" not in text and text.count("before") == text.count("<!-- end -->") == len(readme.CONTENTS)
+    assert "REPLACED" not in text and text.count("PLACE") == text.count("<!-- end -->") == len(readme.CONTENTS)
     assert readme.picture_digest(checkout / readme.PICTURE) == readme.digest(checkout) is not None
     result = (checkout / readme.SOURCE).read_text()
     (checkout / readme.SOURCE).unlink()

@@ -22,17 +22,19 @@ COMMIT = commit()  # of what runs; before the file that is written counts as a c
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compatibility", description=(about or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", default="", help="a part of the classes' names")
+    parser.add_argument("--only", action="append", help="a part of classes' names; may be given several times")
     parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the classes (default: all)")
     parser.add_argument("--join", action="store_true", help="keep the rows of other classes that --json has already")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all; may be given several times")
     parser.add_argument("--processes", type=int, default=1, help="classes at a time, each on one thread (default: 1)")
     args = parser.parse_args(argv)
+    if args.join and not args.json:
+        parser.error("--join needs --json")
     part, parts = map(int, args.part.split("/"))
-    names = [name for name in classes() if args.only in name][part - 1 :: parts]
+    names = [name for name in classes() if any(each in name for each in args.only or [""])][part - 1 :: parts]
     methods = args.method or list(METHODS)
 
-    kept = json.loads(args.json.read_text(encoding="utf-8"))["classes"] if args.json and args.join else []
+    kept = json.loads(args.json.read_text(encoding="utf-8"))["classes"] if args.join and args.json.exists() else []
     rows: dict[str, Row] = {row["name"]: row for row in kept if row["name"] not in names}
     before = len(rows)
 

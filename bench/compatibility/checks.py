@@ -62,7 +62,8 @@ def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
                 other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
                 if relative_error(logits_of(model, other), first) < EFFECT:
                     raise Difference("the image makes no difference")
-            results(model, inputs)
+            if results(model, inputs).tokens.shape[-1] > inputs["input_ids"].shape[-1] + 1 + NEW_TOKENS:
+                raise Difference("generate() gives more tokens than it was asked for")
             return name, inputs
         except Exception as error:
             failed = error
@@ -93,7 +94,7 @@ def configs(method: str) -> dict[str, Make]:
         whole: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
         return {
             "all-linear": lambda model: LoraConfig(**whole),
-            "all-linear but some": lambda model: LoraConfig(**whole, exclude_modules=_not_for_peft(model)),
+            "all-linear but some": lambda model: LoraConfig(**whole, exclude_modules=["out_proj", *_derived(model)]),
         }
     if method == "loki":
         return {
@@ -102,16 +103,18 @@ def configs(method: str) -> dict[str, Make]:
         }
     sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
     cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
+    whole = {**sizes, "target_modules": "all-linear"}
     return {
         "default": lambda model: cls(**sizes),
-        "all-linear": lambda model: cls(**sizes, target_modules="all-linear"),
+        "all-linear": lambda model: cls(**whole),
+        "all-linear but some": lambda model: cls(**whole, exclude_modules=_derived(model)),
     }
 
 
-def _not_for_peft(model: PreTrainedModel) -> list[str]:
-    """What PEFT's LoRA cannot adapt: Mamba's output, and layers derived from nn.Linear that compute something else."""
+def _derived(model: PreTrainedModel) -> list[str]:
+    """Layers derived from nn.Linear that compute something else, as routers that give a tuple do."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return ["out_proj", *(name for name, each in linears.items() if type(each).forward is not nn.Linear.forward)]
+    return [name for name, each in linears.items() if type(each).forward is not nn.Linear.forward]
 
 
 def _last_linears(model: PreTrainedModel) -> dict[str, list[int]]:

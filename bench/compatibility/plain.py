@@ -54,20 +54,23 @@ class PlainLoRAMoE(PlainLayer):
 class PlainALoRA(PlainLayer):
     """y = W x + scaling * B attention(A x), causal over the sequence.
 
-    It keeps no keys and values: what came before a single new token is kept whole, and computed anew with it.
+    It keeps no keys and values: what came before a single new token is kept whole, and computed anew with it. A layer
+    that several decoder layers share, or that a model runs in a loop, sees another sequence in each of its calls.
     """
 
     def __init__(self, layer: ALoRALinear, base: nn.Module):
         super().__init__(layer, base)
         self.heads = layer.num_heads[ADAPTER]
-        self.before: Tensor | None = None
+        self.before: dict[int, Tensor] = {}  # by the number of the call in a forward
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(BATCH, -1, x.shape[-1])
-        new = rows.shape[1]
-        if new == 1 and self.before is not None:
-            rows = torch.cat((self.before, rows), dim=1)
-        self.before = rows.detach()
+        new, call = rows.shape[1], self.calls
+        if new == 1 and call in self.before:
+            rows = torch.cat((self.before[call], rows), dim=1)
+        self.before[call] = rows.detach()
+        self.calls += 1
         projected = rows @ self.own("gci_alora_A").T @ self.own("gci_alora_qkv").T
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
@@ -102,6 +105,7 @@ def plain_model(base: PreTrainedModel, patched: nn.Module) -> PreTrainedModel:
             if id(layer) not in made:
                 made[id(layer)] = _plain(layer, model.get_submodule(name))
             model.set_submodule(name, made[id(layer)])
+    model.register_forward_pre_hook(_count_anew)
     return model
 
 
@@ -109,11 +113,17 @@ def _plain(layer: AdaptedLinear, base: nn.Module) -> PlainLayer:
     return next(plain for cls, plain in _PLAIN.items() if isinstance(layer, cls))(layer, base)
 
 
+def _count_anew(model: nn.Module, args: tuple) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PlainALoRA):
+            layer.calls = 0
+
+
 def forget(model: nn.Module) -> None:
     """Begins a new sequence."""
     for layer in model.modules():
         if isinstance(layer, PlainALoRA):
-            layer.before = None
+            layer.before = {}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -112,7 +112,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "Qwen4ExpTextConfig": _INDEXER,
     "RecurrentGemmaConfig": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
     "ReformerConfig": {
-        "is_decoder": True, "axial_pos_embds": False, "hash_seed": 0,
+        "axial_pos_embds": False, "hash_seed": 0,
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2,
         "attn_layers": ["local", "local"],
     },
@@ -146,7 +146,10 @@ def tiny_model(name: str) -> PreTrainedModel:
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     _specials.clear()
-    config = tiny_config(cls.config_class)
+    fields = {field.name for field in dataclasses.fields(cls.config_class)}
+    # Of several kinds of models an encoder is the default, which attends in both directions.
+    decodes = classes().get(name) == "causal" and "is_decoder" in fields
+    config = tiny_config(cls.config_class, **({"is_decoder": True} if decodes else {}))
     model = cls(config).float().eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MOST_PARAMETERS:
