@@ -5,7 +5,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -19,6 +19,7 @@ from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.hooks import HOOK
 from gci_kernels.tuners.scaling import number
 
 
@@ -159,12 +160,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def parameter(self, part: str, name: str) -> Any:
         """The adapter's parameter as a call of its container would find it, without what looking it up there costs."""
-        container = cast(nn.Module, self._modules[part])
+        container: Any = self._modules[part]
         try:
-            found: Any = container._parameters[name]
+            found = container._parameters[name]
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
             return getattr(container, name)
-        if hooks.HOOK in container.__dict__ and found.is_meta:
+        if HOOK in container.__dict__ and found.is_meta:
             return hooks.brought(container, name, found)
         return found
 
