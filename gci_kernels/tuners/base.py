@@ -5,7 +5,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -20,6 +20,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.targets import is_all_linear, matched
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.hooks import HOOK
 from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.scaling import number
 
@@ -55,10 +56,8 @@ class AdaptedConfig(PeftConfig):
         # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
         self.earlier = type(self.peft_type) is str and self.peft_type == self.method.value
         self.peft_type: Any = self.method
-        if (
-            isinstance(self.target_modules, str)
-            and self.target_modules != "all-linear"
-            and (self.layers_to_transform is not None or self.layers_pattern is not None)
+        if isinstance(self.target_modules, str) and (
+            self.layers_to_transform is not None or self.layers_pattern is not None
         ):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list of names")
         if self.layers_pattern and self.layers_to_transform is None and not self.earlier:
@@ -221,12 +220,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def parameter(self, part: str, name: str) -> Any:
         """The adapter's parameter as a call of its container would find it, without what looking it up there costs."""
-        container = cast(nn.Module, self._modules[part])
+        container: Any = self._modules[part]
         try:
-            found: Any = container._parameters[name]
+            found = container._parameters[name]
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
             return getattr(container, name)
-        if hooks.HOOK in container.__dict__ and found.is_meta:
+        if HOOK in container.__dict__ and found.is_meta:
             return hooks.brought(container, name, found)
         return found
 

@@ -16,7 +16,7 @@ def number(scaling: Any) -> Any:
 
     A GPU would have to be waited for, a graph of torch.compile would hold the value fast, and a gradient would be lost.
     """
-    if isinstance(scaling, (float, int)):
+    if type(scaling) is float or isinstance(scaling, (float, int)):
         return scaling
     if not isinstance(scaling, Tensor):
         if not isinstance(scaling, Real):

@@ -48,11 +48,11 @@ def find_step(
         made_of.append(bias.data_ptr())
     for A, B, scaling, first, count, router, top_k, qkv, num_heads, residual in groups:
         key += id(A), id(B), first, count, id(router), id(qkv)
-        made_of += scaling, A.data_ptr(), A.nbytes, B.data_ptr(), B.nbytes
+        made_of += scaling, A.data_ptr(), A.nbytes, B.data_ptr()  # the size of A says that of B and of qkv
         if router is not None:
             made_of += router.data_ptr(), router.nbytes, top_k
         if qkv is not None:
-            made_of += qkv.data_ptr(), qkv.nbytes, num_heads, residual
+            made_of += qkv.data_ptr(), num_heads, residual
     found = _steps.get(key := tuple(key))
     if found is None or found[0] != made_of:
         found = made_of, _make(x, weight, bias, groups, rows)
