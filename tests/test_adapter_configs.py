@@ -107,6 +107,7 @@ def test_heads_that_peft_adds_are_no_spelling_mistakes(method, task):
     [
         (dict(layers_pattern="layers"), "layers_pattern says where .* give both"),
         (dict(target_modules=".*proj", layers_to_transform=[0]), "need target_modules as a list of names"),
+        (dict(target_modules="all-linear", layers_to_transform=[0]), "need target_modules as a list of names"),
     ],
 )
 def test_choices_of_layers_that_would_be_passed_over_raise(method, changes, message):
