@@ -80,11 +80,11 @@ def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
             return {"outcome": YES, "targets": targets}
         except Exception as error:
             latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _told(error, run.stage)}
-            early = run.stage in ("patch", "reference")  # then other targets may fit better
-            if not told or told["outcome"] == FAILS or not early:
+            if not told or told["outcome"] == FAILS:
                 told = latest
-            if not early:
-                break
+            # Other targets may fit better; but an error once the model runs is one, whatever others do.
+            if latest["outcome"] == FAILS and run.stage != "patch":
+                return latest
     return told
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.tuners import AdaptedLinear, ALoRALinear, LoKILinear, LoRAMoELinear
@@ -105,7 +105,9 @@ def plain_model(base: PreTrainedModel, patched: nn.Module) -> PreTrainedModel:
             if id(layer) not in made:
                 made[id(layer)] = _plain(layer, model.get_submodule(name))
             model.set_submodule(name, made[id(layer)])
-    model.register_forward_pre_hook(_count_anew)
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):  # some hand generation on to a language model within them
+            module.register_forward_pre_hook(_count_anew)
     return model
 
 
