@@ -370,6 +370,8 @@ def _from_positions(given: dict, batch: int, time: int, past: int) -> Sequence:
             f"position_ids without an attention_mask must be [{batch}, {time}], got {list(positions.shape)}"
         )
     positions = positions.expand(batch, -1)
+    if positions.is_floating_point():  # Qwen3-Omni makes whole numbers of that type
+        positions = positions.long()
     if torch.compiler.is_compiling():
         starts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
         return Sequence(starts.cumsum(1, dtype=torch.int32), past)

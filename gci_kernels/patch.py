@@ -92,9 +92,10 @@ def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | Lor
     """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
     names = [name for name, _ in model.named_modules()]
     check_modules_to_save(config, names)
+    adaptable = [*names, *(name for name, _ in model.named_parameters())]  # PEFT adds ranks of target_parameters
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or ():
-            if not any(get_pattern_key([pattern], name) is pattern for name in names):
+            if not any(get_pattern_key([pattern], name) is pattern for name in adaptable):
                 raise ValueError(f"{field}: no module matches {pattern!r}")
     if not isinstance(config.target_modules, (list, set, tuple)):
         return

@@ -70,7 +70,7 @@ def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, st
     The first adapter is fused with the base product if nothing stands against it, the others are added. `step` is asked
     first, where one is given.
     """
-    y, own = (None, True) if obstacle(base, x) is None else (base(x), False)
+    y, own = (None, True) if obstacle(base, x) is None else (product(base, x), False)
     for name in names:
         weight, bias = operands(base) if y is None else (None, None)
         made = None
@@ -83,6 +83,21 @@ def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, st
             made = made if y is None else y + made.to(y.dtype)
         y, own = made, True
     return base(x) if y is None else y
+
+
+def product(base: nn.Module, x: Tensor) -> Tensor:
+    """base(x), for an update to be added to.
+
+    Raises:
+        TypeError: that is no tensor, as of routers that derive from torch.nn.Linear.
+    """
+    y = base(x)
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"a {type(base).__name__} returns a {type(y).__name__}, not a tensor, and no adapter can add to that: "
+            "leave it out by exclude_modules"
+        )
+    return y
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -186,7 +186,7 @@ class LoKILinear(AdaptedLinear):
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
             else:
-                y = self._replace(self.base_layer(x) if y is None else y, x, name, in_place=step)
+                y = self._replace(fusion.product(self.base_layer, x) if y is None else y, x, name, in_place=step)
         return self.base_layer(x) if y is None else y
 
     def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:

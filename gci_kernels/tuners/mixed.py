@@ -200,12 +200,12 @@ def combine(
     plain, y = fusion.obstacle(base, x) is None, None
     if step is not None and tokens.samples:
         weight, bias = fusion.operands(base) if plain else (None, None)
-        y = None if plain else base(x)
+        y = None if plain else fusion.product(base, x)
         if plain or y.dtype == x.dtype:
             own = None if plain else y.clone(memory_format=torch.contiguous_format)
             if (made := step(x, weight, bias, own, tokens)) is not None:
                 return made
-    y = base(x) if y is None else y
+    y = fusion.product(base, x) if y is None else y
     shape, rows = y.shape, x.reshape(tokens.inputs, -1, x.shape[-1])
     for name, samples in tokens.samples.items():
         y = add(y.reshape(tokens.inputs, -1, shape[-1]), rows, name, indices(tuple(samples), x.device))
