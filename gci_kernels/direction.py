@@ -18,6 +18,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from gci_kernels.ops.transforms import transformed
+
 #: Modules of a decoder layer that see another sequence, that of an encoder.
 CROSS_ATTENTION = re.compile(r"(^|[._])(cross_?att|crossatt|encoder_att|encoder_decoder_att|cross_attention)", re.I)
 
@@ -82,6 +84,8 @@ def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> Non
             says nothing about the direction, and is passed over; so does one row of padding for all queries.
         segments: int32 [batch, time], negative for padding, which attends to whatever transformers lets it; or None.
     """
+    if transformed():  # no value can be read there, and a graph would hold what was found for any other mask
+        return
     # Some models invert a mask of bools; but a token attends to itself, so what is seen is what its own place says.
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == time and mask.shape[-1] >= time:
         own, following = mask.diagonal(0, -2, -1)[..., : time - 1], mask.diagonal(1, -2, -1)[..., : time - 1]

@@ -87,7 +87,7 @@ def test_continuous_batching_is_refused_where_it_starts_and_runs_without_the_ada
 
 def test_a_state_that_is_no_cache_of_transformers_is_refused_in_generation_and_training_works():
     patched = alora(
-        made("RwkvForCausalLM", vocab_size=61, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2), "value"
+        made("RwkvForCausalLM", vocab_size=61, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2), "key"
     )
     with pytest.raises(TypeError, match="state is a list"):
         patched.generate(**GIVEN)
@@ -102,7 +102,7 @@ MAMBA = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8, i
 
 @pytest.mark.parametrize("mode", [dict(), dict(num_beams=2), dict(use_cache=False)], ids=str)
 def test_a_cache_without_a_length_is_counted(mode):
-    patched = alora(made("MambaForCausalLM", **MAMBA), "x_proj")
+    patched = alora(made("MambaForCausalLM", **MAMBA), "in_proj")
     actual = patched.generate(**GIVEN, **mode)
     assert torch.equal(actual, patched.generate(**GIVEN, **{**mode, "use_cache": False}))
 
@@ -112,7 +112,7 @@ def test_a_cache_without_a_length_that_was_filled_by_another_model_is_refused():
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         model(input_ids=IDS, cache_params=cache)
-        patched = alora(model, "x_proj")
+        patched = alora(model, "in_proj")
         with pytest.raises(ValueError, match="past_key_values holds a state that was made before the adapter"):
             patched(input_ids=IDS[:, :1], cache_params=cache)
         with patched.disable_adapter():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from gci_kernels import ALoRAConfig, LoRAMoEConfig, frame, patch
+from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import cuda, step
 from gci_kernels.testing import relative_error
 from gci_kernels.tuners import fusion
@@ -40,6 +41,14 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls = []
+
+    def __enter__(self):
+        self.found, transforms.under_dispatch_mode = transforms.under_dispatch_mode, lambda: False  # as for a graph
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        transforms.under_dispatch_mode = self.found
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name().split(".")[0] in self.WAITS:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 _tracing_state = torch._C._get_tracing_state
 _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_exporting = torch.compiler.is_exporting
+_dispatch_depth = torch._C._len_torch_dispatch_stack
 
 # torch.jit.trace warns wherever Python looks at a size. In this package that is to check arguments.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gci_kernels")
@@ -27,6 +28,11 @@ def transformed() -> bool:
     Not so under torch.compile alone, which knows our operators.
     """
     return _tracing_state() is not None or _functorch_depth() > 0 or forward_ad._current_level >= 0 or _is_exporting()
+
+
+def under_dispatch_mode() -> bool:
+    """Whether something looks at every operation as it runs: make_fx, FakeTensorMode, a counter of products."""
+    return _dispatch_depth() > 0
 
 
 def captured() -> bool:

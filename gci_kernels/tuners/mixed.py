@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import Group
-from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import fusion
 
 #: PEFT's name for no adapter at all.
@@ -176,7 +176,7 @@ class Tokens:
 def indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 on `device`, made once: to bring them there a GPU would be waited for."""
     # What is made while operations are recorded, or under FakeTensorMode, belongs to what records them.
-    own = transformed() or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack())
+    own = transforms.transformed() or (not torch.compiler.is_compiling() and transforms.under_dispatch_mode())
     return torch.tensor(samples, device=device) if own else _kept_indices(samples, device)
 
 

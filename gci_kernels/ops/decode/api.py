@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import step as steps
 from gci_kernels.ops.decode.group import Group
 from gci_kernels.ops.decode.step import AnyStep
@@ -19,8 +20,6 @@ _library.define(
     f"decode_attend({_BASE}, Tensor[] qkv, Tensor(a!) kv, Tensor past, Tensor? segments, float[] scaling, "
     f"int[] num_heads, bool[] residual, {_TOKENS}) -> Tensor"
 )
-
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class _TracedStep:
@@ -68,7 +67,7 @@ def find_step(
     if torch.compiler.is_compiling():
         # Without rows as many groups as one, whose number of tokens is the operator's to see.
         return None if steps.plan_step(x, weight, bias, groups) is None else _TracedStep(weight, bias, groups, rows)
-    if _dispatch_modes():  # what looks at every operation (make_fx, a counter of products) would not see a step
+    if transforms.under_dispatch_mode():  # which would not see a step
         return None
     return steps.find_step(x, weight, bias, groups, rows)
 
