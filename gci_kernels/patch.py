@@ -13,7 +13,7 @@ from torch import nn
 from gci_kernels import experts, frozen, parents
 from gci_kernels.impl import check_impl
 from gci_kernels.layer_report import LayerReport, Report, obstacle, report
-from gci_kernels.targets import is_all_linear, matched
+from gci_kernels.targets import matched
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, split
 from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
@@ -78,8 +78,6 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     config = copy.deepcopy(config)
     if not isinstance(config, LoraConfig):
         return get_peft_model(model, config, adapter_name=adapter_name)
-    if is_all_linear(config.target_modules):
-        parents.leave_out(model, config, "LoRA", matched(model, config))
     parents.warn(model, config, matched(model, config))
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     place(peft_model, config, adapter_name)

@@ -196,17 +196,19 @@ def test_a_forward_of_the_instance():
     assert set(parents.readers(model)) == {"fc"}
 
 
-def test_all_linear_leaves_such_layers_out_with_one_warning():
-    for config in (LoRAMoEConfig(target_modules="all-linear"), LoraConfig(target_modules="all-linear")):
-        with pytest.warns(UserWarning, match=f"leaves fc out: .*{REASON}") as seen:
-            patched = patch(Attribute(), config)
-        assert sum(REASON in str(warning.message) for warning in seen) == 1
-        assert {row.name.removeprefix("base_model.model.") for row in report(patched)} == {
-            "other",
-            "layers.0",
-            "layers.1",
-            "inner.0",
-        }
+@pytest.mark.parametrize(
+    ("config", "says", "left"),
+    [
+        (LoRAMoEConfig(target_modules="all-linear"), "leaves fc out: .*", {"fc"}),
+        (LoraConfig(target_modules="all-linear"), "LORA adapts fc: .*", set()),  # as PEFT does
+    ],
+)
+def test_all_linear_says_what_becomes_of_such_layers_once(config, says, left):
+    with pytest.warns(UserWarning, match=says + REASON) as seen:
+        patched = patch(Attribute(), config)
+    assert sum(REASON in str(warning.message) for warning in seen) == 1
+    adapted = {row.name.removeprefix("base_model.model.") for row in report(patched)}
+    assert adapted == {"fc", "other", "layers.0", "layers.1", "inner.0"} - left
 
 
 @pytest.mark.parametrize("excluded", [["other"], r"o.*er"])
