@@ -244,9 +244,9 @@ def test_compiled_models_keep_our_operators(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_onnx(method, tmp_path):
-    """Where ONNX and a runtime are installed."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    """The graph holds operators of ONNX alone, and onnxruntime follows the model at other sizes."""
+    import onnxruntime as runtime
+
     model, file = llama(method), tmp_path / "model.onnx"
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -443,7 +443,8 @@ def test_patch_again(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accelerate_s_hooks_stay(method):
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model = llama()
     expected = model(input_ids=IDS).logits
     patched = accelerate.cpu_offload(patch(model, config_of(method)), execution_device=torch.device("cpu"))
