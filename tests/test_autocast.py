@@ -35,6 +35,15 @@ def step(model, dtype: torch.dtype | None, backward_inside: bool = False) -> lis
     return [loss.detach(), *(parameter.grad.float() for parameter in trained(model).values())]
 
 
+def assert_as_exact(actual, plain, truth) -> None:
+    """The accuracy rule: errors at most twice those of the plain formula in the same types, plus rounding.
+
+    Of all gradients together: a small one among them is little but the rounding of the 16-bit model around it.
+    """
+    found, other, value = (torch.cat([t.flatten() for t in tensors]) for tensors in (actual, plain, truth))
+    assert relative_error(found, value) < 2 * relative_error(other, value) + 2e-2
+
+
 def assert_close(actual, expected, tolerance: float) -> None:
     for found, value in zip(actual, expected, strict=True):
         assert relative_error(found, value) < tolerance
@@ -44,8 +53,8 @@ def assert_close(actual, expected, tolerance: float) -> None:
 def test_every_pairing_of_types(method):
     truth = step(llama(method), None)
     for base, adapter, autocast in TYPES:
-        model = cast(llama(method), base, adapter)
-        assert_close(step(model, autocast), truth, 0.15)
+        model, plain = (cast(llama(method, impl=impl), base, adapter) for impl in ("auto", "reference"))
+        assert_as_exact(step(model, autocast), step(plain, autocast), truth)
         with torch.no_grad(), torch.autocast("cpu", autocast):
             cached = model.generate(ids(1, 5), attention_mask=torch.ones(1, 5), max_new_tokens=3, do_sample=False)
         assert cached.shape == (1, 8)
@@ -55,7 +64,8 @@ def test_every_pairing_of_types(method):
 def test_every_pairing_of_types_with_biases(method):
     truth = step(with_biases(method), None)
     for base, adapter, autocast in TYPES:
-        assert_close(step(cast(with_biases(method), base, adapter), autocast), truth, 0.15)
+        models = (cast(with_biases(method, impl=impl), base, adapter) for impl in ("auto", "reference"))
+        assert_as_exact(*(step(model, autocast) for model in models), truth)
 
 
 @pytest.mark.parametrize("impl", ("auto", "reference"))

@@ -34,7 +34,7 @@ def llama(method: str, dtype=torch.float32, dropout: float = 0.0, attention: str
     return patch(model, config(method, TARGETS, [[1, 5, 9], [0, 3]], dropout), **options).to(dtype).eval()
 
 
-def with_biases(method: str):
+def with_biases(method: str, **options):
     """Qwen2, whose q_proj has a bias, which LoRA has too here."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
@@ -45,7 +45,7 @@ def with_biases(method: str):
     else:
         rank = 2 if method == "loki*" else None
         config = LoKIConfig(positions=[[1, 5, 9]], target_modules=["q_proj"], r=rank, init_weights=False)
-    model = patch(model, config).eval()
+    model = patch(model, config, **options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:
