@@ -174,7 +174,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
     if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
-            "nothing to unpatch: gci_kernels.patch did not make this model; PEFT's unload() removes adapters"
+            "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
+            "delete_adapter() of a model from transformers, removes adapters"
         )
     for layer in fused:
         swap_back(layer)

@@ -198,13 +198,38 @@ def test_images_of_each_input(method):
         assert relative_error(actual, wanted) < 1e-5
         uneven = ids.clone()
         uneven[0, 1:6] = 4
-        with pytest.raises(ValueError, match="must name an adapter|Length of `adapter_names`"):
+        with pytest.raises(ValueError, match="different numbers of images|Length of `adapter_names`"):
             model(input_ids=uneven, pixel_values=pixels[1:], adapter_names=NAMES)
         uneven[1, 1:6], uneven[1, 7:12], uneven[2, 7:12] = 4, 4, 4  # as many images as inputs, two of them one's
-        with pytest.raises(ValueError, match="must name an adapter"):
+        with pytest.raises(ValueError, match="different numbers of images"):
             model(input_ids=uneven, pixel_values=pixels[:4], adapter_names=NAMES)
-        with pytest.raises(ValueError, match="must name an adapter"):
+        with pytest.raises(ValueError, match="different numbers of images"):
             model(uneven, pixels[:4], adapter_names=NAMES)
+
+
+@pytest.mark.parametrize("method", ("lora", "loramoe"))
+@pytest.mark.parametrize("beams", (1, 2))
+def test_images_in_generation(method, beams):
+    """generate() runs the tower before it calls the model."""
+    made = config(method, target_modules=["q_proj", "fc1", "linear_1"])
+    model = get_peft_model(tiny_llava(), made)
+    model.add_adapter("other", copy.deepcopy(made))
+    if method == "lora":
+        patch(model)
+    model.eval()
+    one = [96] * 5
+    ids, pixels = torch.tensor([[3, *one, 7, *one, row + 2] for row in range(4)]), torch.randn(8, 3, 8, 8)
+    options = dict(max_new_tokens=1, num_beams=beams, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+    def logits(rows, **names):
+        first = slice(2 * rows.start, 2 * rows.stop)
+        return model.generate(input_ids=ids[rows], pixel_values=pixels[first], **options, **names).logits[0]
+
+    wanted = alone(model, lambda row: logits(slice(row, row + 1)))
+    assert relative_error(logits(slice(0, 4), adapter_names=NAMES), wanted) < 1e-5
+    ids[1, 1:6], ids[1, 7:12], ids[2, 7:12] = 4, 4, 4
+    with pytest.raises(ValueError, match="different numbers of images|Length of `adapter_names`"):
+        model.generate(input_ids=ids, pixel_values=pixels[:5], adapter_names=NAMES, **options)
 
 
 class Mixture(torch.nn.Module):

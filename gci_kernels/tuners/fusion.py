@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from gci_kernels.frozen import is_plain_linear
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import transformed
+from gci_kernels.swapped import parts_of
 from gci_kernels.tuners import hooks
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
@@ -111,6 +112,14 @@ def is_linear(module: nn.Module) -> bool:
 def has_rows(module: nn.Module) -> bool:
     """Whether `module` is a linear layer whose weight PEFT's dequantize_module_weight knows to give back."""
     return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "W_q")
+
+
+def computes_otherwise(module: nn.Module) -> bool:
+    """Whether `module` derives from torch.nn.Linear and has a forward of its own, bitsandbytes' kinds left aside."""
+    kind = parts_of(type(module))[0]
+    if not issubclass(kind, nn.Linear) or kind.__module__.startswith("bitsandbytes."):
+        return False
+    return kind.forward is not nn.Linear.forward
 
 
 def matmul_dtype(module: nn.Module) -> torch.dtype | None:

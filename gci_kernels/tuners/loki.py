@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists, onload_layer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -143,6 +143,7 @@ class LoKILinear(AdaptedLinear):
         self.merged_rows = MergedRows() if config.keep_merged else None
         self.apart: set[frozenset[str]] = set()  # adapters that were seen to share no row
         self.replaced: list[tuple[Tensor, Tensor | None]] = []  # what merging wrote over
+        self.written: list[Tensor] = []  # and what it wrote
         self.update_layer(name, config, positions)
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
@@ -267,14 +268,22 @@ class LoKILinear(AdaptedLinear):
                     bias = None if base.bias is None else base.bias.index_select(0, positions)
                     self.replaced.append((self._base_rows().index_select(0, positions), bias))
                     self._write(positions, rows, None if bias is None else self.parameter("loki_active_bias", name))
+                    self.written.append(self._base_rows().index_select(0, positions))
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Gives the base weight its own rows back, bit for bit."""
+        """Gives the base weight its own rows back, bit for bit; what was added to them meanwhile is added to those."""
         with self._base_to_be_written(), torch.no_grad():
             while self.merged_adapters:
                 name = self.merged_adapters.pop()
-                self._write(self.loki_positions.require(name), *self.replaced.pop())
+                positions, (own, bias), merged = (
+                    self.loki_positions.require(name),
+                    self.replaced.pop(),
+                    self.written.pop(),
+                )
+                now = self._base_rows().index_select(0, positions)
+                same = (now == merged) | (now.isnan() & merged.isnan())
+                self._write(positions, torch.where(same, own, own + (now - merged)), bias)
 
     def _base_to_be_written(self) -> contextlib.AbstractContextManager:
         """Meanwhile the base layer's weight can be written to, an offloaded one too."""
@@ -398,6 +407,12 @@ class LoKIModel(AdaptedModel):
         return key in peft_config.rows or _choice(peft_config, set(), key)
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if fusion.computes_otherwise(base):
+            raise ValueError(
+                f"LoKI cannot adapt {key}: a {type(base).__name__} computes something else than x @ W.T + b, which the "
+                "rows of W alone cannot repeat; leave it out of positions, or use LoRA or LoRAMoE"
+            )
         return LoKILinear(target, name, config, self.rows[key])
 
     def _update_layer(self, layer: LoKILinear, name: str, config: LoKIConfig, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
@@ -11,35 +12,57 @@ if TYPE_CHECKING:  # what the mixin is mixed with
 else:
     _Layer = object
 
-_KEPT, _ROUNDED = "_gci_unmerged", "_gci_rounded"
+_KEPT, _ROUNDED, _WRITTEN = "_gci_unmerged", "_gci_rounded", "_gci_written"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ExactMerge(_Layer):
     """Mixin for a LoRA layer of PEFT, which unmerges by subtracting what it has added: that rounds.
 
-    While an adapter is merged, the layer keeps a copy of its base layer's weights. Weights that are quantised are
-    quantised anew by merging; those stay PEFT's, and :func:`rounds` tells of it.
+    While an adapter is merged, the layer keeps a copy of its base layer's weights. A weight that somebody has
+    changed meanwhile is unmerged by subtracting, which keeps the change. Weights that are quantised are quantised anew
+    by merging; those stay PEFT's, and :func:`rounds` tells of it.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        kept = vars(self).get(_KEPT)
+        kept = self._still_merged() if self.merged else None
         if kept is None:
             kept = {name: p.detach().clone() for name, p in _weights(self).items() if type(p) is nn.Parameter}
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if self.merged:
+            weights = _weights(self)
             vars(self)[_KEPT] = kept
-            vars(self)[_ROUNDED] = rounds(self) or kept.keys() != _weights(self).keys()
+            vars(self)[_WRITTEN] = {name: _fingerprint(weights[name]) for name in kept}
+            vars(self)[_ROUNDED] = rounds(self) or kept.keys() != weights.keys()
 
     def unmerge(self) -> None:
+        kept = self._still_merged()
         super().unmerge()
         if not self.merged:
-            for name, old in vars(self).pop(_KEPT, {}).items():
+            vars(self).pop(_KEPT, None)
+            for name, old in kept.items():
                 _weights(self)[name].data.copy_(old)
+
+    def _still_merged(self) -> dict[str, Tensor]:
+        """What was kept of the weights that are as merging left them."""
+        weights, written = _weights(self), vars(self).get(_WRITTEN, {})
+        kept = vars(self).get(_KEPT, {})
+        return {n: t for n, t in kept.items() if n in weights and _fingerprint(weights[n]) == written[n]}
 
     def forget_unmerged(self) -> None:
         """Drops what the mixin keeps, for a layer that gets its own class back."""
         vars(self).pop(_KEPT, None)
         vars(self).pop(_ROUNDED, None)
+        vars(self).pop(_WRITTEN, None)
+
+
+def _fingerprint(weight: Tensor) -> tuple:
+    """Tells a changed weight from an unchanged one: shape, dtype, and a sum over all bits and their places."""
+    bits = weight.detach().contiguous().view(_BITS[weight.element_size()]).flatten().long()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device).mul_(
+        0x9E3779B97F4A7C1
+    )  # wraps round, as the sum does
+    return tuple(weight.shape), weight.dtype, int((bits * (places | 1)).sum())
 
 
 def rounds(layer: nn.Module) -> bool:

@@ -71,6 +71,11 @@ class Mix:
                 "adapter_names: a layer of one expert of a mixture gets tokens in an order of its own, so nobody knows "
                 "whose they are; leave the experts out of target_modules, or run each adapter by itself"
             )
+        if self.layers.get(id(layer)) == "tower" and self.even is False:
+            raise ValueError(
+                "adapter_names: the inputs have different numbers of images or sounds, so nobody knows whose rows a "
+                "layer of their tower sees; leave the tower out by exclude_modules, or run each adapter by itself"
+            )
         found = f"each of the {x.shape[0]} inputs"
         raise ValueError(f"adapter_names must name an adapter for {found}, got {len(self.names)}{self._place(x)}")
 
@@ -94,7 +99,7 @@ class Mix:
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
         texts = [t for name in _TEXTS if any((t := kwargs.get(name)) is each for each in given)] or given
         self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
-        self.even = _is_even(model, kwargs.get("input_ids", args[0] if args else None))
+        self.even = _is_even(model, kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)))
 
     def give(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a module that takes adapter_names; as :meth:`note`."""
@@ -218,6 +223,8 @@ def checked_names(model: nn.Module, names: object, known: set[str]) -> list[str]
         raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first")
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names must be a list of strings, got {type(names).__name__}: {names!r}")
+    if not names:
+        raise ValueError("adapter_names must name an adapter for each of the inputs, got an empty list")
     unknown = set(names) - known - {BASE}
     if unknown:
         raise ValueError(
@@ -250,6 +257,7 @@ def given(
             handles.append(module.register_forward_pre_hook(mix.give, with_kwargs=True))
     state = _thread.state
     before, state.mix = state.mix, mix
+    mix.note(model, args, kwargs)  # generate() may run a tower before it calls the model
     try:
         yield
     finally:
