@@ -199,7 +199,7 @@ class Frame:
             kept.packed = None
 
 
-def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None:
+def read(given: dict, wanted: Wanted | None, codebooks: int = 1, packs: bool = True) -> Frame | None:
     """Reads a backbone's arguments.
 
     None where it has no input, of which the model itself tells the user, and where no adapter wants to know anything.
@@ -208,6 +208,7 @@ def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None
         given: the arguments of the backbone's forward by name.
         wanted: as in :func:`gci_kernels.sequence.attach`.
         codebooks: how many rows of input_ids make up one row of the batch.
+        packs: whether the model takes position_ids that start again for packed sequences.
     """
     ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     if ids is None and embeds is None:
@@ -230,7 +231,7 @@ def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None
         )
     if isinstance(mask, dict):
         mask = _full_mask(mask)
-    make = functools.partial(_sequence, given, cache, mask, (batch, time), device)
+    make = functools.partial(_sequence, given, cache, mask, (batch, time), device, packs=packs)
     frame = Frame(make, (batch, time), wanted, cache)
     if time == 1 and cache is not None and _counts_on_device(cache, mask, wanted, batch, device):
         frame.position = adapter_cache.position(cache)
@@ -249,14 +250,14 @@ def read(given: dict, wanted: Wanted | None, codebooks: int = 1) -> Frame | None
 
 def _sequence(
     given: dict, cache: Cache | None, mask: Tensor | None, shape: tuple[int, int], device: torch.device,
-    past: int | None = None,
+    past: int | None = None, *, packs: bool,
 ) -> Sequence:  # fmt: skip
     batch, time = shape
     if past is None:
         past = 0 if cache is None else adapter_cache.length(cache)
     if mask is not None:
         return _from_mask(mask, batch, time, past, device)
-    return _from_positions(given, batch, time, past)
+    return _from_positions(given, batch, time, past, packs)
 
 
 def _runs_by_itself(device: torch.device) -> bool:
@@ -352,7 +353,7 @@ def _from_4d(mask: Tensor, time: int, past: int) -> Tensor:
     return unpadded
 
 
-def _from_positions(given: dict, batch: int, time: int, past: int) -> Sequence:
+def _from_positions(given: dict, batch: int, time: int, past: int, packs: bool) -> Sequence:
     """Without a mask: packed sequences, if there are any, by their lengths or by positions that start again."""
     lengths, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
     if past or (lengths is None and positions is None):
@@ -361,6 +362,8 @@ def _from_positions(given: dict, batch: int, time: int, past: int) -> Sequence:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs all sequences in one row, got a batch of {batch}")
         return Sequence.from_cu_seqlens(lengths, time)
+    if not packs:
+        return Sequence(None, past)
     if positions.dim() == 3:  # one for each axis of an image; text's own come first where there are four
         if positions.shape[0] != 4:
             return Sequence(None, past)

@@ -25,6 +25,7 @@ torch traces no change of Python's state there; what a layer sets is set back wh
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class _Backbone(Swapped):
         if state.padding is not None and state.padding[0] is arguments.get("attention_mask"):
             arguments["attention_mask"] = state.padding[1]
             state.padding = None
-        given = frame.read(arguments, self.gci_wanted, self.gci_codebooks)
+        given = frame.read(arguments, self.gci_wanted, self.gci_codebooks, _packs(self, arguments))
         if given is not None:
             look_ahead = arguments.get("is_causal") is False
             reason = direction.ARGUMENT if look_ahead else direction.obstacle(self, self.gci_attentions)
@@ -101,6 +102,21 @@ class _Backbone(Swapped):
             return base_forward(self, *args, **kwargs)
         finally:
             state.frame = before
+
+
+def _packs(backbone: nn.Module, given: dict) -> bool:
+    """Whether position_ids that start again are packed sequences to the model: beside a cache they are not.
+
+    transformers' masks are made so; its flash attention looks at the positions alone.
+    """
+    config: Any = backbone.config
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        return True
+    if given.get("past_key_values") is not None:
+        return False
+    caches = given.get("use_cache")
+    caches = getattr(config, "use_cache", False) if caches is None else caches
+    return not caches or (backbone.training and getattr(backbone, "gradient_checkpointing", False))
 
 
 class _Layer(Swapped):

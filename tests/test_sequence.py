@@ -13,11 +13,18 @@ import toy_alora
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import DynamicCache, GPT2Config, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gci_kernels import sequence
+from gci_kernels import ALoRAConfig, patch, sequence
 from gci_kernels.frame import read
 from gci_kernels.sequence import attach, current, required
 from gci_kernels.testing import relative_error
@@ -443,3 +450,32 @@ def test_cache_that_does_not_reach_the_layers_is_refused():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with pytest.raises(ValueError, match="past_key_values does not reach"):
         model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("use_cache", (None, True, False))
+@pytest.mark.parametrize("training", (False, True))
+def test_positions_pack_where_they_pack_for_the_model(use_cache, training):
+    """Beside a cache transformers takes positions that start again for one sequence; the adapter then does as well."""
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).train(training)
+    ids = torch.randint(3, 61, (1, 10))
+    other = ids.clone()
+    other[0, :4] = 7
+    given = dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]))
+    given |= {} if use_cache is None else {"use_cache": use_cache}
+    seen = {}
+
+    def differs(forward, of):
+        found = [(forward(x), seen[of])[1][:, 4:] for x in (ids, other)]
+        return not torch.allclose(*found, atol=1e-6)
+
+    def keep(name):
+        return lambda module, args, output: seen.update({name: output})
+
+    model.model.layers[0].self_attn.register_forward_hook(lambda m, a, o: seen.update(model=o[0]))
+    packed = not differs(lambda x: model(x, **given), "model")
+    config = ALoRAConfig(r=8, num_heads=2, target_modules=["q_proj"], init_weights=False)
+    patched = patch(model, config)
+    patched.base_model.model.model.layers[0].self_attn.q_proj.register_forward_hook(keep("adapter"))
+    assert differs(lambda x: patched(x, **given), "adapter") == (not packed)
+    assert packed == (use_cache is False)
