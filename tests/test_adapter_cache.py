@@ -416,9 +416,9 @@ def test_packed_cache_cannot_be_continued():
     model = attached()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=IDS, position_ids=torch.arange(7)[None] % 4, past_key_values=cache)
+        model(input_ids=IDS[:1], cu_seq_lens_q=torch.tensor([0, 4, 7]), past_key_values=cache)
     with pytest.raises(ValueError, match="packed sequences"):
-        _run(model, cache, IDS[:, :1])
+        _run(model, cache, IDS[:1, :1])
 
 
 def test_detached_model_leaves_a_cache_that_still_works():
