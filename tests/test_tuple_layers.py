@@ -28,7 +28,6 @@ class Model(nn.Module):
 CONFIGS = {
     "lora": peft.LoraConfig(target_modules=["router"]),
     "loramoe": LoRAMoEConfig(r=2, num_experts=2, target_modules=["router"]),
-    "loki": LoKIConfig(positions={"router": [1, 3]}),
 }
 
 
@@ -39,6 +38,11 @@ def test_a_tuple_is_refused_in_words(method, tokens, grad):
     model = patch(Model(), CONFIGS[method])
     with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="a Router returns a tuple.*exclude_modules"):
         model(torch.randn(1, tokens, 8))
+
+
+def test_loki_refuses_such_a_layer_at_once():
+    with pytest.raises(ValueError, match="LoKI cannot adapt router: a Router computes something else"):
+        patch(Model(), LoKIConfig(positions={"router": [1, 3]}))
 
 
 def test_ranks_that_peft_adds_to_a_config_are_no_typing_error():
