@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -58,7 +59,7 @@ def left_out(model: nn.Module, config: Any) -> list[Stacks]:
 
 
 def _is_for_mlps(config: Any) -> bool:
-    if type(config).__name__ in ("LoRAMoEConfig", "LoKIConfig"):
+    if getattr(config, "for_mlps", False):
         return True
     targets = getattr(config, "target_modules", None)
     if targets is None:
@@ -89,7 +90,7 @@ def warn(model: nn.Module, config: Any, method: str) -> None:
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    prefixes = ("lora_", "loramoe_", "gci_alora_", "loki_")
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
     return [p for name, p in model.named_parameters() if not any(part.startswith(prefixes) for part in name.split("."))]
 
 

@@ -38,19 +38,14 @@ def obstacle(module: Any, *, active_only: bool = False) -> str | None:
 def _replaced_forward(module: nn.Module) -> str | None:
     """Whose forward stands on the instance and runs instead of its class's, or None."""
     own, kept = vars(module).get("forward"), vars(module).get("_old_forward")
-    if own is None or _is_own(own, module):  # accelerate leaves the class's there when its hooks are taken away
+    if own is None or hooks.is_own(module, own):  # accelerate leaves the class's there when its hooks are taken away
         return None
     if kept is not None:  # accelerate's hooks call that between their own parts
-        if _is_own(kept, module):
+        if hooks.is_own(module, kept):
             return None
         return "an accelerate hook that is older than the patch calls the forward that it found"
     owner = type(own.__self__).__name__ if isinstance(own, MethodType) and own.__self__ is not module else None
     return f"its forward is replaced on the instance{f' by that of {owner}' if owner else ''}"
-
-
-def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether it is the forward of the module's class, bound to the module."""
-    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 @dataclass(frozen=True)

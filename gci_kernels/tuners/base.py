@@ -50,6 +50,8 @@ class AdaptedConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     method: ClassVar[Method]
+    #: Whether the method is for MLPs, whatever its targets are called.
+    for_mlps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,6 +59,7 @@ class LoKIConfig(AdaptedConfig):
     num_layers: int | None = None
 
     method: ClassVar[Method] = Method.GCI_LOKI
+    for_mlps = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,7 @@ class LoRAMoEConfig(BottleneckConfig):
     balance_include_padding: bool = False
 
     method: ClassVar[Method] = Method.GCI_LORAMOE
+    for_mlps = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
