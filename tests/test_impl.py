@@ -128,11 +128,9 @@ def test_a_failing_patch_leaves_it_alone():
     assert not [module for module in plain.modules() if "gci_impl" in vars(module)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("loki")])
 def test_dropout_of_the_formula_is_the_kernels(method):
-    """The same seeds, so that the same elements are dropped."""
-    if method.startswith("loki"):
-        pytest.skip("LoKI has no dropout")
+    """The same seeds, so that the same elements are dropped. LoKI has no dropout."""
     outputs = []
     for impl in ("auto", "reference"):
         model = llama(method, dropout=0.5, impl=impl).train()
