@@ -6,12 +6,18 @@ part of the model that decodes text, every module that owns a config is a model 
 the text model), layers derive from GradientCheckpointingLayer, and the config says how many there are.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+#: Names of modules in a decoder that see another sequence, that of an encoder.
+CROSS_ATTENTION = re.compile(r"(^|[._])(cross_?att|enc_?dec_?att|encoder_att|encoder_decoder_att)", re.I)
+#: Names of layers in one expert of several, which gets some of the tokens, in an order that only its router knows.
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 _Found = tuple[PreTrainedModel, str, nn.ModuleList]  # the model that owns the list, the list's name in it, the list
 

@@ -6,7 +6,6 @@ tokens of a prefix or an image may see each other. The first two are read when a
 for users change them on a model that they have; the mask where a forward starts a sequence.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,10 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from gci_kernels import decoder_layers
 from gci_kernels.ops.transforms import transformed
-
-#: Modules of a decoder layer that see another sequence, that of an encoder.
-CROSS_ATTENTION = re.compile(r"(^|[._])(cross_?att|crossatt|encoder_att|encoder_decoder_att|cross_attention)", re.I)
 
 # Encoders, many of which say it nowhere else.
 _MASKED_LM = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
@@ -39,7 +36,7 @@ def self_attentions(layers: Iterable[nn.Module]) -> tuple[tuple[nn.Module, str],
     found = []
     for layer in layers:
         for path, module in layer.named_modules():
-            if CROSS_ATTENTION.search(path):
+            if decoder_layers.CROSS_ATTENTION.search(path):
                 continue
             decodes = getattr(module, "is_decoder", None)
             if decodes is not None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gci_kernels import decoder_layers, direction, sequence
+from gci_kernels import decoder_layers, sequence
 from gci_kernels.frame import Context
 from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.arguments import autocast_dtype
@@ -227,7 +227,7 @@ class ALoRAModel(BottleneckModel):
         self._left_out = left_out
         for index, layer in enumerate(decoder_layers.find(model)[1]):
             for path, module in layer.named_modules():
-                if not direction.CROSS_ATTENTION.search(path):
+                if not decoder_layers.CROSS_ATTENTION.search(path):
                     self._inside[module] = (*self._inside.get(module, ()), index)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists, onload_layer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from gci_kernels import parents
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.ops.row_linear import check_positions, choose_form
+from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
-from gci_kernels.tuners.loki_positions import Positions, resolve
+from gci_kernels.tuners.loki_positions import Positions, RowPositions, resolve
 from gci_kernels.tuners.methods import Method, register
 from gci_kernels.tuners.scaling import applied
 
@@ -74,52 +73,6 @@ class LoKIConfig(AdaptedConfig):
         return super().to_dict() | {"positions": None, "quota": None}
 
 
-class RowPositions(BufferDict):
-    """The rows of every adapter, [k] int64 by name, and which of them are known: loading fills them in later."""
-
-    def __init__(self, out_features: int) -> None:
-        super().__init__(persistent=True)
-        self.out_features = out_features
-        self.known: set[str] = set()
-
-    def __setitem__(self, name: str, positions: Tensor) -> None:
-        super().__setitem__(name, positions)
-        self.known.discard(name)
-        if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
-            self.known.add(name)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self.known.discard(name)
-
-    def require(self, name: str) -> Tensor:
-        """The rows of adapter `name`, or ValueError."""
-        if name not in self.known:
-            raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
-        positions = self[name]
-        return hooks.brought(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """transformers loads a tensor by setting it as an attribute."""
-        if isinstance(value, Tensor) and name in self:
-            self._check(value, f"loki_positions.{name}")
-            self.known.add(name)
-        super().__setattr__(name, value)
-
-    def _check(self, positions: Tensor, key: str) -> None:
-        try:
-            check_positions(positions, self.out_features)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}; is this an adapter of another model?") from error
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        for name in self:
-            if prefix + name in state_dict:
-                self._check(state_dict[prefix + name], prefix + name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.known |= {name for name in self if prefix + name in state_dict}
-
-
 class LoKILinear(AdaptedLinear):
     """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
@@ -136,7 +89,7 @@ class LoKILinear(AdaptedLinear):
     loki_A: nn.ParameterDict
     loki_lora_B: nn.ParameterDict
     loki_active_bias: nn.ParameterDict
-    loki_positions: "RowPositions"
+    loki_positions: RowPositions
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
         super().__init__(base_layer, name)

@@ -1,12 +1,14 @@
-"""Which rows of which modules of a model LoKI trains: from files, lists and mappings to names and tensors."""
+"""Which rows of which modules of a model LoKI trains: from files, lists and mappings, and as a layer holds them."""
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
 from gci_kernels.ops.row_linear import check_positions
-from gci_kernels.tuners import fusion
+from gci_kernels.tuners import fusion, hooks
 
 Rows = Sequence[int] | Set[int] | np.ndarray | Tensor
 Positions = str | os.PathLike | Mapping[str | int, Rows] | Sequence[Rows] | np.ndarray | Tensor
@@ -192,3 +194,49 @@ def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> Tensor:
     except ValueError as error:
         raise ValueError(f"positions of {name}: {error}") from error
     return found
+
+
+class RowPositions(BufferDict):
+    """The rows of every adapter, [k] int64 by name, and which of them are known: loading fills them in later."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__(persistent=True)
+        self.out_features = out_features
+        self.known: set[str] = set()
+
+    def __setitem__(self, name: str, positions: Tensor) -> None:
+        super().__setitem__(name, positions)
+        self.known.discard(name)
+        if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
+            self.known.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.known.discard(name)
+
+    def require(self, name: str) -> Tensor:
+        """The rows of adapter `name`, or ValueError."""
+        if name not in self.known:
+            raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
+        positions = self[name]
+        return hooks.brought(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """transformers loads a tensor by setting it as an attribute."""
+        if isinstance(value, Tensor) and name in self:
+            self._check(value, f"loki_positions.{name}")
+            self.known.add(name)
+        super().__setattr__(name, value)
+
+    def _check(self, positions: Tensor, key: str) -> None:
+        try:
+            check_positions(positions, self.out_features)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; is this an adapter of another model?") from error
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in self:
+            if prefix + name in state_dict:
+                self._check(state_dict[prefix + name], prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.known |= {name for name in self if prefix + name in state_dict}

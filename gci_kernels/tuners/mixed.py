@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gci_kernels import decoder_layers
 from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion
@@ -24,8 +25,6 @@ BASE = "__base__"
 MixedStep = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, "Tokens"], Tensor | None]
 
 _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-# One expert of several in a list: it gets some of the tokens, in an order that only its router knows.
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 # What configs call the token that stands for a part of an image, a film or a sound.
 _PLACEHOLDER = re.compile(r"^(image|video|audio|speech)_token_(id|index)$")
 
@@ -252,7 +251,7 @@ def given(
         if isinstance(module, reading):
             # Heads are children of the model itself.
             outside = bool(inner) and id(module) not in inner and name.count(".") > 1
-            mix.layers[id(module)] = "expert" if _EXPERT.search(name) else "tower" if outside else None
+            mix.layers[id(module)] = "expert" if decoder_layers.EXPERT.search(name) else "tower" if outside else None
         elif isinstance(module, taking):
             handles.append(module.register_forward_pre_hook(mix.give, with_kwargs=True))
     state = _thread.state

@@ -1,6 +1,5 @@
 """Which tokens of a batch a layer of the model sees: the text's, those of an encoder-decoder's targets, or others."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Layers that read an encoder's states in a decoder, and experts that get the tokens routed to them.
-_OTHER_TOKENS = re.compile(r"encdec|encoder_attn|cross_?att|\.experts\.", re.IGNORECASE)
+from gci_kernels import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class TokenGrids:
         return grid
 
     def _find(self, key: str) -> str | None:
-        if _OTHER_TOKENS.search(key):
+        if decoder_layers.CROSS_ATTENTION.search(key) or decoder_layers.EXPERT.search(key):
             return None
         if "." not in key:  # a head, which stands outside of all parts
             return self._parts[0][1]
