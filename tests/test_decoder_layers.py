@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from toy_decoders import IDS, SIZES
 from transformers import PreTrainedModel
 
 import gci_kernels
@@ -17,11 +18,6 @@ from gci_kernels.tuners import AdaptedLinear, ALoRALinear, LoKILinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": None,
-}  # fmt: skip
 BERT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYERS = ["ZambaMambaDecoderLayer", "ZambaHybridLayer", "ZambaHybridLayer"]
 # Class of the model: its config, the class of its backbone, those of its layers, and one layer that each of them has.
@@ -72,7 +68,6 @@ OWN = {
     "loramoe": lambda targets: LoRAMoEConfig(r=2, num_experts=2, target_modules=targets, init_weights=False),
     "alora": lambda targets: ALoRAConfig(r=4, num_heads=2, target_modules=targets, init_weights=False),
 }
-IDS = torch.tensor([[5, 17, 52, 3, 41, 9, 27], [7, 8, 2, 42, 8, 30, 21]])
 
 
 def made(name: str) -> PreTrainedModel:

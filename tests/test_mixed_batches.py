@@ -176,15 +176,19 @@ def tiny_llava():
     return LlavaForConditionalGeneration(whole)
 
 
-@pytest.mark.parametrize("method", ("lora", "loramoe"))
-def test_images_of_each_input(method):
-    """The tower sees images, of which two may be one input's; where inputs have different numbers it is refused."""
+def llava_with_adapters(method):
     made = config(method, target_modules=["q_proj", "fc1", "linear_1"])
     model = get_peft_model(tiny_llava(), made)
     model.add_adapter("other", copy.deepcopy(made))
     if method == "lora":
         patch(model)
-    model.eval()
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ("lora", "loramoe"))
+def test_images_of_each_input(method):
+    """The tower sees images, of which two may be one input's; where inputs have different numbers it is refused."""
+    model = llava_with_adapters(method)
     one = [96] * 5
     ids = torch.tensor([[3, *one, 7, *one, row + 2] for row in range(4)])
     pixels = torch.randn(8, 3, 8, 8)
@@ -211,12 +215,7 @@ def test_images_of_each_input(method):
 @pytest.mark.parametrize("beams", (1, 2))
 def test_images_in_generation(method, beams):
     """generate() runs the tower before it calls the model."""
-    made = config(method, target_modules=["q_proj", "fc1", "linear_1"])
-    model = get_peft_model(tiny_llava(), made)
-    model.add_adapter("other", copy.deepcopy(made))
-    if method == "lora":
-        patch(model)
-    model.eval()
+    model = llava_with_adapters(method)
     one = [96] * 5
     ids, pixels = torch.tensor([[3, *one, 7, *one, row + 2] for row in range(4)]), torch.randn(8, 3, 8, 8)
     options = dict(max_new_tokens=1, num_beams=beams, do_sample=False, return_dict_in_generate=True, output_logits=True)
