@@ -1,5 +1,6 @@
 """When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -115,11 +116,28 @@ def has_rows(module: nn.Module) -> bool:
 
 
 def computes_otherwise(module: nn.Module) -> bool:
-    """Whether `module` derives from torch.nn.Linear and has a forward of its own, bitsandbytes' kinds left aside."""
-    kind = parts_of(type(module))[0]
-    if not issubclass(kind, nn.Linear) or kind.__module__.startswith("bitsandbytes."):
+    """Whether `module` derives from torch.nn.Linear and does not compute x @ W.T + b, which one input shows.
+
+    bitsandbytes' kinds, whose weight is dequantised, are left aside; a weight on the meta device can show nothing.
+    """
+    kind: Any = type(module)
+    plain = parts_of(kind)[0]
+    if not issubclass(plain, nn.Linear) or plain.forward is nn.Linear.forward:
         return False
-    return kind.forward is not nn.Linear.forward
+    if plain.__module__.startswith("bitsandbytes."):
+        return False
+    weight, bias = operands(module)
+    if weight.is_meta or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return True
+    # In float32, where what such layers round shows; the copy shares all but the parameters.
+    weight, bias, twin = weight.float(), None if bias is None else bias.float(), copy.copy(module)
+    vars(twin)["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
+    with torch.no_grad():
+        x = torch.arange(weight.shape[1], device=weight.device).sin().unsqueeze(0)
+        wanted, y = torch.nn.functional.linear(x, weight, bias), kind.forward(twin, x)
+        if not isinstance(y, Tensor) or y.shape != wanted.shape:
+            return True
+        return not bool((y - wanted).norm() <= 1e-5 * wanted.norm())
 
 
 def matmul_dtype(module: nn.Module) -> torch.dtype | None:
