@@ -15,7 +15,7 @@ _FAST = "_gci_fast_path"
 
 
 def readers(model: nn.Module) -> dict[str, str]:
-    """Name of each linear layer whose weight is read past it -> the name and class of the module that reads it."""
+    """Linear layers whose weight is used without calling them: name -> name and class of the module that uses it."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
     wrapped = {id(module.base_layer) for module in model.modules() if isinstance(module, BaseTunerLayer)}
@@ -49,7 +49,7 @@ def sentence(reader: str) -> str:
 
 
 def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) -> None:
-    """Excludes, of the layers that a config takes without naming them, those that are read past; one warning."""
+    """Excludes such layers from a config that has not named them, with one warning."""
     found = readers(model)
     out = {name: found[name] for name in names if name in found}
     if not out:
@@ -67,7 +67,7 @@ def _joined(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | 
 def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) -> None:
     """
     Raises:
-        ValueError: one of the layers that are asked for by name is read past.
+        ValueError: one of the layers that are asked for by name is not called where its weight is used.
     """
     found = readers(model)
     if (name := next((name for name in names if name in found), None)) is not None:

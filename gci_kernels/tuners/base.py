@@ -228,7 +228,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
             return getattr(container, name)
         if HOOK in container.__dict__ and found.is_meta:
-            return hooks.brought(container, name, found)
+            return hooks.onload(container, name, found)
         return found
 
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
@@ -269,7 +269,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
 @contextlib.contextmanager
 def _whole(base: nn.Module) -> Iterator[None]:
     """Meanwhile the base layer's weight is all there, on the device where the layer computes, for the adapter too."""
-    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.at_hand(base):
+    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
         yield
 
 
@@ -320,7 +320,7 @@ class AdaptedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's, and what it does not know of: modules that read past their layers, and experts that are no layers."""
+        """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""
         config = self.peft_config[adapter_name]
         self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

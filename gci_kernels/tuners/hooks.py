@@ -69,7 +69,7 @@ def _is_on(device: torch.device, wanted: int | str | torch.device | None) -> boo
     return device.type == wanted.type and wanted.index in (None, device.index)
 
 
-def brought(container: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def onload(container: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a container that has a hook, as a call of the container would find it.
 
     The tensor alone is brought, and not those of other adapters beside it. What the container holds stays as it is.
@@ -85,7 +85,7 @@ def brought(container: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def at_hand(module: nn.Module) -> Iterator[None]:
+def onloaded(module: nn.Module) -> Iterator[None]:
     """Meanwhile the tensors of an offloaded module are where it computes. What is written to them is lost."""
     if not is_offloaded(module):
         yield

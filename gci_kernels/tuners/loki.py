@@ -123,13 +123,13 @@ class LoKILinear(AdaptedLinear):
     def _base_rows(self) -> Tensor:
         """The base layer's weight, dequantised, as [out, in]."""
         base: Any = self.get_base_layer()
-        with hooks.at_hand(base):
+        with hooks.onloaded(base):
             weight = _dequantised(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _base_bias(self) -> Tensor:
         base: Any = self.get_base_layer()
-        with hooks.at_hand(base):
+        with hooks.onloaded(base):
             return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:

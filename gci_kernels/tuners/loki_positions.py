@@ -219,7 +219,7 @@ class RowPositions(BufferDict):
         if name not in self.known:
             raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
         positions = self[name]
-        return hooks.brought(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
+        return hooks.onload(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
 
     def __setattr__(self, name: str, value: Any) -> None:
         """transformers loads a tensor by setting it as an attribute."""

@@ -190,7 +190,7 @@ def place(model: nn.Module, config: LoraConfig, name: str) -> None:
             continue
         for part in (layer.lora_A, layer.lora_B):
             part[name].to_empty(device=hooks.device_of(base, base.weight.device)).reset_parameters()
-        with hooks.at_hand(base):
+        with hooks.onloaded(base):
             layer.reset_lora_parameters(name, config.init_lora_weights)
         own = (each for key, each in layer.named_parameters() if "lora_" in key and name in key.split("."))
         if any(each.is_meta for each in own):
