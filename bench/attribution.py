@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from gci_kernels.accuracy import relative_error
 from gci_kernels.loki import attribute
 from gci_kernels.loki.attribution import PATHS
-from gci_kernels.testing import relative_error
 
 from .correctness import CorrectnessError
 from .loki_baseline import published_attribution

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gci_kernels import sequence
+from gci_kernels.generation import sequence
 from gci_kernels.tuners import ALoRALinear, LoKILinear, LoRAMoELinear
 
 ADAPTER = "default"
@@ -62,7 +62,7 @@ class EagerALoRALinear(nn.Module):
         A: [r, in], qkv [3r, r], B [out, r]. Copied.
         num_heads: of the attention.
         scaling: multiplies the update; lora_alpha / r.
-        key: the layer's name in the adapter's cache, of a model that gci_kernels.sequence is attached to.
+        key: the layer's name in the adapter's cache, of a model that gci_kernels.generation.sequence is attached to.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.accuracy import error_bound, relative_error
 
 from .baselines import collect_grads
 from .cases import HEADS, BottleneckInputs, LayerInputs, LayerVariant, RowInputs, change_adapters

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gci_kernels.cache import CacheError, make_cache_dir
+from gci_kernels.files import CacheError, make_cache_dir
 
 MANIFEST = "SHA256SUMS"
 

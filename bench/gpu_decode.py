@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from gci_kernels import sequence
+from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.generation import sequence
 from gci_kernels.ops.decode import choose_decode
-from gci_kernels.testing import error_bound, relative_error
 
 from .baselines import adapter_leaves
 from .cases import HEADS, RANKS

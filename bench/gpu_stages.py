@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.bottleneck import run
+from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.ops.bottleneck import stages
 from gci_kernels.self_check import ATEN, TRITON
-from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.verify import obstacle
 
 from . import roofline
@@ -129,20 +129,20 @@ def _stages(
         return importlib.import_module(f"gci_kernels.ops.bottleneck.{plan.dropout}")
 
     def both(t, plan) -> Results:
-        if run.one_reading(plan, t["dy"], rank):
-            return tuple(run.project_reduce(plan, t["dy"], t["B"], t["u"]))
-        return run.project(plan, t["dy"], t["B"]), run.reduce(plan, t["u"], t["dy"])
+        if stages.one_reading(plan, t["dy"], rank):
+            return tuple(stages.project_reduce(plan, t["dy"], t["B"], t["u"]))
+        return stages.project(plan, t["dy"], t["B"]), stages.reduce(plan, t["u"], t["dy"])
 
     made = {
-        "forward: project": lambda t, plan: (run.project(plan, t["x"], t["stack"].t()),),
+        "forward: project": lambda t, plan: (stages.project(plan, t["x"], t["stack"].t()),),
         "forward: expand": lambda t, plan: (
-            run.expand(plan, t["u"], t["B"].t(), t["x"], t["weight"].t(), None),
+            stages.expand(plan, t["u"], t["B"].t(), t["x"], t["weight"].t(), None),
         ),
         "backward: dU, dB": both,
         "backward: dX": lambda t, plan: (
-            run.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None),
+            stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None),
         ),
-        "backward: dA": lambda t, plan: (run.reduce(plan, t["dprojected"], t["x"]),),
+        "backward: dA": lambda t, plan: (stages.reduce(plan, t["dprojected"], t["x"]),),
     }  # fmt: skip
     if case.method == "loramoe":
         made["forward: mix"] = lambda t, plan: gate(plan).forward(t["projected"], experts, experts, 2.0, t["x"].dtype)

@@ -24,8 +24,8 @@ from .roofline import Case, Rows
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
 _KERNEL_MODULES = [
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout", "splits")),
-    "gci_kernels.ops.bottleneck.triton.project_reduce",
+    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout")),
+    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project_reduce", "partial_sums")),
     "gci_kernels.ops.gate.triton",
     "gci_kernels.ops.attention.triton",
     "gci_kernels.ops.row_linear.triton",

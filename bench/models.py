@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from gci_kernels.cache import cache_dir
+from gci_kernels.files import cache_dir
 
 from .fetch import FetchError, check_sha256, kept, pip_download
 

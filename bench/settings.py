@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gci_kernels.cache import check_output
+from gci_kernels.files import check_output
 
 from .cases import METHODS
 from .models import RANDOM_LLAMAS

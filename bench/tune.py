@@ -16,13 +16,13 @@ from rich.table import Table
 from torch import Tensor
 
 from gci_kernels import hardware
-from gci_kernels.cache import make_cache_dir
+from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.files import make_cache_dir
 from gci_kernels.impl import triton_obstacle
 from gci_kernels.ops import triton_config, tuned
 from gci_kernels.ops.bottleneck import aten
 from gci_kernels.ops.row_linear import aten as row_aten
 from gci_kernels.progress import bar
-from gci_kernels.testing import error_bound, relative_error
 
 from .cases import RANKS
 from .timing import interleave

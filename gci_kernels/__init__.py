@@ -9,7 +9,7 @@ from gci_kernels import quiet  # noqa: F401
 
 # isort: split
 from gci_kernels import loki, ops, rega
-from gci_kernels.patch import LayerReport, Report, patch, report, unpatch
+from gci_kernels.patching.patch import LayerReport, Report, patch, report, unpatch
 from gci_kernels.tuners import ALoRAConfig, LoKIConfig, LoRAMoEConfig
 
 __version__ = "0.1.0"

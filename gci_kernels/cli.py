@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from gci_kernels.cache import CacheError
+from gci_kernels.files import CacheError
 
 # What is no fault of the program: nothing may be written, or no more.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
@@ -27,7 +27,7 @@ def verify(args: argparse.Namespace) -> int:
     import torch
 
     from gci_kernels import hardware
-    from gci_kernels.cache import make_cache_dir
+    from gci_kernels.files import make_cache_dir
     from gci_kernels.progress import bar
     from gci_kernels.verify import CASES, DTYPES, IMPLS
     from gci_kernels.verify import verify as run
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    from gci_kernels.bench import run as bench
+    from gci_kernels.bench import command as bench
     from gci_kernels.bench import tune
     from gci_kernels.convert import cli as convert
     from gci_kernels.loki import cli as loki

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from gci_kernels import native
-from gci_kernels.cache import cache_dir, write_whole
+from gci_kernels.files import cache_dir, write_whole
 
 _BOTTLENECK = "ops/bottleneck/triton/"
 _DROPOUT = (_BOTTLENECK + "dropout.py", "ops/bottleneck/philox.py", "ops/triton_config.py")
-_PRODUCT = (*_DROPOUT, _BOTTLENECK + "splits.py", "ops/tuned.py")
+_PRODUCT = (*_DROPOUT, _BOTTLENECK + "partial_sums.py", "ops/tuned.py")
 _DECODE = ("ops/decode/cuda.py", "ops/decode/group.py")
 #: kernel -> the files it is made of. A record counts as long as none of them has changed.
 KERNELS: dict[str, tuple[str, ...]] = {

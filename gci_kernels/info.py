@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gci_kernels import __version__, hardware, native
-from gci_kernels.cache import cache_dir
+from gci_kernels.files import cache_dir
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import choose_decode
 

@@ -1,7 +1,7 @@
 """One GPU kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
 
 Truth is the stage's library form (aten.py of its folder in ops/; for a decoding step its definition, below) in float64
-on the same rounded inputs, the bound that of testing.py. The kernels' outputs are poisoned first, and they run twice
+on the same rounded inputs, the bound that of accuracy.py. The kernels' outputs are poisoned first, and they run twice
 for the same bits. tests/test_gpu.py and, for CUDA C++, tests/test_gpu_decode.py ask for more shapes; Triton's kernels
 run on CPU tensors under TRITON_INTERPRET=1.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from gci_kernels import hardware
+from gci_kernels.accuracy import Check, error_bound, relative_error
 from gci_kernels.impl import Plan
-from gci_kernels.ops.bottleneck import run
+from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.group import Group
-from gci_kernels.testing import Check, error_bound, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Of a stage's two forms TRITON is the kernel; a decoding step's is in CUDA C++.
@@ -95,7 +95,7 @@ def _make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Inp
     return _Inputs(
         dtype=dtype,
         shape=shape,
-        one_reading=run.one_reading(TRITON, dy, rank),
+        one_reading=stages.one_reading(TRITON, dy, rank),
         x=draw(tokens, depth),
         dy=dy,
         weight=draw(width, depth, depth**-0.5),
@@ -116,32 +116,34 @@ def _project(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     # p = 0.5 here and below: dropped values are then doubled, which rounds nothing, whoever rounds when.
     drop = Dropout(0.5, _SEED, t.shape.rank)
     return {
-        "projected": run.project(plan, t.x, t.stack.t()),
-        "projected, dropout": run.project(plan, t.x, t.stack.t(), drop),
-        "h, dropout": run.project(plan, t.x, t.stack[: t.shape.rank].t(), drop),
-        "du": run.project(plan, t.dy, t.B),
+        "projected": stages.project(plan, t.x, t.stack.t()),
+        "projected, dropout": stages.project(plan, t.x, t.stack.t(), drop),
+        "h, dropout": stages.project(plan, t.x, t.stack[: t.shape.rank].t(), drop),
+        "du": stages.project(plan, t.dy, t.B),
     }
 
 
 def _expand(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     drop = Dropout(0.5, _SEED, t.shape.rank)
     return {
-        "y": run.expand(plan, t.u, t.B.t(), t.x, t.weight.t(), t.bias),
-        "update": run.expand(plan, t.u, t.B.t(), t.x, None, None),
-        "dx": run.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None),
-        "dx, dropout": run.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None, drop),
+        "y": stages.expand(plan, t.u, t.B.t(), t.x, t.weight.t(), t.bias),
+        "update": stages.expand(plan, t.u, t.B.t(), t.x, None, None),
+        "dx": stages.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None),
+        "dx, dropout": stages.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None, drop),
     }
 
 
 def _reduce(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     drop = Dropout(0.5, _SEED, t.shape.rank)
     results = {
-        "dA": run.reduce(plan, t.dprojected, t.x),
-        "dA, dropout": run.reduce(plan, t.dprojected, t.x, drop),
-        "dB": run.reduce(plan, t.u, t.dy),
+        "dA": stages.reduce(plan, t.dprojected, t.x),
+        "dA, dropout": stages.reduce(plan, t.dprojected, t.x, drop),
+        "dB": stages.reduce(plan, t.u, t.dy),
     }
     if t.one_reading:
-        both = run.project_reduce(plan, t.dy, t.B, t.u) if plan is TRITON else (t.dy @ t.B.to(t.dtype), results["dB"])
+        both = (
+            stages.project_reduce(plan, t.dy, t.B, t.u) if plan is TRITON else (t.dy @ t.B.to(t.dtype), results["dB"])
+        )
         results["du, one reading"], results["dB, one reading"] = both
     return results
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gci_kernels import ops
+from gci_kernels.accuracy import Check, error_bound, relative_error
 from gci_kernels.impl import native_obstacle, triton_obstacle
 from gci_kernels.ops.decode import Group, find_step, plan_groups
 from gci_kernels.ops.row_linear.plan import NO_NATIVE
 from gci_kernels.ops.upcast import upcast_obstacle
-from gci_kernels.testing import Check, error_bound, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLS = ("aten", "upcast", "native", "triton")

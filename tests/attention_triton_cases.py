@@ -6,10 +6,10 @@ float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16
 import pytest
 import torch
 
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import triton_config
 from gci_kernels.ops.attention import config
 from gci_kernels.ops.attention import triton as attention
-from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

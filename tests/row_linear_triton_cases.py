@@ -9,10 +9,10 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from gci_kernels import ops
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.row_linear import reference
 from gci_kernels.ops.row_linear import triton as row_linear
-from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from gci_kernels import adapter_cache, sequence
-from gci_kernels.adapter_cache import AdapterCache, adopt
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
+from gci_kernels.generation import adapter_cache, sequence
+from gci_kernels.generation.adapter_cache import AdapterCache, adopt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import gci_kernels
 from gci_kernels import patch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 from gci_kernels.tuners import ALoRALinear, LoRAMoELinear
 
 pytestmark = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gci_kernels import native, ops
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import Sequence
-from gci_kernels.testing import error_bound, relative_error
 
 FUSED = ("aten", "native")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import gci_kernels
 from gci_kernels import ALoRAConfig
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 from gci_kernels.tuners import ALoRALinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

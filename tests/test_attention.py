@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import Sequence, low_rank_attention
 from gci_kernels.ops.attention import aten, native, reference
-from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

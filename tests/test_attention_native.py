@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gci_kernels import native as extension
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops.attention import native, reference
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import nn
 
+from gci_kernels.accuracy import relative_error
 from gci_kernels.bench import attribution as bench
 from gci_kernels.bench.loki_baseline import published_attribution
 from gci_kernels.bench.models import load_model
 from gci_kernels.loki import all_positions, attribute, attribution, last_position, product, prompt
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = ("last_position", "all_positions")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_transforms import METHODS, ids, llama, trained, with_biases
 
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from gci_kernels import LoRAMoEConfig, patch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops import balance_loss
-from gci_kernels.testing import relative_error
 from gci_kernels.tuners import LoRAMoELinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

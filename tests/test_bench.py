@@ -15,7 +15,8 @@ from torch import nn
 
 import gci_kernels
 from gci_kernels import native
-from gci_kernels.bench import cases, models, report, run, timing, variants
+from gci_kernels.accuracy import relative_error
+from gci_kernels.bench import cases, command, models, report, timing, variants
 from gci_kernels.bench.baselines import EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
 from gci_kernels.bench.budget import LEAST_ROUNDS
 from gci_kernels.bench.cases import LayerCase, layer_variants, make_case, make_inputs
@@ -24,7 +25,6 @@ from gci_kernels.bench.products import Rates
 from gci_kernels.ops import MergedRows
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -354,13 +354,13 @@ FIXED = ("--rounds", "2", "--seq", "16", "--new-tokens", "4")
 
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch) -> None:
-    monkeypatch.setattr(run, "SHRINKS", {"quick": (64, 32), "full": (32, 16)})
+    monkeypatch.setattr(command, "SHRINKS", {"quick": (64, 32), "full": (32, 16)})
 
 
 def bench(*options: str, quick: bool = True) -> int:
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.main(parser.parse_args(["--model", "random-llama", *["--quick"] * quick, *options]))
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(["--model", "random-llama", *["--quick"] * quick, *options]))
 
 
 @pytest.mark.usefixtures("kept_copies")
@@ -379,7 +379,7 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
     assert "left out" not in shown and "Less was measured" not in shown
 
     result = json.loads(output.read_text())
-    assert result["schema"] == run.SCHEMA and result["left_out"] == result["shrunk"] == []
+    assert result["schema"] == command.SCHEMA and result["left_out"] == result["shrunk"] == []
     assert {"machine", "versions", "commit", "settings", "layers", "models"} <= result.keys()
     assert result["machine"]["threads"] == torch.get_num_threads() and result["machine"]["cores"] >= 1
     assert result["versions"]["torch"] == torch.__version__
@@ -405,14 +405,14 @@ def test_run_prints_tables_and_writes_json_and_a_picture(method: str, tmp_path: 
 
 
 def test_without_time_a_run_takes_the_least_of_everything_and_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
-    monkeypatch.setattr(run, "SECONDS", {"full": 0.0})
+    monkeypatch.setattr(command, "SECONDS", {"full": 0.0})
     output = tmp_path / "bench.json"
     assert bench("--dtype", "float32", "--json", str(output), quick=False) == 0
     result, captured = json.loads(output.read_text()), capsys.readouterr()
     (layer,), (model,) = result["layers"], result["models"]
     assert layer["case"]["tokens"] == 2048 // 32
-    assert (model["train"]["batch"], model["train"]["seq"]) == (2, run.LEAST_SEQ)
-    assert model["generate"]["of"] == model["generate_many"]["of"] == run.LEAST_NEW_TOKENS
+    assert (model["train"]["batch"], model["train"]["seq"]) == (2, command.LEAST_SEQ)
+    assert model["generate"]["of"] == model["generate_many"]["of"] == command.LEAST_NEW_TOKENS
     for timed in (layer, *(model[part] for part in report.TIMED)):
         assert len(timed["seconds"]["frozen"]["samples"]) == LEAST_ROUNDS
     less = {each["what"]: (each["wanted"], each["used"]) for each in result["shrunk"]}
@@ -433,7 +433,7 @@ def test_without_time_a_run_takes_the_least_of_everything_and_says_so(monkeypatc
 
 
 def test_what_the_user_asks_for_does_not_shrink(monkeypatch, tmp_path: Path, capsys) -> None:
-    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(command, "SECONDS", {"quick": 0.0})
     output = tmp_path / "bench.json"
     sizes = ("--rounds", "3", "--batch", "3", "--seq", "24", "--new-tokens", "9")
     assert bench(*sizes, "--dtype", "float32", "--json", str(output)) == 0
@@ -447,7 +447,7 @@ def test_what_the_user_asks_for_does_not_shrink(monkeypatch, tmp_path: Path, cap
 
 @pytest.mark.parametrize(("fixed", "size"), [("--seq", (1, 40)), ("--batch", (5, 8))])
 def test_of_a_train_step_that_does_not_shrink_that_is_given(monkeypatch, tmp_path, capsys, fixed: str, size) -> None:
-    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(command, "SECONDS", {"quick": 0.0})
     output = tmp_path / "bench.json"
     given = str(size[1] if fixed == "--seq" else size[0])
     assert bench(fixed, given, "--model-only", "--dtype", "float32", "--json", str(output)) == 0
@@ -457,8 +457,8 @@ def test_of_a_train_step_that_does_not_shrink_that_is_given(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_dtype_for_which_no_time_is_left_is_named(monkeypatch, tmp_path: Path, capsys, forced: bool) -> None:
-    monkeypatch.setattr(run, "SECONDS", {"quick": 0.0})
-    monkeypatch.setattr(run, "product_rates", lambda dtype: Rates(1.0, 1.0))
+    monkeypatch.setattr(command, "SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(command, "product_rates", lambda dtype: Rates(1.0, 1.0))
     output = tmp_path / "bench.json"
     both = ["float32", "bfloat16"]
     assert bench("--layers-only", "--json", str(output), *(["--dtype", *both] * forced)) == 0
@@ -475,7 +475,7 @@ SLOW = {"float32": Rates(100.0, 90.0), "bfloat16": Rates(80.0, 2.5), "float16": 
 def test_a_dtype_that_the_processor_multiplies_slowly_is_left_out_and_named(
     monkeypatch, tmp_path: Path, capsys, forced: bool
 ) -> None:
-    monkeypatch.setattr(run, "product_rates", lambda dtype: SLOW[str(dtype).removeprefix("torch.")])
+    monkeypatch.setattr(command, "product_rates", lambda dtype: SLOW[str(dtype).removeprefix("torch.")])
     output = tmp_path / "bench.json"
     assert bench("--layers-only", "--json", str(output), *(("--dtype", "bfloat16") * forced)) == 0
     result, shown = json.loads(output.read_text()), " ".join(capsys.readouterr().out.split())
@@ -504,7 +504,7 @@ def test_every_layer_step_finds_other_rows(monkeypatch, capsys) -> None:
         return right(x, weight, bias, active, positions, **options)
 
     monkeypatch.setattr(cases.ops, "loki_linear", watched)
-    monkeypatch.setattr(run, "SHRINKS", {"quick": (32,)})
+    monkeypatch.setattr(command, "SHRINKS", {"quick": (32,)})
     assert bench(*FIXED, "--method", "loki", "--layers-only", "--dtype", "float32") == 0
     assert len(seen) == 2 + 1 + 2  # the gate's, the warm-up and the timed ones
     for (before, kept), (after, same) in zip(seen, seen[1:], strict=False):
@@ -564,9 +564,9 @@ def test_tables_fit_eighty_columns(monkeypatch) -> None:
 
 @pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("seq", (run.LEAST_SEQ, 16, 32, 64, 128, 256))
+@pytest.mark.parametrize("seq", (command.LEAST_SEQ, 16, 32, 64, 128, 256))
 def test_the_gate_checks_the_plan_that_is_timed(dtype, isa, seq):
-    gate, step = run.gate_tokens(2, seq), 2 * seq
+    gate, step = command.gate_tokens(2, seq), 2 * seq
     what = dict(dtype=dtype, device_type="cpu")
     assert len({choose_plan("auto", tokens=tokens, isa=isa, **what) for tokens in (gate, step)}) == 1
     assert len({choose_form("auto", tokens=tokens, share=0.1, keep=True, **what) for tokens in (gate, step)}) == 1

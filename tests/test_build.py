@@ -60,7 +60,7 @@ def test_wheel(wheel, tmp_path):
         names = archive.namelist()
         (extension,) = (name for name in names if name.startswith("gci_kernels/_native") and name.endswith(".so"))
         archive.extract(extension, tmp_path)
-    assert {"gci_kernels/py.typed", "gci_kernels/bench/run.py", "gci_kernels/patch.py"} <= set(names)
+    assert {"gci_kernels/py.typed", "gci_kernels/bench/command.py", "gci_kernels/patching/patch.py"} <= set(names)
     results = {f"gci_kernels/bench/results/{path.name}" for path in (ROOT / "bench" / "results").glob("*.json")}
     assert results and results <= set(names), "hardware.py reads which kernels are proved from them"
     packages = {str(Path(name).parent) for name in names if name.endswith(".py")}

@@ -11,7 +11,7 @@ from torch import nn
 from toy_decoding import IDS, adapted, config, tiny_llama
 
 from gci_kernels import LoKIConfig, patch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gci_kernels import cache, cli, quiet
+from gci_kernels import cli, files, quiet
 
 NOISE = '''
 """Runs before everything else: what other packages say while transformers is imported."""
@@ -131,7 +131,7 @@ def raising(error: BaseException):
     ("error", "status", "line"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (cache.CacheError("the cache folder is a file"), 1, "the cache folder is a file"),
+        (files.CacheError("the cache folder is a file"), 1, "the cache folder is a file"),
         (OSError(errno.ENOSPC, "No space left on device", "x.json"), 1, "[Errno 28] No space left on device: 'x.json'"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "[Errno 13] Permission denied: 'x'"),
     ],
@@ -158,16 +158,16 @@ def refuse(monkeypatch, number: int) -> None:
     def refused(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_cache_folder_that_refuses_is_named(monkeypatch, tmp_path: Path, number: int) -> None:
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
-    assert cache.make_cache_dir() == tmp_path / "cache"
+    assert files.make_cache_dir() == tmp_path / "cache"
     refuse(monkeypatch, number)
-    with pytest.raises(cache.CacheError, match=f"^the cache folder {tmp_path}/cache cannot be used: ") as error:
-        cache.make_cache_dir()
+    with pytest.raises(files.CacheError, match=f"^the cache folder {tmp_path}/cache cannot be used: ") as error:
+        files.make_cache_dir()
     assert str(error.value).endswith(f"{os.strerror(number)}; GCI_CACHE=FOLDER names another one")
 
 
@@ -175,14 +175,14 @@ def test_a_cache_folder_that_refuses_is_named(monkeypatch, tmp_path: Path, numbe
 def test_a_file_in_place_of_the_cache_folder_is_named(monkeypatch, tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / folder))
-    with pytest.raises(cache.CacheError, match=f"the cache folder {tmp_path}/{folder} cannot be used: "):
-        cache.make_cache_dir()
+    with pytest.raises(files.CacheError, match=f"the cache folder {tmp_path}/{folder} cannot be used: "):
+        files.make_cache_dir()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_file_as_it_was(monkeypatch, tmp_path: Path, error) -> None:
     path = tmp_path / "records.json"
-    cache.write_whole(path, "first")
+    files.write_whole(path, "first")
     mode = path.stat().st_mode & 0o777
 
     def fails(*_: object) -> None:
@@ -190,9 +190,9 @@ def test_a_failed_write_leaves_the_file_as_it_was(monkeypatch, tmp_path: Path, e
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(Path, "replace", fails)
-        cache.write_whole(path, "second")
+        files.write_whole(path, "second")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
-    cache.write_whole(path, "third")
+    files.write_whole(path, "third")
     (tmp_path / "plain").touch()
     assert path.read_text() == "third" and mode == (tmp_path / "plain").stat().st_mode & 0o777
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from gci_kernels import patch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.convert import ConvertError, Kind, convert, loki_merge_published, recognise
 from gci_kernels.loki import read_positions, write_positions
-from gci_kernels.testing import relative_error
-from gci_kernels.tuners.split import FusedSplit
+from gci_kernels.tuners.published_loki import FusedSplit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

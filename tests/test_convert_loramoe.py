@@ -26,8 +26,8 @@ from published_layers import (
 from safetensors.torch import load_file, save_file
 
 from gci_kernels import LoRAMoEConfig, patch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.convert import Kind, convert, recognise
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gci_kernels import native, ops
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.native import DTYPE_CODES, extension
 from gci_kernels.ops.decode import MAX_TOKENS, Group, choose_decode, find_step, plan, step
-from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")

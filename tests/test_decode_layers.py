@@ -7,7 +7,7 @@ from torch import nn
 from toy_decoding import IDS, METHODS, adapted, config, settings, tiny_llama
 
 from gci_kernels import patch, report
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -5,9 +5,9 @@ import torch
 from toy_decoding import IDS, METHODS, adapted
 from transformers import StaticCache
 
-from gci_kernels import frame
+from gci_kernels.accuracy import relative_error
+from gci_kernels.generation import forward_context
 from gci_kernels.ops.decode import plan
-from gci_kernels.testing import relative_error
 from gci_kernels.tuners import ALoRALinear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -89,7 +89,7 @@ def test_inductor_compiles_a_step(method):
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """The length of a static cache is the device's to know, as it is where that runs by itself."""
-    monkeypatch.setattr(frame, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(forward_context, "_runs_by_itself", lambda device: True)
 
 
 def static(model, ids=IDS, capacity=12, **given):
@@ -161,15 +161,15 @@ def test_what_no_kernel_will_take_is_counted_by_the_process(as_on_gpu):
         model(IDS[:1, :1].expand(17, -1), past_key_values=wide)
         assert wide.gci_adapters.tokens == 6
         asked = static(model), None, model.base_model.wanted, 2, torch.device("cpu")
-        assert frame._counts_on_device(*asked)
+        assert forward_context._counts_on_device(*asked)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not frame._counts_on_device(*asked)
+            assert not forward_context._counts_on_device(*asked)
 
 
 def test_a_graph_reads_no_further_than_a_short_mask(as_on_gpu, monkeypatch):
     model, seen = adapted("alora"), []
-    own = frame.Context.room
-    monkeypatch.setattr(frame.Context, "room", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
+    own = forward_context.Context.room
+    monkeypatch.setattr(forward_context.Context, "room", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
     with torch.no_grad():
         cache = static(model)
         model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)  # floating: looked at

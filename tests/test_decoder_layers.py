@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import gci_kernels
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
-from gci_kernels.decoder_layers import find
 from gci_kernels.loki.architecture import Architecture
+from gci_kernels.models.decoder_layers import find
 from gci_kernels.tuners import AdaptedLinear, ALoRALinear, LoKILinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

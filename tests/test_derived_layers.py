@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from gci_kernels import LoKIConfig, patch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gci_kernels
 from gci_kernels import LoKIConfig, LoRAMoEConfig
-from gci_kernels.direction import check_mask
+from gci_kernels.generation.direction import check_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gci_kernels import ops
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops.bottleneck import aten, native, philox
-from gci_kernels.testing import relative_error
 
 # Known answers of Philox4x32-10 from the Random123 distribution: counter, key -> words.
 KNOWN = [

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gci_kernels
-from gci_kernels.frozen import UpcastLinear
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import frozen_linear as op
 from gci_kernels.ops import upcast
-from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.tuners.frozen import UpcastLinear
 
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -87,7 +87,7 @@ def test_losses_and_gradients_of_a_model(no_bfloat16):
 def test_which_layers(no_bfloat16, monkeypatch):
     calls = []
     original = op.frozen_linear
-    monkeypatch.setattr("gci_kernels.frozen.frozen_linear", lambda *a: calls.append(a[1].shape) or original(*a))
+    monkeypatch.setattr("gci_kernels.tuners.frozen.frozen_linear", lambda *a: calls.append(a[1].shape) or original(*a))
     model = make(upcast_frozen=True)
     model(input_ids=IDS)
     assert len(calls) == 2 * 4 + 1, "q, k, v, o and the head: gate, up and down are the adapters'"

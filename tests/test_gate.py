@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops.gate import aten, native, reference
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

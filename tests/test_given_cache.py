@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 import gci_kernels
 from gci_kernels import LoKIConfig, LoRAMoEConfig
-from gci_kernels.frame import read
+from gci_kernels.generation.forward_context import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

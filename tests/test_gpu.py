@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gci_kernels import hardware, ops, self_check
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.impl import Plan
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import api, aten
@@ -16,7 +17,6 @@ from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.ops.row_linear import triton as row_linear
 from gci_kernels.self_check import Shape
-from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 
 pytestmark = pytest.mark.gpu

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from gci_kernels import hardware, self_check
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.cuda import Step
 from gci_kernels.ops.decode.group import Group
-from gci_kernels.testing import error_bound, relative_error
 
 ON_CPU = os.environ.get("GCI_CUDA_ON_CPU")  # the kernels as compiled by tests/cuda_on_cpu
 DEVICE = "cpu" if ON_CPU else "cuda"

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from gci_kernels import ALoRAConfig, LoRAMoEConfig, frame, patch
+from gci_kernels import ALoRAConfig, LoRAMoEConfig, patch
+from gci_kernels.accuracy import relative_error
+from gci_kernels.generation import forward_context
 from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import cuda, step
-from gci_kernels.testing import relative_error
 from gci_kernels.tuners import fusion
 
 ON_CPU = os.environ.get("GCI_CUDA_ON_CPU")
@@ -91,7 +92,7 @@ def recorded(kernels, monkeypatch):
     monkeypatch.setattr(cuda, "extension", lambda: recorded)
     monkeypatch.setattr(step.native, "Step", cuda.Step)
     monkeypatch.setattr(step, "_steps", {})
-    monkeypatch.setattr(frame, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(forward_context, "_runs_by_itself", lambda device: True)
     return recorded
 
 

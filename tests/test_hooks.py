@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from toy_decoding import IDS, adapted, config, settings, tiny_llama
 
 from gci_kernels import LoKIConfig, patch, report, unpatch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 from gci_kernels.tuners.lora import FusedLora
 
 pytestmark = pytest.mark.usefixtures("poisoned")

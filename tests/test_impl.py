@@ -10,8 +10,8 @@ from torch import nn
 from toy_transforms import ALONE, METHODS, MOE, TARGETS, ids, llama, net, trained
 
 from gci_kernels import LoRAMoEConfig, patch, report, unpatch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.impl import IMPLS
-from gci_kernels.testing import relative_error
 from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
 import gci_kernels
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,9 +21,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels import LoKIConfig, LoRAMoEConfig, patch, report, unpatch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.loki import select, write_positions
 from gci_kernels.loki.scores import ScoresFile
-from gci_kernels.testing import relative_error
 from gci_kernels.tuners import LoKILinear, loki
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import LoRAMoEConfig, patch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 from gci_kernels.tuners import LoRAMoELinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

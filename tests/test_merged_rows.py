@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops import MergedRows, loki_linear
-from gci_kernels.testing import relative_error
 
 POSITIONS = torch.tensor([11, 0, 5])
 

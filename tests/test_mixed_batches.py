@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from gci_kernels import LoKIConfig, patch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops.decode import native
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -22,8 +22,8 @@ from torchao.quantization.granularity import PerGroup
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report, unpatch
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops import lora_linear
-from gci_kernels.testing import error_bound, relative_error
 from gci_kernels.tuners import AdaptedLinear, fusion
 from gci_kernels.tuners.lora import FusedLora
 

@@ -9,7 +9,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from gci_kernels import LoKIConfig, LoRAMoEConfig, parents, patch, report, unpatch
+from gci_kernels import LoKIConfig, LoRAMoEConfig, patch, report, unpatch
+from gci_kernels.models import parents
 from gci_kernels.tuners import LoRAMoELinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

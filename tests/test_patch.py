@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import gci_kernels
 from gci_kernels import LoRAMoEConfig, patch, report, unpatch
-from gci_kernels.testing import error_bound, relative_error
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.tuners import FusedLoraLinear, LoRAMoELinear
 from gci_kernels.tuners.lora import FusedLoraTuner
 
@@ -614,7 +614,7 @@ def test_patch_interrupted_in_the_third_layer(config, layer, interrupt, monkeypa
 
 
 def test_fusing_interrupted_in_the_third_layer(monkeypatch):
-    module = importlib.import_module("gci_kernels.patch")
+    module = importlib.import_module("gci_kernels.patching.patch")
     model = with_lora()
     before, original = Fingerprint(model), module.is_plain_lora
 

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -6,7 +6,7 @@ from torch import nn
 from toy_transforms import ids, llama, with_biases
 
 from gci_kernels import report
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

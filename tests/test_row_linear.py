@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gci_kernels import ops
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.row_linear import FORMS, MergedRows, choose_form
-from gci_kernels.testing import error_bound, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

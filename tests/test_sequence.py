@@ -24,10 +24,11 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gci_kernels import ALoRAConfig, patch, sequence
-from gci_kernels.frame import read
-from gci_kernels.sequence import attach, current, required
-from gci_kernels.testing import relative_error
+from gci_kernels import ALoRAConfig, patch
+from gci_kernels.accuracy import relative_error
+from gci_kernels.generation import sequence
+from gci_kernels.generation.forward_context import read
+from gci_kernels.generation.sequence import attach, current, required
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

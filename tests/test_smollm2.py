@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import gci_kernels
+from gci_kernels.accuracy import relative_error
 from gci_kernels.bench.models import load_model
 from gci_kernels.bench.timing import saved_bytes
 from gci_kernels.bench.variants import generate, make_prompt, model_variants, random_ids, training_loss
-from gci_kernels.testing import relative_error
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")

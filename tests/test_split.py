@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gci_kernels import patch, report, unpatch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops import MergedRows
-from gci_kernels.testing import relative_error
-from gci_kernels.tuners.split import FusedSplit
+from gci_kernels.tuners.published_loki import FusedSplit
 
 
 class LoKILinear(nn.Module):

@@ -11,7 +11,7 @@ from test_mixed_batches import BATCH, NAMES, with_two
 from toy_decoding import IDS, METHODS, TARGETS, adapted, config, settings, tiny_llama
 
 from gci_kernels import LoKIConfig, patch, unpatch
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.export import Dim
 from toy_transforms import ALONE, METHODS, TARGETS, config, ids, llama, net
 
-from gci_kernels import LoKIConfig, frozen, patch, report
-from gci_kernels.testing import relative_error
-from gci_kernels.tuners import mixed
+from gci_kernels import LoKIConfig, patch, report
+from gci_kernels.accuracy import relative_error
+from gci_kernels.tuners import frozen, mixed
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

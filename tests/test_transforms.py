@@ -7,10 +7,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from toy_transforms import ALONE, METHODS, ids, llama, net, trained
 
-from gci_kernels import frozen, patch
+from gci_kernels import patch
+from gci_kernels.accuracy import relative_error
 from gci_kernels.ops.frozen_linear import frozen_linear
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.testing import relative_error
+from gci_kernels.tuners import frozen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

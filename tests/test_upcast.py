@@ -5,13 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gci_kernels import ops
+from gci_kernels.accuracy import relative_error
 from gci_kernels.impl import Plan
 from gci_kernels.ops import upcast
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck import upcast as stages
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.ops.row_linear import upcast as row_linear
-from gci_kernels.testing import relative_error
 from gci_kernels.verify import CASES, check_case, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gci_kernels import hardware, verify
+from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.bench import tune
 from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.bottleneck import aten, philox, run
-from gci_kernels.ops.bottleneck import triton as stages
+from gci_kernels.ops.bottleneck import aten, philox, stages
+from gci_kernels.ops.bottleneck import triton as kernels
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
-from gci_kernels.testing import error_bound, relative_error
 
 # The package's `expand` is the function.
 expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expand")
@@ -71,7 +71,7 @@ def test_project(tokens, depth, width, rank, layout, dtype):
     for m_dtype in {torch.float32, dtype}:
         m = LAYOUTS[layout](depth, rank, m_dtype)
         truth = x.double() @ m.to(dtype).double()
-        check(stages.project(x, m), truth, x.float() @ m.to(dtype).float(), torch.float32)
+        check(kernels.project(x, m), truth, x.float() @ m.to(dtype).float(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,10 +82,10 @@ def test_expand(tokens, depth, width, rank, layout, dtype):
     m, bias = LAYOUTS[layout](rank, width, torch.float32), torch.randn(2 * width)[::2]
     adapter = u.double() @ m.to(dtype).double()
     base = x.double() @ w.double()
-    check(stages.expand(u, m, x, w, None), adapter + base, aten.expand(u, m, x, w, None), dtype)
+    check(kernels.expand(u, m, x, w, None), adapter + base, aten.expand(u, m, x, w, None), dtype)
     plain = aten.expand(u, m, x, w, bias.to(dtype))
-    check(stages.expand(u, m.to(dtype), x, w, bias.to(dtype)), adapter + base + bias.to(dtype).double(), plain, dtype)
-    check(stages.expand(u, m, x, None, None), adapter, aten.expand(u, m, x, None, None), dtype)
+    check(kernels.expand(u, m.to(dtype), x, w, bias.to(dtype)), adapter + base + bias.to(dtype).double(), plain, dtype)
+    check(kernels.expand(u, m, x, None, None), adapter, aten.expand(u, m, x, None, None), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,7 +93,7 @@ def test_expand(tokens, depth, width, rank, layout, dtype):
 @pytest.mark.parametrize(("tokens", "depth", "width", "rank"), SHAPES)
 def test_reduce(tokens, depth, width, rank, layout, dtype):
     u, y = LAYOUTS[layout](tokens, rank, dtype), gapped(tokens, width, dtype)
-    check(stages.reduce(u, y), u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
+    check(kernels.reduce(u, y), u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
 
 
 def dropped(x, p, seed):
@@ -114,11 +114,11 @@ def test_project_and_reduce_under_dropout(tokens, depth, width, rank, columns, d
     m64, c = m.to(dtype).double(), drop.columns
     truth = torch.cat((exact @ m64[:, :c], x.double() @ m64[:, c:]), 1)
     plain = torch.cat((rounded.float() @ m64[:, :c].float(), x.float() @ m64[:, c:].float()), 1)
-    check(stages.project(x, m, drop), truth, plain, torch.float32)
+    check(kernels.project(x, m, drop), truth, plain, torch.float32)
     u = gapped(tokens, rank, dtype)
     truth = torch.cat((u.double().t()[:c] @ exact, u.double().t()[c:] @ x.double()))
     plain = torch.cat((u.float().t()[:c] @ rounded.float(), u.float().t()[c:] @ x.float()))
-    check(stages.reduce(u, x, drop), truth, plain, torch.float32)
+    check(kernels.reduce(u, x, drop), truth, plain, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +134,7 @@ def test_expand_under_dropout(tokens, depth, width, rank, columns, dtype):
         return masked + u[:, c:] @ m[c:] + x @ w
 
     check(
-        stages.expand(u, m, x, w, None, drop), formula(*(t.double() for t in (u, m, x, w))), formula(u, m, x, w), dtype
+        kernels.expand(u, m, x, w, None, drop), formula(*(t.double() for t in (u, m, x, w))), formula(u, m, x, w), dtype
     )
 
 
@@ -147,7 +147,7 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
     for layout in LAYOUTS.values():
         y, u = gapped(tokens, width, torch.float16), layout(tokens, rank, torch.float16)
         m = layout(width, rank, torch.float32)
-        du, dm = stages.project_reduce(y, m, u)
+        du, dm = kernels.project_reduce(y, m, u)
         rounded = m.to(y.dtype)
         check(du, y.double() @ rounded.double(), y.float() @ rounded.float(), torch.float32)
         check(dm, u.double().t() @ y.double(), u.float().t() @ y.float(), torch.float32)
@@ -157,8 +157,8 @@ def test_project_reduce_is_part_of_backward(monkeypatch):
     """Where the configuration wants one reading of dY: forward and every gradient of the whole op."""
     calls, config_ = [], config.ProjectReduceConfig(64, 64, 16, splits=2, num_warps=4, num_stages=1)
     monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
-    project_reduce = run.project_reduce
-    monkeypatch.setattr(run, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
+    project_reduce = kernels.project_reduce
+    monkeypatch.setattr(stages, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
     case = verify.Case("loramoe", 200, 48, 150, 2, experts=3)
     tensors = verify.make_inputs(case, torch.float16, "cpu")
     truth = verify.run_case(case, verify.widened(tensors), "reference")
@@ -181,11 +181,11 @@ def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows)
     u, m, bias = torch.randn(tokens, rank).half(), torch.randn(rank, width), torch.randn(width).half()
     truth = u.double() @ m.half().double() + x.double() @ w.double() + bias.double()
     assert config.choose_expand_config(tokens, depth, width, rank, x.dtype, "sm_90").descriptors
-    check(stages.expand(u, m, x, w, bias), truth, aten.expand(u, m, x, w, bias), torch.float16)
+    check(kernels.expand(u, m, x, w, bias), truth, aten.expand(u, m, x, w, bias), torch.float16)
     assert made == [1]
     x = wide[:, 7 : depth + 7]  # rows that begin between multiples of 16 bytes
     truth = u.double() @ m.half().double() + x.double() @ w.double()
-    check(stages.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float16)
+    check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float16)
     assert made == [1]
 
 
@@ -196,7 +196,7 @@ def test_every_tile_of_expand_is_visited_once(monkeypatch, group, tokens, width,
     monkeypatch.setattr(config, "choose_expand_config", lambda *_: config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
     u, m, x, w = (torch.randn(s) for s in ((tokens, 35), (35, width), (tokens, depth), (depth, width)))
     truth = u.double() @ m.double() + x.double() @ w.double()
-    check(stages.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
+    check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
 
 
 @pytest.mark.parametrize("splits", (1, 3, 8))
@@ -207,9 +207,9 @@ def test_splits_cover_the_sum_once(monkeypatch, splits):
     monkeypatch.setattr(config, "choose_project_config", lambda *_: project_config)
     monkeypatch.setattr(config, "choose_reduce_config", lambda *_: reduce_config)
     x, m = torch.randn(33, 70), torch.randn(70, 19)
-    check(stages.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
+    check(kernels.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
     u, y = torch.randn(70, 19), torch.randn(70, 33)
-    check(stages.reduce(u, y), u.double().t() @ y.double(), u.t() @ y, torch.float32)
+    check(kernels.reduce(u, y), u.double().t() @ y.double(), u.t() @ y, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,10 +219,10 @@ def test_same_bits_twice(dtype):
     assert config.choose_project_config(70, 600, 90, dtype, "sm_90").splits > 1
     assert config.choose_reduce_config(300, 16, 130, dtype, "sm_90").splits > 1
     for call in (
-        lambda: stages.project(x, w),
-        lambda: stages.expand(u, m, x, w, None),
-        lambda: stages.reduce(left, right),
-        lambda: stages.dropout(x, 0.3, 5),
+        lambda: kernels.project(x, w),
+        lambda: kernels.expand(u, m, x, w, None),
+        lambda: kernels.reduce(left, right),
+        lambda: kernels.dropout(x, 0.3, 5),
     ):
         assert torch.equal(call(), call())
 
@@ -233,17 +233,17 @@ def test_same_bits_twice(dtype):
 def test_dropout_is_the_definition(dtype, rows, cols, seed, p):
     x = torch.rand(rows, cols).to(dtype) + 1  # no zeros of its own
     keep = philox.keep_mask(rows, cols, p, seed, x.device)
-    out = stages.dropout(x, p, seed)
+    out = kernels.dropout(x, p, seed)
     assert torch.equal(out != 0, keep)
     assert torch.equal(out, aten.dropout(x, p, seed))
-    assert torch.equal(stages.dropout(torch.stack((x, x), -1)[..., 0], p, seed), out)
+    assert torch.equal(kernels.dropout(torch.stack((x, x), -1)[..., 0], p, seed), out)
     strided = x.t().contiguous().t()
-    assert torch.equal(stages.dropout_(strided, p, seed), out) and torch.equal(strided, out)
+    assert torch.equal(kernels.dropout_(strided, p, seed), out) and torch.equal(strided, out)
 
 
 def test_dropout_hides_what_it_drops():
     x = torch.full((4, 64), float("nan"))
-    assert torch.equal(stages.dropout(x, 0.5, 3).isnan(), philox.keep_mask(4, 64, 0.5, 3, x.device))
+    assert torch.equal(kernels.dropout(x, 0.5, 3).isnan(), philox.keep_mask(4, 64, 0.5, 3, x.device))
 
 
 def gate_truth(projected, du, dgates, experts, top_k, scaling, dtype=torch.float64):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import gci_kernels
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
-from gci_kernels.testing import relative_error
+from gci_kernels.accuracy import relative_error
 
 from .inputs import NEW_TOKENS, Inputs, candidates
 from .plain import forget, is_linear, plain_model

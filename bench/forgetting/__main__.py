@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from gci_kernels import native
-from gci_kernels.cache import cache_dir
+from gci_kernels.files import cache_dir
 
 from ..fetch import FetchError
 from ..machine import machine, versions

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gci_kernels.cache import cache_dir
+from gci_kernels.files import cache_dir
 
 from ..fetch import check_sha256, kept, pip_download
 

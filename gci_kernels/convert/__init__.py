@@ -1,7 +1,7 @@
 """Checkpoints of the published LoRAMoE and LoKI repositories, to ours and back."""
 
 from gci_kernels.convert.files import Converted, ConvertError
-from gci_kernels.convert.kinds import Kind, convert, recognise
+from gci_kernels.convert.formats import Kind, convert, recognise
 from gci_kernels.convert.loki import loki_from_published, loki_merge_published, loki_to_published
 from gci_kernels.convert.loramoe import loramoe_from_published, loramoe_to_published
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gci_kernels.convert.files import ConvertError
-from gci_kernels.convert.kinds import TO, convert, recognise
+from gci_kernels.convert.formats import TO, convert, recognise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from gci_kernels.convert.files import (
     write_model,
     write_safetensors,
 )
-from gci_kernels.convert.split_layers import CONFIG, ROW_FIELDS, Split, is_part, joined, other_rows, read_split
+from gci_kernels.convert.published_layers import CONFIG, ROW_FIELDS, Split, is_part, joined, other_rows, read_split
 from gci_kernels.loki import write_positions
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import LoKIConfig

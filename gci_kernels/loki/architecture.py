@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gci_kernels import decoder_layers
+from gci_kernels.models import decoder_layers
 
 #: What the MLP's last projection is called in the models of transformers; the first that a layer has is taken.
 PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "fc_out")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gci_kernels.cache import check_output
+from gci_kernels.files import check_output
 from gci_kernels.loki.attribution import PATHS
 from gci_kernels.loki.files import attribute_file
 from gci_kernels.loki.plot import draw_positions

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gci_kernels import hardware
-from gci_kernels.cache import cache_dir, cache_error, make_cache_dir, write_whole
+from gci_kernels.files import cache_dir, cache_error, make_cache_dir, write_whole
 from gci_kernels.ops import triton_config
 
 #: kernel -> the configuration's class. project_reduce is part of what hardware.py calls "reduce".

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gci_kernels.cache import check_output
+from gci_kernels.files import check_output
 from gci_kernels.rega.distill import distill
 from gci_kernels.rega.distilled import read_distilled, read_records
 from gci_kernels.rega.instructions import Pair, Problem, is_distilled, read_instructions, read_pairs

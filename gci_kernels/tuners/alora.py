@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gci_kernels import decoder_layers, sequence
-from gci_kernels.frame import Context
+from gci_kernels.generation import sequence
+from gci_kernels.generation.forward_context import Context
+from gci_kernels.models import decoder_layers
 from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
@@ -64,7 +65,7 @@ class ALoRALinear(BottleneckLayer):
     """A linear layer with ALoRA adapters; its forward is :func:`gci_kernels.ops.alora_linear`.
 
     Under each adapter's name: A [r, in], qkv [3r, r] and B [out, r]. What the sequence is, and the k and v of past
-    tokens in generation, it learns from gci_kernels.sequence; outside of its model's forward it raises.
+    tokens in generation, it learns from gci_kernels.generation.sequence; outside of its model's forward it raises.
     """
 
     adapter_layer_names = ("gci_alora_A", "gci_alora_qkv", "gci_alora_B")
@@ -219,7 +220,7 @@ class ALoRAModel(BottleneckModel):
     default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's, which learns of the decoder layers, and attaches the model to gci_kernels.sequence."""
+        """PEFT's, which learns of the decoder layers, and attaches the model to gci_kernels.generation.sequence."""
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
         self._inside: dict[nn.Module, tuple[int, ...]] = {}

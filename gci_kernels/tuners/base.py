@@ -14,10 +14,10 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from gci_kernels import experts, parents
+from gci_kernels.models import experts, parents
+from gci_kernels.models.targets import is_all_linear, matched
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
-from gci_kernels.targets import is_all_linear, matched
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.hooks import HOOK

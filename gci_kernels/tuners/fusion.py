@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gci_kernels.frozen import is_plain_linear
+from gci_kernels.class_swap import parts_of
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.swapped import parts_of
 from gci_kernels.tuners import hooks
+from gci_kernels.tuners.frozen import is_plain_linear
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]

@@ -13,7 +13,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gci_kernels import parents
+from gci_kernels.models import parents
 from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import choose_plan

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gci_kernels import decoder_layers, experts
 from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
+from gci_kernels.models import decoder_layers, experts
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import fusion, hooks
 

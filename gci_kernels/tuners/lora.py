@@ -9,9 +9,9 @@ from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from gci_kernels.class_swap import Swapped, give_class, subclass
 from gci_kernels.ops import lora_linear
 from gci_kernels.ops.decode import Group
-from gci_kernels.swapped import Swapped, give_class, subclass
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
 from gci_kernels.tuners.merging import ExactMerge
@@ -82,7 +82,7 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
         present = self._present()
         return [name for name in self.active_adapters if name in present]
 
-    def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
+    def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
     ) -> Tensor:
         mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from gci_kernels import decoder_layers
+from gci_kernels.models import decoder_layers
 from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion

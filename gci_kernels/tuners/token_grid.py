@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gci_kernels import decoder_layers
+from gci_kernels.models import decoder_layers
 
 
 @dataclass(frozen=True)

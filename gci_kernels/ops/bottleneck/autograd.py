@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gci_kernels.impl import Plan
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
-from gci_kernels.ops.bottleneck import reference, run
+from gci_kernels.ops.bottleneck import reference, stages
 from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.transforms import differentiated_again, plain_gradients
@@ -39,9 +39,9 @@ def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _call(x: Tensor, A: Tensor, settings: list[int], scaling: float, stages: Plan) -> Call:
-    sum_dtype = _sum_dtype(stages.project, x.dtype)
-    return Call(settings, scaling, tuple(x.shape[:-1]), A.shape[0], x.dtype, sum_dtype, stages.mix)
+def _call(x: Tensor, A: Tensor, settings: list[int], scaling: float, chosen: Plan) -> Call:
+    sum_dtype = _sum_dtype(chosen.project, x.dtype)
+    return Call(settings, scaling, tuple(x.shape[:-1]), A.shape[0], x.dtype, sum_dtype, chosen.mix)
 
 
 def _drop(seed: Tensor | None, dropout_p: float, A: Tensor) -> Dropout | None:
@@ -55,11 +55,11 @@ def _bottleneck(
     segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
     name: str, settings: list[int], scaling: float, dropout_p: float, plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    stages, tokens, mix = Plan.from_key(plan), rows(x), mixer(name)
+    chosen, tokens, mix = Plan.from_key(plan), rows(x), mixer(name)
     stack = _stack(A, weights, mix.JOINS)
-    projected = run.project(stages, tokens, stack.t(), _drop(seed, dropout_p, A))
-    u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, stages))
-    y = run.expand(stages, u, B.t(), tokens, None if weight is None else weight.t(), bias)
+    projected = stages.project(chosen, tokens, stack.t(), _drop(seed, dropout_p, A))
+    u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, chosen))
+    y = stages.expand(chosen, u, B.t(), tokens, None if weight is None else weight.t(), bias)
     return from_rows(y, x), *kept, shown
 
 
@@ -78,28 +78,28 @@ def _bottleneck_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; see `_stack` and JOINS."""
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
-    stages, tokens, dy, mix = Plan.from_key(plan), rows(x), rows(dy), mixer(name)
+    chosen, tokens, dy, mix = Plan.from_key(plan), rows(x), rows(dy), mixer(name)
     inputs, kept = Inputs(weights, segments, past), Kept(projected, mixed, stats)
-    call, drop = _call(x, A, settings, scaling, stages), _drop(seed, dropout_p, A)
+    call, drop = _call(x, A, settings, scaling, chosen), _drop(seed, dropout_p, A)
     if needs_x or needs_stack or needs_B or needs_weights:
         dB = None
-        if needs_B and run.one_reading(stages, dy, B.shape[1]):
-            du, dB = run.project_reduce(stages, dy, B, mix.again(inputs, kept, call))
+        if needs_B and stages.one_reading(chosen, dy, B.shape[1]):
+            du, dB = stages.project_reduce(chosen, dy, B, mix.again(inputs, kept, call))
         else:
-            du = run.project(stages, dy, B)
+            du = stages.project(chosen, dy, B)
         dprojected, dweights, u = mix.backward(du, dshown, inputs, kept, call)
         if needs_B and dB is None:
-            dB = run.reduce(stages, u, dy)
+            dB = stages.reduce(chosen, u, dy)
     gradients = []
     if needs_x:
-        dx = run.expand(stages, dprojected, _stack(A, weights, mix.JOINS), dy, weight, None, drop)
+        dx = stages.expand(chosen, dprojected, _stack(A, weights, mix.JOINS), dy, weight, None, drop)
         gradients.append(dx.view(x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), tokens))
     if needs_bias:
         gradients.append(dy.sum(0))
     if needs_stack:
-        gradients.append(run.reduce(stages, dprojected, tokens, drop))
+        gradients.append(stages.reduce(chosen, dprojected, tokens, drop))
     if needs_B:
         gradients.append(dB.t().contiguous())
     if needs_weights:

@@ -9,7 +9,7 @@ from gci_kernels.ops import triton_config as config
 from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
-from gci_kernels.ops.bottleneck.triton.splits import sum_splits
+from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
 
 
 @triton.jit(do_not_specialize=["threshold", "seed"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops import tuned
-from gci_kernels.ops.bottleneck.triton.splits import sum_splits
+from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from gci_kernels.adapter_cache import ALLOWED
+from gci_kernels.generation.adapter_cache import ALLOWED
 
 # What models call a cache or a state, where it is none of transformers' Cache.
 _NAMES = {

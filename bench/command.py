@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gci_kernels.cache import write_whole
+from gci_kernels.files import write_whole
 from gci_kernels.progress import Bar, bar
 
 from . import report

@@ -7,7 +7,7 @@ from pathlib import Path
 from gci_kernels.convert.files import ADAPTER_CONFIG, INDEX, MODEL, Checkpoint, Converted, ConvertError, read_json
 from gci_kernels.convert.loki import loki_from_published, loki_merge_published, loki_to_published
 from gci_kernels.convert.loramoe import loramoe_from_published, loramoe_to_published
-from gci_kernels.convert.split_layers import is_split
+from gci_kernels.convert.published_layers import is_split
 from gci_kernels.tuners import LoKIConfig, LoRAMoEConfig
 
 

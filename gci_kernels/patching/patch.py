@@ -10,15 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from gci_kernels import experts, frozen, parents
 from gci_kernels.impl import check_impl
-from gci_kernels.layer_report import LayerReport, Report, obstacle, report
-from gci_kernels.targets import matched
-from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, split
+from gci_kernels.models import experts, parents
+from gci_kernels.models.targets import matched
+from gci_kernels.patching.report import LayerReport, Report, obstacle, report
+from gci_kernels.patching.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
+from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, frozen, published_loki
 from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
-from gci_kernels.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
 
 __all__ = ["LayerReport", "Report", "patch", "report", "unpatch"]
 
@@ -108,9 +108,9 @@ def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | Lor
 
 def _take_over(model: nn.Module) -> None:
     """Swaps every layer that has a fused form."""
-    published = [module for module in model.modules() if split.is_split(module)]
+    published = [module for module in model.modules() if published_loki.is_split(module)]
     for module in published:
-        split.swap(module)
+        published_loki.swap(module)
     _fuse_lora(model, needed=not published)
 
 
@@ -138,7 +138,7 @@ def _set_impl(model: nn.Module, impl: str) -> bool:
     """Gives every adapted layer its `impl`; returns whether one had another than "auto" before."""
     changed = False
     for module in model.modules():
-        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, split.FusedSplit)):
+        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, published_loki.FusedSplit)):
             changed |= vars(module).pop("gci_impl", None) is not None
             if impl != "auto":
                 vars(module)["gci_impl"] = impl
@@ -171,7 +171,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
     fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, split.FusedSplit)]
+    published = [module for module in model.modules() if isinstance(module, published_loki.FusedSplit)]
     if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
@@ -180,7 +180,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for layer in fused:
         swap_back(layer)
     for module in published:
-        split.swap_back(module)
+        published_loki.swap_back(module)
     parents.call_layers_no_more(model)
     frozen.swap_back(model)
     return model

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from gci_kernels.weight_reads import weights_read
+from gci_kernels.models.weight_reads import weights_read
 
 _FAST = "_gci_fast_path"
 

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from gci_kernels.targets import is_all_linear
+from gci_kernels.models.targets import is_all_linear
 
 _FLAT = {"w1", "v1", "w2"}
 # Names by which a config means (part of) an MLP.

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from gci_kernels.class_swap import Swapped, give_class, subclass
 from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.swapped import Swapped, give_class, subclass
 from gci_kernels.tuners import fusion
 
 _STATE = "_gci_split"

@@ -15,9 +15,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from gci_kernels import parents
-from gci_kernels.swapped import Swapped, from_parts, give_class, parts_of, subclass
-from gci_kernels.targets import matched
+from gci_kernels.class_swap import Swapped, from_parts, give_class, parts_of, subclass
+from gci_kernels.models import parents
+from gci_kernels.models.targets import matched
 from gci_kernels.tuners import LoKILinear
 from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
 

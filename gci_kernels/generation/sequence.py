@@ -31,10 +31,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig
 
-from gci_kernels import direction, frame
-from gci_kernels.decoder_layers import find as _find
-from gci_kernels.frame import Context, Frame, Wanted
-from gci_kernels.swapped import Swapped, give_class, subclass
+from gci_kernels.class_swap import Swapped, give_class, subclass
+from gci_kernels.generation import direction, forward_context
+from gci_kernels.generation.forward_context import Context, Frame, Wanted
+from gci_kernels.models.decoder_layers import find as _find
 
 _FRAME = "gci_frame"  # the decoder layers' additional argument
 
@@ -76,8 +76,8 @@ def required() -> Context:
     if context is None:
         raise RuntimeError(
             "this layer needs to know the sequences of the batch: it must lie in a decoder layer of a model given to "
-            "gci_kernels.sequence.attach, and run inside of that model's forward; for gradient checkpointing use "
-            "model.gradient_checkpointing_enable()"
+            "gci_kernels.generation.sequence.attach, and run inside of that model's forward; for gradient "
+            "checkpointing use model.gradient_checkpointing_enable()"
         )
     return context
 
@@ -91,7 +91,7 @@ class _Backbone(Swapped):
         if state.padding is not None and state.padding[0] is arguments.get("attention_mask"):
             arguments["attention_mask"] = state.padding[1]
             state.padding = None
-        given = frame.read(arguments, self.gci_wanted, self.gci_codebooks, _packs(self, arguments))
+        given = forward_context.read(arguments, self.gci_wanted, self.gci_codebooks, _packs(self, arguments))
         if given is not None:
             look_ahead = arguments.get("is_causal") is False
             reason = direction.ARGUMENT if look_ahead else direction.obstacle(self, self.gci_attentions)

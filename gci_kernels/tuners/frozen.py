@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from gci_kernels.class_swap import Swapped, give_class, subclass
 from gci_kernels.ops.frozen_linear import frozen_linear, takes
-from gci_kernels.swapped import Swapped, give_class, subclass
 
 if TYPE_CHECKING:  # what the mixin is mixed with
     _Layer = nn.Linear
@@ -17,7 +17,7 @@ else:
 class UpcastLinear(Swapped, _Layer):
     """Mixin for a torch.nn.Linear: float32 products where they are faster than the library's, else its own forward."""
 
-    def forward(  # type: ignore[override]  # swapped.subclass gives own_forward
+    def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], input: Tensor
     ) -> Tensor:
         if takes(input, self.weight, self.bias):

@@ -1,6 +1,6 @@
 """What one forward of a backbone was given: the frame, made of its arguments, and what a layer may ask it.
 
-See sequence.py, which carries it to the decoder layers.
+See sequence.py beside it, which carries it to the decoder layers.
 """
 
 import functools
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from gci_kernels import adapter_cache, given_cache
-from gci_kernels.adapter_cache import AdapterCache
-from gci_kernels.direction import check_mask, is_self_mask
+from gci_kernels.generation import adapter_cache, given_cache
+from gci_kernels.generation.adapter_cache import AdapterCache
+from gci_kernels.generation.direction import check_mask, is_self_mask
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import captured
@@ -206,7 +206,7 @@ def read(given: dict, wanted: Wanted | None, codebooks: int = 1, packs: bool = T
 
     Args:
         given: the arguments of the backbone's forward by name.
-        wanted: as in :func:`gci_kernels.sequence.attach`.
+        wanted: as in :func:`gci_kernels.generation.sequence.attach`.
         codebooks: how many rows of input_ids make up one row of the batch.
         packs: whether the model takes position_ids that start again for packed sequences.
     """

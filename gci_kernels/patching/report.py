@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from gci_kernels import experts, parents
+from gci_kernels.models import experts, parents
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.tuners import AdaptedLinear, fusion, hooks, split
+from gci_kernels.tuners import AdaptedLinear, fusion, hooks, published_loki
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle
 
 
@@ -137,17 +137,19 @@ def _left_out(model: nn.Module) -> list[LayerReport]:
 
 def _layer_report(name: str, module: nn.Module) -> LayerReport | None:
     """None: the module is no adapted layer."""
-    if split.is_split(module):
+    if published_loki.is_split(module):
         return _split_report(name, module)
     return _adapter_report(name, module) if isinstance(module, BaseTunerLayer) else None
 
 
 def _split_report(name: str, module: nn.Module) -> LayerReport:
-    method, shape, dtype = split.describe(module)
-    patched = isinstance(module, split.FusedSplit)
-    declined = split.split_obstacle(module) if patched else "not patched: call gci_kernels.patch(model)"
+    method, shape, dtype = published_loki.describe(module)
+    patched = isinstance(module, published_loki.FusedSplit)
+    declined = published_loki.split_obstacle(module) if patched else "not patched: call gci_kernels.patch(model)"
     declined = _replaced_forward(module) or declined
-    base, plan = ("fused", _said(lambda: split.plan(module))) if declined is None else ("own call: declined", None)
+    base, plan = (
+        ("fused", _said(lambda: published_loki.plan(module))) if declined is None else ("own call: declined", None)
+    )
     return LayerReport(name, method, shape, str(dtype).removeprefix("torch."), base, plan, declined)
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from gci_kernels import decoder_layers
+from gci_kernels.models import decoder_layers
 from gci_kernels.ops.transforms import transformed
 
 # Encoders, many of which say it nowhere else.

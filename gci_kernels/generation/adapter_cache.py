@@ -25,8 +25,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from gci_kernels.class_swap import Swapped, subclass
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.swapped import Swapped, subclass
 
 #: For messages: beside which caches adapters can keep what is theirs.
 ALLOWED = "DynamicCache and StaticCache without offloading"

@@ -1,0 +1,1 @@
+"""What layers know of a forward: sequences, masks, caches; and what adapters keep beside a cache."""

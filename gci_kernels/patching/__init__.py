@@ -1,0 +1,1 @@
+"""patch, unpatch and report."""
