@@ -29,14 +29,14 @@ def verify(args: argparse.Namespace) -> int:
     from gci_kernels import hardware
     from gci_kernels.files import make_cache_dir
     from gci_kernels.progress import bar
-    from gci_kernels.verify import CASES, DTYPES, IMPLS
-    from gci_kernels.verify import verify as run
+    from gci_kernels.proof.verify import DTYPES, IMPLS, cases
+    from gci_kernels.proof.verify import verify as run
 
     on_gpu = torch.device(args.device).type == "cuda"
     if on_gpu:
         make_cache_dir()  # raises, before the minutes of checking, where no record could be kept
     groups = []
-    with bar("verify", len(CASES) * len(DTYPES) * len(IMPLS)) as progress:
+    with bar("verify", len(cases()) * len(DTYPES) * len(IMPLS)) as progress:
         for checks in run(args.device):
             groups.append(checks)
             progress.advance()

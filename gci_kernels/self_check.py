@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gci_kernels import hardware
 from gci_kernels.accuracy import Check, error_bound, relative_error
-from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.group import Group
 

@@ -2,8 +2,6 @@
 one that names triton whether any does: bench/gpu.py reads them. test_gpu_interpreted.py runs all of it without a GPU.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -16,8 +14,8 @@ from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.ops.row_linear import triton as row_linear
+from gci_kernels.proof.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 from gci_kernels.self_check import Shape
-from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 
 pytestmark = pytest.mark.gpu
 

@@ -139,7 +139,9 @@ def test_unknown_instruction_set_is_named(tmp_path):
 def test_plan_is_pure_and_printable():
     def plan(dtype, tokens=2048, device_type="cpu", isa="avx512bf16", impl="auto"):
         """Where the library multiplies every dtype; tests/test_upcast.py has the other processors."""
-        return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="gate", isa=isa, library=True)
+        return choose_plan(
+            impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="gate", isa=isa, library=True
+        )
 
     whole = plan(torch.float32, isa="avx512")
     assert whole == Plan("native", "native", "aten", "native", "native") == Plan.from_key(whole.key)

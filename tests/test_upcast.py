@@ -12,7 +12,7 @@ from gci_kernels.ops.bottleneck import upcast as stages
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.ops.row_linear import upcast as row_linear
-from gci_kernels.verify import CASES, check_case, make_inputs
+from gci_kernels.proof.verify import CASES, check_case, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 PLAN = Plan("upcast", "aten", "upcast", "upcast", "aten")

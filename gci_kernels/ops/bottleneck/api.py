@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence as Numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gci_kernels.ops.bottleneck.operands import Operands, Settings
 from gci_kernels.ops.bottleneck.plan import Plan, choose_plan, plan_for
 from gci_kernels.ops.transforms import transformed
 
+_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _REFERENCE = Plan(*["reference"] * len(Plan._fields))
 
 
@@ -145,7 +147,7 @@ def _checked(
     numbers: tuple[int, ...], scaling: float, dropout_p: float, impl: str, sequence: Sequence | None = None,
     past: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`adapted_linear` of arguments that a user gave."""
+    """The op on arguments that a user gave."""
     check_impl(impl)
     x, weight, bias = autocast(x, weight, bias)
     operands = Operands(x, weight, bias, A, B, weights, None, past)
@@ -162,25 +164,40 @@ def _checked(
 
 
 def adapted_linear(
-    t: Operands, mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    """The op on operands that are known to fit each other, cast by autocast already: for layers, in every call.
+    operands: tuple[Tensor | None, ...], mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
 
-    Returns y and the mixer's output, an empty tensor for none.
+    Args:
+        operands: those of :class:`~gci_kernels.ops.bottleneck.operands.Operands`, the seed None; segments, if any, on
+            x's device.
+        mixer, numbers, scaling, dropout_p, impl: as in :func:`bottleneck_linear`.
+
+    Returns:
+        y, and the mixer's output, None or an empty tensor where it declares none.
     """
-    formula = transformed()
+    t = _record(Operands, operands)
+    x, weight, bias, A, *_ = t
+    device = x.device
+    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1] == A.shape[1] and device == A.device
+    if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
+        x, weight, bias = autocast(x, weight, bias)
+        t = t._replace(x=x, weight=weight, bias=bias)
+        _check_linear(t, scaling, dropout_p)
+    formula, compiling = transformed(), torch.compiler.is_compiling()
     if formula or impl == "reference":
         # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
-        if dropout_p and not (formula or torch.compiler.is_compiling()):
+        if dropout_p and not (formula or compiling):
             t = t._replace(seed=philox.draw_seed())
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
-        return without_autocast(_formula)(t.x, t, settings, mixer)
-    x = t.x
-    choose = choose_plan if torch.compiler.is_compiling() else plan_for
-    plan = choose(impl, x.numel() // x.shape[-1], x.dtype, x.device.type, mixer.name)
+        return without_autocast(_formula)(x, t, settings, mixer)
+    choose = choose_plan if compiling else plan_for
+    plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
-    return autograd.run(t, Settings(mixer.name, numbers, scaling, dropout_p, plan))
+    settings = _record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
+    return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
 
 
 def _formula(x: Tensor, t: Operands, settings: Settings, mixer: Mixer) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.bottleneck import reference, stages
-from gci_kernels.ops.bottleneck.mixer import Kept, Output
+from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
 from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
@@ -24,6 +24,8 @@ from gci_kernels.ops.transforms import differentiated_again, plain_gradients, un
 
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
+_dispatch_depth = torch._C._len_torch_dispatch_stack
+_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -39,11 +41,24 @@ def _stacked(t: Operands, joins: bool) -> Tensor:
 
 def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
     """y [..., out], what the mixer keeps, and its output."""
-    x, plan = rows(t.x), s.plan
-    stack = _stacked(t, MIXERS[s.mixer].joins)
+    x, plan, A = rows(t.x), s.plan, t.A
+    stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
     drop = None if t.seed is None else dropout_of(t, s)
     projected = stages.project(plan, x, stack.t(), drop)
-    call = make_call(t, s, projected.dtype, plan.mix)
+    call = _record(
+        Call,
+        (
+            s.numbers,
+            s.scaling,
+            tuple(t.x.shape[:-1]),
+            A.shape[0],
+            x.dtype,
+            projected.dtype,
+            plan.mix,
+            t.segments,
+            t.past,
+        ),
+    )
     u, kept, output = STAGES[s.mixer].forward(projected, t.weights, call)
     y = stages.expand(plan, u, t.B.t(), x, None if t.weight is None else t.weight.t(), t.bias)
     return from_rows(y, t.x), kept, output
@@ -145,16 +160,17 @@ class Bottleneck(torch.autograd.Function):
     """The op in eager mode: apply(*Operands, Settings) -> y, output."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         """See :func:`forward`."""
-        t, s = Operands(*args[:_TENSORS]), args[_TENSORS]
+        t, s = _record(Operands, args[:_TENSORS]), args[_TENSORS]
         y, kept, output = forward(t, s)
         ctx.set_materialize_grads(False)
-        if MIXERS[s.mixer].output is not Output.DIFFERENTIABLE:
+        declared = MIXERS[s.mixer].output
+        if declared is Output.CONSTANT:
             ctx.mark_non_differentiable(output)
         ctx.settings = s
         ctx.save_for_backward(t.x, t.weight, *t[3:], *kept)
-        return y, output
+        return y, None if declared is Output.NONE else output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, doutput: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,21 +184,24 @@ class Bottleneck(torch.autograd.Function):
 _apply = super(torch.autograd.Function, Bottleneck).apply
 
 
-def run(t: Operands, s: Settings) -> tuple[Tensor, Tensor]:
-    """The op on operands that fit each other, without autocast: y, and the mixer's output (empty for none).
+def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
+    """The op on operands that fit each other, in eager mode: y, and the mixer's output (None or empty for none).
 
     A subclass of Tensor, fake or in shards, need not have an address for a kernel: its operator is asked.
     """
-    if torch.compiler.is_compiling() or under_dispatch_mode() or type(t.x) not in _PLAIN:
-        y, *_, output = torch.ops.gci_kernels.bottleneck(
-            *t, s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key
-        )
-        return y, output
     device = t.x.device.type
+    if _dispatch_depth() > 0 or type(t.x) not in _PLAIN:
+        return run_operator(t, s)
     if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
         with torch.autocast(device, enabled=False):
             return _apply(*t, s)
     return _apply(*t, s)
+
+
+def run_operator(t: Operands, s: Settings) -> tuple[Tensor, Tensor]:
+    """The same by way of the operator."""
+    y, *_, output = torch.ops.gci_kernels.bottleneck(*t, s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
+    return y, output
 
 
 # The operators

@@ -40,9 +40,7 @@ def check(x: Tensor, A: Tensor, router: Tensor | None, settings: tuple[int, ...]
 def forward(projected: Tensor, router: Tensor, call: Call) -> tuple[Tensor, Kept, Tensor]:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     experts = router.shape[0]
-    u, gates = implementation("gate", call.impl).forward(
-        projected, experts, call.settings[0], call.scaling, call.dtype
-    )
+    u, gates = implementation("gate", call.impl).forward(projected, experts, call.settings[0], call.scaling, call.dtype)
     return u, Kept(projected, u.new_empty(0), u.new_empty(0)), gates.view(*call.lead, experts)
 
 
