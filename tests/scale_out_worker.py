@@ -27,7 +27,7 @@ from gci_kernels.ops.decode import native
 from gci_kernels.tuners import bottleneck, fusion, loki, lora
 
 FUSED = {"lora": (lora, "adapted_linear"), "loki": (loki, "loki_linear")}
-FUSED |= dict.fromkeys(("loramoe", "alora"), (bottleneck, "adapted_linear"))
+FUSED |= dict.fromkeys(("loramoe", "alora", "hydralora"), (bottleneck, "adapted_linear"))
 PROMPT = torch.tensor([[5, 6, 7], [9, 8, 40]])
 
 

@@ -15,6 +15,7 @@ from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import is_all_linear, matched
 from gci_kernels.ops import bottleneck_linear
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
+from gci_kernels.ops.bottleneck import register as register_mixer
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import mixed, registered
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
@@ -292,6 +293,7 @@ def _check(method: Method) -> str:
             f"method {method.name!r} needs an example, a small {config.__name__} with an effect (init_weights=False), "
             f"which tests, verify and the benchmark adapt with; got {method.example!r}"
         )
+    register_mixer(method.mixer)
     made = method.parameters(method.example, 8, 6)
     A, B, *weights = (made[part] for part in parts_of(method, made))
     # The formula runs once, and says where it is not what the mixer declares.

@@ -31,16 +31,21 @@ class ByAutograd:
         self, du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
-        with torch.enable_grad():
-            projected = kept.projected.detach().requires_grad_()
-            own = None if weights is None or self.mixer.joins else weights.detach().requires_grad_()
-            u, output = self._run(projected, weights if own is None else own, call)
-        outputs, gradients = [u], [(du * call.scaling).to(u.dtype).view(u.shape)]
-        if doutput is not None and output.requires_grad:
-            outputs, gradients = [u, output], [*gradients, doutput.to(output.dtype).view(output.shape)]
-        inputs = [projected] if own is None else [projected, own]
-        dprojected, *dweights = torch.autograd.grad(outputs, inputs, gradients, materialize_grads=True)
-        return dprojected.to(call.dtype), (dweights or [None])[0], self._scaled(u.detach(), call)
+        own = weights is not None and not self.mixer.joins
+
+        def formula(projected: Tensor, given: Tensor | None = weights) -> tuple[Tensor, ...]:
+            u, output = self._run(projected, given, call)
+            return (u, output) if self.mixer.output is Output.DIFFERENTIABLE else (u,)
+
+        # torch.func differentiates below an operator's dispatch too, where autograd records nothing.
+        inputs = (kept.projected, weights) if own else (kept.projected,)
+        outputs, pull, *_ = torch.func.vjp(formula, *inputs)
+        gradients = [(du * call.scaling).to(outputs[0].dtype).view(outputs[0].shape)]
+        if len(outputs) > 1:
+            given = torch.zeros_like(outputs[1]) if doutput is None else doutput
+            gradients.append(given.to(outputs[1].dtype).view(outputs[1].shape))
+        dprojected, *dweights = pull(tuple(gradients))
+        return dprojected.to(call.dtype), dweights[0] if own else None, self._scaled(outputs[0], call)
 
     def shapes(self, weights: Tensor | None, call: Call) -> list[Shape]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`; the formula is asked, on tensors without storage."""
