@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_ninja import Object
+from build_ninja import Object, write_if_changed
 
 SOURCES = [f"csrc/cuda/decode_{name}.cu" for name in ("expand", "attend", "project")]  # the longest first
 HOST_SOURCES = ["csrc/cuda/checks.cpp", "csrc/cuda/launch.cpp"]
@@ -219,18 +219,14 @@ def digest(compiler: str, csrc: Path = Path("csrc")) -> str:
 
 
 def write_header(plan: Plan, folder: Path) -> Path:
-    """cuda_build.h, which tells the extension what was built; touched only where it changes: it stands for the plan."""
+    """cuda_build.h, which tells the extension what was built; touched only where it changes."""
     defined = {"GCI_CUDA_BUILD": json.dumps(plan.description)}
     if plan.toolkit is not None:
         compiler = plan.toolkit.name
         defined |= {"GCI_HAS_CUDA": "1", "GCI_CUDA_COMPILER": json.dumps(compiler)}
         defined |= {"GCI_CUDA_DIGEST": json.dumps(digest(compiler))}
     text = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    header = folder / "cuda_build.h"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    return header
+    return write_if_changed(folder / "cuda_build.h", text)
 
 
 def objects(plan: Plan, folder: Path, environment: Mapping[str, str] = os.environ) -> list[Object]:

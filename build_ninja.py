@@ -41,6 +41,14 @@ def compile_all(objects: Sequence[Object], folder: Path) -> list[str]:
     return [made.path for made in objects]
 
 
+def write_if_changed(path: Path, text: str) -> Path:
+    """Writes a file that others are compiled from; one with this text stays untouched, so that they are up to date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
 def _ninja() -> str:
     """The program of the package ninja, else the one on PATH."""
     try:
