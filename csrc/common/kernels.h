@@ -46,8 +46,8 @@ struct DecodeArgs;  // this and the next two: common/decode.h
 struct AttendArgs;
 struct DecodeBase;
 
-// csrc/cpu/NAME.cpp sets its functions in add_NAME(Kernels&). Those that no instruction set of the processor has are
-// null.
+// One function for each kernel, set by add_NAME(Kernels&) in csrc/cpu/NAME.cpp; null where no instruction set of the
+// processor has it. add_NAME is [[gnu::cold]], because GCC would otherwise inline less into the kernels beside it.
 struct Kernels {
   const char* isa;  // the instruction set
 

@@ -419,7 +419,7 @@ void attention_backward(const AttentionArgs& a, const AttentionRows& o, const At
 
 }  // namespace
 
-void add_attention(Kernels& table) {
+[[gnu::cold]] void add_attention(Kernels& table) {
   table.attention_forward = attention_forward;
   table.attention_backward = attention_backward;
 }

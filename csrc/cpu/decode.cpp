@@ -267,6 +267,6 @@ void decode(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& bas
 
 }  // namespace
 
-void add_decode(Kernels& table) { table.decode = decode; }
+[[gnu::cold]] void add_decode(Kernels& table) { table.decode = decode; }
 
 }  // namespace gci::GCI_ISA

@@ -103,6 +103,6 @@ void dropout(const void* x, void* out, DType dtype, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-void add_dropout(Kernels& table) { table.dropout = dropout; }
+[[gnu::cold]] void add_dropout(Kernels& table) { table.dropout = dropout; }
 
 }  // namespace gci::GCI_ISA

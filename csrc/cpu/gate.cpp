@@ -104,7 +104,7 @@ void gate_backward(const GateArgs& a, const void* du, const void* dgates, void* 
 
 }  // namespace
 
-void add_gate(Kernels& table) {
+[[gnu::cold]] void add_gate(Kernels& table) {
   table.gate_forward = gate_forward;
   table.gate_backward = gate_backward;
 }

@@ -242,7 +242,7 @@ void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* o
 
 }  // namespace
 
-void add_skinny(Kernels& table) {
+[[gnu::cold]] void add_skinny(Kernels& table) {
   table.project = project;
   table.reduce = reduce;
 }

@@ -278,7 +278,7 @@ static_assert(tile_vectors == 3, "column_block names three vectors");
 
 }  // namespace
 
-void add_skinny_bf16(Kernels& table) {
+[[gnu::cold]] void add_skinny_bf16(Kernels& table) {
   table.pack_pairs = pack_pairs;
   table.project_bf16 = project_bf16;
   table.expand_bf16 = expand_bf16;

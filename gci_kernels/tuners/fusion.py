@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.class_swap import parts_of
-from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.limits import MAX_DECODE_TOKENS
+from gci_kernels.ops.decode import has_kernels
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import hooks
 from gci_kernels.tuners.frozen import is_plain_linear
@@ -55,7 +56,7 @@ def decodes(x: Tensor) -> bool:
     # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
     if torch.is_grad_enabled() or type(x) is not Tensor or transformed():
         return False
-    if not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+    if not 0 < x.numel() <= MAX_DECODE_TOKENS * x.shape[-1]:
         return False
     device = x.device.type
     return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)
