@@ -1,16 +1,19 @@
-"""What setup.py needs to compile csrc/cpu: the instruction sets, and which kernels are compiled for each.
+"""What setup.py needs to compile csrc/cpu and the bindings: the instruction sets, and the kernels compiled for each.
 
 A kernel source is compiled once for each instruction set that makes it faster, into a namespace of its own (the macro
-GCI_ISA). csrc/cpu/dispatch.cpp chooses the instruction set when the extension is loaded; it knows them from cpu_build.h,
+GCI_ISA). csrc/cpu/dispatch.cpp chooses the instruction set when the extension is loaded, from those in cpu_build.h,
 which is written here. docs/add_instruction_set.md describes what a new one needs.
 """
 
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+
+import pybind11
 
 from build_ninja import Object, write_if_changed
 
@@ -19,6 +22,9 @@ KERNEL_FLAGS = (
     "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wno-maybe-uninitialized", "-Wno-uninitialized",  # false alarms in GCC's own vector intrinsics (GCC bug 105593)
 )  # fmt: skip
+BINDINGS = tuple(f"csrc/{name}.cpp" for name in ("decode_bindings", "bindings", "cuda_bindings", "cpu/dispatch"))
+# They only pass numbers on: more costs the compiler twice the time and brings nothing.
+BINDING_FLAGS = ("-O1",)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,21 @@ def objects(compiler: Sequence[str], folder: Path, sets: Sequence[InstructionSet
                (*compiler, *FLAGS, *KERNEL_FLAGS, *needed, f"-DGCI_ISA={each.name}", "-Icsrc"))
         for source, each, needed in pairs
     ]  # fmt: skip
+
+
+def binding_objects(
+    compiler: Sequence[str], folder: Path, sources: Sequence[str] = (), includes: Sequence[Path] = ()
+) -> list[Object]:
+    """The bindings and the dispatcher; the headers that the build writes are in folder/made.
+
+    Args:
+        sources, includes: what else is compiled, and the folders of headers for it.
+    """
+    # -isystem: warnings in headers of others are not ours to fix
+    others = [pybind11.get_include(), sysconfig.get_path("include"), *map(str, includes)]
+    options = ["-Icsrc", f"-I{folder / 'made'}", *(option for path in others for option in ("-isystem", path))]
+    command = (*compiler, *FLAGS, *BINDING_FLAGS, *options)
+    return [Object(str(folder / (Path(source).stem + ".o")), source, command) for source in (*BINDINGS, *sources)]
 
 
 def write_header(sets: Sequence[InstructionSet], folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Compiles many sources side by side, for setup.py: by ninja, which leaves what is up to date as it is."""
+"""Compiles sources in parallel, for setup.py, with ninja, which compiles only what has changed."""
 
 import os
 import shutil
@@ -16,18 +16,18 @@ pip install ninja
 
 @dataclass(frozen=True)
 class Object:
-    """One object file, and what makes it."""
+    """One object file, its source, and the command that compiles it."""
 
     path: str
     source: str
-    command: tuple[str, ...]  # g++ or nvcc, with all options but the files
+    command: tuple[str, ...]  # g++ or nvcc, with all options except the files
 
 
 def compile_all(objects: Sequence[Object], folder: Path) -> list[str]:
-    """The objects' paths, each newer than its source and the headers that this includes.
+    """Compiles what is older than its source or a header that this includes, and returns the objects' paths.
 
-    Those named first are begun first: the longest. One process for each core that this process may use, or $MAX_JOBS.
-    Ends the build where a compiler fails, behind what it printed.
+    The first ones are started first: they should take the longest. There is one process for each core that this process
+    may use, or $MAX_JOBS of them. Where a compiler fails, the build ends after the compiler's message.
 
     Args:
         folder: for ninja's own files; the same in every build, so that it knows what is up to date.

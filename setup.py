@@ -13,18 +13,14 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))  # a build backend runs this file without its folder on the path
 import build_cpu  # noqa: E402
 import build_cuda  # noqa: E402
-from build_ninja import Object, compile_all  # noqa: E402
+from build_ninja import compile_all  # noqa: E402
 
-BINDINGS = [f"csrc/{name}.cpp" for name in ("decode_bindings", "bindings", "cuda_bindings", "cpu/dispatch")]
-# They only pass numbers on: more costs the compiler twice the time and brings nothing.
-BINDING_FLAGS = ("-O1",)
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.*"))
 
 NO_COMPILER = """
@@ -51,18 +47,6 @@ def check_compiler(compiler: list[str]) -> None:
         sys.exit(NO_COMPILER.format(command=" ".join(command[:3]), error="\n".join(error.splitlines()[:5])))
 
 
-def binding_objects(compiler: list[str], folder: Path, plan: build_cuda.Plan) -> list[Object]:
-    """The bindings and the dispatcher: what knows Python, the instruction sets, and what nvcc made."""
-    others = [pybind11.get_include(), sysconfig.get_path("include")]  # -isystem: their warnings are not ours to mend
-    sources = list(BINDINGS)
-    if plan.toolkit is not None:
-        others.append(str(plan.toolkit.include))
-        sources += build_cuda.HOST_SOURCES
-    options = ["-Icsrc", f"-I{folder / 'made'}", *(option for path in others for option in ("-isystem", path))]
-    command = (*compiler, *build_cpu.FLAGS, *BINDING_FLAGS, *options)
-    return [Object(str(folder / (Path(source).stem + ".o")), source, command) for source in sources]
-
-
 class BuildNative(build_ext):
     """build_ext for sources that are compiled once for each instruction set."""
 
@@ -80,7 +64,7 @@ class BuildNative(build_ext):
         ext.extra_objects = compile_all(
             [
                 *build_cuda.objects(plan, folder / "cuda"),  # nvcc takes the longest
-                *binding_objects(compiler, folder, plan),
+                *build_cpu.binding_objects(compiler, folder, *build_cuda.host(plan)),
                 *build_cpu.objects(compiler, folder, sets),
             ],
             folder,
@@ -94,8 +78,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[
-        Extension("gci_kernels._native", [], depends=SOURCES, extra_link_args=["-fopenmp"], language="c++")
-    ],
+    ext_modules=[Extension("gci_kernels._native", [], depends=SOURCES, extra_link_args=["-fopenmp"], language="c++")],
     cmdclass={"build_ext": BuildNative},
 )

@@ -13,8 +13,8 @@ from transformers import Cache
 from gci_kernels.generation import adapter_cache, given_cache
 from gci_kernels.generation.adapter_cache import AdapterCache
 from gci_kernels.generation.direction import check_mask, is_self_mask
-from gci_kernels.ops.attention import Sequence
 from gci_kernels.limits import MAX_DECODE_TOKENS
+from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.decode import has_kernels
 from gci_kernels.ops.transforms import captured
 
