@@ -13,8 +13,9 @@ from transformers import Cache
 from gci_kernels.generation import adapter_cache, given_cache
 from gci_kernels.generation.adapter_cache import AdapterCache
 from gci_kernels.generation.direction import check_mask, is_self_mask
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.ops.attention import Sequence
-from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.ops.decode import has_kernels
 from gci_kernels.ops.transforms import captured
 
 Wanted = Callable[[], Iterable[tuple[str, str]]]
@@ -271,7 +272,7 @@ def _counts_on_device(
     """Whether a step on `cache` needs no number of this process; see Frame."""
     if wanted is None or torch.is_grad_enabled() or not (torch.compiler.is_compiling() or _runs_by_itself(device)):
         return False
-    if batch > MAX_TOKENS or torch.is_autocast_enabled(device.type):  # no layer will take the step then
+    if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):  # no layer will take the step then
         return False
     if mask is not None and not _is_plain(mask, batch):
         return False

@@ -56,7 +56,7 @@ def find_step(
     not). `attend(x, y, kv, past, segments)` is the same for ALoRA: see native.Step and cuda.Step. No gradients flow.
 
     Args:
-        x: [..., in], float32, bfloat16 or float16, on a CPU or a GPU; at most MAX_TOKENS rows.
+        x: [..., in], float32, bfloat16 or float16, on a CPU or a GPU; at most MAX_DECODE_TOKENS rows.
         weight, bias: the base layer's, [out, in] and [out] or None, in x's dtype; weight None: the caller has y.
         groups: the adapters and their tokens; all of them count from 0 and follow one another.
         rows: of x, seen as [tokens, in]: what the groups' tokens are, and behind them those of no group; None: all, of
