@@ -12,11 +12,11 @@ from transformers.cache_utils import DynamicLayer
 
 from gci_kernels.accuracy import relative_error
 from gci_kernels.generation import adapter_cache, sequence
-from gci_kernels.generation.adapter_cache import AdapterCache, adopt
+from gci_kernels.generation.adapter_cache import AdapterCache, get_or_create
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIGS, FAMILIES, Wanted = toy_alora.CONFIGS, toy_alora.FAMILIES, toy_alora.Wanted
+CONFIGS, FAMILIES, ExpectedEntries = toy_alora.CONFIGS, toy_alora.FAMILIES, toy_alora.ExpectedEntries
 attached, plain, toys, with_toys = toy_alora.attached, toy_alora.plain, toy_alora.toys, toy_alora.with_toys
 
 IDS = torch.tensor([[5, 17, 52, 3, 41, 9, 27], [0, 0, 0, 42, 8, 30, 21], [0, 44, 2, 36, 55, 13, 50]])
@@ -34,7 +34,7 @@ def random_kv(batch: int, time: int) -> tuple[Tensor, Tensor]:
 def write(cache: Cache, k: Tensor, v: Tensor, adapters: tuple[str, ...] = ("a",)) -> list[tuple[Tensor, Tensor]]:
     """One forward: the same numbers go to an adapter's cache and, as one head, to both layers of the model's."""
     past = adapter_cache.length(cache)
-    kept = adopt(cache)
+    kept = get_or_create(cache)
     results = []
     for adapter in adapters:
         kept.keep("layer", adapter, torch.cat((k, v), 2), past=past)
@@ -114,7 +114,7 @@ def test_buffers_from_inference_mode_are_left_when_it_ends():
     cache = DynamicCache()
     with torch.inference_mode():
         write(cache, *random_kv(2, 4))
-        write(cache, *random_kv(2, 1))  # makes room for more
+        write(cache, *random_kv(2, 1))  # makes a larger buffer
     with torch.no_grad():
         (k, _), *_ = write(cache, *random_kv(2, 1))
     assert not k.is_inference() and torch.equal(k, cache.layers[0].keys[:, 0])
@@ -202,7 +202,7 @@ def test_caches_that_are_not_supported_are_named(make, message):
     cache = make()
     before = type(cache)
     with pytest.raises(TypeError, match=message):
-        adopt(cache)
+        get_or_create(cache)
     assert type(cache) is before and "gci_adapters" not in vars(cache)
     model = attached()
     if isinstance(cache, EncoderDecoderCache):
@@ -381,7 +381,7 @@ def test_cache_that_does_not_fit_is_refused_and_unharmed(misfit, where):
     model = with_toys(plain())
     for toy in toys(model):
         toy.enabled = where == "everywhere" or toy.key.endswith(where)
-    sequence.attach(model, Wanted(model))
+    sequence.attach(model, ExpectedEntries(model))
     cache = MISFITS[misfit]()
     before = contents(cache)
     with pytest.raises(ValueError, match=r"past_key_values holds \d tokens, but [07] tokens of adapter 'toy' of layer"):
@@ -390,10 +390,10 @@ def test_cache_that_does_not_fit_is_refused_and_unharmed(misfit, where):
     assert _run(plain(), cache, IDS[:, :1]).isfinite().all()
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_cache_of_another_rank(wanted):
+@pytest.mark.parametrize("expected", [False, True])
+def test_cache_of_another_rank(expected):
     model = with_toys(plain(), rank=4)
-    sequence.attach(model, Wanted(model) if wanted else None)
+    sequence.attach(model, ExpectedEntries(model) if expected else None)
     other = with_toys(plain(), rank=6)
     sequence.attach(other)
     cache = filled_by(other)

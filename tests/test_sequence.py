@@ -52,7 +52,7 @@ def logits(model: nn.Module, ids: torch.Tensor = IDS, mask: torch.Tensor | None 
 
 
 def nothing_is_set() -> bool:
-    return current() is None and sequence._thread.state.frame is None
+    return current() is None and sequence._thread.state.forward_context is None
 
 
 # What is captured
@@ -113,9 +113,9 @@ def test_mask_may_be_longer_than_the_keys_there_are():
     causal = torch.ones(7, 7, dtype=torch.bool).tril() & LEFT.bool()[:, None]
     longer = torch.zeros(3, 1, 7, 11, dtype=torch.bool)
     longer[:, 0, :, :7] = causal
-    frame = read({"input_ids": IDS, "attention_mask": longer}, None)
+    context = read({"input_ids": IDS, "attention_mask": longer}, None)
     logits(model)
-    assert torch.equal(frame.sequence.segments, seen[0].segments)
+    assert torch.equal(context.sequence.segments, seen[0].segments)
     wide = read({"input_ids": IDS, "attention_mask": torch.nn.functional.pad(LEFT, (0, 4))}, None)
     assert torch.equal(wide.sequence.segments, seen[0].segments)
     assert torch.equal(seen[0].segments, LEFT.int() - 1)
@@ -138,8 +138,8 @@ def test_of_several_masks_the_one_without_a_window_counts(order):
     masks = dict([("full_attention", full), ("sliding_attention", window)][::order])
     cache = DynamicCache()
     cache.update(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0)
-    frame = read({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
-    assert frame.sequence.segments is None and frame.sequence.past == 4
+    context = read({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
+    assert context.sequence.segments is None and context.sequence.past == 4
 
 
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7)

@@ -109,7 +109,7 @@ def toys(model: nn.Module) -> list[Toy]:
     return [module for module in model.modules() if isinstance(module, Toy)]
 
 
-class Wanted:
+class ExpectedEntries:
     """What the toys of a model will ask of the cache."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.generation import sequence
-from gci_kernels.generation.forward_context import Context
+from gci_kernels.generation.forward_context import LayerContext
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops import Sequence, alora_linear
 from gci_kernels.ops.arguments import autocast_dtype
@@ -19,6 +19,7 @@ from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer
 from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.replay import may_replay
 from gci_kernels.tuners.scaling import applied, number
 
 
@@ -115,7 +116,7 @@ class ALoRALinear(BottleneckLayer):
         key = self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
         return f"{key}, run {run}" if run else key
 
-    def _rows(self, x: Tensor, context: Context) -> Tensor:
+    def _rows(self, x: Tensor, context: LayerContext) -> Tensor:
         """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
         leading = tuple(x.shape[:-1])
         if leading == context.shape:
@@ -163,7 +164,7 @@ class ALoRALinear(BottleneckLayer):
                 return None
             groups = tokens.groups(self._group)  # held, for a step knows addresses alone
             found: Any = find_step(rows, weight, bias, groups, tokens.rows)
-            place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
+            place = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
 
         def add(y, rows, name, samples) -> Tensor:
@@ -191,7 +192,7 @@ class ALoRALinear(BottleneckLayer):
         step: Any = find_step(x, weight, bias, (group,))
         kept = None
         if step is not None:
-            kept = context.room(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
+            kept = context.reserve(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
@@ -242,7 +243,7 @@ class ALoRAModel(BottleneckModel):
             if not any(adapter_name in layer.r for layer in self.adapted):
                 raise ValueError(f"target_modules: {what}; nothing is left to adapt")
             warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
-        self.attached = sequence.attach(model, self.wanted)
+        self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -260,7 +261,7 @@ class ALoRAModel(BottleneckModel):
         self.adapted.append(ALoRALinear(target, name, config, key))
         return self.adapted[-1]
 
-    def wanted(self) -> Iterator[tuple[str, str]]:
+    def expected_entries(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
         depth = self.attached.depth()
         for layer in self.adapted:
