@@ -120,12 +120,9 @@ class ForwardContext:
     """
 
     def __init__(
-        self,
-        make_sequence: Callable[..., Sequence],
-        shape: tuple[int, int],
-        expected_entries: ExpectedEntries | None,
-        cache: Cache | None,
-    ) -> None:
+        self, make_sequence: Callable[[int | None], Sequence], shape: tuple[int, int],
+        expected_entries: ExpectedEntries | None, cache: Cache | None,
+    ) -> None:  # fmt: skip
         self.shape = shape
         self.length_on_device: Tensor | None = None
         self.segments: Tensor | None = None
@@ -243,7 +240,7 @@ class ForwardContext:
     def _check_masks(self, indices: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> None:
         """Checks the masks that a layer was given, which most often are those of the layers before it."""
         given = [args[i] for i in indices if i < len(args)]
-        given += [value for name, value in kwargs.items() if is_self_mask(name)]
+        given += [value for name, value in kwargs.items() if value is not None and is_self_mask(name)]
         for mask in given:
             if mask is not None and all(mask is not checked for checked in self._checked_masks):
                 check_mask(mask, self.sequence.segments, *self.shape)
@@ -276,13 +273,9 @@ class ForwardContext:
 
 
 def read(
-    arguments: Mapping[str, Any],
-    expected_entries: ExpectedEntries | None,
-    may_replay: MayReplay | None = None,
-    *,
-    codebooks: int = 1,
-    packs: bool = True,
-) -> ForwardContext | None:
+    arguments: Mapping[str, Any], expected_entries: ExpectedEntries | None, may_replay: MayReplay | None = None, *,
+    codebooks: int = 1, packs: bool = True,
+) -> ForwardContext | None:  # fmt: skip
     """Reads a backbone's arguments.
 
     None where it has no input, of which the model itself tells the user, and where no adapter wants to know anything.
@@ -335,14 +328,9 @@ def read(
 
 
 def _make_sequence(
-    arguments: Mapping[str, Any],
-    cache: Cache | None,
-    mask: Any,
-    shape: tuple[int, int],
-    device: torch.device,
-    packs: bool,
-    past: int | None,
-) -> Sequence:
+    arguments: Mapping[str, Any], cache: Cache | None, mask: Any, shape: tuple[int, int], device: torch.device,
+    packs: bool, past: int | None,
+) -> Sequence:  # fmt: skip
     """The sequences of a forward behind `past` tokens; None: as many as the cache holds now."""
     if past is None:
         past = 0 if cache is None else adapter_cache.length(cache)

@@ -34,13 +34,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from gci_kernels.class_swap import Swapped, add_mixin, remove_mixin
 from gci_kernels.generation import direction, forward_context
 from gci_kernels.generation.forward_arguments import takes_packed_positions
-from gci_kernels.generation.forward_context import (
-    ExpectedEntries,
-    ForwardContext,
-    LayerContext,
-    LayerInfo,
-    MayReplay,
-)
+from gci_kernels.generation.forward_context import ExpectedEntries, ForwardContext, LayerContext, LayerInfo, MayReplay
 from gci_kernels.models import decoder_layers
 
 _ARGUMENT = "gci_forward_context"  # the decoder layers' additional argument
