@@ -56,7 +56,7 @@ def patch(
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
             _take_over(model)
-        parents.call_layers(peft_model)
+        parents.disable_fast_paths(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
         _set_impl(peft_model, impl)
@@ -181,6 +181,6 @@ def unpatch(model: nn.Module) -> nn.Module:
         swap_back(layer)
     for module in published:
         published_loki.swap_back(module)
-    parents.call_layers_no_more(model)
+    parents.restore_fast_paths(model)
     frozen.swap_back(model)
     return model

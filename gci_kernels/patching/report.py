@@ -98,7 +98,7 @@ def report(model: nn.Module) -> Report:
     for n, row in enumerate(rows):
         reason = next((why for prefix, why in idle.items() if f"{row.name}.".startswith(prefix)), None)
         if reason is None and row.name in read:
-            reason = parents.sentence(read[row.name])
+            reason = parents.reason(read[row.name])
         if reason is not None:
             rows[n] = replace(row, base="own call: declined", plan=None, decode=None, declined=reason)
     return Report(rows + _left_out(model))

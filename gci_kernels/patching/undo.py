@@ -234,7 +234,7 @@ class KeepsPlain(Swapped):
         trained = trained_beside(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
-            parents.call_layers(model)
+            parents.disable_fast_paths(model)
         finally:
             if merged and next(before.rewritten(), None) is not None:
                 self._gci_undo.blocked = (

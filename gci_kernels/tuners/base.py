@@ -260,12 +260,12 @@ class AdaptedModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        parents.call_layers(model)
+        parents.disable_fast_paths(model)
         experts.warn(model, config, self.tuner_layer_cls.method_name)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        parents.call_layers_no_more(model)
+        parents.restore_fast_paths(model)
         return model
 
     def _check_parents(self, model: nn.Module, config: Any) -> None:
