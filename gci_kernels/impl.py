@@ -1,9 +1,11 @@
 """Names of implementations, and the plan: which implementation runs each stage of an operation."""
 
 import functools
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import torch
 
@@ -23,6 +25,12 @@ def check_impl(impl: str) -> None:
     """ValueError unless `impl` is one of :data:`IMPLS`."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is unknown; allowed: {', '.join(map(repr, IMPLS))}")
+
+
+@functools.cache
+def implementation(op: str, impl: str) -> ModuleType:
+    """The module gci_kernels.ops.<op>.<impl>, imported when it is first asked for: Triton may not be installed."""
+    return importlib.import_module(f"gci_kernels.ops.{op}.{impl}")
 
 
 @dataclass(frozen=True)
