@@ -125,7 +125,7 @@ def test_groups_of_tokens_with_adapters_of_their_own(threads, base):
         groups.append(group_of(A, router, B, 0.5 + seed, top_k or None, first, len(mine)))
         first += len(mine)
         wanted[list(mine)] = expected(x[list(mine)], A, router, B, wanted[list(mine)], top_k, 0.5 + seed)
-    for _ in range(20):  # who takes what is another matter every time
+    for _ in range(20):  # the threads share the work differently in every run
         actual = find_step(x, weight, bias, groups, rows).run(x, y.clone() if weight is None else None)
         assert relative_error(actual, wanted) < 1e-6
         assert weight is not None or torch.equal(actual[[1, 3]], y[[1, 3]])
@@ -235,7 +235,7 @@ def test_attention_of_adapters_of_their_own(threads):
         )
         wanted_kv[mine, past, : 2 * rank] = new.float()
         first += 2
-    for _ in range(30):  # who takes what is another matter every time
+    for _ in range(30):  # the threads share the work differently in every run
         cache = kv.clone()
         actual = find_step(x, None, None, groups, rows).attend(x, y.clone(), cache, past, None)
         assert relative_error(actual, wanted) < 1e-6 and torch.equal(actual[2], y[2])
@@ -247,7 +247,7 @@ def test_attention_of_adapters_of_their_own(threads):
 def test_attention_where_the_cache_is_full(past):
     x, A, B, y, qkv, kv, _ = make_attention(2, 2, 20, 4, torch.float32, torch.float32, False)
     found, before = find_step(x, None, None, (Group(A, B, 2.0, 0, 2, None, None, qkv),)), kv.clone()
-    with pytest.raises(IndexError, match=f"places for 7 tokens, {past} of which"):
+    with pytest.raises(IndexError, match=f"a capacity of 7 tokens, {past} of which"):
         found.attend(x, y, kv, torch.tensor(past), None)
     assert torch.equal(kv.nan_to_num(), before.nan_to_num())
 

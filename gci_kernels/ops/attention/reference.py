@@ -46,7 +46,7 @@ def backward(
         q, k, v, num_heads, segments: what :func:`forward` was given.
     """
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        recomputed, _ = forward(*leaves, num_heads, segments)
-    dq, dk, dv = torch.autograd.grad(recomputed, leaves, do)
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        recomputed, _ = forward(q, k, v, num_heads, segments)
+    dq, dk, dv = torch.autograd.grad(recomputed, (q, k, v), do)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
