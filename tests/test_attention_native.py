@@ -111,7 +111,7 @@ def test_skipping_segments_saves_their_time(threads):
 # Attention has nothing of its own above avx512.
 @pytest.mark.parametrize("isa", extension.ISAS[: min(3, extension.ISAS.index(extension.ISA))])
 def test_lesser_instruction_sets(isa, tmp_path):
-    files = [__file__, str(Path(__file__).with_name("test_attention.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_attention{name}.py")) for name in ("", "_arguments"))]
     chosen = "(native or threads or memory or exponential) and not instruction_set and not opcheck and not saves"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
