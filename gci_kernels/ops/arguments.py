@@ -18,11 +18,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.device.type == "meta":  # torch has no autocast there, and raises when asked
+    device_type = x.device.type  # looked up once: it takes as long as everything else here
+    if device_type == "meta":  # torch has no autocast there, and raises when asked
         return None
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device_type)
 
 
 def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
