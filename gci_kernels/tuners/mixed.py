@@ -180,7 +180,7 @@ class Tokens:
 def indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 on `device`, made once: to bring them there a GPU would be waited for."""
     # What is made while operations are recorded, or under FakeTensorMode, belongs to what records them.
-    own = transforms.transformed() or (not torch.compiler.is_compiling() and transforms.under_dispatch_mode())
+    own = transforms.transformed() or (not torch.compiler.is_compiling() and transforms.dispatch_mode_depth() > 0)
     return torch.tensor(samples, device=device) if own else _kept_indices(samples, device)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
-from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
+from gci_kernels.ops.row_linear import MergedRows, identity, partitioned_loki_linear
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import fusion
 
@@ -56,7 +56,7 @@ class FusedSplit(Swapped):
         bias = frozen_bias = getattr(self, f"{_frozen_name(self)}_bias")
         if frozen_bias is not None:
             bias = frozen_bias.new_zeros(self.index_map.shape[0]).index_copy_(0, rest, frozen_bias.detach())
-        return split_linear(
+        return partitioned_loki_linear(
             x, frozen.weight, bias, active, positions, rest, self.active_bias if bias is not None else None,
             merged=state.merged,
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 import torch
 
-from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.limits import MAX_DECODE_TOKENS
+from gci_kernels.ops.decode import has_kernels
 
 
 def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -13,6 +14,6 @@ def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
         dtype: of the layers' input and of the keys and values that they store.
         device: of the layers; on a GPU the first call may check the kernels there.
     """
-    if batch > MAX_TOKENS or torch.is_autocast_enabled(device.type):
+    if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):
         return False
     return has_kernels(dtype, device.type, attends=True)
