@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gci_kernels.models import decoder_layers
+from gci_kernels.models import decoder_layers, model_state
 
 #: Names of an MLP's last projection in the models of transformers; the first that a layer has is taken.
 PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "fc_out")
@@ -49,8 +49,7 @@ class Architecture:
             ValueError: no list of decoder layers, a layer without exactly one such projection (a mixture of experts
                 has several or none), layers without attention, or an attention that takes no explicit mask.
         """
-        base: Any = model
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = model_state.base_model(model)
         config = base.config.get_text_config()
         if config._attn_implementation not in ATTENTIONS:
             raise ValueError(

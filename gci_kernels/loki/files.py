@@ -11,7 +11,8 @@ from torch import nn
 
 from gci_kernels.loki.architecture import Architecture
 from gci_kernels.loki.attribution import attribute, samples_together
-from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, fingerprint, is_finished_hdf5, write_hdf5
+from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, is_finished_hdf5, write_hdf5
+from gci_kernels.models.model_state import fingerprint
 from gci_kernels.progress import bar as progress_bar
 
 

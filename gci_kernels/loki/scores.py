@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 FORMAT = "gci_kernels.loki.scores 1"
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -33,18 +33,6 @@ def digest(tokens: Sequence[int]) -> int:
     """63 bits that tell one sample's token ids from another's."""
     text = json.dumps([int(token) for token in tokens]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells one model's weights from another's without reading all: 256 values of every tensor, its name and shape."""
-    known = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        count = min(flat.numel(), 256)  # evenly spread, in integers: float32 can't count the values of an embedding
-        some = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)]
-        known.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        known.update(some.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return known.hexdigest()
 
 
 class ScoresFile:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gci_kernels.files import write_whole
+
 STRATEGIES = ("layer_balanced", "global_lowest", "global_highest")
 # Scores that are ranked at a time; ranking needs a few times their memory.
 CHUNK = 1 << 22
@@ -33,7 +35,8 @@ def select(scores: Tensor, quota: float, strategy: str = "layer_balanced") -> li
 
     Raises:
         TypeError: scores is no tensor.
-        ValueError: an unknown strategy, scores of another shape or dtype or with NaN, a quota outside (0, 100] or too small for one row.
+        ValueError: an unknown strategy, scores of another shape or dtype or with NaN, a quota
+            outside (0, 100] or too small for one row.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; allowed: {', '.join(map(repr, STRATEGIES))}")
@@ -80,11 +83,8 @@ def write_positions(positions: Sequence[Sequence[int]], path: str | os.PathLike)
     Raises:
         ValueError: positions that are not lists of different row indices, or no index at all.
     """
-    path = Path(path)
     lines = ",\n".join(json.dumps(sorted(rows)) for rows in _checked(positions, "positions"))
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(f"[\n{lines}\n]\n")
-    scratch.replace(path)
+    write_whole(Path(path), f"[\n{lines}\n]\n")
 
 
 def read_positions(path: str | os.PathLike) -> list[list[int]]:

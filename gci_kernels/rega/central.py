@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from gci_kernels.rega import model_state
+from gci_kernels.models import model_state
 from gci_kernels.rega.prompts import RegaError, Roles, messages, require_text, supports_system, tokens
 
 # User turns that begin in different ways, since a token may take in the prompt's end and a turn's first characters.
@@ -28,7 +28,7 @@ class CentralPrompt:
     def __init__(self, model: Any, tokenizer: Any, prompt: str, system: bool, prefix: list[int], cache: Cache) -> None:
         self.prompt, self.prefix = prompt, prefix
         self._model, self._tokenizer, self._system, self._cache = model, tokenizer, system, cache
-        self._adapters, self._weights = model_state.adapters(model), model_state.weights(model)
+        self._adapters, self._weights = model_state.adapter_states(model), model_state.parameter_versions(model)
 
     def request(self, instructions: str | Sequence[str], *, copies: int = 1) -> dict[str, Any]:
         """Arguments for generate(): `model.generate(**central.request("..."), max_new_tokens=64)`.
@@ -96,9 +96,9 @@ class CentralPrompt:
         changed = None
         if self._model.training:
             changed = "the model is in training mode: call model.eval()"
-        elif model_state.adapters(self._model) != self._adapters:
+        elif model_state.adapter_states(self._model) != self._adapters:
             changed = "other adapters are active, or with other weight: set them as they were, or make a new cache"
-        elif model_state.weights(self._model) != self._weights:
+        elif model_state.parameter_versions(self._model) != self._weights:
             changed = "the model's parameters have changed: make a new cache with central_prompt_cache"
         if changed:
             raise RegaError(f"the kept central prompt doesn't fit the model any more: {changed}")
@@ -106,7 +106,7 @@ class CentralPrompt:
     def _check_padding(self) -> None:
         if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
             why = "it has sliding windows, in which padding takes the place of tokens"
-        elif "position_ids" not in inspect.signature(model_state.inner(self._model).forward).parameters:
+        elif "position_ids" not in inspect.signature(model_state.base_model(self._model).forward).parameters:
             why = "it takes no position_ids, so padding inside would move what follows"
         else:
             return

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from gci_kernels.loki.scores import fingerprint
+from gci_kernels.models import model_state
 from gci_kernels.progress import bar as progress_bar
-from gci_kernels.rega import model_state
 from gci_kernels.rega.distilled import DistilledFile, kept
 from gci_kernels.rega.instructions import Pair
 from gci_kernels.rega.prompts import messages, render, require_text, supports_system, template_of
@@ -147,7 +146,7 @@ def check_seed(seed: object) -> None:
 def _identity(model: nn.Module, tokenizer: Any, instructions: Sequence[str]) -> dict[str, Any]:
     """Who answers what. The device belongs to it, for each kind draws other numbers from a seed."""
     return {
-        "model": _digest([fingerprint(model), model_state.adapters(model)]),
+        "model": _digest([model_state.fingerprint(model), model_state.adapter_states(model)]),
         "device": _device(model).type,
         "tokenizer": _digest([template_of(tokenizer), sorted(tokenizer.get_vocab().items())]),
         "instructions": _digest(list(instructions)),
@@ -172,7 +171,7 @@ def _device(model: nn.Module) -> torch.device:
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and a generation config that says nothing but the special tokens; then all as before."""
     modes = [(module, module.training) for module in model.modules()]
-    inner = model_state.inner(model)
+    inner = model_state.base_model(model)
     config = inner.generation_config
     ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -212,7 +211,7 @@ def _answers(
 
 def _special_tokens(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     """The tokens that end an answer, and the one that pads: any at all, for it is masked, and comes after the end."""
-    known = model_state.inner(model).generation_config.eos_token_id
+    known = model_state.base_model(model).generation_config.eos_token_id
     ends = [known] if isinstance(known, int) else list(known or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
