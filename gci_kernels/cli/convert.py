@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from gci_kernels.cli.options import fail
+from gci_kernels.convert.conversions import TO, convert, recognise
 from gci_kernels.convert.files import ConvertError
-from gci_kernels.convert.formats import TO, convert, recognise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Convert a checkpoint; exit status 1 and one line on stderr where that is not possible."""
     try:
-        print(f"{args.source}: {recognise(args.source).value}")
+        print(f"{args.source}: {recognise(args.source).description}")
         done = convert(args.source, args.target, to=args.to, base=args.base, positions=args.positions)
-        print(f"{args.target}: {recognise(args.target).value}, {done.modules} modules")
+        print(f"{args.target}: {recognise(args.target).description}, {done.modules} modules")
     except (ConvertError, OSError) as error:
         return fail(error)
     for note in done.notes:
