@@ -33,7 +33,7 @@ CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) 
 @pytest.fixture
 def texts(monkeypatch):
     """Texts and words that the toy tokenizer knows, and the toy model, in place of the real ones."""
-    monkeypatch.setattr(sources, "licences", lambda tell: TEXTS)
+    monkeypatch.setattr(sources, "licences", lambda log: TEXTS)
     monkeypatch.setattr(general, "instructions", lambda count, seed: INSTRUCTIONS)
     monkeypatch.setattr(
         general, "held_out_texts", lambda count, seed: [" ".join(WORDS[n : n + 7]) for n in range(count)]
@@ -41,8 +41,8 @@ def texts(monkeypatch):
     monkeypatch.setattr(general, "gloss_choices", lambda count, seed: CHOICES[:count])
     monkeypatch.setattr(materials, "CENTRAL", "you are a helpful model")
     monkeypatch.setattr(materials, "ROLES", rega.Roles("you are a helpful model", {"law": "you are a lawyer"}))
-    monkeypatch.setattr(command, "load_tokenizer", lambda name, tell: tokenizer())
-    monkeypatch.setattr(command, "load_model", lambda name, dtype, device, tell: (llama().to(dtype), tokenizer()))
+    monkeypatch.setattr(command, "load_tokenizer", lambda name, log: tokenizer())
+    monkeypatch.setattr(command, "load_model", lambda name, dtype, device, log: (llama().to(dtype), tokenizer()))
 
 
 @pytest.fixture
@@ -271,5 +271,5 @@ def test_other_settings_are_kept_elsewhere():
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
-        runs._write(tmp_path / "a.json", {"a": object()})
+        runs._write_json(tmp_path / "a.json", {"a": object()})
     assert not list(tmp_path.iterdir())

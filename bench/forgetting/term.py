@@ -52,7 +52,7 @@ _MULTIPLES = {2: "twice", 3: "three times", 4: "four times"}
 
 
 def find(text: str) -> tuple[int, str] | None:
-    """(30, "day") of a text with that one term; None of one without a term, or with several."""
+    """The number and unit of a text's only term, such as (30, "day"); None where it has none or several."""
     durations = {(_value(match), match[4].lower()) for match in _DURATION.finditer(text)}
     percents = {(int(match[1]), "percent") for match in _PERCENT.finditer(text)}
     terms = durations | percents
@@ -65,14 +65,14 @@ def _value(match: re.Match[str]) -> int:
 
 
 def passages(text: str) -> list[str]:
-    """The text, where it holds one term; else those of its sentences that hold one and can be read alone."""
+    """The text, where it has one term; else its sentences that have one and can be read alone."""
     if find(text):
         return [text]
     return [part for part in sentences(text) if find(part) and len(part.split()) in WORDS and part[0].isupper()]
 
 
 def question(term: tuple[int, str], rng: random.Random) -> tuple[str, str, str]:
-    """(question, answer, key) of a calculation with the term."""
+    """A calculation with the term: question, answer, and the key to score answers by."""
     number, unit = term
     if unit == "percent":
         return _share(number, rng)
