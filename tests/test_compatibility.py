@@ -143,7 +143,7 @@ def test_a_refusal_is_told_from_an_error(monkeypatch):
 
 
 def test_an_adapter_without_effect_is_seen(monkeypatch):
-    monkeypatch.setattr(checks, "shake", lambda model: None)
+    monkeypatch.setattr(checks, "randomize", lambda model: None)
     assert outcome("loki")["why"] == "forward: the adapter has no effect"
 
 

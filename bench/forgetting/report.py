@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 
+from ..markdown import at_commit, table
 from .domain import GROUPS
 from .gates import separation
 from .methods import EAGER, METHODS
@@ -148,10 +149,10 @@ def _forgetting(result: dict) -> str:
                 *(_cell(row["answers"][name], ".2f") for name in ANSWERS),
             ]
         )  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def short_table(result: dict) -> str:
+def shorttable(result: dict) -> str:
     """What every method forgot, and its cost: the table of the documentation."""
     head = ["method", "trained", *MEASURES.values(), "training, tokens/s", "memory"]
     rows = [
@@ -162,7 +163,7 @@ def short_table(result: dict) -> str:
         ]
         for row in result["summary"]["rows"].values()
     ]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _compared(result: dict) -> list[dict]:
@@ -178,7 +179,7 @@ def _cost(result: dict) -> str:
         ]
         for row in result["summary"]["rows"].values()
     ]  # fmt: skip
-    return _table(head, rows) + (
+    return table(head, rows) + (
         "\n\nTokens are those of the batches without padding; the time is that of whole steps, the optimizer's part "
         "included. Memory: weights, AdamW's moments and the peak of a step above both. Full fine-tuning trains in "
         "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16. Runs come seed by seed, "
@@ -200,7 +201,7 @@ def _gates(result: dict) -> str:
         "How far apart the shares of the gates are that the first half of the experts gets for one type of task "
         "(calculating, type 1) and for the other (type 0): 0 where both halves serve both alike. The published "
         "constraint evens out weight times gate, so each half gets less of the type that it is weighted up for.\n\n"
-    ) + _table(["method", "difference of shares"], rows)
+    ) + table(["method", "difference of shares"], rows)
 
 
 def _claims(result: dict) -> str:
@@ -208,7 +209,7 @@ def _claims(result: dict) -> str:
         [f"{claim['claim']} (arXiv {claim['paper']})", *(verdict(claim["found"][measure]) for measure in MEASURES)]
         for claim in result["summary"]["claims"]
     ]
-    return _table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
+    return table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
 
 
 def _rates(result: dict) -> str:
@@ -220,10 +221,10 @@ def _rates(result: dict) -> str:
         f"the powers of ten with which it reaches the target within {result['settings']['schedule']['steps']} steps, "
         "found with a seed that is in no row above (`--search`); REGA and the balance constraint go with the rate of "
         f"the method without. Kept trials{_commits(result['trials'])}:\n\n"
-    ) + trials_table(result["trials"])
+    ) + trialstable(result["trials"])
 
 
-def trials_table(trials: list[dict]) -> str:
+def trialstable(trials: list[dict]) -> str:
     """The result of each learning rate that was tried."""
     head = ["method", "rate", "domain loss at the end", "step at the target", "KL on texts", "KL on own answers"]
     rows = []
@@ -232,7 +233,7 @@ def trials_table(trials: list[dict]) -> str:
         at = run["matched"]
         cells += [f"{at['step']:.0f}", f"{at['kl_texts']:.3f}", f"{at['kl_own']:.3f}"] if at else ["–"] * 3
         rows.append(cells)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _provenance(result: dict) -> str:
@@ -244,8 +245,7 @@ def _provenance(result: dict) -> str:
 
 def _commits(runs: list[dict]) -> str:
     """The commits of the runs, each after a comma."""
-    found = sorted({(run["commit"]["sha"][:10], run["commit"]["changed"]) for run in runs if run["commit"]})
-    return "".join(f", commit {sha}{' with changes' if changed else ''}" for sha, changed in found)
+    return "".join(sorted({at_commit(run["commit"]) for run in runs}))
 
 
 def _cell(found: dict, form: str) -> str:
@@ -253,9 +253,3 @@ def _cell(found: dict, form: str) -> str:
         return "–"
     spread = "" if found["spread"] is None else f" ±{found['spread']:{form.removeprefix('+')}}"
     return f"{found['mean']:{form}}{spread}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Rows of cells in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

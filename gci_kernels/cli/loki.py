@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gci_kernels.cli.options import add_model, fail, load_model, positive
+from gci_kernels.bench.settings import positive
+from gci_kernels.cli.options import add_model, fail, load_model
 from gci_kernels.files import check_output
 from gci_kernels.loki.attribution import PATHS
 from gci_kernels.loki.files import attribute_file

@@ -34,14 +34,6 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def positive(text: str) -> int:
-    """An option's value as a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def fail(error: Exception) -> int:
     """Prints the error in one line on stderr; returns the exit status 1."""
     print(" ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
