@@ -152,7 +152,7 @@ def _forgetting(result: dict) -> str:
     return table(head, rows)
 
 
-def shorttable(result: dict) -> str:
+def short_table(result: dict) -> str:
     """What every method forgot, and its cost: the table of the documentation."""
     head = ["method", "trained", *MEASURES.values(), "training, tokens/s", "memory"]
     rows = [
@@ -221,10 +221,10 @@ def _rates(result: dict) -> str:
         f"the powers of ten with which it reaches the target within {result['settings']['schedule']['steps']} steps, "
         "found with a seed that is in no row above (`--search`); REGA and the balance constraint go with the rate of "
         f"the method without. Kept trials{_commits(result['trials'])}:\n\n"
-    ) + trialstable(result["trials"])
+    ) + trials_table(result["trials"])
 
 
-def trialstable(trials: list[dict]) -> str:
+def trials_table(trials: list[dict]) -> str:
     """The result of each learning rate that was tried."""
     head = ["method", "rate", "domain loss at the end", "step at the target", "KL on texts", "KL on own answers"]
     rows = []
