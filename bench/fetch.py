@@ -28,8 +28,8 @@ def pip_download(requirement: str, folder: Path, *, source: bool = False) -> Pat
         FetchError: pip failed.
     """
     # The tools that build a source distribution's metadata may come as wheels.
-    kind = f"--no-binary={requirement.partition('==')[0]}" if source else "--only-binary=:all:"
-    options = ["--no-deps", kind, "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    form = f"--no-binary={requirement.partition('==')[0]}" if source else "--only-binary=:all:"
+    options = ["--no-deps", form, "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     before = set(folder.iterdir())
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True
@@ -79,7 +79,7 @@ def cached_folder(folder: Path, make: Callable[[Path], Path], *, what: str, log:
         return _cached_folder(folder, make, what, log)
     except CacheError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise FetchError(f"{what} could not be stored in {folder.parent}: {reason}") from error
 

@@ -64,8 +64,8 @@ def load_model(
     Raises:
         ModelError: the model could not be fetched or read.
     """
-    kind, _, size = name.partition(":")
-    if kind == "random-llama":
+    family, _, size = name.partition(":")
+    if family == "random-llama":
         return _random_llama(size or "tiny", dtype, device), None
     path = _smollm2(log) if name == "smollm2" else Path(name)
     log(f"loading {name}")
@@ -183,10 +183,10 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Switches off the progress bars of transformers, which would interrupt ours."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers.utils.logging.enable_progress_bar()

@@ -24,7 +24,7 @@ from gci_kernels.rega.distilled import read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = Sizes(
-    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=16, arithmetic=4, glosses=3, attributed=2
+    train=12, held_out=6, loss_tasks=3, texts=3, own=1, replayed=3, new_tokens=16, arithmetic=4, glosses=3, attributed=2
 )
 TINY = Comparison(SIZES, Schedule(batch=3, every=2, steps=4, target=0.5), seeds=(0, 1))
 CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) for word in ("rest", "fever", "water")]
@@ -79,10 +79,10 @@ def test_losses_are_those_of_every_text(evaluator, made):
         return sum(losses) / len(losses)
 
     point = evaluator.point(model, 0, 0)
-    assert point.domain_loss == pytest.approx(mean(held_out.looked), abs=1e-5)
+    assert point.domain_loss == pytest.approx(mean(held_out.loss_tasks), abs=1e-5)
     assert point.general_loss == pytest.approx(mean(held_out.texts), abs=1e-5)
     groups = [task.group for task in held_out.domain]
-    assert len(held_out.looked) == 3 and sorted(set(groups)) == ["permission", "summary", "term"]
+    assert len(held_out.loss_tasks) == 3 and sorted(set(groups)) == ["permission", "summary", "term"]
 
 
 def test_answers_come_in_the_order_of_their_prompts(evaluator, made):

@@ -91,10 +91,10 @@ def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
 def configs(method: str) -> dict[str, Make]:
     """The configs to try, by the name of their targets: the method's default first, then those for every model."""
     if method == "lora":
-        whole: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+        options: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
         return {
-            "all-linear": lambda model: LoraConfig(**whole),
-            "all-linear but some": lambda model: LoraConfig(**whole, exclude_modules=["out_proj", *_derived(model)]),
+            "all-linear": lambda model: LoraConfig(**options),
+            "all-linear but some": lambda model: LoraConfig(**options, exclude_modules=["out_proj", *_derived(model)]),
         }
     if method == "loki":
         return {
@@ -103,11 +103,11 @@ def configs(method: str) -> dict[str, Make]:
         }
     sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
     cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
-    whole = {**sizes, "target_modules": "all-linear"}
+    options = {**sizes, "target_modules": "all-linear"}
     return {
         "default": lambda model: cls(**sizes),
-        "all-linear": lambda model: cls(**whole),
-        "all-linear but some": lambda model: cls(**whole, exclude_modules=_derived(model)),
+        "all-linear": lambda model: cls(**options),
+        "all-linear but some": lambda model: cls(**options, exclude_modules=_derived(model)),
     }
 
 

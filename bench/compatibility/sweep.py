@@ -34,8 +34,8 @@ def check_class(name: str, methods: Iterable[str] = tuple(METHODS)) -> Row:
 
 def _short(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f" ({os.path.basename(where.filename)})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+    location = f" ({os.path.basename(where.filename)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{location}"
 
 
 def sweep(

@@ -61,7 +61,7 @@ _INDEXER = {
 }  # fmt: skip
 
 # Further fields that configs need, their own and those of their parts, by the name of the config's class.
-_GIVEN: dict[str, dict[str, Any]] = {
+_EXTRA_FIELDS: dict[str, dict[str, Any]] = {
     "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
     "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "Blip2Config": {"image_token_index": 101},
@@ -173,34 +173,34 @@ def _fill(model: nn.Module) -> None:
             parameter.add_(noise, alpha=0.1)
 
 
-def tiny_config(cls: type[PretrainedConfig], **asked: Any) -> PretrainedConfig:
-    """A config with `asked` in it and all other sizes small.
+def tiny_config(cls: type[PretrainedConfig], **overrides: Any) -> PretrainedConfig:
+    """A config with `overrides` and otherwise small sizes.
 
     Lists with an entry for each layer keep one entry of each kind, so that a hybrid stays one.
     """
-    given = _GIVEN.get(cls.__name__, {}) | asked
+    extra = _EXTRA_FIELDS.get(cls.__name__, {}) | overrides
     parts = cls.sub_configs_defaults
-    standard = _standard(cls, given)
+    standard = _standard(cls, extra)
     fields = {field.name: _standard_value(standard, field) for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            values[name] = tiny_config(type(value), **_inner(parts.get(name)) | given.get(name, {}))
+            values[name] = tiny_config(type(value), **_inner(parts.get(name)) | extra.get(name, {}))
         elif (small := _small(name, value)) != value:
             values[name] = small
     values |= _layers(standard, fields)
     if fields.get("kv_lora_rank") or fields.get("qk_nope_head_dim"):  # latent attention has no groups of heads
         values["num_key_value_heads"] = values.get("num_attention_heads")
-    own = {name: value for name, value in given.items() if not isinstance(fields.get(name), PretrainedConfig)}
+    own = {name: value for name, value in extra.items() if not isinstance(fields.get(name), PretrainedConfig)}
     return cls(**(values | own))
 
 
-def _standard(cls: type[PretrainedConfig], given: dict[str, Any]) -> PretrainedConfig:
+def _standard(cls: type[PretrainedConfig], extra: dict[str, Any]) -> PretrainedConfig:
     """The default config; of the few classes without one, the config with the given fields."""
     try:
         return cls()
     except Exception:
-        return cls(**given)
+        return cls(**extra)
 
 
 def _standard_value(standard: PretrainedConfig, field: dataclasses.Field) -> Any:

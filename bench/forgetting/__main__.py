@@ -46,7 +46,7 @@ class Comparison:
 
 FULL = Comparison(
     Sizes(
-        train=480, held_out=72, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100, glosses=100,
+        train=480, held_out=72, loss_tasks=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100, glosses=100,
         attributed=16,
     ),
     Schedule(batch=6, every=5, steps=40, target=0.55),
@@ -54,7 +54,7 @@ FULL = Comparison(
 )  # fmt: skip
 QUICK = Comparison(
     Sizes(
-        train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
+        train=96, held_out=12, loss_tasks=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
         attributed=4,
     ),
     Schedule(batch=4, every=4, steps=12, target=1.35),

@@ -45,14 +45,14 @@ class HeldOut:
 
     Attributes:
         domain: tasks to generate answers for.
-        looked: conversations about some of these tasks, for the domain loss.
+        loss_tasks: conversations about some of these tasks, for the domain loss.
         texts: general texts, of which every token counts.
         own: general instructions with the original model's own answers.
         arithmetic, glosses: multiple-choice questions.
     """
 
     domain: list[Task]
-    looked: list[Example]
+    loss_tasks: list[Example]
     texts: list[Example]
     own: list[Example]
     arithmetic: list[Choice]
@@ -78,7 +78,7 @@ class Evaluator:
     ) -> None:
         self.tokenizer, self.held_out, self.chat = tokenizer, held_out, chat
         self.pad = tokenizer.pad_token_id
-        self.domain = self._batches(held_out.looked)
+        self.domain = self._batches(held_out.loss_tasks)
         self.general = {"texts": self._batches(held_out.texts), "own": self._batches(held_out.own)}
         with torch.inference_mode():
             self.reference = {
@@ -154,16 +154,16 @@ class Evaluator:
 
         `options` has the same number for each prompt, in the order of the prompts. A prompt is computed once.
         """
-        asked, each = collate(prompts, self.pad), len(options) // len(prompts)
+        batch, each = collate(prompts, self.pad), len(options) // len(prompts)
         output = model(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, logits_to_keep=positions(-1, 0),
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=positions(-1, 0),
             use_cache=True,
         )  # fmt: skip
         output.past_key_values.batch_repeat_interleave(each)
         rows = [torch.tensor(self.tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
         tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         present = tokens != IGNORED
-        mask = torch.cat((asked.attention_mask.repeat_interleave(each, 0), present.long()), 1)
+        mask = torch.cat((batch.attention_mask.repeat_interleave(each, 0), present.long()), 1)
         ids, cache = tokens.masked_fill(~present, self.pad), output.past_key_values
         logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
         logits = torch.cat((output.logits.repeat_interleave(each, 0), logits[:, :-1]), 1)

@@ -122,11 +122,11 @@ def arithmetic(count: int, seed: int) -> list[Choice]:
 
 def _sum(a: int, sign: str, b: int, rng: random.Random) -> Choice:
     result = {"+": a + b, "-": a - b, "x": a * b}[sign]
-    asked = f"{in_words(a)} {_SIGNS[sign]} {in_words(b)}" if rng.random() < 0.5 else f"{a} {sign} {b}"
+    expression = f"{in_words(a)} {_SIGNS[sign]} {in_words(b)}" if rng.random() < 0.5 else f"{a} {sign} {b}"
     wrong = [result + step for step in (-10, -2, -1, 1, 2, 10) if result + step > 0]
     numbers = rng.sample([result, *rng.sample(wrong, 3)], 4)
     options = tuple(f"The answer is {number}." for number in numbers)
-    return Choice(rng.choice(_SUMS).format(asked), options, numbers.index(result))
+    return Choice(rng.choice(_SUMS).format(expression), options, numbers.index(result))
 
 
 def gloss_choices(count: int, seed: int, *, log: Log = to_stderr) -> list[Choice]:

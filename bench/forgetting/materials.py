@@ -28,7 +28,7 @@ class Sizes:
 
     Attributes:
         train, held_out: tasks of the domain.
-        looked: held-out tasks for the domain loss, equally many of each group.
+        loss_tasks: held-out tasks for the domain loss, equally many of each group.
         texts: general texts for the general loss.
         own: general instructions, answered by the original model, that are not trained on.
         replayed: other instructions, of which REGA's mixture replays those with finished answers.
@@ -40,7 +40,7 @@ class Sizes:
 
     train: int
     held_out: int
-    looked: int
+    loss_tasks: int
     texts: int
     own: int
     replayed: int
@@ -119,11 +119,11 @@ class Materials:
     def held_out(self) -> HeldOut:
         """The material for evaluation; :meth:`prepare` comes first."""
         sizes = self.sizes
-        each = sizes.looked // len(domain.GROUPS)
-        looked = [t for group in domain.GROUPS for t in [t for t in self.tasks if t.group == group][:each]]
+        each = sizes.loss_tasks // len(domain.GROUPS)
+        loss_tasks = [t for group in domain.GROUPS for t in [t for t in self.tasks if t.group == group][:each]]
         return HeldOut(
             domain=self.tasks,
-            looked=[Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in looked],
+            loss_tasks=[Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in loss_tasks],
             texts=[
                 plain(self.tokenizer(text)["input_ids"][:128]) for text in general.held_out_texts(sizes.texts, seed=0)
             ],

@@ -87,13 +87,13 @@ def actions(clause: Clause) -> list[Action]:
     """What the clause allows or forbids explicitly, at most one action for each sentence."""
     found = [Action(*_action(sentence), sentence.rstrip(), clause) for sentence in sentences(clause.text)]
     # "You may copy it ... You may not copy it if ...": neither answer is the right one.
-    said = {(_verb(action.phrase), action.key) for action in found}
+    stated = {(_verb(action.phrase), action.key) for action in found}
     return [
         action
         for action in found
         if _askable(action.phrase)
         and len(action.quote.split()) <= 45
-        and (_verb(action.phrase), "yes" if action.key == "no" else "no") not in said
+        and (_verb(action.phrase), "yes" if action.key == "no" else "no") not in stated
     ]
 
 

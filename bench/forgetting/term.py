@@ -76,25 +76,25 @@ def question(term: tuple[int, str], rng: random.Random) -> tuple[str, str, str]:
     number, unit = term
     if unit == "percent":
         return _share(number, rng)
-    kind = rng.randrange(4)
-    if kind == 0:
+    variant = rng.randrange(4)
+    if variant == 0:
         return _multiple(number, unit, rng)
-    if kind == 1 and number > 3:
+    if variant == 1 and number > 3:
         return _remainder(number, unit, rng)
     wordings, ending = _STARTS[unit]
     start = rng.randint(1995, 2030) if unit == "year" else rng.randint(2, 60)
     end = start + number
-    asked = rng.choice(wordings).format(start=start)
+    text = rng.choice(wordings).format(start=start)
     sum_ = f"{start} + {number} = {end}"
-    return asked, f"The clause gives {number} {unit}s. {sum_}, {ending.format(end=end)}.", str(end)
+    return text, f"The clause gives {number} {unit}s. {sum_}, {ending.format(end=end)}.", str(end)
 
 
 def _multiple(number: int, unit: str, rng: random.Random) -> tuple[str, str, str]:
     factor = rng.choice(sorted(_MULTIPLES))
     result = factor * number
-    asked = f"The parties agree on {_MULTIPLES[factor]} the period in the clause. How many {unit}s is that?"
+    text = f"The parties agree on {_MULTIPLES[factor]} the period in the clause. How many {unit}s is that?"
     return (
-        asked,
+        text,
         f"The clause gives {number} {unit}s. {factor} x {number} = {result}, so {result} {unit}s.",
         str(result),
     )
@@ -103,13 +103,13 @@ def _multiple(number: int, unit: str, rng: random.Random) -> tuple[str, str, str
 def _remainder(number: int, unit: str, rng: random.Random) -> tuple[str, str, str]:
     passed = rng.randint(2, number - 2)
     left = number - passed
-    asked = f"Of the period in the clause, {passed} {unit}s have passed. How many {unit}s are left?"
+    text = f"Of the period in the clause, {passed} {unit}s have passed. How many {unit}s are left?"
     left_over = f"{left} {unit} is left" if left == 1 else f"{left} {unit}s are left"
-    return asked, f"The clause gives {number} {unit}s. {number} - {passed} = {left}, so {left_over}.", str(left)
+    return text, f"The clause gives {number} {unit}s. {number} - {passed} = {left}, so {left_over}.", str(left)
 
 
 def _share(number: int, rng: random.Random) -> tuple[str, str, str]:
     whole = 20 * rng.randint(2, 40)
     part = whole * number // 100
-    asked = rng.choice(_SHARES).format(whole=whole)
-    return asked, f"The clause gives {number} percent. {number}% of {whole} = {part}, so {part} shares.", str(part)
+    text = rng.choice(_SHARES).format(whole=whole)
+    return text, f"The clause gives {number} percent. {number}% of {whole} = {part}, so {part} shares.", str(part)

@@ -100,11 +100,11 @@ def run_mix(args: argparse.Namespace) -> int:
         tokenizer = None
         if args.model and (tokenizer := load_tokenizer(args.model)) is None:
             raise ValueError(f"--model {args.model} has no tokenizer, and so no chat template")
-        made = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
-        write_mixture(made, args.out)
+        result = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
+        write_mixture(result, args.out)
     except (ValueError, OSError, ModelError) as error:
         return fail(error)
-    _show_mixture(made, args.out)
+    _show_mixture(result, args.out)
     return 0
 
 
@@ -129,8 +129,8 @@ def _show_answers(path: Path) -> None:
     Console().print(table)
 
 
-def _show_mixture(made: Mixture, path: Path) -> None:
-    counts = made.counts
+def _show_mixture(result: Mixture, path: Path) -> None:
+    counts = result.counts
     table = Table("examples", "own prompt", "central prompt", title=str(path))
     table.add_row(GENERAL, "", str(counts.general))
     for name, count in counts.domains.items():

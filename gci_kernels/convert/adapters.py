@@ -110,7 +110,7 @@ def check_parts(
 
 
 def write_adapter(source: Path, out: Path, config: PeftConfig, plan: Plan, text: str, progress: bool) -> None:
-    """Makes the folder `out` with an adapter of ours, and what goes along with weights in `source`.
+    """Makes the folder `out` with an adapter of ours, and copies the tokenizer and the like from `source`.
 
     `text` names the work beside the progress bar.
     """

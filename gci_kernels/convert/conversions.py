@@ -1,4 +1,4 @@
-"""All conversions: which format a folder has, and the conversion that is asked for."""
+"""The table of conversions, the format of a folder, and the conversion of one."""
 
 import os
 from pathlib import Path

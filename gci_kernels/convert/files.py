@@ -106,14 +106,14 @@ class Checkpoint:
         self.path = index if self.sharded else folder / name
         self._where: dict[str, str] = _weight_map(index) if self.sharded else {}
         self._files = {file: _open(folder / file) for file in (sorted(set(self._where.values())) or [name])}
-        held = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
+        present = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
         for tensor, file in self._where.items():
             if tensor not in self._files[file].keys():
                 raise ConvertError(f"{folder / file} lacks {tensor}, which {INDEX} says is there")
-        if self.sharded and held.keys() != self._where.keys():
-            extra = min(held.keys() - self._where.keys())
-            raise ConvertError(f"{folder / held[extra]} holds {extra}, which {INDEX} does not name")
-        self._where = self._where or held
+        if self.sharded and present.keys() != self._where.keys():
+            extra = min(present.keys() - self._where.keys())
+            raise ConvertError(f"{folder / present[extra]} holds {extra}, which {INDEX} does not name")
+        self._where = self._where or present
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._where))

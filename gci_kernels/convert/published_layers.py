@@ -195,8 +195,8 @@ def merged(checkpoint: Checkpoint, layer: PublishedLayer, active: str, frozen: s
     dtype = checkpoint.dtype(layer.keys[active])
 
     def make() -> Tensor:
-        whole = torch.empty(shape, dtype=dtype)
-        whole.index_copy_(0, layer.rows, checkpoint[layer.keys[active]])
-        return whole.index_copy_(0, layer.rest, checkpoint[layer.keys[frozen]])
+        result = torch.empty(shape, dtype=dtype)
+        result.index_copy_(0, layer.rows, checkpoint[layer.keys[active]])
+        return result.index_copy_(0, layer.rest, checkpoint[layer.keys[frozen]])
 
     return LazyTensor(dtype, shape, make)

@@ -1,4 +1,4 @@
-"""The path "all_positions": each point of it moves a whole prompt, which has keys and values of its own."""
+"""The path "all_positions": each point of it is a whole moved prompt, with its own keys and values."""
 
 import functools
 import math
@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gci_kernels.loki.architecture import (
-    Architecture,
-    CollectingCache,
-    FullLengthLayer,
-    StopForward,
-    hidden_of,
-    hooks,
-)
+from gci_kernels.loki.architecture import Architecture, CollectingCache, FullLengthLayer, StopForward, hidden_of, hooks
 from gci_kernels.loki.product import products
 from gci_kernels.loki.prompt import (
     Prompt,
@@ -93,11 +86,11 @@ def _allocate_caches(prompt: Prompt, group: range, points: int) -> list[tuple[Te
     The other rows are those of the moved prompts that pass the layer, `points` of each earlier layer in the group.
     """
 
-    def allocate(layer: int, own: Tensor) -> Tensor:
-        _, heads, others, size = own.shape
+    def allocate(layer: int, prefix: Tensor) -> Tensor:
+        _, heads, others, size = prefix.shape
         rows = 1 + points * len(range(group.start, min(layer, group.stop)))
-        cache = own.new_empty(rows, heads, others + 1, size)
-        cache[:1, :, :-1] = own
+        cache = prefix.new_empty(rows, heads, others + 1, size)
+        cache[:1, :, :-1] = prefix
         return cache
 
     return [(allocate(layer, keys), allocate(layer, values)) for layer, (keys, values) in enumerate(prompt.prefix)]
@@ -146,15 +139,15 @@ def _move(
         ValueError: the rest of the layer does not take a further dimension.
     """
     alphas = torch.linspace(0, 1, steps, device=hidden.device, dtype=torch.float64)[:-1].to(hidden.dtype)
-    made: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def projected(number: int, output: Tensor) -> Tensor | None:
         if number != layer:
             return None
         difference = output - baseline
         points = baseline + alphas.view(-1, 1, 1, 1) * difference
-        made["difference"], made["leaf"] = difference[0, -1], points[:, 0, -1:].clone().requires_grad_()
-        return torch.cat((output[None], torch.cat((points[:, :, :-1], made["leaf"][:, None]), dim=2)))
+        captured["difference"], captured["leaf"] = difference[0, -1], points[:, 0, -1:].clone().requires_grad_()
+        return torch.cat((output[None], torch.cat((points[:, :, :-1], captured["leaf"][:, None]), dim=2)))
 
     with hooks(arch, projected=projected):
         output = _call(arch, prompt, layer, hidden, CollectingCache())
@@ -162,17 +155,12 @@ def _move(
         raise ValueError(
             f"layer {layer} does not take one more dimension after its projection: use path='last_position'"
         )
-    return output[0].detach(), output[1:, 0].detach(), _MovedPrompts(layer, state=output[1:, 0, -1:], **made)
+    return output[0].detach(), output[1:, 0].detach(), _MovedPrompts(layer, state=output[1:, 0, -1:], **captured)
 
 
 @torch.no_grad()
 def _fill_caches(
-    arch: Architecture,
-    prompt: Prompt,
-    first: int,
-    prompts: Tensor,
-    caches: list[tuple[Tensor, Tensor]],
-    part: slice,
+    arch: Architecture, prompt: Prompt, first: int, prompts: Tensor, caches: list[tuple[Tensor, Tensor]], part: slice
 ) -> None:
     """Write keys and values of a `part` of `prompts` [n, T, hidden], which enter layer `first`.
 

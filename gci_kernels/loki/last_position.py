@@ -59,13 +59,13 @@ def _score_group(
     def projected(number: int, output: Tensor) -> Tensor | None:
         if number not in group:
             return None
-        own = output[:, -1:].detach().clone()
+        unscaled = output[:, -1:].detach().clone()
         if number < arch.last:
-            errors.append(relative_error(own, prompt.outputs[number]))
-        outputs.append(own[:, 0])
-        leaves.append((own * alphas).requires_grad_())
+            errors.append(relative_error(unscaled, prompt.outputs[number]))
+        outputs.append(unscaled[:, 0])
+        leaves.append((unscaled * alphas).requires_grad_())
         parts = [output[:, : (number - group.start) * steps], leaves[-1]]
-        return torch.cat(parts + [own] if number == arch.last else parts, dim=1)
+        return torch.cat(parts + [unscaled] if number == arch.last else parts, dim=1)
 
     layers = [PrefixLayer(*prefix) for prefix in prompt.prefix]
     logits = run_step(arch, prompt, layers, errors, before=before, projected=projected)
@@ -91,5 +91,5 @@ def _stream_mask(row: Tensor | None, hidden: Tensor, prefix: int) -> Tensor:
     elif row.dtype == torch.bool:
         row = torch.zeros_like(row, dtype=hidden.dtype).masked_fill_(~row, closed)
     seen = row[..., :prefix].expand(-1, -1, streams, -1)
-    own = hidden.new_full((streams, streams), closed).fill_diagonal_(0)
-    return torch.cat((seen, own.expand(*seen.shape[:2], -1, -1)), dim=-1)
+    diagonal = hidden.new_full((streams, streams), closed).fill_diagonal_(0)
+    return torch.cat((seen, diagonal.expand(*seen.shape[:2], -1, -1)), dim=-1)

@@ -19,8 +19,8 @@ def products(x: Tensor) -> contextlib.AbstractContextManager:
     of whole prompts, and 10 to 11 where each core has prompts of its own.
     """
     mkldnn = torch.backends.mkldnn
-    there = mkldnn.is_available() and mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return _OneDNN() if there and x.device.type == "cpu" and x.dtype == torch.float32 else contextlib.nullcontext()
+    available = mkldnn.is_available() and mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _OneDNN() if available and x.device.type == "cpu" and x.dtype == torch.float32 else contextlib.nullcontext()
 
 
 class _OneDNN(TorchFunctionMode):
@@ -34,6 +34,6 @@ class _OneDNN(TorchFunctionMode):
 
 
 def _plain(tensor: Tensor | None) -> bool:
-    """Whether it is a dense float32 tensor on the CPU, of no subclass with a storage of its own; or None."""
+    """Whether it is a dense float32 tensor on the CPU, of no subclass with other storage; or None."""
     known = type(tensor) in (Tensor, torch.nn.Parameter)
     return tensor is None or (known and tensor.device.type == "cpu" and tensor.dtype == torch.float32)

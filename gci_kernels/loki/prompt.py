@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gci_kernels.loki.architecture import (
-    Architecture,
-    BeforeLayer,
-    CollectingCache,
-    OutputHook,
-    PrefixLayer,
-    hooks,
-)
+from gci_kernels.loki.architecture import Architecture, BeforeLayer, CollectingCache, OutputHook, PrefixLayer, hooks
 
 # The decoding step must give an unchanged stream the same numbers as the whole pass, to rounding; else the model
 # depends on something that the step does not have.

@@ -53,13 +53,13 @@ class CentralPrompt:
                 model has sliding windows or takes no position_ids, so that it would count padding as tokens.
         """
         self._check_state()
-        asked = [instructions] if isinstance(instructions, str) else list(instructions)
-        if not asked:
+        texts = [instructions] if isinstance(instructions, str) else list(instructions)
+        if not texts:
             raise ValueError("instructions must be a string or a sequence of at least one")
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}")
         length = len(self.prefix)
-        rests = [self._tokens(index, text)[length:] for index, text in enumerate(asked)]
+        rests = [self._tokens(index, text)[length:] for index, text in enumerate(texts)]
         width = max(map(len, rests))
         if any(len(rest) < width for rest in rests):
             self._check_padding()
@@ -67,8 +67,8 @@ class CentralPrompt:
         ids = [self.prefix + [self._pad] * pad + rest for pad, rest in zip(pads, rests, strict=True)]
         mask = [[1] * length + [0] * pad + [1] * len(rest) for pad, rest in zip(pads, rests, strict=True)]
         cache: Any = copy.deepcopy(self._cache)
-        if len(asked) * copies > 1:
-            cache.batch_repeat_interleave(len(asked) * copies)
+        if len(texts) * copies > 1:
+            cache.batch_repeat_interleave(len(texts) * copies)
         device = self._model.device
         return {
             "input_ids": torch.tensor(ids, device=device),

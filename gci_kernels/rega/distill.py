@@ -105,14 +105,14 @@ def distill(
         seen = {_normal(pair.answer) for pair in kept(records)}
         for first in range(len(records), len(texts), batch_size):
             answers = _answers(model, tokenizer, texts[first : first + batch_size], sampling, seeds[first])
-            made = [
+            new = [
                 _record(index, instructions[index], seeds[first], *answer, seen)
                 for index, answer in enumerate(answers, first)
             ]
             if file is not None:
-                file.write(made)
-            records += made
-            bar.advance(len(made))
+                file.write(new)
+            records += new
+            bar.advance(len(new))
             if after:
                 after(len(records))
     return kept(records)
@@ -199,11 +199,11 @@ def _answers(
     ids, mask = _padded([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], pad)
     device = _device(model)
     with torch.no_grad(), _seeded(seed):
-        made = model.generate(
+        output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=pad,
             **sampling.options(),
         )  # fmt: skip
-    for row in made[:, ids.shape[1] :].tolist():
+    for row in output[:, ids.shape[1] :].tolist():
         stop = next((index for index, token in enumerate(row) if token in ends), None)
         count = len(row) if stop is None else stop + 1
         yield tokenizer.decode(row[:count], skip_special_tokens=True).strip(), count, stop is not None

@@ -47,8 +47,8 @@ class DistilledFile:
             found, records = _parse(path, data)
             _check_header(path, found, json.loads(first))
             _check_records(path, records, instructions, seeds)
-            whole = len(records) if len(records) == len(instructions) else len(records) // batch * batch
-            self.records, size = records[:whole], sum(len(_line(r)) for r in records[:whole]) + len(first)
+            complete = len(records) if len(records) == len(instructions) else len(records) // batch * batch
+            self.records, size = records[:complete], sum(len(_line(r)) for r in records[:complete]) + len(first)
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._file.truncate(size)
         self._file.seek(size)
