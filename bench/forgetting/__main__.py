@@ -46,8 +46,8 @@ class Comparison:
 
 FULL = Comparison(
     Sizes(
-        train=480, held_out=72, loss_tasks=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100, glosses=100,
-        attributed=16,
+        train=480, held_out=72, loss_tasks=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100,
+        glosses=100, attributed=16,
     ),
     Schedule(batch=6, every=5, steps=40, target=0.55),
     seeds=(0, 1, 2),

@@ -10,9 +10,14 @@ from .batches import Batch
 
 
 @torch.inference_mode()
-def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]]:
-    """The mean gate of each expert over all tokens (without padding) and layers, [2, experts]: task types 0 and 1."""
+def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]] | None:
+    """The mean gate of each expert over all tokens (without padding) and layers, [2, experts]: task types 0 and 1.
+
+    None where the model has no layers of LoRAMoE.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    if not layers:
+        return None
     experts = layers[0].num_experts[ADAPTER]
     sums, counts = torch.zeros(2, experts, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     batch: Batch

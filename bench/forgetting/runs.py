@@ -99,7 +99,6 @@ class Runs:
             pad=materials.tokenizer.pad_token_id, seed=seed, after=after,
         )  # fmt: skip
         used = _as_used(model.eval(), method)
-        gated = "loramoe" in name and not method.eager
         return {
             "method": name,
             "title": method.title,
@@ -118,7 +117,7 @@ class Runs:
                 "optimizer": 2 * sum(parameter.nbytes for parameter in trained),
                 "step": history.memory,
             },
-            "gates": mean_gates(model, evaluator.domain) if gated else None,
+            "gates": mean_gates(model, evaluator.domain),
             "mixture": counts,
             "commit": commit(),
         }
