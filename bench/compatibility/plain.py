@@ -63,7 +63,7 @@ class PlainALoRA(PlainLayer):
 
     def __init__(self, layer: ALoRALinear, base: nn.Module) -> None:
         super().__init__(layer, base)
-        self.heads = layer.num_heads[ADAPTER]
+        self.heads = layer.configs[ADAPTER].num_heads
         self.before: dict[int, Tensor] = {}  # the inputs so far, by the number of the call within a forward
         self.calls = 0
 

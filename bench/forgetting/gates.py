@@ -18,7 +18,7 @@ def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]] | No
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
     if not layers:
         return None
-    experts = layers[0].num_experts[ADAPTER]
+    experts = layers[0].configs[ADAPTER].num_experts
     sums, counts = torch.zeros(2, experts, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     batch: Batch
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gci_kernels.convert.files import Checkpoint
+from gci_kernels.tuners.methods import method_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,5 +60,6 @@ PLAIN = Format("a plain model")
 
 def adapter_format(config_cls: Any) -> Format:
     """The format of a method's own adapters, by the configuration class that it registers with PEFT."""
-    names = (config_cls.method, config_cls.method.in_file)
-    return Format(f"a {config_cls.method.value} adapter", is_adapter=lambda config: config.get("peft_type") in names)
+    method = method_type(config_cls.method)
+    names = (method.value, method.in_file)
+    return Format(f"a {method.value} adapter", is_adapter=lambda config: config.get("peft_type") in names)
