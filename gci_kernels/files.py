@@ -65,7 +65,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        scratch.write_text(text)
+        scratch.write_bytes(text.encode())  # UTF-8 and line feeds on every system
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
