@@ -17,10 +17,18 @@ from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.decode import Group, find_step
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer
-from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.base import check_integer
+from gci_kernels.tuners.bottleneck import (
+    BottleneckConfig,
+    BottleneckLayer,
+    BottleneckModel,
+    classes_of,
+    register,
+    uniform,
+    zeros_or_uniform,
+)
+from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.replay import may_replay
-from gci_kernels.tuners.scaling import applied, number
 
 
 @dataclass
@@ -164,8 +172,8 @@ class ALoRALinear(BottleneckLayer):
                 return None
             groups = tokens.groups(self._group)  # held, for a step knows addresses alone
             found: Any = find_step(rows, weight, bias, groups, tokens.rows)
-            place = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
-            return None if place is None else found.attend(rows, y, *place)
+            reserved = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
+            return None if reserved is None else found.attend(rows, y, *reserved)
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
