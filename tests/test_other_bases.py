@@ -422,11 +422,11 @@ def adapted(model: nn.Module, method: str) -> PeftModel:
 
 def dequantised(model: nn.Module) -> nn.Module:
     """The same model with plain layers of the weights that the quantised ones stand for."""
-    from gci_kernels.tuners.loki import _dequantised
+    from gci_kernels.tuners.loki import dequantised_weight
 
     for name, module in list(model.model.named_modules()):
         if fusion.has_rows(module):
-            weight = _dequantised(module).detach()
+            weight = dequantised_weight(module).detach()
             plain = nn.Linear(weight.shape[1], weight.shape[0])
             plain.weight.data, plain.bias.data = weight.float(), module.bias.detach().float()
             model.model.set_submodule(name, plain.requires_grad_(False))

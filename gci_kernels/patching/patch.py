@@ -13,7 +13,8 @@ from torch import nn
 from gci_kernels.impl import check_impl
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
-from gci_kernels.patching.report import LayerReport, Report, obstacle, report
+from gci_kernels.patching.peft_layers import obstacle
+from gci_kernels.patching.report import LayerReport, Report, report
 from gci_kernels.patching.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
 from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, frozen, published_loki
 from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
@@ -108,7 +109,7 @@ def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | Lor
 
 def _take_over(model: nn.Module) -> None:
     """Swaps every layer that has a fused form."""
-    published = [module for module in model.modules() if published_loki.is_split(module)]
+    published = [module for module in model.modules() if published_loki.is_published_layer(module)]
     for module in published:
         published_loki.swap(module)
     _fuse_lora(model, needed=not published)
@@ -138,7 +139,7 @@ def _set_impl(model: nn.Module, impl: str) -> bool:
     """Gives every adapted layer its `impl`; returns whether one had another than "auto" before."""
     changed = False
     for module in model.modules():
-        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, published_loki.FusedSplit)):
+        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, published_loki.FusedPublishedLayer)):
             changed |= vars(module).pop("gci_impl", None) is not None
             if impl != "auto":
                 vars(module)["gci_impl"] = impl
@@ -171,7 +172,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
     fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, published_loki.FusedSplit)]
+    published = [module for module in model.modules() if isinstance(module, published_loki.FusedPublishedLayer)]
     if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "

@@ -149,7 +149,7 @@ class ALoRALinear(BottleneckLayer):
             impl=self.gci_impl,
         )  # fmt: skip
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(mix.names)
         rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)

@@ -190,14 +190,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if self._disable_adapters or self.merged_adapters:
             return self._base_alone(x, mix)
         if mix is not None:
             return self._mixed(x, mix)
         return self._adapted(x, self.adapters())
 
-    def _base_alone(self, x: Tensor, mix: mixed.Mix | None) -> Tensor:
+    def _base_alone(self, x: Tensor, mix: mixed.MixedBatch | None) -> Tensor:
         """The base layer's output, while the adapters are merged into it or disabled."""
         if self.merged and mix is not None:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
@@ -208,7 +208,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         raise NotImplementedError
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Every row of x with the adapter of its own."""
         raise NotImplementedError
 
@@ -249,7 +249,7 @@ class BottleneckLayer(DecodingLayer, AdaptedLinear):
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         return self._run(x, names)
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
         return self._run_mixed(x, mix.names, self.r)
 
@@ -355,7 +355,7 @@ class AdaptedModel(BaseTuner):
             return
         known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.r}
         names = mixed.checked_names(self, kwargs["adapter_names"], known)
-        with mixed.given(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
+        with mixed.enabled(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
             yield
 
 

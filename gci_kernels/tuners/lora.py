@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
 from gci_kernels.ops import lora_linear
+from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.decoding import DecodingLayer
@@ -85,14 +87,14 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
     def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
     ) -> Tensor:
-        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if mix is not None:
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters or self.obstacle() is not None:
             return own_forward(self, x, *args, **kwargs)
         return self._run(x, self.adapters())
 
-    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.Mix, *args, **kwargs) -> Tensor:
+    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args, **kwargs) -> Tensor:
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
@@ -113,6 +115,10 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
             x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name), impl=self.gci_impl
         )  # fmt: skip
         return y if extra is None else y + extra.to(y.dtype)
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
+        return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
 
     def _dropout_p(self, name: str) -> float:
         dropout = _part(self, "lora_dropout", name)
@@ -163,7 +169,7 @@ class FusedLoraModel(Swapped, _Tuner):
             return
         taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            with mixed.given(self, names, args, kwargs, (FusedLora,), taking):
+            with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
                 yield
 
     def _takes(self, names: object) -> bool:
