@@ -31,10 +31,12 @@ def obstacle(module: Any, *, active_only: bool = False) -> str | None:
 def replaced_forward(module: nn.Module) -> str | None:
     """Whose forward was set on the instance and runs instead of its class's, or None."""
     own, old = vars(module).get("forward"), vars(module).get("_old_forward")
-    if own is None or hooks.is_own(module, own):  # accelerate leaves the class's there when its hooks are taken away
+    if own is None or hooks.is_class_forward(
+        module, own
+    ):  # accelerate leaves the class's there when its hooks are taken away
         return None
     if old is not None:  # accelerate's hooks call that between their own parts
-        if hooks.is_own(module, old):
+        if hooks.is_class_forward(module, old):
             return None
         return "an accelerate hook that is older than the patch calls the forward that it found"
     owner = type(own.__self__).__name__ if isinstance(own, MethodType) and own.__self__ is not module else None

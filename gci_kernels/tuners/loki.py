@@ -94,6 +94,7 @@ class LoKILinear(AdaptedLinear):
     settings_name = "loki_settings"
     former_names = {"loki_B": "loki_lora_B"}
     method_name = "LoKI"
+    unmerges_exactly = True
     loki_active: nn.ParameterDict
     loki_A: nn.ParameterDict
     loki_lora_B: nn.ParameterDict

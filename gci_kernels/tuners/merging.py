@@ -26,6 +26,8 @@ class ExactMerge(_Layer):
     left to PEFT; :func:`rounds` is then True.
     """
 
+    unmerges_exactly = True
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which first copies the base layer's weights."""
         if self.merged:
