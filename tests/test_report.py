@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import nn
+from toy_lora import adapted_layers, tiny_llama, with_lora, with_two_adapters
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report
+from gci_kernels.ops.bottleneck import choose_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,3 +132,54 @@ def test_accelerate_hooks(method):
     assert all(row.declined is None for row in report(model))
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     assert all(row.declined is None for row in report(model))
+
+
+def test_report_of_loramoe():
+    model = patch(tiny_llama(torch.float32), LoRAMoEConfig(r=4, num_experts=8))
+    rows = report(model)
+    assert [row.name for row in rows] == list(adapted_layers(model))
+    kinds = {(row.method, row.dtype, row.base, row.declined) for row in rows}
+    assert kinds == {("LoRAMoE 8x4", "float32", "fused", None)}
+    assert {row.name.rpartition(".")[2]: row.shape for row in rows} == {
+        "gate_proj": "64 -> 96",
+        "up_proj": "64 -> 96",
+        "down_proj": "96 -> 64",
+    }
+    plan = str(choose_plan("auto", tokens=2048, dtype=torch.float32, device_type="cpu"))
+    assert {row.plan for row in rows} == {plan}
+
+
+def test_report_of_lora():
+    model = with_two_adapters()
+    assert {row.declined for row in report(model)} == {"not patched: call gci_kernels.patch(model)"}
+    assert {row.plan for row in report(model)} == {None}
+    rows = {row.name: row for row in report(patch(model))}
+    assert rows.keys() == adapted_layers(model).keys()
+    assert all((row.plan is None) != (row.declined is None) and row.dtype == "float64" for row in rows.values())
+    assert {name.rpartition(".")[2]: row.method for name, row in rows.items()} == {
+        "gate_proj": "LoRA r=4",
+        "down_proj": "LoRA r=4",
+        "q_proj": "LoRA r=4, r=3",
+        "up_proj": "LoRA r=3",
+    }
+
+
+def test_report_says_why_the_base_layer_is_called():
+    model = patch(with_lora())
+    name, layer = next(iter(adapted_layers(model).items()))
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    assert {row.name: row.base for row in report(model) if row.base != "fused"} == {name: "own call: it has hooks"}
+
+
+def test_printed_report_has_one_row_for_equal_layers():
+    model = with_two_adapters(use_dora=True)
+    patch(model).base_model.set_adapter("other")
+    printed = str(report(model))
+    assert "layers.*.mlp.gate_proj x 2" in printed and "layers.*.self_attn.q_proj x 2" in printed
+    assert "declined: adapter 'other' uses DoraLinearVariant" in printed
+    assert "project=" in printed
+    assert sum(" x 2" in line for line in printed.splitlines()) == 4
+
+
+def test_report_of_a_model_without_adapters_is_empty():
+    assert report(tiny_llama()) == []
