@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from toy_plain import IDS, METHODS, Plain, config_of, llama, train
+from toy_adapters import IDS, METHODS, Plain, config_of, llama, train
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gci_kernels import patch, unpatch

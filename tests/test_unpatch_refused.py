@@ -2,7 +2,7 @@
 
 import pytest
 from torch import nn
-from toy_plain import METHODS, Plain, config_of, llama
+from toy_adapters import METHODS, Plain, config_of, llama
 
 from gci_kernels import patch, unpatch
 

@@ -258,7 +258,7 @@ def _value_check(task_types: Tensor, text: Grid | None) -> Callable[[], None]:
 
 
 def _loss_fraction(labels: Tensor | None, kwargs: dict) -> Tensor | float:
-    """This batch's part of the targets of an optimizer step; 1 where nobody counted them."""
+    """This batch's part of the targets of an optimizer step; 1 where they are not counted."""
     items, targets = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
     if targets is None and labels is not None:
         targets = labels[..., 1:]  # as Trainer counts

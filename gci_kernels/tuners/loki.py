@@ -150,7 +150,7 @@ class LoKILinear(AdaptedLinear):
             return self.base_layer(x)
         self._check_disjoint(names)
         weight, bias, y = mixed._base_operands(self.base_layer, x)
-        # In a decoding step replacing columns of the base product, which is nobody else's then, costs least.
+        # In a decoding step the cheapest way is to overwrite columns of the base product, which no one else holds.
         in_place = y is None and self.gci_impl == "auto" and fusion.decodes(x)
         first, *others = names
         if weight is not None and (self.r[first] or not in_place):

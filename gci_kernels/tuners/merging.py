@@ -42,7 +42,7 @@ class ExactMerge(_Layer):
             vars(self)[_ROUNDED] = rounds(self) or unmerged.keys() != weights.keys()
 
     def unmerge(self) -> None:
-        """PEFT's, and then the copies are written back to the weights that nobody has changed."""
+        """PEFT's; then the copies are written back to the weights that are as merging left them."""
         unmerged = self._unmerged()
         super().unmerge()
         if not self.merged:
