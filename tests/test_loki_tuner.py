@@ -196,3 +196,15 @@ def test_beside_another_method_of_ours_in_one_model():
     model = patch(plain(), LoRAMoEConfig(target_modules=["up_proj"]))
     both = get_peft_model(model.base_model.model, config())
     assert len(loki_layers(both)) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("r", (None, 2))
+def test_what_a_base_layer_returned_is_left_as_it_was(r, tokens):
+    """A hook may keep it, and a decoding step writes into the base product where nobody can."""
+    model, seen = adapted(r=r, dtype=torch.float32), []
+    for layer in loki_layers(model).values():
+        layer.base_layer.register_forward_hook(lambda module, args, y: seen.append((y, y.clone())))
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1].repeat(1, tokens))
+    assert len(seen) == 2 and all(torch.equal(y, copied) for y, copied in seen)

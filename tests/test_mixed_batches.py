@@ -355,3 +355,16 @@ def test_a_mixed_batch_trains_after_inference_mode():
     with torch.inference_mode():
         model(BATCH, adapter_names=NAMES)
     model(BATCH, adapter_names=NAMES).logits.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("method", (*METHODS, "loki"))
+def test_what_a_base_layer_returned_is_left_as_it_was(method, tokens):
+    """A hook may keep it; neither a decoding step nor the layers' own products write into it."""
+    model, seen = with_two(method), []
+    for name, module in model.named_modules():
+        if name.endswith("down_proj.base_layer"):
+            module.register_forward_hook(lambda module, args, y: seen.append((y, y.clone())))
+    with torch.no_grad():
+        model(input_ids=BATCH[:, :1].repeat(1, tokens), adapter_names=NAMES)
+    assert len(seen) == 2 and all(torch.equal(y, copied) for y, copied in seen)
