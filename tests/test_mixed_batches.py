@@ -368,3 +368,14 @@ def test_what_a_base_layer_returned_is_left_as_it_was(method, tokens):
     with torch.no_grad():
         model(input_ids=BATCH[:, :1].repeat(1, tokens), adapter_names=NAMES)
     assert len(seen) == 2 and all(torch.equal(y, copied) for y, copied in seen)
+
+
+@pytest.mark.parametrize("method", ("lora", "loramoe", "loki"))
+def test_a_base_layer_that_returns_another_dtype(method):
+    """As quantised ones may; a decoding step of float32 cannot be added to it."""
+    layer, x = with_two(method).base_model.model.model.layers[0].mlp.down_proj, torch.randn(4, 1, 96)
+    with torch.no_grad():
+        expected = layer(x, adapter_names=NAMES)
+        layer.base_layer.register_forward_hook(lambda module, args, y: y.double())
+        y = layer(x, adapter_names=NAMES)
+    assert y.dtype == torch.float64 and relative_error(y, expected) < 1e-6
