@@ -47,15 +47,15 @@ FUSED_LORA = {
 
 @pytest.fixture
 def fused_calls(monkeypatch) -> list[dict]:
-    """The keyword arguments of every call of the fused op by a patched layer."""
+    """The arguments of every call of the fused op by a patched layer."""
     module = importlib.import_module("gci_kernels.tuners.lora")
-    calls, original = [], module.lora_linear
+    calls, original = [], module.adapted_linear
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return original(*args, **kwargs)
+    def spy(*args):
+        calls.append(dict(zip(("operands", "mixer", "numbers", "scaling", "dropout_p", "impl"), args, strict=True)))
+        return original(*args)
 
-    monkeypatch.setattr(module, "lora_linear", spy)
+    monkeypatch.setattr(module, "adapted_linear", spy)
     return calls
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from gci_kernels import patch, report, unpatch
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.ops import lora_linear
+from gci_kernels.ops.bottleneck import adapted_linear
 from gci_kernels.ops.decode import native
 from gci_kernels.tuners import fusion
 from gci_kernels.tuners.lora import FusedLora
@@ -45,11 +45,11 @@ def fused_calls(monkeypatch) -> list[tuple]:
     """The weight and bias that every call of the fused op by a patched LoRA layer was given."""
     calls = []
 
-    def spy(x, weight, bias, *args, **kwargs):
-        calls.append((weight, bias))
-        return lora_linear(x, weight, bias, *args, **kwargs)
+    def spy(operands, *args):
+        calls.append(operands[1:3])
+        return adapted_linear(operands, *args)
 
-    monkeypatch.setattr("gci_kernels.tuners.lora.lora_linear", spy)
+    monkeypatch.setattr("gci_kernels.tuners.lora.adapted_linear", spy)
     return calls
 
 
@@ -180,7 +180,7 @@ def test_a_decoding_step_adds_what_training_adds(folder, base, autocast, monkeyp
     x = torch.randn(2, 1, layer.in_features).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
         step = layer(x)
-        monkeypatch.setattr(fusion, "decodes", lambda x: False)
+        monkeypatch.setattr(fusion, "takes_steps", lambda impl, x: False)
         assert relative_error(step, layer(x)) < 1e-2 and step.dtype == torch.bfloat16
 
 

@@ -124,7 +124,7 @@ def test_report_of_loramoe():
         "up_proj": "64 -> 96",
         "down_proj": "96 -> 64",
     }
-    plan = str(choose_plan("auto", tokens=2048, dtype=torch.float32, device_type="cpu"))
+    plan = str(choose_plan("auto", 2048, torch.float32, "cpu", "gate"))
     assert {row.plan for row in rows} == {plan}
 
 

@@ -38,8 +38,3 @@ def swap_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, UpcastLinear):
             give_class(module, module._gci_parts[0])
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is a torch.nn.Linear, or one that :func:`swap_all` gave another class; no derived class."""
-    return type(module) is nn.Linear or isinstance(module, UpcastLinear)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
-from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
 
 
@@ -58,7 +58,7 @@ class LoKIConfig(AdaptedConfig):
     rows: dict[str, int] | None = None
     num_layers: int | None = None
 
-    method: ClassVar[Method] = Method.GCI_LOKI
+    method: ClassVar[str] = "LoKI"
     for_mlps = True
 
     def __post_init__(self) -> None:
@@ -145,13 +145,13 @@ class LoKILinear(AdaptedLinear):
         with hooks.onloaded(base):
             return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
-    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if not names:
             return self.base_layer(x)
         self._check_disjoint(names)
-        weight, bias, y = mixed._base_operands(self.base_layer, x)
+        weight, bias, y = fusion.base_operands(self.base_layer, x)
         # In a decoding step the cheapest way is to overwrite columns of the base product, which no one else holds.
-        in_place = y is None and self.gci_impl == "auto" and fusion.decodes(x)
+        in_place = y is None and self.gci_impl == "auto" and fusion.takes_steps("auto", x)
         first, *others = names
         if weight is not None and (self.r[first] or not in_place):
             y = self._fused(x, weight, bias, first)
@@ -207,7 +207,7 @@ class LoKILinear(AdaptedLinear):
         B = self.parameter("loki_lora_B", name)
         return index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
 
-    def _check_disjoint(self, names: list[str]) -> None:
+    def _check_disjoint(self, names: Sequence[str]) -> None:
         """ValueError where two of the adapters train the same row."""
         if len(names) < 2:
             return
@@ -395,4 +395,4 @@ class LoKIModel(AdaptedModel):
         layer.update_layer(name, config, self.rows[key])
 
 
-register(LoKIConfig, LoKIModel)
+register_with_peft(LoKIConfig, LoKIModel)

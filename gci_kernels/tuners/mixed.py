@@ -173,11 +173,17 @@ class Tokens:
         self.rows = tuple(sample * each + t for sample in order for t in range(each))
         self.counts = {name: len(samples) * each for name, samples in self.samples.items()}
 
-    def groups(self, group: Callable[[str, int, int], Group]) -> tuple[Group, ...]:
-        """One for each adapter; `group` makes it from its name, how many tokens it has, and the first of them."""
+    def groups(self, group: Callable[[str, int, int], Group | None]) -> tuple[Group, ...] | None:
+        """One for each adapter; None where a decoding step cannot compute one of them.
+
+        Args:
+            group: makes it from the adapter's name, how many tokens it has, and the first of them.
+        """
         groups, first = [], 0
         for name, count in self.counts.items():
-            groups.append(group(name, count, first))
+            if (made := group(name, count, first)) is None:
+                return None
+            groups.append(made)
             first += count
         return tuple(groups)
 
@@ -195,19 +201,6 @@ def _cached_indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(samples, device=device)
 
 
-def _base_operands(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What an adapter's op takes of its base layer: (weight, bias, None), or (None, None, base(x)).
-
-    Weight and bias where a kernel may read them, else the base layer's own product.
-
-    Raises:
-        TypeError: the base layer returns no tensor.
-    """
-    if fusion.obstacle(base, x) is not None:
-        return None, None, fusion.product(base, x)
-    return *fusion.operands(base), None
-
-
 def combine(
     base: nn.Module, x: Tensor, tokens: Tokens, add: Callable[[Tensor, Tensor, str, Tensor], Tensor],
     step: MixedStep | None,
@@ -222,7 +215,7 @@ def combine(
     """
     y: Tensor | None = None
     if step is not None and tokens.samples:
-        weight, bias, y = _base_operands(base, x)
+        weight, bias, y = fusion.base_operands(base, x)
         if y is None or y.dtype == x.dtype:
             # What the base layer returned may have been kept by others, so a step writes into a copy.
             own = None if y is None else y.clone(memory_format=torch.contiguous_format)
