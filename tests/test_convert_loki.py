@@ -29,7 +29,7 @@ from gci_kernels import patch
 from gci_kernels.accuracy import relative_error
 from gci_kernels.convert import ConvertError, convert, formats, loki, loki_merge_published, recognise
 from gci_kernels.loki import read_positions, write_positions
-from gci_kernels.tuners.published_loki import FusedSplit
+from gci_kernels.tuners.published_loki import FusedPublishedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +94,7 @@ def test_loki_to_published(tmp_path, dtype, bias, size, r):
     published.load_state_dict(weights)
     assert relative_error(logits(published), logits(model)) < TOLERANCE[dtype]
     patch(published)
-    assert isinstance(published.model.layers[0].mlp.down_proj, FusedSplit)
+    assert isinstance(published.model.layers[0].mlp.down_proj, FusedPublishedLayer)
     assert relative_error(logits(published), logits(model)) < TOLERANCE[dtype]
     config = read(tmp_path / "published" / "config.json")
     assert config["target_pos"] == [sorted(rows) for rows in ROWS]

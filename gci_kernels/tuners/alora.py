@@ -121,7 +121,7 @@ class _Layer(BottleneckLayer):
         segments = check_sequence(tokens, x.shape[0], x.shape[1], 0 if past is None else past.shape[1], x.device)
         return self._compute(x, name, weight, bias, segments, past)
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(mix.names)
         rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)
@@ -131,8 +131,8 @@ class _Layer(BottleneckLayer):
         kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
-            groups: Any = tokens.groups(self._group)  # held, for a step knows addresses alone
-            if context.shape[1] != 1 or any(group is None for group in groups):
+            groups = tokens.groups(self._group)  # held, for a step knows addresses alone
+            if context.shape[1] != 1 or groups is None:
                 return None
             found: Any = find_step(rows, weight, bias, groups, tokens.rows)
             reserved = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
