@@ -18,8 +18,8 @@ The numbers are those of the third such call: what is prepared once is prepared 
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -40,7 +40,8 @@ CONFIGS: dict[str, PeftConfig] = {
 }
 
 
-class Calls(NamedTuple):
+@dataclass(frozen=True)
+class Calls:
     """What one call of a layer enters: the code of every Python function, in order."""
 
     entered: list[CodeType]

@@ -1,4 +1,4 @@
-"""README, docs and the project's other pages: links, names and paths exist, and measured numbers are those of the result files."""
+"""README, docs and other pages: links, names and paths exist, and measured numbers are those of the result files."""
 
 import functools
 import importlib
