@@ -85,6 +85,8 @@ def test_ci_checks_style_and_types_before_the_tests():
     order = ["bash .ci/style", '-c "$install"', ".venv/bin/mypy\n", '-c "$tests"', "mkdocs build"]
     assert [run.count(part) for part in order] == [1] * len(order)
     assert sorted(order, key=run.index) == order
+    text = (ROOT / "README.md").read_text().partition("<!-- test command -->")[2].partition("<!-- end -->")[0]
+    assert text.strip("`\n").rpartition(" && ")[2].startswith(".venv/bin/pytest "), "$tests is the command's last part"
     for script in (ROOT / ".ci").iterdir():
         assert subprocess.run(["bash", "-n", script]).returncode == 0
 
