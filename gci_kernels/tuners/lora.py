@@ -1,7 +1,7 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +98,9 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
                 return own_forward(self, x)
         return self._run(x, names)
 
-    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args, **kwargs) -> Tensor:
+    def _mixed(
+        self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args: Any, **kwargs: Any
+    ) -> Tensor:
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
@@ -174,13 +176,13 @@ class FusedLoraModel(Swapped, _Tuner):
     """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
 
     @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None or not self._takes(names):
             with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):  # which raises
                 yield
             return
-        taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
+        taking: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
                 yield
