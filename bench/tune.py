@@ -24,7 +24,7 @@ from gci_kernels.ops.bottleneck import aten
 from gci_kernels.ops.row_linear import aten as row_aten
 from gci_kernels.progress import bar
 
-from .cases import RANKS
+from .cases import ranks
 from .timing import interleave
 
 _BLOCKS_T, _BLOCKS_N, _WARPS = (16, 32, 64, 128, 256), (64, 128, 256, 512), (4, 8)
@@ -215,7 +215,7 @@ def _columns(method: str) -> tuple[int, ...]:
     """Columns of B, and experts; LoKI has neither."""
     if method == "loki":
         return ()
-    rank, experts = RANKS[method]
+    rank, experts = ranks(method)
     return rank * experts, experts if method == "loramoe" else 0
 
 
