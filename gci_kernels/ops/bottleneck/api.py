@@ -187,7 +187,7 @@ def adapted_linear(
         x, weight, bias = autocast(x, weight, bias)
         t = t._replace(x=x, weight=weight, bias=bias)
         _check_linear(t, scaling, dropout_p)
-    formula, compiling = transformed(), torch.compiler.is_compiling()
+    formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
         # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
         if dropout_p and not (formula or compiling):
