@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.bottleneck import stages
+from gci_kernels.proof.verify import obstacle
 from gci_kernels.self_check import ATEN, TRITON
-from gci_kernels.verify import obstacle
 
 from . import roofline
 from .cases import BottleneckCase, BottleneckInputs, make_inputs

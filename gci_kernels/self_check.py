@@ -17,15 +17,15 @@ from torch import Tensor
 
 from gci_kernels import hardware
 from gci_kernels.accuracy import Check, error_bound, relative_error
-from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.group import Group
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Of a stage's two forms TRITON is the kernel; a decoding step's is in CUDA C++.
-ATEN, TRITON = (Plan(*[impl] * len(dataclasses.fields(Plan))) for impl in ("aten", "triton"))
+ATEN, TRITON = (Plan(*[impl] * len(Plan._fields)) for impl in ("aten", "triton"))
 # The kernels return float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. What this leaves to
 # matrix units is that they may cut off a sum's last bits at every step.
 _UNROUNDED = 2**-15

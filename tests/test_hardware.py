@@ -19,9 +19,8 @@ from rich.console import Console
 
 from gci_kernels import cli, hardware, info, native, self_check, verify
 from gci_kernels.accuracy import Check
-from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.ops.bottleneck.plan import prefers_triton
+from gci_kernels.ops.bottleneck.plan import Plan, prefers_triton
 
 GPU = torch.device("cuda", 0)
 ALL = frozenset(hardware.KERNELS)
