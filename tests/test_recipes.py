@@ -26,7 +26,7 @@ from gci_kernels.tuners import FusedLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 
