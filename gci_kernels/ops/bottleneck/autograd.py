@@ -20,7 +20,7 @@ from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
 from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
-from gci_kernels.ops.transforms import differentiated_again, plain_gradients, under_dispatch_mode
+from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth, plain_gradients
 
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
@@ -111,7 +111,7 @@ def _gradients(
     joins = MIXERS[s.mixer].joins
     needs_stack = needs_A or joins and needs_weights
     formed = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
-    if torch.compiler.is_compiling() or under_dispatch_mode():
+    if torch.compiler.is_compiling() or dispatch_mode_depth():
         plain = (s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
         tensors = (t.x, t.weight, *t[3:], *kept)
         found = torch.ops.gci_kernels.bottleneck_backward(dy, doutput, *tensors, *plain, formed)
