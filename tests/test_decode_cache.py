@@ -9,8 +9,9 @@ import torch
 from decode_cases import expected, group_of, make, run
 
 from gci_kernels.accuracy import relative_error
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.native import DTYPE_CODES, extension
-from gci_kernels.ops.decode import MAX_TOKENS, choose_decode, find_step, plan, step
+from gci_kernels.ops.decode import choose_decode, find_step, plan, step
 from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -132,4 +133,4 @@ def test_threads_of_a_program_may_share_an_adapter():
 
 
 def test_codes_name_every_dtype():
-    assert sorted(DTYPE_CODES.values()) == [0, 1, 2, 3] and extension().decode_max_tokens == MAX_TOKENS
+    assert sorted(DTYPE_CODES.values()) == [0, 1, 2, 3] and extension().decode_max_tokens == MAX_DECODE_TOKENS

@@ -92,7 +92,7 @@ def recorded(kernels, monkeypatch):
     monkeypatch.setattr(cuda, "extension", lambda: recorded)
     monkeypatch.setattr(step.native, "Step", cuda.Step)
     monkeypatch.setattr(step, "_steps", {})
-    monkeypatch.setattr(forward_context, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(forward_context, "_is_asynchronous", lambda device: True)
     return recorded
 
 

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
+from gci_kernels.limits import MAX_HEAD_SIZE, MAX_RANK
 from gci_kernels.ops.attention import reference
 from gci_kernels.ops.attention.autograd import attention
 from gci_kernels.ops.attention.plan import choose_attention
 from gci_kernels.ops.attention.sequence import Sequence
 from gci_kernels.ops.transforms import transformed
-
-_MAX_RANK, _MAX_HEAD = 256, 64
 
 
 def low_rank_attention(
@@ -61,8 +60,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not q.dtype.is_floating_point:
         raise TypeError(f"q must be floating point, got {q.dtype}")
-    if q.dim() != 3 or not 1 <= q.shape[2] <= _MAX_RANK:
-        raise ValueError(f"q must be [batch, time, r] with r from 1 to {_MAX_RANK}, got {list(q.shape)}")
+    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_RANK:
+        raise ValueError(f"q must be [batch, time, r] with r from 1 to {MAX_RANK}, got {list(q.shape)}")
     batch, time, r = q.shape
     if k.dim() != 3 or k.shape[0] != batch or k.shape[1] < time or k.shape[2] != r:
         raise ValueError(f"k must be [{batch}, keys, {r}] with keys >= time={time}, got {list(k.shape)}")
@@ -79,12 +78,12 @@ def check_heads(r: int, num_heads: int) -> None:
     """Raise ValueError or TypeError unless a rank of `r` can be divided into `num_heads` heads."""
     if not isinstance(num_heads, int):
         raise TypeError(f"num_heads must be an integer, got {type(num_heads).__name__}")
-    if r > _MAX_RANK:
-        raise ValueError(f"r must be at most {_MAX_RANK}, got {r}")
+    if r > MAX_RANK:
+        raise ValueError(f"r must be at most {MAX_RANK}, got {r}")
     if num_heads < 1 or r % num_heads:
         raise ValueError(f"num_heads must divide r={r}, got {num_heads}")
-    if r // num_heads > _MAX_HEAD:
-        raise ValueError(f"num_heads must be at least {-(-r // _MAX_HEAD)} for r={r}, got {num_heads}")
+    if r // num_heads > MAX_HEAD_SIZE:
+        raise ValueError(f"num_heads must be at least {-(-r // MAX_HEAD_SIZE)} for r={r}, got {num_heads}")
 
 
 def check_sequence(

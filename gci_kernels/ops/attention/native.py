@@ -7,7 +7,6 @@ from gci_kernels.native import DTYPE_CODES, extension
 
 # Pairs of query and key, over all heads, below which starting a second thread costs more time than it saves.
 _ONE_THREAD_BELOW = 2**14
-_BLOCK = 32  # queries of a block
 
 
 def _dense_rows(t: Tensor) -> Tensor:
@@ -24,7 +23,7 @@ def _schedule(heads: int, time: int, keys: int) -> tuple[int, int]:
     """The number of threads, and the number of parts of each head, so that the threads share the work evenly."""
     threads = torch.get_num_threads() if heads * time * keys > _ONE_THREAD_BELOW else 1
     parts = next(p for p in range(1, threads + 1) if heads * p % threads == 0 or heads * p >= 4 * threads)
-    return threads, max(min(parts, -(-time // _BLOCK)), 1)
+    return threads, max(min(parts, -(-time // extension().attention_block_queries)), 1)
 
 
 def _workspace(panels: int, keys: int, d: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from gci_kernels.ops.decode import operators  # noqa: F401  # registers them
 from gci_kernels.ops.decode.group import Group
-from gci_kernels.ops.decode.plan import MAX_TOKENS, DecodePlan, choose_decode, has_kernels
+from gci_kernels.ops.decode.plan import DecodePlan, choose_decode, has_kernels
 from gci_kernels.ops.decode.step import find_step, plan_groups
 
-__all__ = ["MAX_TOKENS", "DecodePlan", "Group", "choose_decode", "find_step", "has_kernels", "plan_groups"]
+__all__ = ["DecodePlan", "Group", "choose_decode", "find_step", "has_kernels", "plan_groups"]

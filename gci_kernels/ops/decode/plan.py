@@ -5,12 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from gci_kernels import hardware, native
+from gci_kernels.limits import MAX_DECODE_COLUMNS, MAX_DECODE_HEAD_SIZE, MAX_DECODE_TOKENS, MAX_EXPERTS
 
-#: The tokens of a step at most, all sequences together.
-MAX_TOKENS = 16
-_MAX_COLUMNS = 512  # of A, router rows included
-_MAX_EXPERTS = 256
-_MAX_HEAD = 128  # columns of one of ALoRA's heads
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Device -> the dtypes of x that its kernels were built for.
 _BUILT = {"cpu": _DTYPES if native.available() else (), "cuda": _DTYPES if native.CUDA_DIGEST else ()}
@@ -61,8 +57,8 @@ def choose_decode(
         proved: names of the kernels that work on the GPU; None: hardware.proves is asked about the current GPU, which
             may check a kernel at its first use.
     """
-    fits = 1 <= tokens <= MAX_TOKENS and columns <= _MAX_COLUMNS and experts <= _MAX_EXPERTS
-    fits = fits and (head is None or head <= _MAX_HEAD)
+    fits = 1 <= tokens <= MAX_DECODE_TOKENS and columns <= MAX_DECODE_COLUMNS and experts <= MAX_EXPERTS
+    fits = fits and (head is None or head <= MAX_DECODE_HEAD_SIZE)
     if not (fits and dtype in _BUILT.get(device_type, ()) and adapter_dtype in (dtype, torch.float32)):
         return None
     if device_type == "cpu":

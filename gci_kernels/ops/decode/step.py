@@ -40,7 +40,7 @@ def find_step(
     Python call, and only what the choice depends on is checked.
 
     Args:
-        x: [..., in], float32, bfloat16 or float16, on a CPU or a GPU; at most MAX_TOKENS rows.
+        x: [..., in], float32, bfloat16 or float16, on a CPU or a GPU; at most MAX_DECODE_TOKENS rows.
         weight, bias: the base layer's, [out, in] and [out] or None, in x's dtype; weight None: the caller has y.
         groups: the adapters and their tokens; the tokens count from 0 and follow one another.
         rows: of x, seen as [tokens, in]: those of the groups' tokens, in order, and then those of no group; None: all
