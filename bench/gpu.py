@@ -123,14 +123,14 @@ def end(process: subprocess.Popen) -> None:
 def prove(run: Run, limit: float) -> None:
     """The tests on the GPU, and the records they make. On a CPU one kernel's are interpreted, and prove nothing."""
     on_gpu = run.device.type == "cuda"
-    groups = [*hardware.TRITON_KERNELS, gpu_proof.WHOLE] if on_gpu else ["dropout"]
+    groups = [*hardware.names("triton"), gpu_proof.WHOLE] if on_gpu else ["dropout"]
     note(run, gpu_proof.run_tests(groups, limit, interpreted=not on_gpu))
 
 
 def prove_decode(run: Run, limit: float) -> None:
     """The same for the CUDA C++ kernels, once csrc is built: apart, for a fault of theirs would end a whole process."""
     if run.device.type == "cuda":
-        note(run, gpu_proof.run_tests([*hardware.CUDA_KERNELS, gpu_proof.LAYERS], limit))
+        note(run, gpu_proof.run_tests([*hardware.names("cuda"), gpu_proof.LAYERS], limit))
 
 
 def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:

@@ -25,8 +25,8 @@ WHOLE, LAYERS = "whole op", "decoding layers"
 _DECODE_FILE = "test_gpu_decode"  # part of the name of the next, too
 _LAYERS_FILE = "test_gpu_decode_layers"
 #: `-k` for pytest, by the group of tests that a process runs.
-GROUPS = {kernel: f"{kernel} and not {_DECODE_FILE}" for kernel in hardware.TRITON_KERNELS}
-GROUPS |= {WHOLE: f"not ({' or '.join((*hardware.TRITON_KERNELS, _DECODE_FILE))})"}
+GROUPS = {kernel: f"{kernel} and not {_DECODE_FILE}" for kernel in hardware.names("triton")}
+GROUPS |= {WHOLE: " and not ".join((f"not {_DECODE_FILE}", *hardware.names("triton")))}
 _KERNELS = f"{_DECODE_FILE} and not {_LAYERS_FILE}"
 GROUPS |= {"decode_step": f"{_KERNELS} and not attend", "decode_attend": f"{_KERNELS} and attend"}
 GROUPS |= {LAYERS: _LAYERS_FILE}
@@ -105,7 +105,7 @@ def verdicts(outcomes: dict[str, Outcome], device: torch.device) -> list[hardwar
 
 def _relied_on(kernel: str, outcomes: dict[str, Outcome]) -> Outcome:
     """What has to be right beside the kernel's own tests: the whole op in Triton; behind attend, the step's expand."""
-    if kernel in hardware.CUDA_KERNELS:
+    if hardware.get(kernel).language == "cuda":
         return outcomes["decode_step"]
     whole = outcomes[WHOLE]
     return replace(whole, failed={name: why for name, why in whole.failed.items() if re.search(r"\btriton\b", name)})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.bottleneck import stages
-from gci_kernels.self_check import ATEN, TRITON
+from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.verify import obstacle
 
 from . import roofline

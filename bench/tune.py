@@ -1,8 +1,8 @@
 """`gci-kernels tune`: faster launch configurations of the Triton kernels for given shapes, found by trying, and kept.
 
 Each kernel of a training step is tried with one field of its configuration changed at a time, the best value kept
-before the next field. What does not compile, or is wrong, is left out. ops/tuned.py keeps what won and answers with it
-from then on.
+before the next field. What does not compile, or is wrong, is left out. hardware/tuned.py keeps what won and
+answers with it from then on.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gci_kernels import hardware
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.files import make_cache_dir
+from gci_kernels.hardware import kernels, records, tuned
 from gci_kernels.impl import triton_obstacle
-from gci_kernels.ops import triton_config, tuned
 from gci_kernels.ops.bottleneck import aten
 from gci_kernels.ops.row_linear import aten as row_aten
 from gci_kernels.progress import bar
@@ -27,21 +26,6 @@ from gci_kernels.progress import bar
 from .cases import RANKS
 from .timing import interleave
 
-_BLOCKS_T, _BLOCKS_N, _WARPS = (16, 32, 64, 128, 256), (64, 128, 256, 512), (4, 8)
-#: What is tried for each field, in this order: what decides most comes first.
-FIELDS: dict[str, dict[str, tuple]] = {
-    "project": dict(block_t=_BLOCKS_T, block_k=(32, 64, 128, 256), num_stages=(2, 3, 4, 5), num_warps=_WARPS),
-    "expand": dict(
-        block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
-        num_warps=_WARPS, group=(4, 8, 16), descriptors=(False, True),
-    ),
-    "reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3, 4), num_warps=_WARPS),
-    "project_reduce": dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3), num_warps=_WARPS),
-    "row_linear": dict(
-        block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
-        num_warps=_WARPS, group=(4, 8, 16),
-    ),
-}  # fmt: skip
 #: Less is noise, and not worth another configuration.
 WORTHWHILE = 0.98
 
@@ -50,7 +34,7 @@ WORTHWHILE = 0.98
 class Target:
     """One launch to tune: the stage, and the same in the library of the same operands, each passed through `widen`."""
 
-    kernel: str
+    launch: str
     dtype: torch.dtype
     run: Callable[[], Tensor]
     library: Callable[[Callable[[Tensor], Tensor]], Tensor]
@@ -134,7 +118,7 @@ def targets(
 class Found:
     """What tuning one launch came to."""
 
-    kernel: str
+    launch: str
     arguments: tuple
     before: float  # seconds
     after: float
@@ -148,16 +132,17 @@ def tune(
     advance: Callable[[], None] = lambda: None,
 ) -> Found:  # fmt: skip
     """Try the fields of the target's configuration in turn and keep the best where it is worth it."""
-    with tuned.asked() as asked:
+    with tuned.requests() as requests:
         target.run()
-    kernel, arguments = next(each for each in asked if each[0] == target.kernel)
-    chosen = best = getattr(triton_config, f"choose_{kernel}_config")(*arguments)
+    arguments = next(arguments for name, arguments in requests if name == target.launch)
+    _, launch = kernels.get_launch(target.launch)
+    chosen = best = launch.choose(*arguments)
     truth = target.library(lambda tensor: tensor.double())
     plain = relative_error(target.library(lambda tensor: tensor), truth)
 
     def time(candidate: object) -> float | str:
         """Seconds, or why there are none."""
-        with tuned.trying(kernel, candidate):
+        with tuned.trying(launch.name, candidate):
             try:
                 error = relative_error(target.run(), truth)
             except Exception as failure:  # a compiler's refusal comes as many types; it is counted and shown
@@ -166,9 +151,9 @@ def tune(
 
     before = after = time(chosen)
     if isinstance(before, str):
-        raise RuntimeError(f"{kernel} {arguments} fails with the configuration chosen for it, {chosen}: {before}")
+        raise RuntimeError(f"{launch.name} {arguments} fails with the configuration chosen for it, {chosen}: {before}")
     tried, left_out = 0, {}
-    for field, values in FIELDS[kernel].items():
+    for field, values in launch.candidates.items():
         for value in values:
             candidate = dataclasses.replace(best, **{field: value})
             advance()
@@ -180,8 +165,8 @@ def tune(
             elif result < after * WORTHWHILE:
                 best, after = candidate, result
     if best != chosen:
-        tuned.keep(kernel, arguments, best, device)
-    return Found(kernel, arguments, before, after, best, tried, left_out)
+        tuned.keep(launch.name, arguments, best, device)
+    return Found(launch.name, arguments, before, after, best, tried, left_out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +192,7 @@ def main(args: argparse.Namespace) -> int:
     layers = args.layer or [(4096, 4096)]
     shapes = [(args.tokens, *layer, *_columns(method)) for layer in layers for method in args.method]
     found = list(run(shapes, dtype, device, lambda fn: _seconds(fn, device)))
-    Console().print(table(found, hardware.gpu(device)[0]))
+    Console().print(table(found, records.gpu(device)[0]))
     return 0
 
 
@@ -227,7 +212,8 @@ def run(
     for shape in shapes:
         made = row_targets if len(shape) == 3 else targets
         for target in made(*shape, dtype, device):
-            with bar(f"{target.kernel} {shape}", sum(map(len, FIELDS[target.kernel].values()))) as progress:
+            candidates = kernels.get_launch(target.launch)[1].candidates
+            with bar(f"{target.launch} {shape}", sum(map(len, candidates.values()))) as progress:
                 yield tune(target, device, seconds, progress.advance)
 
 
@@ -237,13 +223,13 @@ def _seconds(fn: Callable[[], object], device: torch.device) -> float:
 
 def table(found: list[Found], gpu: str) -> Table:
     result = Table(title=f"Tuned on {gpu}; kept in {tuned.path()}", title_justify="left")
-    for column in ("kernel", "for", "before, us", "after, us", "changed", "tried", "left out"):
+    for column in ("launch", "for", "before, us", "after, us", "changed", "tried", "left out"):
         result.add_column(column)
     for each in found:
-        chosen = getattr(triton_config, f"choose_{each.kernel}_config")(*each.arguments)
+        chosen = kernels.get_launch(each.launch)[1].choose(*each.arguments)
         changed = {k: v for k, v in dataclasses.asdict(each.best).items() if getattr(chosen, k) != v}
         result.add_row(
-            each.kernel, " ".join(str(value).removeprefix("torch.") for value in each.arguments),
+            each.launch, " ".join(str(value).removeprefix("torch.") for value in each.arguments),
             f"{each.before * 1e6:.1f}", f"{each.after * 1e6:.1f}",
             " ".join(f"{k}={v}" for k, v in changed.items()) or "nothing", str(each.tried),
             ", ".join(f"{count} {why}" for why, count in each.left_out.items()),

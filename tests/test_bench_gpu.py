@@ -134,11 +134,11 @@ def test_junit_is_read(tmp_path):
 @pytest.fixture
 def imagined(monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
+    monkeypatch.setattr(hardware.records, "gpu", lambda device: ("Imagined 1000", "sm_90"))
 
 
-TRITON = set(hardware.TRITON_KERNELS)
-CUDA = set(hardware.CUDA_KERNELS)
+TRITON = set(hardware.names("triton"))
+CUDA = set(hardware.names("cuda"))
 
 
 def verdicts(**changed: Outcome) -> dict[str, hardware.Record]:

@@ -1,4 +1,4 @@
-"""What needs a GPU. An id that names one of hardware.TRITON_KERNELS decides whether that kernel counts as proved there,
+"""What needs a GPU. An id that names a Triton kernel decides whether that kernel counts as proved there,
 one that names triton whether any does: bench/gpu.py reads them. test_gpu_interpreted.py runs all of it without a GPU.
 """
 
@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from gci_kernels import hardware, ops, self_check
+from gci_kernels import hardware, ops
 from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.hardware import Shape, self_check
 from gci_kernels.impl import Plan
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import api, aten
@@ -16,7 +17,6 @@ from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.ops.row_linear import triton as row_linear
-from gci_kernels.self_check import Shape
 from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,7 @@ KERNEL_DTYPES = [dtype for dtype in self_check.DTYPES if obstacle("triton", DEVI
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
-@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
+@pytest.mark.parametrize("kernel", hardware.names("triton"))
 def test_against_float64_and_the_same_bits_twice(kernel, dtype):
     # Over a few tokens attention's dq and dk are nothing but rounding, and an error relative to that says nothing.
     shapes = [shape for shape in SHAPES if kernel != "attention" or shape.tokens >= 64]
@@ -53,7 +53,7 @@ def test_against_float64_and_the_same_bits_twice(kernel, dtype):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
+@pytest.mark.parametrize("kernel", hardware.names("triton"))
 def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
     device = torch.device("cuda", torch.cuda.current_device())
@@ -175,7 +175,7 @@ def test_op_gives_the_same_bits_twice(impl, case, dtype):
 
 
 @pytest.mark.parametrize("others", ("aten", "triton"))
-@pytest.mark.parametrize("kernel", sorted(set(hardware.TRITON_KERNELS) - {"row_linear"}))
+@pytest.mark.parametrize("kernel", sorted(set(hardware.names("triton")) - {"row_linear"}))
 def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"

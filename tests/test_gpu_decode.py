@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gci_kernels import hardware, self_check
+from gci_kernels import hardware
 from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.hardware import self_check
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.cuda import Step
 from gci_kernels.ops.decode.group import Group

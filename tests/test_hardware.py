@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -17,8 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from gci_kernels import cli, hardware, info, native, self_check, verify
+from gci_kernels import cli, hardware, info, native, verify
 from gci_kernels.accuracy import Check
+from gci_kernels.hardware import kernels, records, self_check
 from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck.plan import prefers_triton
@@ -32,10 +34,10 @@ def imagined(monkeypatch, tmp_path):
     """A GPU that nothing can run on, an empty cache folder, no shipped records, and a fresh process's memory."""
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GCI_SELF_CHECK", raising=False)
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
-    monkeypatch.setattr(hardware, "_current_index", lambda: 0)
-    monkeypatch.setattr(hardware, "_capturing", lambda: False)
-    monkeypatch.setattr(hardware, "results_folder", lambda: tmp_path / "results")
+    monkeypatch.setattr(records, "gpu", lambda device: ("Imagined 1000", "sm_90"))
+    monkeypatch.setattr(records, "_current_index", lambda: 0)
+    monkeypatch.setattr(records, "_capturing", lambda: False)
+    monkeypatch.setattr(records, "shipped_folder", lambda: tmp_path / "proved")
     for name, value in (("CUDA_DIGEST", "of csrc"), ("CUDA_COMPILER", "nvcc 13.0"), ("CUDA_BUILD", "all of it")):
         monkeypatch.setattr(native, name, value)
     forget()
@@ -44,8 +46,8 @@ def imagined(monkeypatch, tmp_path):
 
 
 def forget() -> None:
-    hardware._answers.clear()
-    for cached in (hardware.shipped, hardware._own, hardware.warn_once, hardware.digest):
+    records._answers.clear()
+    for cached in (records.shipped, records._own, records.warn_once, records.digest):
         cached.cache_clear()
 
 
@@ -58,7 +60,7 @@ def checks(monkeypatch) -> list[str]:
         asked.append(kernel)
         return (False, "it is wrong", True) if kernel == "expand" else (True, "", True)
 
-    monkeypatch.setattr(hardware, "_self_check", check)
+    monkeypatch.setattr(records, "_self_check", check)
     return asked
 
 
@@ -71,10 +73,10 @@ def leave_out_cuda(monkeypatch) -> None:
 
 
 def ship(tmp_path: Path, *records: hardware.Record) -> None:
-    (tmp_path / "results").mkdir()
+    (tmp_path / "proved").mkdir()
     content = {"schema": 1, "proved": [record.as_json() for record in records]}
-    (tmp_path / "results" / "imagined.json").write_text(json.dumps(content))
-    (tmp_path / "results" / "cpu.json").write_text('{"schema": 1}')
+    (tmp_path / "proved" / "imagined.json").write_text(json.dumps(content))
+    (tmp_path / "proved" / "cpu.json").write_text('{"schema": 1}')
 
 
 # Records
@@ -86,7 +88,7 @@ def test_a_shipped_record_counts_without_a_check(tmp_path, checks):
     assert [hardware.state(kernel, GPU) for kernel in ("project", "expand", "gate")] == ["proved", "failed", "unproved"]
     assert hardware.proves("project") and not hardware.proves("expand")
     assert checks == [] and not hardware.own_path().exists()
-    assert str(hardware.find("expand", GPU)).startswith(f"failed: wrong ({tmp_path / 'results' / 'imagined.json'}, 20")
+    assert str(hardware.find("expand", GPU)).startswith(f"failed: wrong ({tmp_path / 'proved' / 'imagined.json'}, 20")
 
 
 CHANGES = [{"gpu": "Other"}, {"capability": "sm_80"}, {"compiler": "triton 1.0"}, {"digest": "0"}]
@@ -107,23 +109,23 @@ def test_another_build_of_csrc_is_unproved(monkeypatch, name):
     assert {hardware.state(kernel, GPU) for kernel in ALL} == {"proved"}
     monkeypatch.setattr(native, name, "another")
     forget()
-    assert {kernel for kernel in ALL if hardware.state(kernel, GPU) == "unproved"} == set(hardware.CUDA_KERNELS)
+    assert {kernel for kernel in ALL if hardware.state(kernel, GPU) == "unproved"} == set(hardware.names("cuda"))
 
 
 def test_what_was_not_built_is_not_asked(monkeypatch, checks, tmp_path, capsys):
     """Neither run nor kept, whatever is shipped; and everything says why."""
-    ship(tmp_path, *(hardware.make_record(kernel, GPU, True) for kernel in hardware.CUDA_KERNELS))
+    ship(tmp_path, *(hardware.make_record(kernel, GPU, True) for kernel in hardware.names("cuda")))
     leave_out_cuda(monkeypatch)
-    assert not any(hardware.proves(kernel) or hardware.proves(kernel) for kernel in hardware.CUDA_KERNELS)
+    assert not any(hardware.proves(kernel) or hardware.proves(kernel) for kernel in hardware.names("cuda"))
     assert checks == [] and not hardware.own_path().exists()
     for gpus in (0, 1):
         rows = {line.split()[1]: line for line in shown(monkeypatch, gpus).splitlines() if line.startswith("│")}
-        assert all("not built: no nvcc [here]" in rows[kernel] for kernel in hardware.CUDA_KERNELS)
+        assert all("not built: no nvcc [here]" in rows[kernel] for kernel in hardware.names("cuda"))
         assert "no record" in rows["gate"]
     monkeypatch.setattr(verify, "verify", lambda device: iter([[Check("case", "aten", "float32", "y", 0.0, 1.0)]]))
     with pytest.warns(RuntimeWarning, match="the GPU kernel 'expand' failed its check"):
         cli.verify(argparse.Namespace(device="cuda"))
-    assert tuple(checks) == hardware.TRITON_KERNELS
+    assert tuple(checks) == hardware.names("triton")
     assert "kernel decode_step: not built: no nvcc [here]" in capsys.readouterr().out
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_unavailable", lambda: "no such file")
@@ -133,11 +135,11 @@ def test_what_was_not_built_is_not_asked(monkeypatch, checks, tmp_path, capsys):
 def test_changed_code_is_unproved(tmp_path, monkeypatch):
     hardware.keep(hardware.make_record("gate", GPU, True))
     assert hardware.state("gate", GPU) == "proved"
-    for name in hardware.KERNELS["gate"]:
+    for name in hardware.get("gate").files:
         copy = tmp_path / "package" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((hardware._PACKAGE / name).read_bytes())
-    monkeypatch.setattr(hardware, "_PACKAGE", tmp_path / "package")
+        copy.write_bytes((records._PACKAGE / name).read_bytes())
+    monkeypatch.setattr(records, "_PACKAGE", tmp_path / "package")
     hardware.digest.cache_clear()
     assert hardware.state("gate", GPU) == "proved"
     copy.write_bytes(copy.read_bytes() + b"# changed\n")
@@ -148,7 +150,7 @@ def test_changed_code_is_unproved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kernel", hardware.KERNELS)
 def test_a_kernels_files_are_all_that_it_imports_of_ours(kernel):
     """A file that is left out of the table could change, and the record would still count."""
-    package = Path(hardware.__file__).parent
+    package = records._PACKAGE
 
     def imported(name: str) -> set[str]:
         found = set()
@@ -159,7 +161,7 @@ def test_a_kernels_files_are_all_that_it_imports_of_ours(kernel):
                     found |= {path} if (package / path).exists() else set()
         return found
 
-    files = set(hardware.KERNELS[kernel])
+    files = set(hardware.get(kernel).files)
     assert all((package / name).exists() for name in files)
     assert set().union(*map(imported, files)) <= files
 
@@ -193,11 +195,46 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(monkeypatch, tmp_path
     assert len(caught) == 1 and checks == ["gate", "reduce"]
 
 
-def test_the_shipped_results_are_found():
+def test_shipped_records_are_the_packages_own_data():
     """Asked in a process of its own, for here the fixture answers."""
-    code = "from gci_kernels import hardware; print(hardware.results_folder().joinpath('cpu.json').exists())"
+    code = "from gci_kernels import hardware; print(hardware.shipped_folder()); print(hardware.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    folder, module = map(Path, done.stdout.splitlines())
+    assert folder == module.parent / "proved"
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"gci_kernels.hardware" = ["proved/*.json"]' in pyproject
+
+
+# The registry
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of it."""
+    monkeypatch.setattr(kernels, "KERNELS", dict(kernels.KERNELS))
+    monkeypatch.setattr(kernels, "_launches", dict(kernels._launches))
+
+
+def test_a_kernel_is_registered_once(registry):
+    gate = hardware.get("gate")
+    with pytest.raises(ValueError, match="named 'gate' is registered already, made of ops/gate/triton.py.*; register"):
+        hardware.register(gate)
+    with pytest.raises(ValueError, match="launch named 'gate' is registered already, by the GPU kernel 'gate'; give"):
+        hardware.register(dataclasses.replace(gate, name="another"))
+    assert "another" not in kernels.KERNELS
+    launch = dataclasses.replace(gate.launches[0], name="another")
+    hardware.register(dataclasses.replace(gate, name="another", launches=(launch,)))
+    assert list(kernels.KERNELS)[-1] == "another" and kernels.get_launch("another")[1] is launch
+
+
+def test_an_unknown_name_is_an_error_that_names_the_known(checks):
+    with pytest.raises(ValueError, match=r"no GPU kernel is named 'gates'; there are .*gate.*hardware\.register"):
+        hardware.get("gates")
+    with pytest.raises(ValueError, match="no launch of a GPU kernel is named 'gates'"):
+        kernels.get_launch("gates")
+    with pytest.raises(ValueError, match="no GPU kernel is named 'gates'"):
+        hardware.proves("gates")
+    assert checks == []
 
 
 # The self check
@@ -222,15 +259,15 @@ def test_no_check_where_it_is_forbidden_or_would_be_captured(monkeypatch, checks
     monkeypatch.setenv("GCI_SELF_CHECK", "0")
     assert not hardware.proves("project")
     monkeypatch.delenv("GCI_SELF_CHECK")
-    monkeypatch.setattr(hardware, "_capturing", lambda: True)
+    monkeypatch.setattr(records, "_capturing", lambda: True)
     assert not hardware.proves("project")
     assert checks == [] and not hardware.own_path().exists()
-    monkeypatch.setattr(hardware, "_capturing", lambda: False)
+    monkeypatch.setattr(records, "_capturing", lambda: False)
     assert hardware.proves("project") and checks == ["project"]
 
 
 def test_no_gpu_proves_nothing(monkeypatch, checks):
-    monkeypatch.setattr(hardware, "_current_index", lambda: None)
+    monkeypatch.setattr(records, "_current_index", lambda: None)
     assert not hardware.proves("project") and checks == []
 
 
@@ -247,7 +284,7 @@ def found(monkeypatch, *checks, raises: Exception | None = None) -> tuple[bool, 
             raise raises
 
     monkeypatch.setattr(self_check, "check_kernel", check_kernel)
-    return hardware._self_check("gate", GPU)
+    return records._self_check("gate", GPU)
 
 
 def test_what_the_self_check_says(monkeypatch, runnable):
@@ -262,7 +299,7 @@ def test_what_the_self_check_says(monkeypatch, runnable):
 
 
 def test_too_little_memory_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(hardware, "_self_check", lambda *_: (False, "no memory", False))
+    monkeypatch.setattr(records, "_self_check", lambda *_: (False, "no memory", False))
     with pytest.warns(RuntimeWarning, match="no memory"):
         assert not hardware.proves("gate")
     assert not hardware.own_path().exists() and not hardware.proves("gate")
@@ -281,7 +318,7 @@ def test_the_check_runs_outside_everything_of_the_callers(monkeypatch, runnable)
     monkeypatch.setattr(self_check, "check_kernel", check_kernel)
     fake = torch._subclasses.FakeTensorMode()
     with torch.autocast("cpu"), torch.inference_mode(), torch.device("meta"), fake:
-        assert hardware._self_check("gate", GPU)[0]
+        assert records._self_check("gate", GPU)[0]
     assert seen.pop("thread") is not threading.current_thread()
     assert seen == {"autocast": False, "inference": False, "device": "cpu", "kind": torch.Tensor}
 
@@ -300,7 +337,9 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
     shown = interpreted(
         """
         import importlib, torch
-        from gci_kernels import hardware, self_check
+        from dataclasses import replace
+        from gci_kernels import hardware
+        from gci_kernels.hardware import Shape, kernels, self_check
         from gci_kernels.ops import triton_config as config
         from gci_kernels.ops.bottleneck import triton as stages
         from gci_kernels.ops.gate import triton as gate
@@ -308,7 +347,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
 
         # dY read once for two products: at this size, only where it is asked for.
         small = config.ProjectReduceConfig(16, 16, 16, 2, 4, 1)
-        odd, even = self_check.ODD, self_check.Shape(48, 64, 48, 16, 2, 2)
+        odd, even = self_check.ODD, Shape(48, 64, 48, 16, 2, 2)
 
         def failed(kernel, *shapes):
             checks = list(self_check.check_kernel(
@@ -316,9 +355,10 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
             assert len(checks) > 10 * len(shapes), len(checks)
             return sorted({f"{check.tensor}: {check.dtype}" for check in checks if not check.passed})
 
-        one_config = config.choose_project_reduce_config
-        config.choose_project_reduce_config = lambda tokens, *_: small if tokens == 48 else None
-        for kernel in hardware.TRITON_KERNELS:
+        reduce, both = kernels.get_launch("project_reduce")
+        choose = lambda tokens, *_: small if tokens == 48 else None
+        kernels._launches["project_reduce"] = reduce, replace(both, choose=choose)
+        for kernel in hardware.names("triton"):
             print("right", kernel, failed(kernel, odd, even))
 
         def unwritten(right):
@@ -363,7 +403,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
         """
     )
     lines = shown.splitlines()
-    assert len(lines) == len(hardware.TRITON_KERNELS) + 10, shown
+    assert len(lines) == len(hardware.names("triton")) + 10, shown
     for line in lines:
         verdict, _, names = line.split(maxsplit=2)
         assert (names == "[]") == (verdict == "right"), line
@@ -414,14 +454,14 @@ def test_info_shows_the_state_of_each_gpu_and_checks_nothing(monkeypatch, checks
 
 @pytest.mark.parametrize("fails", ("nothing", "aten", "triton"))
 def test_verify_renews_every_record(monkeypatch, capsys, checks, fails):
-    monkeypatch.setattr(hardware, "_self_check", lambda kernel, device: (checks.append(kernel) or True, "", True))
+    monkeypatch.setattr(records, "_self_check", lambda kernel, device: (checks.append(kernel) or True, "", True))
     made = [[Check("case", impl, "bfloat16", "dx", 2.0 if impl == fails else 0.0, 1.0)] for impl in ("aten", "triton")]
     monkeypatch.setattr(verify, "verify", lambda device: iter(made))
     hardware.keep(hardware.make_record("gate", GPU, False, "an earlier failure"))
     status = cli.verify(argparse.Namespace(device="cuda"))
     assert status == (0 if fails == "nothing" else 1) and sorted(checks) == sorted(ALL)
     whole = "failed: the whole op failed: case bfloat16: dx"
-    wrong = set(hardware.TRITON_KERNELS) if fails == "triton" else set()  # what is wrong in Triton is not CUDA C++'s
+    wrong = set(hardware.names("triton")) if fails == "triton" else set()  # what is wrong in Triton is not CUDA C++'s
     for kernel in ALL:
         assert str(hardware.find(kernel, GPU)).startswith(whole if kernel in wrong else "proved")
     assert f"kernel gate on Imagined 1000: {whole if fails == 'triton' else 'proved'}" in capsys.readouterr().out
@@ -452,7 +492,7 @@ def test_auto_takes_what_is_proved_and_expected_to_be_faster():
 
 
 @pytest.mark.parametrize(
-    "kernel", sorted(set(hardware.TRITON_KERNELS) - {"row_linear"})
+    "kernel", sorted(set(hardware.names("triton")) - {"row_linear"})
 )  # test_row_linear.py has its plan
 def test_auto_leaves_out_what_is_not_proved(kernel):
     stage, mixer = ("mix", kernel) if kernel in ("gate", "attention") else (kernel, "gate")

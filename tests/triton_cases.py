@@ -3,6 +3,7 @@
 float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16 takes the same lines.
 """
 
+import dataclasses
 import importlib
 
 import pytest
@@ -321,24 +322,22 @@ def test_whole_op(case, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kernels"),
+    ("shape", "names"),
     [
         ((40, 32, 48, 4, 0), ["project", "expand", "project", "reduce", "expand", "reduce"]),
         ((40, 32, 48, 4, 2), ["project", "expand", "project", "reduce", "expand", "reduce"]),
         ((40, 32, 48), ["row_linear", "row_linear"]),
     ],
 )
-def test_tuning_runs_every_launch(monkeypatch, tmp_path, shape, kernels):
+def test_tuning_runs_every_launch(monkeypatch, tmp_path, shape, names):
     """Small shapes and few values; the clock prefers narrow tiles."""
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("an interpreter", "sm_90"))
-    fields = dict.fromkeys(tune.FIELDS, dict(num_warps=(2,))) | {
-        "reduce": dict(block_t=(16,)),
-        "expand": dict(group=(3,)),
-        "row_linear": dict(group=(3,)),
-    }
-    monkeypatch.setattr(tune, "FIELDS", fields)
+    monkeypatch.setattr(hardware.records, "gpu", lambda device: ("an interpreter", "sm_90"))
+    few = {"reduce": dict(block_t=(16,)), "expand": dict(group=(3,)), "row_linear": dict(group=(3,))}
+    for name, (kernel, launch) in hardware.kernels._launches.items():
+        launch = dataclasses.replace(launch, candidates=few.get(name, dict(num_warps=(2,))))
+        monkeypatch.setitem(hardware.kernels._launches, name, (kernel, launch))
     clock = iter(range(1000, 0, -1))
     found = list(tune.run([shape], torch.float16, torch.device("cpu"), lambda fn: float(next(clock))))
-    assert [each.kernel for each in found] == kernels
+    assert [each.launch for each in found] == names
     assert all(each.tried == 1 and not each.left_out for each in found), found

@@ -4,12 +4,13 @@ Nothing is tuned while a model runs: the same call takes the same blocks, and so
 `capability` is the compiler's name of the chip: "sm_80", "sm_90", "sm_100", "gfx942"; any other is taken for small.
 """
 
-import functools
 import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gci_kernels.hardware.device import device_capability as device_capability
 
 #: Triton decides when a kernel is defined whether it is interpreted, so a later change of the variable means nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -235,17 +236,6 @@ def check_tensors(dtypes: tuple[torch.dtype, ...] = DTYPES, **tensors: Tensor | 
             raise ValueError(f"{name} must be one of {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.dim() and max(tensor.shape) > MAX_SIZE:
             raise ValueError(f"no size of {name} may pass {MAX_SIZE}, got {list(tensor.shape)}")
-
-
-@functools.cache
-def device_capability(device: torch.device) -> str:
-    """The compiler's name of the chip; "sm_90" where the kernels are interpreted."""
-    if device.type != "cuda":
-        return "sm_90"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def _power(size: int, low: int, high: int) -> int:

@@ -13,6 +13,7 @@ gradients in q's dtype, without gaps; rows of q, k, v and do may have gaps. Padd
 of 0, and what its q, k, v and do hold, NaN too, reaches nothing else.
 """
 
+from gci_kernels.ops.attention import kernels as kernels
 from gci_kernels.ops.attention.api import low_rank_attention
 from gci_kernels.ops.attention.sequence import Sequence
 

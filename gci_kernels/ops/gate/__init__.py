@@ -10,3 +10,5 @@ u [tokens, num_experts*r] and dprojected in `dtype`; du in projected's, which is
 bfloat16; gates and dgates [tokens, num_experts] float32, or float64 where dtype is float64. Equal logits at the edge of
 top_k: the lower expert is kept.
 """
+
+from gci_kernels.ops.gate import kernels as kernels

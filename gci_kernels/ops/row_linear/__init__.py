@@ -1,5 +1,6 @@
 """A linear layer of whose rows some are trained and all others are frozen (LoKI, arXiv 2505.22120)."""
 
+from gci_kernels.ops.row_linear import kernels as kernels
 from gci_kernels.ops.row_linear.api import check_positions, loki_linear, split_linear
 from gci_kernels.ops.row_linear.merged import MergedRows, identity
 from gci_kernels.ops.row_linear.plan import FORMS, choose_form

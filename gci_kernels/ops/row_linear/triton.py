@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gci_kernels.hardware import tuned
 from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
 
 
 @triton.jit

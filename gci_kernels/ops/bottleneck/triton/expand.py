@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gci_kernels.hardware import tuned
 from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 
