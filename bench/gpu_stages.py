@@ -18,9 +18,9 @@ from gci_kernels.ops.bottleneck import stages
 from gci_kernels.self_check import ATEN, TRITON
 from gci_kernels.verify import obstacle
 
-from . import roofline
 from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError
+from .costs import BottleneckShape, Cost, RowShape, bottleneck_floor, chip_of, row_floor
 from .timing import cold_cache, interleave
 
 PLANS = {"aten": ATEN, "triton": TRITON}
@@ -49,11 +49,11 @@ def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> It
 
 
 def row_entries(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
+    case: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
 ) -> Iterator[dict]:
     """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
     tensors = _row_operands(case, dtype, active_dtype, device)
-    least = _seconds(roofline.rows_floor(case, dtype, active_dtype), dtype, device)
+    least = _seconds(row_floor(case, dtype, active_dtype), dtype, device)
     yield from _entries("loki", ROW_STAGES, FORMS, tensors, least, dtype, device, rounds)
 
 
@@ -85,16 +85,14 @@ def _entries(
 def _floor(case: BottleneckCase, device: torch.device) -> dict[str, float]:
     experts = case.num_experts if case.method == "loramoe" else 0
     rank = case.rank * case.num_experts
-    shape = roofline.Case(case.tokens, case.in_features, case.out_features, rank, experts)
-    return _seconds(roofline.floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
+    shape = BottleneckShape(case.tokens, case.in_features, case.out_features, rank, experts)
+    return _seconds(bottleneck_floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
 
 
-def _seconds(entries: list[roofline.Entry], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The least time of each entry by name; nothing where the device's rates are not listed."""
-    chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if chip is None:
-        return {}
-    return {entry.name: chip.seconds(entry.moved, entry.operations, dtype) for entry in entries}
+def _seconds(costs: list[Cost], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The least time of each stage by name; nothing where the device's rates are not listed."""
+    chip = chip_of(device)
+    return {} if chip is None else {cost.name: cost.seconds(chip, dtype) for cost in costs}
 
 
 def _operands(inputs: BottleneckInputs) -> dict[str, Tensor]:
@@ -155,7 +153,7 @@ def _stages(
 
 
 def _row_operands(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
+    case: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """What ops/row_linear/autograd.py would pass, by its names; `merged` is the copy of W with the active rows."""
     generator = torch.Generator(device).manual_seed(0)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from gci_kernels.bench.launches import ROW_CASES, launches
+from gci_kernels.bench.costs import RowShape
+from gci_kernels.bench.launches import ROW_SHAPES, launches
 from gci_kernels.bench.resources import CHIPS, compile_kernel
-from gci_kernels.bench.roofline import Rows
 from gci_kernels.ops import triton_config as config
 
-ODD_CASES = [Rows(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [Rows(8192, 4097, 4099, 17)]
+ODD_SHAPES = [RowShape(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [RowShape(8192, 4097, 4099, 17)]
 # Triton makes a constant of an argument that is 1.
-ONES = [Rows(1, 1, 1, 1), Rows(1, 16, 1, 1), Rows(1, 1, 16, 2)]
+ONES = [RowShape(1, 1, 1, 1), RowShape(1, 16, 1, 1), RowShape(1, 1, 16, 2)]
 
 
 def check(cases, chip, dtype, active_dtype):
@@ -35,12 +35,12 @@ def check(cases, chip, dtype, active_dtype):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_training_in_bfloat16(chip):
-    assert min(check(ROW_CASES, chip, torch.bfloat16, torch.float32)) >= 1
+    assert min(check(ROW_SHAPES, chip, torch.bfloat16, torch.float32)) >= 1
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_kernel_sees_active_rows_in_xs_dtype(chip):
-    for case in ROW_CASES:
+    for case in ROW_SHAPES:
         made = (launches(case, chip, torch.bfloat16, dtype) for dtype in (torch.float32, torch.bfloat16))
         assert next(made) == next(made)
 
@@ -54,7 +54,7 @@ def test_sizes_of_one(chip):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_odd_sizes_and_other_dtypes(chip, dtype):
-    check(ODD_CASES + ROW_CASES, chip, dtype, torch.float32)
+    check(ODD_SHAPES + ROW_SHAPES, chip, dtype, torch.float32)
 
 
 @pytest.mark.parametrize("capability", (*CHIPS, "sm_86", "gfx1100"))

@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from gci_kernels.bench import resources
-from gci_kernels.bench.launches import CASES, DROPOUT_CASES, launches, record
+from gci_kernels.bench.costs import BottleneckShape
+from gci_kernels.bench.launches import DROPOUT_SHAPES, SHAPES, launches, record
 from gci_kernels.bench.resources import CHIPS, compile_kernel
-from gci_kernels.bench.roofline import Case
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import triton as stages
 
 KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "project_reduce_fwd", "sum_splits", "gate_fwd", "gate_bwd"}
 # In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.
 ADAPTERS = (torch.float32, torch.bfloat16)
-ODD_CASES = [Case(tokens, 4096, 4096, 160, 0) for tokens in (1, 16, 100)] + [Case(8192, 4097, 4099, 17, 0)]
+ODD_SHAPES = [BottleneckShape(tokens, 4096, 4096, 160, 0) for tokens in (1, 16, 100)] + [
+    BottleneckShape(8192, 4097, 4099, 17, 0)
+]
 # Triton makes a constant of an argument that is 1.
-ONES = [Case(1, 1, 1, 1, 0), Case(1, 16, 1, 1, 1), Case(1, 1, 16, 2, 2)]
+ONES = [BottleneckShape(1, 1, 1, 1, 0), BottleneckShape(1, 16, 1, 1, 1), BottleneckShape(1, 1, 16, 2, 2)]
 
 
 def check(cases, chip, dtype, adapter_dtype):
@@ -37,13 +39,13 @@ def check(cases, chip, dtype, adapter_dtype):
 @pytest.mark.parametrize("adapter_dtype", ADAPTERS, ids=str)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_training_in_bfloat16(chip, adapter_dtype):
-    assert check(CASES, chip, torch.bfloat16, adapter_dtype) == KERNELS
+    assert check(SHAPES, chip, torch.bfloat16, adapter_dtype) == KERNELS
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_dropout_inside_the_products(chip):
     """The mask is made where x is read: nothing else is launched for it."""
-    assert check(DROPOUT_CASES, chip, torch.bfloat16, torch.float32) == KERNELS
+    assert check(DROPOUT_SHAPES, chip, torch.bfloat16, torch.float32) == KERNELS
 
 
 @pytest.mark.smoke
@@ -66,7 +68,7 @@ def test_sizes_of_one(chip):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_odd_sizes_and_other_dtypes(chip, dtype):
-    check(ODD_CASES + CASES[:4], chip, dtype, torch.float32)
+    check(ODD_SHAPES + SHAPES[:4], chip, dtype, torch.float32)
 
 
 @pytest.mark.parametrize("capability", (*CHIPS, "sm_86", "gfx1100"))
@@ -110,7 +112,7 @@ def test_unknown_chips_count_as_small():
 
 def test_launches_are_what_a_launcher_would_launch():
     """The strides that are 1 and the arguments divisible by 16 are Triton's business, so they are part of a launch."""
-    case = Case(512, 896, 4864, 16, 0)
+    case = BottleneckShape(512, 896, 4864, 16, 0)
     made = [each for each in launches(case, "sm_90", torch.bfloat16, torch.float32) if each.name == "expand_fwd"]
     forward = next(each for each in made if not dict(each.constants)["W_BY_ROWS"])
     constants, types = dict(forward.constants), dict(forward.types)
@@ -123,9 +125,9 @@ def test_launches_are_what_a_launcher_would_launch():
 
 
 def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(resources, "CASES", [Case(512, 896, 896, 16, 0)])
-    monkeypatch.setattr(resources, "DROPOUT_CASES", [])
-    monkeypatch.setattr(resources, "ROW_CASES", [])
+    monkeypatch.setattr(resources, "SHAPES", [BottleneckShape(512, 896, 896, 16, 0)])
+    monkeypatch.setattr(resources, "DROPOUT_SHAPES", [])
+    monkeypatch.setattr(resources, "ROW_SHAPES", [])
     monkeypatch.setattr(resources, "CHIPS", {"sm_90": CHIPS["sm_90"]})
     resources.main()
     table = capsys.readouterr().out
