@@ -47,8 +47,8 @@ def largest_fitting(
     """The largest of `sizes` for which a whole step can be done in the seconds that are `left`.
 
     It runs the smallest first, and a larger one only where the times so far say that it fits, so that little time is
-    lost on a slow machine. A small size takes more time for its work than a large one, so a size that seems to fit does.
-    The smallest is returned where none fits.
+    lost on a slow machine. A small size takes more time for its work than a large one does, so a size that seems to fit
+    does fit. The smallest is returned where none fits.
 
     Args:
         sizes: from the smallest to the largest.

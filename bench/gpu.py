@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         run.step("build", lambda limit: finish_build(building, log, limit))
     run.step("prove decode", lambda limit: prove_decode(run, limit))
     for name in STEPS:
-        run.step(name, lambda limit, name=name: timed(run, name, limit))
+        run.step(name, partial(timed, run, name))
     gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))
     print(run.path)
     return 1 if run.result["errors"] else 0

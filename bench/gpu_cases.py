@@ -6,6 +6,7 @@ a variant that failed, or that cannot run here, is named with the reason in its 
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def layers(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     cases += [_case(method, sizes.layer_tokens[0], sizes, torch.bfloat16) for method in others]
     for case in cases:
         compiler = sizes.compiler if case.dtype == torch.bfloat16 else None
-        yield guarded(case.name, lambda case=case, compiler=compiler: _layer(case, device, sizes.rounds, compiler))
+        yield guarded(case.name, partial(_layer, case, device, sizes.rounds, compiler))
 
 
 def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | None) -> Entry:
@@ -105,7 +106,7 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
     made: dict[str, Callable[[], LayerVariant]] = {}
     if compiler:
         made["compiled"] = lambda: replace(eager, forward=torch.compile(eager.forward, backend=compiler))
-    made |= {f"gci {impl}": lambda impl=impl: gci_variant(inputs, impl) for impl in IMPLS}
+    made |= {f"gci {impl}": partial(gci_variant, inputs, impl) for impl in IMPLS}
     variants, errors, left_out = {"frozen": frozen_variant(inputs), "eager": eager}, {}, {}
     for name, make in made.items():
         reason = obstacle(name.removeprefix("gci "), device.type, case.dtype)
@@ -135,10 +136,13 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
 
 def _plan(case: LayerCase, device: torch.device) -> str:
     """The plan that "auto" takes."""
-    what = dict(tokens=case.tokens, dtype=case.dtype, device_type=device.type)
+    tokens, dtype = case.tokens, case.dtype
     if isinstance(case, RowCase):
-        return f"rows={choose_form('auto', **what, share=case.rows / case.out_features, keep=True)}"
-    return str(choose_plan("auto", **what, mixer=MIXERS[case.method]))
+        share = case.rows / case.out_features
+        form = choose_form("auto", tokens=tokens, dtype=dtype, device_type=device.type, share=share, keep=True)
+        return f"rows={form}"
+    mixer = MIXERS[case.method]
+    return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device.type, mixer=mixer))
 
 
 def compare(seconds: dict[str, Timing]) -> Entry:
@@ -158,7 +162,7 @@ def slices(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
         for method in MAIN_METHODS:
             name = f"{method}, {number} layer{'s' if number > 1 else ''}, batch {batch}x{seq}"
             shape = sizes.llama | {"num_hidden_layers": number}
-            yield guarded(name, lambda a=(shape, method, batch, seq): _slice(*a, sizes, device))
+            yield guarded(name, partial(_slice, shape, method, batch, seq, sizes, device))
 
 
 def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> Entry:
@@ -171,7 +175,7 @@ def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Size
         "gci": variants["gci"],
     }
     ids, errors, left_out, peak = random_ids(model, batch, seq), {}, {}, {}
-    steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
+    steps = {name: partial(train_step, model, ids) for name, model in variants.items()}
     for name in list(steps):
         try:
             if name == "compiled":

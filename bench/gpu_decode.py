@@ -7,6 +7,7 @@ only after two checks: our logits and eager's against float64, and each graph's 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ class Decoding:
     """
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self.model, self.ids, self.run = model, ids, model
-        self.cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+        self.model, self.ids = model, ids
+        self.run: Callable[..., Any] = model  # the model, or what it was compiled to
+        self.forward: Callable[[], Tensor] = self._call
+        config: Any = model.config
+        self.cache = StaticCache(config=config, max_cache_len=ids.shape[1])
         self.token, self.position = ids[:, :1].clone(), torch.zeros_like(ids[:, :1])
         self.at = 0
         self.fill(SHORT)
@@ -84,7 +88,7 @@ class Decoding:
         for _ in range(number):
             self.step()
 
-    def forward(self) -> Tensor:
+    def _call(self) -> Tensor:
         """The logits of the token that `step` has set, [batch, 1, vocabulary]."""
         return self.run(self.token, past_key_values=self.cache, position_ids=self.position).logits
 
@@ -103,19 +107,19 @@ class Decoding:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(graph):
-            written = self.forward()
+            logits = self.forward()
 
-        def forward() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
-            return written
+            return logits
 
-        self.forward = forward
+        self.forward = replay
         return self
 
     def compile(self, compiler: str) -> "Decoding":
         """Compile the model by torch.compile's backend of that name; the decoding itself."""
-        options = {"mode": "reduce-overhead"} if compiler == "inductor" else {"backend": compiler}
-        self.run = torch.compile(self.model, **options)
+        mode = "reduce-overhead" if compiler == "inductor" else None
+        self.run = torch.compile(self.model, backend=compiler, mode=mode)
         return self
 
 
@@ -125,7 +129,7 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
         for method in sizes.compiled if compiled else REQUIRED:
             for batch in BATCHES[:1] if compiled else BATCHES:
                 case = f"{method}, batch {batch}, {sizes.past[method]} past{', compiled' if compiled else ''}"
-                yield guarded(case, lambda a=(method, batch, compiled): _measure(*a, sizes, device))
+                yield guarded(case, partial(_measure, method, batch, compiled, sizes, device))
 
 
 def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torc
             made.pop(name, None)
             known = reasons(device).values()
             left_out[name] = str(error) if str(error) in known else f"{type(error).__name__}: {error}"
-    steps = {name: lambda d=decoding: d.steps(sizes.steps) for name, decoding in made.items()}
+    steps = {name: partial(decoding.steps, sizes.steps) for name, decoding in made.items()}
     seconds = interleave(steps, device=device, rounds=sizes.rounds, warmup=2)
     return {
         "method": method, "batch": batch, "past": past, "required": REQUIRED[method],
@@ -170,13 +174,13 @@ def _variants(
             raise RuntimeError(NO_EAGER_GRAPH)
         return Decoding(models[name], ids).capture()
 
+    def compile(name: str) -> Decoding:
+        return Decoding(models[name], ids).compile(compiler)
+
     if compiled:
-        return {
-            f"{name} compiled": lambda name=name: Decoding(models[name], ids).compile(compiler)
-            for name in ("frozen", "gci")
-        }
-    plain = {name: lambda name=name: Decoding(models[name], ids) for name in models}
-    return plain | {f"{name} graph": lambda name=name: graph(name) for name in models}
+        return {f"{name} compiled": partial(compile, name) for name in ("frozen", "gci")}
+    made: dict[str, Callable[[], Decoding]] = {name: partial(Decoding, model, ids) for name, model in models.items()}
+    return made | {f"{name} graph": partial(graph, name) for name in models}
 
 
 def _plan(method: str, batch: int, device: torch.device) -> str:

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ PLANS = {"aten": ATEN, "triton": TRITON}
 # "kept" is the library's product with a copy of W that is there already; "aten" makes the copy.
 FORMS = {"aten": "merge", "kept": "kept", "triton": "triton"}
 Results = tuple[Tensor, ...]
+Entry = dict[str, Any]
 
 
-def guarded(name: str, measure: Callable[[], dict]) -> dict:
+def guarded(name: str, measure: Callable[[], Entry]) -> Entry:
     """An entry: what `measure` returns, or the error that it ended with; nothing of it stays in memory."""
     try:
         return {"name": name, **measure()}
@@ -41,7 +43,7 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
         torch.cuda.empty_cache()
 
 
-def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[dict]:
+def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[Entry]:
     """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
     tensors = _operands(make_inputs(case, device))
     stages, least = _stages(case, tensors), _floor(case, device)
@@ -50,7 +52,7 @@ def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> It
 
 def row_entries(
     case: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
-) -> Iterator[dict]:
+) -> Iterator[Entry]:
     """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
     tensors = _row_operands(case, dtype, active_dtype, device)
     least = _seconds(row_floor(case, dtype, active_dtype), dtype, device)
@@ -60,14 +62,14 @@ def row_entries(
 def _entries(
     method: str, stages: dict[str, Callable], plans: dict[str, object], tensors: dict[str, Tensor],
     least: dict[str, float], dtype: torch.dtype, device: torch.device, rounds: int,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[Entry]:  # fmt: skip
     """One for each of `stages`, run by each of `plans`; the one called "aten" says what is right."""
     reason = obstacle("triton", device.type, dtype)
     plans = {impl: plan for impl, plan in plans.items() if impl != "triton" or not reason}
     prepare = cold_cache(device)
     for name, stage in stages.items():
 
-        def measure(name: str = name, stage: Callable = stage) -> dict:
+        def measure(name: str = name, stage: Callable = stage) -> Entry:
             errors = _check(stage, tensors, plans, dtype)
             fns = {impl: lambda plan=plan: stage(tensors, plan) for impl, plan in plans.items()}
             seconds = interleave(fns, device=device, rounds=rounds, warmup=3, prepare=prepare)
@@ -161,10 +163,10 @@ def _row_operands(
     def draw(rows: int, columns: int, std: float = 1.0) -> Tensor:
         return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
 
-    fan_in = case.features_in**-0.5
-    x, dy = draw(case.tokens, case.features_in), draw(case.tokens, case.features_out)
-    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.trained, case.features_in, fan_in)
-    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.trained]
+    fan_in = case.in_features**-0.5
+    x, dy = draw(case.tokens, case.in_features), draw(case.tokens, case.out_features)
+    weight, active = draw(case.out_features, case.in_features, fan_in), draw(case.trained, case.in_features, fan_in)
+    positions = torch.randperm(case.out_features, generator=generator, device=device)[: case.trained]
     merged, chosen = weight.index_copy(0, positions, active), dy.index_select(1, positions)
     return {
         "x": x, "dy": dy, "weight": weight, "active": active.to(active_dtype), "positions": positions,

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     console = Console(width=None if Console().is_terminal else 120)
     for rank, experts in ((16, 0), (32, 8)):
-        shape = BottleneckShape(args.tokens, *args.features, rank, experts)
+        shape = BottleneckShape(args.tokens, args.features[0], args.features[1], rank, experts)
         console.print(table(shape, torch.bfloat16, torch.bfloat16, CHIPS[args.chip], args.plan))
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +40,13 @@ class Timing:
 
 
 def interleave(
-    fns: dict[str, Callable[[], object]],
+    fns: Mapping[str, Callable[[], object]],
     *,
     device: torch.device,
     rounds: int,
     warmup: int = 1,
     advance: Callable[[int, int], None] = lambda done, of: None,
-    before: dict[str, Callable[[], object]] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
     prepare: Callable[[], None] = lambda: None,
     left: Callable[[], float] = lambda: math.inf,
     least: int = 1,
@@ -113,9 +113,9 @@ def _seconds(fn: Callable[[], object], device: torch.device, prepare: Callable[[
         end.synchronize()
         return start.elapsed_time(end) / 1000
     prepare()
-    start = time.perf_counter()
+    begun = time.perf_counter()
     fn()
-    return time.perf_counter() - start
+    return time.perf_counter() - begun
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device) -> int | None:
