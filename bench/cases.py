@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gci_kernels import ops
 
-from . import roofline
+from . import costs
 from .baselines import EagerALoRALinear, EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
 
 LORA_ALPHA = 32
@@ -102,11 +102,11 @@ def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
         return None
     shape = (case.tokens, case.in_features, case.out_features)
     if isinstance(case, RowCase):
-        layer: roofline.Case | roofline.Rows = roofline.Rows(*shape, case.rows)
+        layer: costs.BottleneckShape | costs.RowShape = costs.RowShape(*shape, case.rows)
     else:
         experts = case.num_experts if case.method == "loramoe" else 0
-        layer = roofline.Case(*shape, case.rank * case.num_experts, experts)
-    return roofline.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
+        layer = costs.BottleneckShape(*shape, case.rank * case.num_experts, experts)
+    return costs.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,19 @@ from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.verify import obstacle
 
-from . import roofline
 from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError
+from .costs import BottleneckShape, Cost, RowShape, bottleneck_floor, chip_of, row_floor
 from .timing import cold_cache, interleave
 
 PLANS = {"aten": ATEN, "triton": TRITON}
 # "kept" is the library's product with a copy of W that is there already; "aten" makes the copy.
 FORMS = {"aten": "merge", "kept": "kept", "triton": "triton"}
 Results = tuple[Tensor, ...]
+Entry = dict[str, Any]
 
 
-def guarded(name: str, measure: Callable[[], dict]) -> dict:
+def guarded(name: str, measure: Callable[[], Entry]) -> Entry:
     """An entry: what `measure` returns, or the error that it ended with; nothing of it stays in memory."""
     try:
         return {"name": name, **measure()}
@@ -41,7 +43,7 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
         torch.cuda.empty_cache()
 
 
-def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[dict]:
+def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[Entry]:
     """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
     tensors = _operands(make_inputs(case, device))
     stages, least = _stages(case, tensors), _floor(case, device)
@@ -49,25 +51,25 @@ def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> It
 
 
 def row_entries(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
-) -> Iterator[dict]:
+    case: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
+) -> Iterator[Entry]:
     """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
     tensors = _row_operands(case, dtype, active_dtype, device)
-    least = _seconds(roofline.rows_floor(case, dtype, active_dtype), dtype, device)
+    least = _seconds(row_floor(case, dtype, active_dtype), dtype, device)
     yield from _entries("loki", ROW_STAGES, FORMS, tensors, least, dtype, device, rounds)
 
 
 def _entries(
     method: str, stages: dict[str, Callable], plans: dict[str, object], tensors: dict[str, Tensor],
     least: dict[str, float], dtype: torch.dtype, device: torch.device, rounds: int,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[Entry]:  # fmt: skip
     """One for each of `stages`, run by each of `plans`; the one called "aten" says what is right."""
     reason = obstacle("triton", device.type, dtype)
     plans = {impl: plan for impl, plan in plans.items() if impl != "triton" or not reason}
     prepare = cold_cache(device)
     for name, stage in stages.items():
 
-        def measure(name: str = name, stage: Callable = stage) -> dict:
+        def measure(name: str = name, stage: Callable = stage) -> Entry:
             errors = _check(stage, tensors, plans, dtype)
             fns = {impl: lambda plan=plan: stage(tensors, plan) for impl, plan in plans.items()}
             seconds = interleave(fns, device=device, rounds=rounds, warmup=3, prepare=prepare)
@@ -85,16 +87,14 @@ def _entries(
 def _floor(case: BottleneckCase, device: torch.device) -> dict[str, float]:
     experts = case.num_experts if case.method == "loramoe" else 0
     rank = case.rank * case.num_experts
-    shape = roofline.Case(case.tokens, case.in_features, case.out_features, rank, experts)
-    return _seconds(roofline.floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
+    shape = BottleneckShape(case.tokens, case.in_features, case.out_features, rank, experts)
+    return _seconds(bottleneck_floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
 
 
-def _seconds(entries: list[roofline.Entry], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The least time of each entry by name; nothing where the device's rates are not listed."""
-    chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if chip is None:
-        return {}
-    return {entry.name: chip.seconds(entry.moved, entry.operations, dtype) for entry in entries}
+def _seconds(costs: list[Cost], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The least time of each stage by name; nothing where the device's rates are not listed."""
+    chip = chip_of(device)
+    return {} if chip is None else {cost.name: cost.seconds(chip, dtype) for cost in costs}
 
 
 def _operands(inputs: BottleneckInputs) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _stages(
 
 
 def _row_operands(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
+    case: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """What ops/row_linear/autograd.py would pass, by its names; `merged` is the copy of W with the active rows."""
     generator = torch.Generator(device).manual_seed(0)
@@ -163,10 +163,10 @@ def _row_operands(
     def draw(rows: int, columns: int, std: float = 1.0) -> Tensor:
         return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
 
-    fan_in = case.features_in**-0.5
-    x, dy = draw(case.tokens, case.features_in), draw(case.tokens, case.features_out)
-    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.trained, case.features_in, fan_in)
-    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.trained]
+    fan_in = case.in_features**-0.5
+    x, dy = draw(case.tokens, case.in_features), draw(case.tokens, case.out_features)
+    weight, active = draw(case.out_features, case.in_features, fan_in), draw(case.trained, case.in_features, fan_in)
+    positions = torch.randperm(case.out_features, generator=generator, device=device)[: case.trained]
     merged, chosen = weight.index_copy(0, positions, active), dy.index_select(1, positions)
     return {
         "x": x, "dy": dy, "weight": weight, "active": active.to(active_dtype), "positions": positions,

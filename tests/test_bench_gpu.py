@@ -19,14 +19,14 @@ from gci_kernels import hardware, native
 from gci_kernels.bench import gpu, gpu_cases, gpu_decode, gpu_proof, gpu_stages
 from gci_kernels.bench.cases import METHODS
 from gci_kernels.bench.correctness import CorrectnessError
+from gci_kernels.bench.costs import RowShape
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
-from gci_kernels.bench.roofline import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ROWS = Rows(32, 64, 48, trained=5)
+ROWS = RowShape(32, 64, 48, trained=5)
 DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
 
 
@@ -427,6 +427,6 @@ def test_entries_that_failed_make_the_step_fail(a_run, monkeypatch):
     assert a_run.result["layers"] == entries
 
 
-def test_without_a_gpu_it_says_how_to_rehearse():
-    with pytest.raises(SystemExit, match="--device cpu --quick rehearses"):
+def test_without_a_gpu_it_says_how_to_run_on_a_cpu():
+    with pytest.raises(SystemExit, match="--device cpu --quick tests the command"):
         gpu.main([])

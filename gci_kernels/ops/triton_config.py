@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: pure functions of shape, dtype and chip; and what launchers accept.
 
 Nothing is tuned while a model runs: the same call takes the same blocks, and so gives the same bits, every time.
-`capability` is the compiler's name of the chip: "sm_80", "sm_90", "sm_100", "gfx942"; any other is taken for small.
+`capability` is the compiler's name of the architecture ("sm_90", "gfx942"); hardware/chips.py says what stands for it.
 """
 
 import os
@@ -11,31 +11,13 @@ import torch
 from torch import Tensor
 
 from gci_kernels.hardware.device import device_capability as device_capability
+from gci_kernels.hardware.chips import chip_of_capability as chip
 
 #: Triton decides when a kernel is defined whether it is interpreted, so a later change of the variable means nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Indices are int32 inside the kernels, and those of the last block, past the end, have to fit as well.
 MAX_SIZE = 2**31 - 2**16
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the choice depends on: how many programs keep it busy, and the shared memory one of them may take."""
-
-    processors: int
-    shared: int
-    async_products: bool  # matrix units read their operands from shared memory, and registers hold the sums alone
-    cache: int  # bytes, last level
-
-
-_CHIPS = {
-    "sm_80": Chip(108, 163 * 1024, False, 40_000_000),
-    "sm_90": Chip(132, 227 * 1024, True, 50_000_000),
-    "sm_100": Chip(148, 227 * 1024, True, 126_000_000),
-    "gfx942": Chip(304, 64 * 1024, False, 256_000_000),
-}
-_SMALL_CHIP = Chip(64, 64 * 1024, False, 4_000_000)
 
 
 @dataclass(frozen=True)
@@ -103,10 +85,6 @@ class GateConfig:
     block_e: int
     block_r: int
     num_warps: int
-
-
-def chip(capability: str) -> Chip:
-    return _CHIPS.get(capability, _SMALL_CHIP)
 
 
 def choose_project_config(
