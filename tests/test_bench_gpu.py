@@ -1,6 +1,7 @@
-"""`python -m bench.gpu`: a rehearsal on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
+"""`python -m bench.gpu`: all of it on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -19,14 +20,14 @@ from gci_kernels import hardware, native
 from gci_kernels.bench import gpu, gpu_cases, gpu_decode, gpu_proof, gpu_stages
 from gci_kernels.bench.cases import METHODS
 from gci_kernels.bench.correctness import CorrectnessError
-from gci_kernels.bench.costs import RowShape
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
+from gci_kernels.hardware import Shape
+from gci_kernels.hardware.stages import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ROWS = RowShape(32, 64, 48, trained=5)
 DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
 
 
@@ -216,28 +217,34 @@ def test_a_record_names_what_was_built_meanwhile(monkeypatch, program):
 # What is left when something goes wrong
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    case = gpu_cases._case("lora", 32, gpu_cases.QUICK, torch.float32)
+def spoil(monkeypatch, change: Callable[[str, Stage], Stage]) -> None:
+    """The registered stages with the library in place of Triton, as `change`, which gets their names, returns them."""
+
+    def spoilt(kernel: hardware.Kernel) -> hardware.Kernel:
+        def stages(*arguments) -> dict[str, Stage]:
+            made = kernel.stages(*arguments)
+            return {name: change(name, by(stage, stage.implementations["aten"])) for name, stage in made.items()}
+
+        return dataclasses.replace(kernel, stages=stages)
+
     monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
-    right = gpu_stages._stages
+    monkeypatch.setattr(gpu_stages, "KERNELS", {name: spoilt(k) for name, k in hardware.KERNELS.items()})
 
-    def wrong(case, tensors):
-        def spoilt(stage):
-            return lambda t, plan: tuple(
-                r * (1.001 if plan is gpu_stages.TRITON else 1) for r in stage(t, gpu_stages.ATEN)
-            )
 
-        made = right(case, tensors)
-        return made | {"backward: dA": spoilt(made["backward: dA"]), "dropout": lambda t, plan: 1 / 0}
+def by(stage: Stage, triton: Callable) -> Stage:
+    return stage._replace(implementations=stage.implementations | {"triton": triton})
 
-    def by_the_library(stage):
-        return lambda t, plan: stage(t, gpu_stages.ATEN)
 
-    monkeypatch.setattr(gpu_stages, "_stages", lambda case, tensors: {
-        name: stage if name in ("backward: dA", "dropout") else by_the_library(stage)
-        for name, stage in wrong(case, tensors).items()
-    })  # fmt: skip
-    entries = {entry["name"]: entry for entry in gpu_stages.stage_entries(case, CPU, rounds=2)}
+def test_a_wrong_kernel_gets_no_time(monkeypatch):
+    def change(name: str, stage: Stage) -> Stage:
+        right = stage.implementations["aten"]
+        if name == "backward: dA":
+            return by(stage, lambda t, dtype: tuple(result * 1.001 for result in right(t, dtype)))
+        return by(stage, lambda t, dtype: 1 / 0) if name == "dropout" else stage
+
+    spoil(monkeypatch, change)
+    entries = list(gpu_stages.stage_entries("lora", Shape(32, 64, 64, 16, 0, 0), torch.float32, CPU, rounds=2))
+    entries = {entry["name"]: entry for entry in entries}
     assert "CorrectnessError: Triton differs from float64 by 1.0" in entries["backward: dA"]["error"]
     assert entries["dropout"]["error"].startswith("ZeroDivisionError")
     assert all("seconds" not in entries[name] for name in ("backward: dA", "dropout"))
@@ -246,19 +253,27 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
 
 def test_a_wrong_row_gets_no_time(monkeypatch):
     """Of LoKI's products: one whose rows are not where the library has them, among right ones."""
-    monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
-    monkeypatch.setattr(gpu_stages, "FORMS", {"aten": "merge", "kept": "kept", "triton": "overwrite"})
-    entries = list(gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2))
-    assert [set(entry["seconds"]) for entry in entries] == [{"aten", "kept", "triton"}] * 2
-    right = gpu_stages._row_operands
 
-    def wrong(*arguments):
-        tensors = right(*arguments)
-        return tensors | {"merged": tensors["merged"].roll(1, 0)}
+    def entries() -> list[dict]:
+        shape = Shape(32, 64, 48, 0, 0, 0, rows=5)
+        return list(gpu_stages.stage_entries("loki", shape, torch.float32, CPU, rounds=2))
 
-    monkeypatch.setattr(gpu_stages, "_row_operands", wrong)
-    for entry in gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2):
+    def wrong(name: str, stage: Stage) -> Stage:
+        return stage._replace(operands=stage.operands | {"merged": stage.operands["merged"].roll(1, 0)})
+
+    spoil(monkeypatch, lambda name, stage: stage)
+    assert [set(entry["seconds"]) for entry in entries()] == [{"aten", "kept", "triton"}] * 2
+    spoil(monkeypatch, wrong)
+    for entry in entries():
         assert entry["error"].startswith("CorrectnessError: Kept differs from float64 by 1."), entry
+
+
+def test_a_new_kernel_is_timed_by_its_stages(monkeypatch):
+    stage = Stage({"x": torch.randn(4, 4)}, {"aten": lambda t, dtype: (t["x"] + 1,)})
+    kernel = hardware.Kernel("new", (), lambda *_: pytest.fail(), stages=lambda *_: {"a stage": stage})
+    monkeypatch.setattr(gpu_stages, "KERNELS", {"new": kernel})
+    (entry,) = gpu_stages.stage_entries("lora", Shape(4, 4, 4, 1, 0, 0), torch.float32, CPU, rounds=2)
+    assert entry["name"] == "a stage" and entry["errors"]["aten"][0] < 1e-6 and set(entry["seconds"]) == {"aten"}
 
 
 def test_a_wrong_variant_is_left_out_and_the_others_are_timed(monkeypatch):

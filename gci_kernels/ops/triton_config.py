@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gci_kernels.hardware.device import device_capability as device_capability
 from gci_kernels.hardware.chips import chip_of_capability as chip
+from gci_kernels.hardware.device import device_capability as device_capability
 
 #: Triton decides when a kernel is defined whether it is interpreted, so a later change of the variable means nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

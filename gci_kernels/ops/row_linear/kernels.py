@@ -1,7 +1,7 @@
 """row_linear's GPU kernel, as the registry knows it."""
 
 from gci_kernels.hardware import Kernel, LaunchConfig, register
-from gci_kernels.ops.row_linear import checks
+from gci_kernels.ops.row_linear import checks, timed
 from gci_kernels.ops.triton_config import RowLinearConfig, choose_row_linear_config
 
 register(
@@ -18,5 +18,6 @@ register(
                 ),
             ),
         ),
+        stages=timed.stages,
     )
 )  # fmt: skip
