@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gci_kernels.hardware import KERNELS
 from gci_kernels.ops import triton_config as config
 from gci_kernels.ops.bottleneck import autograd
 from gci_kernels.ops.row_linear import autograd as row_autograd
@@ -23,15 +25,6 @@ from gci_kernels.ops.row_linear import autograd as row_autograd
 from .costs import BottleneckShape, RowShape
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
-_KERNEL_MODULES = [
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout")),
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project_reduce", "partial_sums")),
-    "gci_kernels.ops.gate.triton",
-    "gci_kernels.ops.attention.triton",
-    "gci_kernels.ops.row_linear.triton",
-]
-
-
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
 QWEN_05B = [(896, 896), (896, 4864), (4864, 896)]
 SHAPES = [
@@ -83,12 +76,18 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     made: list[Call] = []
     with ExitStack() as undo:
         undo.enter_context(patch.object(config, "device_capability", lambda device: capability))
-        for module in map(importlib.import_module, _KERNEL_MODULES):
+        for module in _kernel_modules():
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                     undo.enter_context(patch.object(module, name, _Recorder(kernel, made)))
         step()
     return made
+
+
+def _kernel_modules() -> list[ModuleType]:
+    """The modules of all source files of the registered Triton kernels."""
+    files = {file for kernel in KERNELS.values() if kernel.language == "triton" for file in kernel.files}
+    return [importlib.import_module(f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}") for file in files]
 
 
 def launches(
