@@ -16,20 +16,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
 from gci_kernels.ops.row_linear import autograd as row_autograd
 
 from .costs import BottleneckShape, RowShape
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
-_KERNEL_MODULES = [
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout")),
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project_reduce", "partial_sums")),
-    "gci_kernels.ops.gate.triton",
-    "gci_kernels.ops.attention.triton",
-    "gci_kernels.ops.row_linear.triton",
-]
+# The modules that the Triton kernels are made of.
+_KERNEL_MODULES = {
+    f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}"
+    for kernel in names("triton")
+    for file in get(kernel).files
+}
 
 
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
@@ -82,7 +81,7 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     """All that `step`, which works on meta tensors, launches on a GPU of `capability` ("sm_90"), in order."""
     made: list[Call] = []
     with ExitStack() as undo:
-        undo.enter_context(patch.object(config, "device_capability", lambda device: capability))
+        undo.enter_context(patch.object(gpus, "device_capability", lambda device: capability))
         for module in map(importlib.import_module, _KERNEL_MODULES):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
