@@ -8,7 +8,6 @@ import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -17,14 +16,21 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.hardware import KERNELS
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
 from gci_kernels.ops.row_linear import autograd as row_autograd
 
 from .costs import BottleneckShape, RowShape
 
 TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
+# The modules that the Triton kernels are made of.
+_KERNEL_MODULES = {
+    f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}"
+    for kernel in names("triton")
+    for file in get(kernel).files
+}
+
+
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
 QWEN_05B = [(896, 896), (896, 4864), (4864, 896)]
 SHAPES = [
@@ -75,19 +81,13 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     """All that `step`, which works on meta tensors, launches on a GPU of `capability` ("sm_90"), in order."""
     made: list[Call] = []
     with ExitStack() as undo:
-        undo.enter_context(patch.object(config, "device_capability", lambda device: capability))
-        for module in _kernel_modules():
+        undo.enter_context(patch.object(gpus, "device_capability", lambda device: capability))
+        for module in map(importlib.import_module, _KERNEL_MODULES):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                     undo.enter_context(patch.object(module, name, _Recorder(kernel, made)))
         step()
     return made
-
-
-def _kernel_modules() -> list[ModuleType]:
-    """The modules of all source files of the registered Triton kernels."""
-    files = {file for kernel in KERNELS.values() if kernel.language == "triton" for file in kernel.files}
-    return [importlib.import_module(f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}") for file in files]
 
 
 def launches(

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES, compile_within_limits
 
 from gci_kernels.bench.launches import record
 from gci_kernels.hardware.chips import CAPABILITIES
-from gci_kernels.ops import triton_config
+from gci_kernels.ops import launching
 from gci_kernels.ops.attention import config
 from gci_kernels.ops.attention import triton as attention
 
@@ -64,7 +64,7 @@ def test_odd_sizes_and_other_dtypes(chip, dtype):
 
 
 @pytest.mark.parametrize("capability", (*CAPABILITIES, "sm_75", "gfx1100"))
-@pytest.mark.parametrize("dtype", triton_config.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
 def test_choices_are_pure_and_within_bounds(capability, dtype):
     for r, num_heads in WIDTHS + ODD_WIDTHS:
         chosen = config.choose_attention_config(r, num_heads, dtype, capability)

@@ -11,7 +11,7 @@ from gci_kernels import hardware, ops
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import Shape, self_check
 from gci_kernels.impl import Plan
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import launching
 from gci_kernels.ops.bottleneck import api, aten
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.gate import reference
@@ -21,12 +21,12 @@ from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obs
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cpu" if config.INTERPRETED else "cuda"
-HALF = torch.float16 if config.INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 products are wrong
+DEVICE = "cpu" if launching.INTERPRETED else "cuda"
+HALF = torch.float16 if launching.INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 products are wrong
 SHAPES = [
     self_check.ODD, Shape(1, 64, 48, 3, 1, 1), Shape(7, 51, 130, 15, 5, 2), Shape(64, 128, 96, 16, 2, 1),
 ]  # fmt: skip
-if not config.INTERPRETED:
+if not launching.INTERPRETED:
     # Every tile there is; sums that many programs share; two products from one reading; ranks above one tile.
     SHAPES += [
         self_check.LARGE, Shape(4096, 320, 4096, 40, 8, 8), Shape(600, 4096, 1024, 32, 8, 8),
@@ -38,7 +38,7 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-only_gpu = pytest.mark.skipif(config.INTERPRETED, reason="nothing to see without a GPU")
+only_gpu = pytest.mark.skipif(launching.INTERPRETED, reason="nothing to see without a GPU")
 KERNEL_DTYPES = [dtype for dtype in self_check.DTYPES if obstacle("triton", DEVICE, dtype) is None]
 
 
@@ -149,7 +149,7 @@ def test_ties_go_to_the_lower_expert(kernel):
 # The whole op
 
 BOTTLENECKS = [case for case in CASES if case.method != "loki" and not case.step]
-OP_CASES = [*BOTTLENECKS[:3], BOTTLENECKS[5], BOTTLENECKS[-1]] if config.INTERPRETED else BOTTLENECKS
+OP_CASES = [*BOTTLENECKS[:3], BOTTLENECKS[5], BOTTLENECKS[-1]] if launching.INTERPRETED else BOTTLENECKS
 MIXED_CASES = (OP_CASES[-1], OP_CASES[0], Case("loramoe", 64, 96, 80, 4, experts=6, top_k=2))
 
 

@@ -7,7 +7,8 @@ from architectures import ARCHITECTURES, compile_within_limits
 from gci_kernels.bench.costs import RowShape
 from gci_kernels.bench.launches import ROW_SHAPES, launches
 from gci_kernels.hardware.chips import CAPABILITIES
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import launching
+from gci_kernels.ops.row_linear import config
 
 ODD_SHAPES = [RowShape(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [RowShape(8192, 4097, 4099, 17)]
 # Triton makes a constant of an argument that is 1.
@@ -56,9 +57,9 @@ def test_odd_sizes_and_other_dtypes(chip, dtype):
 
 
 @pytest.mark.parametrize("capability", (*CAPABILITIES, "sm_75", "gfx1100"))
-@pytest.mark.parametrize("dtype", config.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
 def test_choices_are_pure_and_within_bounds(capability, dtype):
-    for tokens in (1, 15, 64, 513, 8192, config.MAX_SIZE):
+    for tokens in (1, 15, 64, 513, 8192, launching.MAX_SIZE):
         for depth, width in ((1, 1), (896, 4864), (4097, 33), (14336, 4096)):
             for sum_rows in (False, True):
                 arguments = (tokens, depth, width, dtype, capability, sum_rows)

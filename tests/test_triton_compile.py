@@ -11,7 +11,8 @@ from gci_kernels.bench import resources
 from gci_kernels.bench.costs import BottleneckShape
 from gci_kernels.bench.launches import DROPOUT_SHAPES, SHAPES, launches, record
 from gci_kernels.hardware.chips import CAPABILITIES, chip_of_capability
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops import launching
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck import triton as stages
 
 KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "project_reduce_fwd", "sum_splits", "gate_fwd", "gate_bwd"}
@@ -80,9 +81,9 @@ def test_odd_sizes_and_other_dtypes(chip, dtype):
 
 
 @pytest.mark.parametrize("capability", (*CAPABILITIES, "sm_75", "gfx1100"))
-@pytest.mark.parametrize("dtype", config.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
 def test_choices_are_pure_and_within_bounds(capability, dtype):
-    for tokens in (1, 15, 64, 513, 8192, config.MAX_SIZE):
+    for tokens in (1, 15, 64, 513, 8192, launching.MAX_SIZE):
         for depth, width, rank in ((1, 1, 1), (896, 4864, 16), (4097, 33, 40), (14336, 4096, 513)):
             arguments = (tokens, depth, width, rank, dtype, capability)
             expand = config.choose_expand_config(*arguments)

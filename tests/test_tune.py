@@ -9,7 +9,7 @@ import torch
 
 from gci_kernels.bench import tune
 from gci_kernels.hardware import kernels, records, tuned
-from gci_kernels.ops import triton_config
+from gci_kernels.ops.bottleneck.config import choose_project_config
 
 GPU = torch.device("cuda", 0)
 ARGUMENTS = (8192, 4096, 16, torch.bfloat16, "sm_90", False)
@@ -26,7 +26,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def chosen():
-    return triton_config.choose_project_config(*ARGUMENTS)
+    return choose_project_config(*ARGUMENTS)
 
 
 def target(answer=lambda config: X @ M):
@@ -59,7 +59,7 @@ def test_the_best_of_each_field_wins_and_is_kept():
     assert found.after == 1.0 < found.before and not found.left_out
     assert tuned.config("project", GPU, *ARGUMENTS) == found.best
     other = (4096, *ARGUMENTS[1:])
-    assert tuned.config("project", GPU, *other) == triton_config.choose_project_config(*other)
+    assert tuned.config("project", GPU, *other) == choose_project_config(*other)
     assert tuned.config("project", torch.device("meta"), *ARGUMENTS) == chosen(), "what has no GPU was not tuned"
 
 

@@ -12,8 +12,9 @@ import torch
 from gci_kernels import hardware, verify
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.bench import tune
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.bottleneck import aten, philox, stages
+from gci_kernels.hardware import tuned
+from gci_kernels.ops import launching
+from gci_kernels.ops.bottleneck import aten, config, philox, stages
 from gci_kernels.ops.bottleneck import triton as kernels
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
@@ -36,7 +37,7 @@ def seeded():
 
 
 def test_the_interpreter_runs():
-    assert config.INTERPRETED
+    assert launching.INTERPRETED
 
 
 def check(actual, truth, plain, dtype):
@@ -144,7 +145,7 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
     """Also for sizes at which two readings are fewer bytes, and with shares of the tokens that end inside a block."""
     block_r = max(16, 1 << (rank - 1).bit_length())
     config_ = config.ProjectReduceConfig(16, 64, block_r, splits=3, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
+    monkeypatch.setitem(tuned._trying, "project_reduce", config_)
     for layout in LAYOUTS.values():
         y, u = gapped(tokens, width, torch.float16), layout(tokens, rank, torch.float16)
         m = layout(width, rank, torch.float32)
@@ -157,8 +158,8 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
 def test_project_reduce_is_part_of_backward(monkeypatch):
     """Where the configuration wants one reading of dY: forward and every gradient of the whole op."""
     calls, config_ = [], config.ProjectReduceConfig(64, 64, 16, splits=2, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
-    project_reduce = kernels.project_reduce
+    monkeypatch.setitem(tuned._trying, "project_reduce", config_)
+    project_reduce = stages.project_reduce
     monkeypatch.setattr(stages, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
     case = verify.Case("loramoe", 200, 48, 150, 2, experts=3)
     tensors = verify.make_inputs(case, torch.float16, "cpu")
@@ -194,7 +195,7 @@ def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows)
 @pytest.mark.parametrize(("tokens", "width", "depth"), [(40, 70, 48), (81, 33, 50)])
 def test_every_tile_of_expand_is_visited_once(monkeypatch, group, tokens, width, depth):
     """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the rank."""
-    monkeypatch.setattr(config, "choose_expand_config", lambda *_: config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
+    monkeypatch.setitem(tuned._trying, "expand", config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
     u, m, x, w = (torch.randn(s) for s in ((tokens, 35), (35, width), (tokens, depth), (depth, width)))
     truth = u.double() @ m.double() + x.double() @ w.double()
     check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
@@ -205,8 +206,8 @@ def test_splits_cover_the_sum_once(monkeypatch, splits):
     """Also where the last programs of a sum get nothing: 70 numbers in blocks of 16 are too few for 8."""
     project_config = config.ProjectConfig(16, 16, 16, splits, 4, 1)
     reduce_config = config.ReduceConfig(16, 16, 16, splits, 4, 1)
-    monkeypatch.setattr(config, "choose_project_config", lambda *_: project_config)
-    monkeypatch.setattr(config, "choose_reduce_config", lambda *_: reduce_config)
+    monkeypatch.setitem(tuned._trying, "project", project_config)
+    monkeypatch.setitem(tuned._trying, "reduce", reduce_config)
     x, m = torch.randn(33, 70), torch.randn(70, 19)
     check(kernels.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
     u, y = torch.randn(70, 19), torch.randn(70, 33)

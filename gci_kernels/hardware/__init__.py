@@ -1,8 +1,8 @@
 """The GPU kernels there are, and which of them are proved on which GPU. Nothing here imports an op.
 
 kernels.py is the registry, in which each op declares its kernels; records.py keeps what is proved; self_check.py checks
-a kernel that has no record; stages.py is what kernels are timed by; device.py tells GPUs apart, chips.py knows their
-limits and rates.
+a kernel that has no record; stages.py says by what kernels are timed; gpus.py and chips.py know GPUs; tuned.py keeps
+launch configurations that tuning found.
 """
 
 from gci_kernels.hardware.kernels import KERNELS, Comparison, Kernel, LaunchConfig, Shape, get, names, register

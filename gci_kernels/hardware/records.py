@@ -25,7 +25,7 @@ import torch
 from gci_kernels import native
 from gci_kernels.files import cache_dir, write_whole
 from gci_kernels.hardware import self_check
-from gci_kernels.hardware.device import device_capability
+from gci_kernels.hardware.gpus import device_capability
 from gci_kernels.hardware.kernels import KERNELS, get, names
 
 _PACKAGE = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config
+from gci_kernels.hardware import gpus
 from gci_kernels.ops.attention import config
+from gci_kernels.ops.launching import check_tensors
 
 _MAX_HEAD = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -292,7 +293,7 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(num_heads, segments, q=q, k=k, v=v, do=do, o=o)
-    triton_config.check_tensors(dtypes=(torch.float32,), lse=lse)
+    check_tensors(dtypes=(torch.float32,), lse=lse)
     (batch, time, r), keys = q.shape, k.shape[1]
     dq, dk, dv = q.new_empty(batch, time, r), q.new_empty(batch, keys, r), q.new_empty(batch, keys, r)
     if dq.numel() == 0:
@@ -319,14 +320,14 @@ def backward(
 
 
 def _config(q: Tensor, num_heads: int) -> config.AttentionConfig:
-    capability = triton_config.device_capability(q.device)
+    capability = gpus.device_capability(q.device)
     return config.choose_attention_config(q.shape[2], num_heads, q.dtype, capability)
 
 
 def _check(num_heads: int, segments: Tensor | None, q: Tensor, **others: Tensor) -> None:
-    triton_config.check_tensors(q=q)
-    triton_config.check_tensors(dtypes=(q.dtype,), **others)
-    triton_config.check_tensors(dtypes=(torch.int32,), segments=segments)
+    check_tensors(q=q)
+    check_tensors(dtypes=(q.dtype,), **others)
+    check_tensors(dtypes=(torch.int32,), segments=segments)
     if q.shape[2] > _MAX_HEAD * num_heads:
         raise ValueError(
             f"num_heads must leave heads of at most {_MAX_HEAD} columns for the Triton attention, got {num_heads} "

@@ -4,11 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 from gci_kernels.hardware import Kernel, LaunchConfig, register
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.bottleneck import checks, timed
+from gci_kernels.ops import launching
+from gci_kernels.ops.bottleneck import checks, config, timed
 
 _FOLDER = "ops/bottleneck/triton/"
-_DROPOUT = (_FOLDER + "dropout.py", "ops/bottleneck/philox.py", "ops/triton_config.py")
+_DROPOUT = (_FOLDER + "dropout.py", "ops/bottleneck/philox.py", "ops/bottleneck/config.py", *launching.FILES)
 _PRODUCT = (*_DROPOUT, _FOLDER + "partial_sums.py", "hardware/tuned.py")
 _BLOCKS_T, _BLOCKS_N, _WARPS = (16, 32, 64, 128, 256), (64, 128, 256, 512), (4, 8)
 

@@ -1,7 +1,7 @@
 """The gate as Triton kernels, one pass each way, for GPU tensors (signatures: the package's docstring).
 
 A program holds whole tokens: a tile [tokens, experts] of logits, and tiles [tokens, experts, part of r] of the rest.
-Blocks come from ops/triton_config.py; masks pad experts and r to powers of two.
+Blocks come from config.py; masks pad experts and r to powers of two.
 """
 
 import torch
@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.gate import config
+from gci_kernels.ops.launching import DTYPES, check_tensors
 
 _MAX_EXPERTS = 256
 
@@ -129,8 +130,8 @@ def backward(
 
 
 def _check(num_experts: int, dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    config.check_tensors(**tensors)
-    if dtype not in config.DTYPES:
+    check_tensors(**tensors)
+    if dtype not in DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}")
     if num_experts > _MAX_EXPERTS:
         raise ValueError(f"num_experts must be at most {_MAX_EXPERTS} for the Triton gate, got {num_experts}")

@@ -1,13 +1,14 @@
 """row_linear's GPU kernel, as the registry knows it."""
 
 from gci_kernels.hardware import Kernel, LaunchConfig, register
+from gci_kernels.ops import launching
 from gci_kernels.ops.row_linear import checks, timed
-from gci_kernels.ops.triton_config import RowLinearConfig, choose_row_linear_config
+from gci_kernels.ops.row_linear.config import RowLinearConfig, choose_row_linear_config
 
 register(
     Kernel(
         name="row_linear",
-        files=("ops/row_linear/triton.py", "ops/triton_config.py", "hardware/tuned.py"),
+        files=("ops/row_linear/triton.py", "ops/row_linear/config.py", *launching.FILES, "hardware/tuned.py"),
         check=checks.check,
         launches=(
             LaunchConfig(

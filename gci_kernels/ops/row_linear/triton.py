@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.hardware import tuned
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import gpus, tuned
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, chosen: Te
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, sum_rows: bool
 ) -> Tensor:
-    config.check_tensors(**{"dy" if sum_rows else "x": x})
+    check_tensors(**{"dy" if sum_rows else "x": x})
     active = active.to(x.dtype).contiguous()
-    config.check_tensors(dtypes=(x.dtype,), weight=weight, active=active, bias=bias)
-    config.check_tensors(dtypes=(torch.int64,), positions=positions)
+    check_tensors(dtypes=(x.dtype,), weight=weight, active=active, bias=bias)
+    check_tensors(dtypes=(torch.int64,), positions=positions)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     (tokens, depth), width = x.shape, weight.shape[1 if sum_rows else 0]
-    capability = config.device_capability(x.device)
+    capability = gpus.device_capability(x.device)
     c = tuned.config("row_linear", x.device, tokens, depth, width, x.dtype, capability, sum_rows)
     y = x.new_empty(tokens, width)
     if y.numel() == 0:

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _dropout_fwd_kernel(
 
 
 def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
-    config.check_tensors(x=x)
+    check_tensors(x=x)
     tokens, width = x.shape
     if x.numel() == 0:
         return out

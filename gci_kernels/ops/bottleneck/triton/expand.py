@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.hardware import tuned
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import gpus, tuned
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -100,14 +101,14 @@ def _expand_fwd_kernel(
 def expand(
     u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
 ) -> Tensor:
-    config.check_tensors(u=u, m=m)
+    check_tensors(u=u, m=m)
     has_base = w is not None
     if has_base:
-        config.check_tensors(dtypes=(u.dtype,), x=x, w=w)
-        config.check_tensors(bias=bias)
+        check_tensors(dtypes=(u.dtype,), x=x, w=w)
+        check_tensors(bias=bias)
     (tokens, rank), width = u.shape, m.shape[1]
     depth = w.shape[0] if has_base else 0
-    capability = config.device_capability(u.device)
+    capability = gpus.device_capability(u.device)
     c = tuned.config("expand", u.device, tokens, depth, width, rank, u.dtype, capability, drop is not None)
     y = u.new_empty(tokens, width)
     if y.numel() == 0:
