@@ -14,7 +14,7 @@ import torch
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import KERNELS, Shape
 from gci_kernels.hardware.stages import Stage
-from gci_kernels.verify import obstacle
+from gci_kernels.proof.verify import obstacle
 
 from .correctness import CorrectnessError
 from .costs import BottleneckShape, RowShape, chip_of, floor

@@ -1,6 +1,5 @@
 """The checks of the bottleneck's Triton kernels, each against the library's form of its stage in float64."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,12 +8,12 @@ from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
 from gci_kernels.hardware.self_check import drawing
-from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import aten, stages
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.plan import Plan
 
 #: Every stage by the library, and every stage in Triton.
-ATEN, TRITON = (Plan(*[impl] * len(dataclasses.fields(Plan))) for impl in ("aten", "triton"))
+ATEN, TRITON = (Plan(*[impl] * len(Plan._fields)) for impl in ("aten", "triton"))
 _SEED = 2**61 + 12345
 
 
