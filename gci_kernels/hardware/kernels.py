@@ -69,6 +69,7 @@ class Kernel:
         check: makes the inputs of one shape and dtype on a device, for the self check.
         launches: those with a launch configuration; none in CUDA C++.
         language: what it is written in.
+        needs: kernels that run in the same call; tests prove this kernel only where theirs pass too.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Kernel:
     check: Callable[[Shape, torch.dtype, torch.device], Comparison]
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
+    needs: tuple[str, ...] = ()
 
 
 #: Every registered kernel by its name, in the order of registration. Only :func:`register` writes to it.
