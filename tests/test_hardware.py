@@ -19,12 +19,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from gci_kernels import cli, hardware, info, native, verify
+from gci_kernels import cli, hardware, native, verify
 from gci_kernels.accuracy import Check
 from gci_kernels.hardware import kernels, records, self_check
 from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck.plan import prefers_triton
+from gci_kernels.proof import info
 
 GPU = torch.device("cuda", 0)
 ALL = frozenset(hardware.KERNELS)

@@ -1,0 +1,1 @@
+"""What shows that the kernels here are right: verify against float64, and info on what is proved where."""
