@@ -130,7 +130,7 @@ def end(process: subprocess.Popen[Any]) -> None:
 def prove(run: Run, limit: float) -> None:
     """Run the Triton kernels' tests on the GPU, and make records. On a CPU, interpret the tests of one kernel."""
     on_gpu = run.device.type == "cuda"
-    groups = [*hardware.names("triton"), gpu_proof.WHOLE] if on_gpu else ["dropout"]
+    groups = [*hardware.names("triton"), gpu_proof.WHOLE, gpu_proof.LIBRARY] if on_gpu else ["dropout"]
     note(run, gpu_proof.run_tests(groups, limit, interpreted=not on_gpu))
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ CUDA = set(hardware.names("cuda"))
 
 
 def verdicts(**changed: Outcome) -> dict[str, hardware.Record]:
-    outcomes = {group: Outcome(passed=3) for group in gpu_proof.GROUPS} | changed
+    outcomes = {group: Outcome(passed=3) for group in gpu_proof.groups()} | changed
     return {record.kernel: record for record in gpu_proof.verdicts(outcomes, CPU)}
 
 
@@ -150,10 +151,10 @@ def test_a_kernel_is_proved_by_its_tests_and_the_whole_op(imagined):
     assert {name for name, record in found.items() if not record.passed} == {"gate"}
     for none in (Outcome(), Outcome(skipped=4), Outcome(passed=2, trouble="still running")):
         assert set(verdicts(gate=none)) == set(hardware.KERNELS) - {"gate"}
-    whole = Outcome(passed=2, failed={"test_op[case-aten-float16]": "x"})
-    assert all(record.passed for record in verdicts(**{WHOLE: whole}).values())
-    whole = Outcome(passed=2, failed={"test_op[case-triton-float16]": "x"})
-    assert {name for name, record in verdicts(**{WHOLE: whole}).items() if record.passed} == CUDA
+    failed = Outcome(passed=2, failed={"test_op[case-float16]": "x"})
+    for group in (gpu_proof.LIBRARY, gpu_proof.LAYERS):
+        assert all(record.passed for record in verdicts(**{group: failed}).values())
+    assert {name for name, record in verdicts(**{WHOLE: failed}).items() if record.passed} == CUDA
     assert set(verdicts(**{WHOLE: Outcome(trouble="crashed")})) == CUDA
 
 
@@ -176,23 +177,41 @@ def test_kernels_that_were_not_tested_get_no_record(imagined):
         assert {record.kernel for record in gpu_proof.verdicts(outcomes, CPU)} == kernels
 
 
+def test_a_gpu_test_names_its_kernel(request):
+    """conftest.py refuses one that does not, so that each is in one group."""
+    hooks = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "pytest_collection_modifyitems")
+                 and getattr(p, "__file__", None) == str(ROOT / "tests" / "conftest.py"))  # fmt: skip
+
+    def item(name: str, **marks: tuple) -> SimpleNamespace:
+        found = {mark: SimpleNamespace(args=args) for mark, args in marks.items()}
+        return SimpleNamespace(nodeid=name, get_closest_marker=found.get)
+
+    def collected(chosen: str | None, *items: SimpleNamespace) -> list[str]:
+        hook = SimpleNamespace(pytest_deselected=lambda items: None)
+        config, kept = SimpleNamespace(getoption=lambda name: chosen, hook=hook), list(items)
+        hooks.pytest_collection_modifyitems(config, kept)
+        return [each.nodeid for each in kept]
+
+    tests = item("cpu"), item("gate", gpu=(), kernel=("gate",)), item("op", gpu=(), kernel=(WHOLE,))
+    assert collected(None, *tests) == ["cpu", "gate", "op"] and collected("gate", *tests) == ["gate"]
+    with pytest.raises(pytest.UsageError, match="--kernel gates: allowed: .*gate"):
+        collected("gates", *tests)
+    for marks in ({}, {"kernel": ("gates",)}):
+        with pytest.raises(pytest.UsageError, match=r"other: marked kernel\((None|gates)\), allowed: .*gate"):
+            collected(None, *tests, item("other", gpu=(), **marks))
+
+
 @pytest.mark.slow
-def test_every_gpu_test_is_in_one_group():
-    """By pytest's own reading of the names; a sanitizer's are of the half that it looks at."""
-    names = ("test_gpu.py", "test_gpu_decode.py", "test_gpu_decode_layers.py")
-    files = [str(ROOT / "tests" / name) for name in names]
+def test_gpu_tests_are_of_the_kernels_that_they_name():
+    files = [str(ROOT / "tests" / f"test_gpu_{name}.py") for name in ("decode", "decode_layers")]
 
-    def collected(*chosen: str) -> list[str]:
-        command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", *chosen, *files)
-        done = python(ROOT, *command, TRITON_INTERPRET="1")
-        return [line for line in done.stdout.splitlines() if "::" in line]
+    def collected(group: str) -> list[str]:
+        command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", "--kernel", group, *files)
+        return [line for line in python(ROOT, *command).stdout.splitlines() if "::" in line]
 
-    by_group = {group: collected("-k", gpu_proof.GROUPS[group]) for group in gpu_proof.GROUPS}
-    together = [test for tests in by_group.values() for test in tests]
-    assert sorted(together) == sorted(collected()) and all(by_group.values())
-    assert all("decode_layers" in test for test in by_group[gpu_proof.LAYERS])
-    assert all("attend" in test for test in by_group["decode_attend"])
-    assert all("attend" not in test and "decode" in test for test in by_group["decode_step"])
+    assert all("attend" in test for test in collected("decode_attend"))
+    assert all("attend" not in test and "decode.py" in test for test in collected("decode_step"))
+    assert all("decode_layers.py" in test for test in collected(gpu_proof.LAYERS))
 
 
 @pytest.mark.parametrize("program", ("true", "false"))

@@ -19,12 +19,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from gci_kernels import cli, hardware, info, native
+from gci_kernels import cli, hardware, native
 from gci_kernels.accuracy import Check
 from gci_kernels.hardware import kernels, records, self_check
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck.plan import Plan, prefers_triton
-from gci_kernels.proof import verify
+from gci_kernels.proof import info, verify
 
 GPU = torch.device("cuda", 0)
 ALL = frozenset(hardware.KERNELS)

@@ -77,6 +77,7 @@ class Kernel:
         launches: those with a launch configuration; none in CUDA C++.
         language: what it is written in.
         stages: the stages of a layer by which the kernel is timed, by name; those that such a layer has.
+        needs: kernels that run in the same call; tests prove this kernel only where theirs pass too.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Kernel:
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
     stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = _no_stages
+    needs: tuple[str, ...] = ()
 
 
 #: Every registered kernel by its name, in the order of registration. Only :func:`register` writes to it.

@@ -6,4 +6,4 @@ from gci_kernels.ops.decode import checks
 _FILES = ("ops/decode/cuda.py", "ops/decode/group.py")
 
 register(Kernel("decode_step", _FILES, checks.check_step, language="cuda"))
-register(Kernel("decode_attend", _FILES, checks.check_attend, language="cuda"))
+register(Kernel("decode_attend", _FILES, checks.check_attend, language="cuda", needs=("decode_step",)))
