@@ -214,7 +214,7 @@ def _eager_layer(layer: LoRAMoELinear | ALoRALinear | LoKILinear, name: str) -> 
         return EagerLoKILinear(weight, base.bias, positions=layer.loki_positions[ADAPTER], **tensors)
     if isinstance(layer, LoRAMoELinear):
         return EagerLoRAMoELinear(base, **tensors, scaling=scaling)
-    return EagerALoRALinear(base, **tensors, num_heads=layer.num_heads[ADAPTER], scaling=scaling, key=name)
+    return EagerALoRALinear(base, **tensors, num_heads=layer.configs[ADAPTER].num_heads, scaling=scaling, key=name)
 
 
 def collect_grads(model: nn.Module) -> dict[str, Tensor]:

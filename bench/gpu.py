@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 
 from gci_kernels import hardware, native
-from gci_kernels.verify import obstacle
+from gci_kernels.proof.verify import obstacle
 
 from . import gpu_cases, gpu_decode, gpu_proof, gpu_report
 from .machine import commit, gpu_software, machine, versions

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
-from gci_kernels.verify import obstacle
+from gci_kernels.proof.verify import obstacle
 
 from . import gpu_decode
 from .baselines import shared_copy

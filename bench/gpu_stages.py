@@ -17,7 +17,7 @@ from torch import Tensor
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
-from gci_kernels.verify import obstacle
+from gci_kernels.proof.verify import obstacle
 
 from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError

@@ -9,11 +9,20 @@ from gci_kernels import quiet  # noqa: F401
 
 # isort: split
 from gci_kernels import loki, ops, rega
+from gci_kernels.ops import Mixer
 from gci_kernels.patching.patch import LayerReport, Report, patch, report, unpatch
-from gci_kernels.tuners import ALoRAConfig, LoKIConfig, LoRAMoEConfig
+from gci_kernels.tuners import (
+    METHODS,
+    ALoRAConfig,
+    BottleneckConfig,
+    LoKIConfig,
+    LoRAMoEConfig,
+    Method,
+    register,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALoRAConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "Report", "loki", "ops", "patch", "rega", "report",
-    "unpatch",
+    "ALoRAConfig", "BottleneckConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "METHODS", "Method", "Mixer",
+    "Report", "loki", "ops", "patch", "register", "rega", "report", "unpatch",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -29,14 +30,14 @@ def verify(args: argparse.Namespace) -> int:
     from gci_kernels import hardware
     from gci_kernels.files import make_cache_dir
     from gci_kernels.progress import bar
-    from gci_kernels.verify import CASES, DTYPES, IMPLS
-    from gci_kernels.verify import verify as run
+    from gci_kernels.proof.verify import DTYPES, IMPLS, cases
+    from gci_kernels.proof.verify import verify as run
 
     on_gpu = torch.device(args.device).type == "cuda"
     if on_gpu:
         make_cache_dir()  # raises, before the minutes of checking, where no record could be kept
     groups = []
-    with bar("verify", len(CASES) * len(DTYPES) * len(IMPLS)) as progress:
+    with bar("verify", len(cases()) * len(DTYPES) * len(IMPLS)) as progress:
         for checks in run(args.device):
             groups.append(checks)
             progress.advance()
@@ -98,9 +99,11 @@ def _run(argv: list[str] | None) -> int:
     command = commands.add_parser("info", help="what this machine has and which kernels run on it")
     command.set_defaults(run=info)
     command = commands.add_parser("verify", help="check every kernel against the float64 reference")
+    add_register(command)
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     command.set_defaults(run=verify)
     command = commands.add_parser("bench", help="frozen base, eager PyTorch and gci_kernels side by side")
+    add_register(command)
     bench.add_arguments(command)
     command.set_defaults(run=bench.main)
     command = commands.add_parser("tune", help="find faster launch configurations of the Triton kernels on this GPU")
@@ -117,8 +120,31 @@ def _run(argv: list[str] | None) -> int:
     command.set_defaults(run=convert.main)
     command = commands.add_parser("rega", help="REGA: general answers by the model itself, and mixtures to train on")
     rega.add_arguments(command)
+    register_files(sys.argv[1:] if argv is None else argv)  # first: what they register are choices of other options
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+def add_register(command: argparse.ArgumentParser) -> None:
+    """The option that brings methods which gci_kernels does not have."""
+    command.add_argument(
+        "--register", action="append", metavar="FILE", help="a Python file that registers a method; may be repeated"
+    )
+
+
+def register_files(argv: list[str]) -> None:
+    """Runs the files that follow --register, as modules named after them."""
+    import importlib.util
+
+    for option, path in zip(argv, argv[1:], strict=False):
+        name = Path(path).stem
+        if option != "--register" or name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None or not Path(path).is_file():
+            raise SystemExit(f"--register {path}: this is no Python file")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 if __name__ == "__main__":

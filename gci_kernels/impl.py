@@ -1,9 +1,10 @@
-"""Names of implementations, and the plan: which implementation runs each stage of an operation."""
+"""Names of implementations: which there are, why one cannot run, and the module of an op that holds it."""
 
 import functools
+import importlib
 import importlib.util
 import os
-from dataclasses import dataclass, fields
+from types import ModuleType
 
 import torch
 
@@ -25,27 +26,10 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl={impl!r} is unknown; allowed: {', '.join(map(repr, IMPLS))}")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One implementation for each stage, of :data:`IMPLS`; printable, and a string for the op's schema."""
-
-    project: str  # x @ [A; router].T and dY @ B
-    mix: str  # the mixer, forward and backward
-    expand: str  # y = u @ B.T + x @ W.T and dX = dh @ [A; router] + dY @ W
-    reduce: str  # dA = dh.T @ x and dB.T = u.T @ dY
-    dropout: str
-
-    @property
-    def key(self) -> str:
-        return "/".join((self.project, self.mix, self.expand, self.reduce, self.dropout))
-
-    @staticmethod
-    @functools.cache
-    def from_key(key: str) -> "Plan":
-        return Plan(*key.split("/"))
-
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+@functools.cache
+def implementation(op: str, impl: str) -> ModuleType:
+    """The module (or package) gci_kernels.ops.<op>.<impl>, imported when it is first asked for."""
+    return importlib.import_module(f"gci_kernels.ops.{op}.{impl}")
 
 
 def native_obstacle(device_type: str, dtype: torch.dtype) -> str | None:

@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 
 import gci_kernels
 from gci_kernels.ops.decode import native
-from gci_kernels.tuners import alora, fusion, loki, lora, loramoe
+from gci_kernels.tuners import bottleneck, fusion, loki, lora
 
-FUSED = {"lora": (lora, "lora_linear"), "loramoe": (loramoe, "loramoe_linear"), "alora": (alora, "alora_linear"),
-         "loki": (loki, "loki_linear")}  # fmt: skip
+FUSED = {"lora": (lora, "adapted_linear"), "loki": (loki, "loki_linear")}
+FUSED |= dict.fromkeys(("loramoe", "alora", "hydralora"), (bottleneck, "adapted_linear"))
 PROMPT = torch.tensor([[5, 6, 7], [9, 8, 40]])
 
 
@@ -58,9 +58,10 @@ def watched(method: str):
     op, run, attend, calls = getattr(module, name), native.Step.run, native.Step.attend, {"fused": 0, "steps": 0}
 
     def checked(*args, **kwargs):
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        operands = args[0] if isinstance(args[0], tuple) else args
+        tensors = [t for t in (*operands, *kwargs.values()) if isinstance(t, torch.Tensor)]
         assert not any(isinstance(t, DTensor) for t in tensors) and all(t.untyped_storage().size() for t in tensors)
-        calls["fused"] += args[1] is not None
+        calls["fused"] += operands[1] is not None
         return op(*args, **kwargs)
 
     def counted(step):

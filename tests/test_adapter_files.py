@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.config import PeftConfigMixin
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toy_adapters import CONFIGS, IDS, adapted, each_method, each_of_ours, llama, logits, saver
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import gci_kernels
 from gci_kernels import patch
 from gci_kernels.accuracy import relative_error
-from gci_kernels.tuners import ALoRALinear, LoRAMoELinear
+from gci_kernels.tuners import ALoRALinear, LoRAMoELinear, methods
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -129,6 +130,7 @@ def test_a_process_that_has_not_imported_us_says_whom_to_import(method, folder, 
     kind = CONFIGS[method]().peft_type
     for key in (kind, kind.in_file):
         monkeypatch.delitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, key)
+    monkeypatch.setattr(PeftConfigMixin, "_get_peft_type", classmethod(methods._read_type))  # PEFT's own
     with pytest.raises(KeyError, match=f"'{gci_kernels.__name__}.{kind.value}'"):
         PeftModel.from_pretrained(llama(), path)
 
@@ -276,7 +278,7 @@ def test_adapters_saved_before_are_loaded(method, low_cpu_mem_usage, folder):
 def test_transformers_loads_them_or_says_what_to_do(method, folder, tmp_path):
     model, path = folder(method)
     as_before(path)
-    if method in ("alora", "loki"):  # whose tensors have kept their names
+    if method in ("alora", "hydralora", "loki"):  # whose tensors have kept their names
         base = llama()
         base.load_adapter(str(path))
         assert torch.equal(logits(base), logits(model))

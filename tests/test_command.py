@@ -202,8 +202,8 @@ def test_what_keeps_results_asks_for_its_folder_first(monkeypatch, tmp_path: Pat
     """Neither checks nor tunes for minutes to find out then that nothing can be kept."""
     import torch
 
-    from gci_kernels import verify
     from gci_kernels.bench import tune
+    from gci_kernels.proof import verify
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "file"))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
+from toy_methods import HydraLoRAConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
@@ -18,6 +19,7 @@ METHODS = {
     "lora": lambda p: LoraConfig(r=4, lora_dropout=p, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
     "loramoe": lambda p: LoRAMoEConfig(r=2, num_experts=4, lora_dropout=p, **FEW),
     "alora": lambda p: ALoRAConfig(r=4, num_heads=2, lora_dropout=p, **FEW),
+    "hydralora": lambda p: HydraLoRAConfig(r=2, lora_dropout=p, **FEW),
     "loki": lambda p: LoKIConfig(positions=[[1, 5, 9, 30]], init_weights=False),
     "loki*": lambda p: LoKIConfig(positions=[[1, 5, 9, 30]], r=2, init_weights=False),
 }

@@ -305,7 +305,7 @@ def test_tensors_of_other_classes_are_left_alone():
     for changed in (dict(A=A.as_subclass(Wrapped)), dict(y=None, weight=torch.randn(9, 20).as_subclass(Wrapped))):
         assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None
     with torch.no_grad():
-        assert fusion.decodes(x) and not fusion.decodes(x.as_subclass(Wrapped))
+        assert fusion.takes_steps("auto", x) and not fusion.takes_steps("auto", x.as_subclass(Wrapped))
 
 
 def test_x_with_gaps():

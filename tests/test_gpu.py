@@ -3,8 +3,6 @@
 The mark `kernel` says which kernel a test proves, or that it is about the whole op in Triton or by the library.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from gpu_params import kernel_params
@@ -12,14 +10,14 @@ from gpu_params import kernel_params
 from gci_kernels import hardware, ops
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import Shape, self_check
-from gci_kernels.impl import Plan
 from gci_kernels.ops import launching
 from gci_kernels.ops.bottleneck import api, aten
 from gci_kernels.ops.bottleneck import triton as stages
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.ops.row_linear import triton as row_linear
-from gci_kernels.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
+from gci_kernels.proof.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
 
 pytestmark = pytest.mark.gpu
 
@@ -184,7 +182,7 @@ def test_op_gives_the_same_bits_twice(case, dtype):
 def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"
-    plan = Plan(**{field.name: own if field.name == stage else others for field in dataclasses.fields(Plan)})
+    plan = Plan(**{name: own if name == stage else others for name in Plan._fields})
     monkeypatch.setattr(api, "choose_plan", lambda impl, **_: plan)
     for case in MIXED_CASES:
         tensors = make_inputs(case, HALF, DEVICE)

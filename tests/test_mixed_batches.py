@@ -35,9 +35,11 @@ def with_two(method):
     if method == "lora":
         changes = {"r": 6}
     else:
-        changes = {"alora": dict(r=12, num_heads=3, residual=True), "loramoe": dict(num_experts=2, top_k=1)}.get(
-            method, {}
-        )
+        changes = {
+            "alora": dict(r=12, num_heads=3, residual=True),
+            "loramoe": dict(num_experts=2, top_k=1),
+            "hydralora": dict(r=3),
+        }.get(method, {})
     second = LoKIConfig(positions=[[1, 5]] * 2) if method == "loki" else config(method, **changes)
     model.add_adapter("other", second)
     patch(model)
@@ -60,7 +62,7 @@ def alone(model, call):
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("method", (*METHODS, "loki"))
+@pytest.mark.parametrize("method", (*METHODS, "hydralora", "loki"))
 @pytest.mark.parametrize("length", (1, 4, 5))
 def test_every_sequence_has_an_adapter_of_its_own(method, length):
     """Up to sixteen tokens a step of the kernel, else the stages of training; never an adapter of another row."""
@@ -98,7 +100,7 @@ REPEATS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", (*METHODS, "loki"))
+@pytest.mark.parametrize("method", (*METHODS, "hydralora", "loki"))
 @pytest.mark.parametrize("kind", REPEATS)
 def test_rows_that_generate_makes_of_each_input(method, kind):
     model = with_two(method)
@@ -109,7 +111,7 @@ def test_rows_that_generate_makes_of_each_input(method, kind):
     assert torch.equal(model.generate(BATCH, attention_mask=mask, **REPEATS[kind], adapter_names=NAMES), wanted)
 
 
-@pytest.mark.parametrize("method", (*METHODS, "loki"))
+@pytest.mark.parametrize("method", (*METHODS, "hydralora", "loki"))
 def test_layers_that_get_tokens_without_a_batch(method):
     """OPT's MLP: [batch * time, features]."""
     torch.manual_seed(0)
@@ -271,7 +273,7 @@ def test_experts_of_a_mixture(method):
             assert relative_error(model(inputs_embeds=x, adapter_names=NAMES), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("method", (*METHODS, "loki"))
+@pytest.mark.parametrize("method", (*METHODS, "hydralora", "loki"))
 def test_another_model_that_runs_meanwhile(method):
     """The names are for the layers of one model."""
     model, other = with_two(method), with_two(method)

@@ -10,9 +10,9 @@ import torch
 
 from gci_kernels import native
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.impl import Plan
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck import native as stages
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.proof.info import openmp_runtimes
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -139,7 +139,9 @@ def test_unknown_instruction_set_is_named(tmp_path):
 def test_plan_is_pure_and_printable():
     def plan(dtype, tokens=2048, device_type="cpu", isa="avx512bf16", impl="auto"):
         """Where the library multiplies every dtype; tests/test_upcast.py has the other processors."""
-        return choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, isa=isa, library=True)
+        return choose_plan(
+            impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="gate", isa=isa, library=True
+        )
 
     whole = plan(torch.float32, isa="avx512")
     assert whole == Plan("native", "native", "aten", "native", "native") == Plan.from_key(whole.key)

@@ -39,13 +39,13 @@ FUSED_LORA = {
 def fused_calls(monkeypatch) -> list[dict]:
     """The keyword arguments of every call of the fused op by a patched layer."""
     module = importlib.import_module("gci_kernels.tuners.lora")
-    calls, original = [], module.lora_linear
+    calls, original = [], module.adapted_linear
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return original(*args, **kwargs)
+    def spy(*args):
+        calls.append(dict(zip(("operands", "mixer", "numbers", "scaling", "dropout_p", "impl"), args, strict=True)))
+        return original(*args)
 
-    monkeypatch.setattr(module, "lora_linear", spy)
+    monkeypatch.setattr(module, "adapted_linear", spy)
     return calls
 
 
@@ -686,7 +686,7 @@ def test_report_of_loramoe():
         "up_proj": "64 -> 96",
         "down_proj": "96 -> 64",
     }
-    plan = str(gci_kernels.ops.bottleneck.choose_plan("auto", tokens=2048, dtype=torch.float32, device_type="cpu"))
+    plan = str(gci_kernels.ops.bottleneck.choose_plan("auto", 2048, torch.float32, "cpu", "gate"))
     assert {row.plan for row in rows} == {plan}
 
 

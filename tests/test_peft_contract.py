@@ -22,6 +22,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from toy_methods import HydraLoRAConfig
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
@@ -74,6 +75,7 @@ CASES = [
     ("MLP LoKI", "MLP", LoKIConfig, {"positions": {"lin1": ROWS[0]}}),
     ("Llama LoRAMoE", "llama", LoRAMoEConfig, MOE),
     ("Llama ALoRA", "llama", ALoRAConfig, HEADS),
+    ("Llama HydraLoRA", "llama", HydraLoRAConfig, MOE),
     ("Llama LoKI", "llama", LoKIConfig, {"positions": ROWS}),
     ("Llama LoKI*", "llama", LoKIConfig, {"positions": ROWS, "r": 2}),
     ("GPT-2 LoRAMoE", "gpt2", LoRAMoEConfig, MOE | {"target_modules": ["c_fc", "c_attn"]}),
@@ -84,6 +86,7 @@ CASES = [
 OTHERS = {
     LoRAMoEConfig: {"r": 3, "num_experts": 2, "top_k": 1},
     ALoRAConfig: {"r": 6, "num_heads": 3, "residual": True},
+    HydraLoRAConfig: {"r": 3, "num_experts": 2},
     LoKIConfig: {"positions": OTHER_ROWS},
 }
 MERGES = {LoKIConfig}

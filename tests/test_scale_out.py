@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-METHODS = ("lora", "loramoe", "alora", "loki")
+METHODS = ("lora", "loramoe", "alora", "hydralora", "loki")
 WRAPS = ("layers", "adapted", "linears", "accelerate")
 # Fused products in a run: 3 steps, in both models; 3 of an adapter's layers or, of LoKI, 1 in each of 2 decoder layers.
-FUSED = {"lora": 36, "loramoe": 36, "alora": 36, "loki": 12}
+FUSED = {"lora": 36, "loramoe": 36, "alora": 36, "hydralora": 36, "loki": 12}
 
 
 def run_two(program: list[str], folder: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from toy_methods import HydraLoRAConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
@@ -13,6 +14,7 @@ CONFIGS = {
     "lora": lambda **changes: LoraConfig(**dict(r=4, target_modules=["q_proj"], init_lora_weights=False) | changes),
     "loramoe": lambda **changes: LoRAMoEConfig(**dict(r=2, num_experts=4, init_weights=False) | changes),
     "alora": lambda **changes: ALoRAConfig(**dict(r=4, num_heads=2, init_weights=False) | changes),
+    "hydralora": lambda **changes: HydraLoRAConfig(**dict(r=2, num_experts=3, init_weights=False) | changes),
     "loki": lambda **changes: LoKIConfig(**dict(positions=[[1, 5, 9], [0, 3]], init_weights=False) | changes),
     "loki*": lambda **changes: LoKIConfig(**dict(positions=[[1, 5, 9], [0, 3]], r=2, init_weights=False) | changes),
 }

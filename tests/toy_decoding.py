@@ -2,6 +2,7 @@
 
 import torch
 from peft import LoraConfig
+from toy_methods import HydraLoRAConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
@@ -23,6 +24,8 @@ def tiny_llama(dtype=torch.float32):
 def config(method, **changes):
     if method == "alora":
         return ALoRAConfig(**dict(r=8, num_heads=2, target_modules=TARGETS, init_weights=False) | changes)
+    if method == "hydralora":
+        return HydraLoRAConfig(**dict(r=4, target_modules=TARGETS, init_weights=False) | changes)
     if method == "lora":
         return LoraConfig(**dict(r=4, target_modules=TARGETS, init_lora_weights=False) | changes)
     if method == "loki":

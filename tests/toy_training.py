@@ -6,6 +6,7 @@ Loaded by test_training.py, test_sft.py and test_liger.py.
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from toy_methods import HydraLoRAConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gci_kernels
@@ -18,6 +19,8 @@ CONFIGS = {
                                                    init_weights=False, target_modules=TARGETS),
     "alora": lambda p: gci_kernels.ALoRAConfig(r=4, num_heads=2, lora_alpha=8, lora_dropout=p, init_weights=False,
                                                target_modules=TARGETS),
+    "hydralora": lambda p: HydraLoRAConfig(r=4, num_experts=2, lora_alpha=8, lora_dropout=p, init_weights=False,
+                                           target_modules=TARGETS),
     "loki": lambda p: gci_kernels.LoKIConfig(positions=[[1, 8, 30], [0, 5]], init_weights=False),
 }  # fmt: skip
 METHODS = tuple(CONFIGS)

@@ -3,14 +3,15 @@
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from toy_methods import HydraLoRAConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch
 
 TARGETS = ["q_proj", "down_proj"]
-METHODS = ("lora", "loramoe", "alora", "loki", "loki*")
+METHODS = ("lora", "loramoe", "alora", "hydralora", "loki", "loki*")
 #: Those whose layers need no sequence.
-ALONE = ("lora", "loramoe", "loki", "loki*")
+ALONE = ("lora", "loramoe", "hydralora", "loki", "loki*")
 MOE = dict(r=2, num_experts=4, top_k=2, init_weights=False)
 
 
@@ -19,6 +20,8 @@ def config(method: str, targets: list[str], positions, dropout: float = 0.0):
         return LoraConfig(r=3, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
     if method == "loramoe":
         return LoRAMoEConfig(**MOE, target_modules=targets, lora_dropout=dropout)
+    if method == "hydralora":
+        return HydraLoRAConfig(r=2, target_modules=targets, init_weights=False, lora_dropout=dropout)
     if method == "alora":
         return ALoRAConfig(r=4, num_heads=2, target_modules=targets, init_weights=False, lora_dropout=dropout)
     return LoKIConfig(positions=positions, r=2 if method == "loki*" else None, init_weights=False)

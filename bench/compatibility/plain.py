@@ -60,7 +60,7 @@ class PlainALoRA(PlainLayer):
 
     def __init__(self, layer: ALoRALinear, base: nn.Module):
         super().__init__(layer, base)
-        self.heads = layer.num_heads[ADAPTER]
+        self.heads = layer.configs[ADAPTER].num_heads
         self.before: dict[int, Tensor] = {}  # by the number of the call in a forward
         self.calls = 0
 

@@ -13,7 +13,7 @@ from .batches import Batch
 def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]]:
     """[2, experts]: the mean gate of each expert over all tokens (no padding) and layers, by task type 0 and 1."""
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
-    experts = layers[0].num_experts[ADAPTER]
+    experts = layers[0].configs[ADAPTER].num_experts
     sums, counts = torch.zeros(2, experts, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     batch: Batch
 

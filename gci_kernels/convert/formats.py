@@ -9,6 +9,7 @@ from gci_kernels.convert.loki import loki_from_published, loki_merge_published, 
 from gci_kernels.convert.loramoe import loramoe_from_published, loramoe_to_published
 from gci_kernels.convert.published_layers import is_split
 from gci_kernels.tuners import LoKIConfig, LoRAMoEConfig
+from gci_kernels.tuners.methods import method_type
 
 
 class Kind(enum.Enum):
@@ -46,7 +47,7 @@ def recognise(folder: str | os.PathLike) -> Kind:
         found = read_json(config)
         method = found.get("peft_type")
         for config_cls, kind in ((LoRAMoEConfig, Kind.LORAMOE), (LoKIConfig, Kind.LOKI)):
-            if method in (config_cls.method, config_cls.method.in_file):
+            if method in (method_type(config_cls.method).value, method_type(config_cls.method).in_file):
                 return kind
         if method == "LORA" and "lora_nums" in found:
             return Kind.PUBLISHED_LORAMOE

@@ -1,10 +1,12 @@
 """Adapters as PEFT methods. Importing this registers GCI_LORAMOE, GCI_ALORA, GCI_LOKI: from_pretrained finds them."""
 
 from gci_kernels.tuners.alora import ALoRAConfig, ALoRALinear, ALoRAModel
-from gci_kernels.tuners.base import AdaptedLinear, BottleneckConfig
+from gci_kernels.tuners.base import AdaptedLinear
+from gci_kernels.tuners.bottleneck import BottleneckConfig, register
 from gci_kernels.tuners.loki import LoKIConfig, LoKILinear, LoKIModel
 from gci_kernels.tuners.lora import FusedLoraLinear
 from gci_kernels.tuners.loramoe import LoRAMoEConfig, LoRAMoELinear, LoRAMoEModel
+from gci_kernels.tuners.methods import METHODS, Method
 
 __all__ = [
     "ALoRAConfig",
@@ -19,4 +21,7 @@ __all__ = [
     "LoRAMoEConfig",
     "LoRAMoELinear",
     "LoRAMoEModel",
+    "METHODS",
+    "Method",
+    "register",
 ]

@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import Context
 from gci_kernels.models import decoder_layers
-from gci_kernels.ops import Sequence, alora_linear
+from gci_kernels.ops import Sequence
 from gci_kernels.ops.arguments import autocast_dtype
-from gci_kernels.ops.attention.api import check_heads
-from gci_kernels.ops.decode import Group, find_step
+from gci_kernels.ops.attention.api import check_heads, check_sequence
+from gci_kernels.ops.bottleneck.mixers import ATTENTION
+from gci_kernels.ops.decode import find_step
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import BottleneckConfig, BottleneckLayer, BottleneckModel, check_integer
-from gci_kernels.tuners.methods import Method, register
-from gci_kernels.tuners.scaling import applied, number
+from gci_kernels.tuners.base import check_integer
+from gci_kernels.tuners.bottleneck import (
+    BottleneckConfig,
+    BottleneckLayer,
+    BottleneckModel,
+    classes_of,
+    register,
+    uniform,
+    zeros_or_uniform,
+)
+from gci_kernels.tuners.methods import Method
 
 
 @dataclass
@@ -45,7 +54,7 @@ class ALoRAConfig(BottleneckConfig):
     num_heads: int = 4
     residual: bool = False
 
-    method: ClassVar[Method] = Method.GCI_ALORA
+    method: ClassVar[str] = "ALoRA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,54 +70,22 @@ def mixed_key(names: list[str]) -> str:
     return f"a mix of {', '.join(names)}"
 
 
-class ALoRALinear(BottleneckLayer):
+def _parameters(config: ALoRAConfig, in_features: int, out_features: int) -> dict[str, Tensor]:
+    """A [r, in], B [out, r] and qkv [3r, r]: q and k Xavier, v the identity."""
+    r = config.r
+    A, q, k = uniform(r, in_features), *(nn.init.xavier_uniform_(torch.empty(r, r)) for _ in range(2))
+    B = zeros_or_uniform(config.init_weights, out_features, r)
+    return {"A": A, "B": B, "qkv": torch.cat((q, k, torch.eye(r)))}
+
+
+class _Layer(BottleneckLayer):
     """A linear layer with ALoRA adapters; its forward is :func:`gci_kernels.ops.alora_linear`.
 
     Under each adapter's name: A [r, in], qkv [3r, r] and B [out, r]. What the sequence is, and the k and v of past
-    tokens in generation, it learns from gci_kernels.generation.sequence; outside of its model's forward it raises.
+    tokens in generation, it learns from gci_kernels.generation; outside of its model's forward it raises.
     """
 
-    adapter_layer_names = ("gci_alora_A", "gci_alora_qkv", "gci_alora_B")
-    other_param_names = ("r", "num_heads", "scaling", "dropout_p", "residual", "gci_alora_settings")
-    settings_name = "gci_alora_settings"
-    num_heads: dict[str, int]
-    dropout_p: dict[str, float]
-    residual: dict[str, bool]
-    gci_alora_A: nn.ParameterDict
-    gci_alora_qkv: nn.ParameterDict
-    gci_alora_B: nn.ParameterDict
-    method_name, mixer = "ALoRA", "attention"
-    no_merge = "ALoRA cannot be merged into the base weight: its update depends on the other tokens; use unload()"
-
-    def __init__(self, base_layer: nn.Module, name: str, config: ALoRAConfig, key: str) -> None:
-        super().__init__(base_layer, name)
-        self.key = key  # in the adapter's cache: the layer's name in the model
-        self.decoder_layers: tuple[int, ...] = ()  # the numbers of those that it lies in, several where it is shared
-        self.update_layer(name, config)
-
-    def update_layer(self, name: str, config: ALoRAConfig) -> None:
-        """Adds the adapter `name`, or makes it anew."""
-        self.r[name], self.num_heads[name], self.residual[name] = config.r, config.num_heads, config.residual
-        self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
-        self.gci_alora_A[name] = nn.Parameter(torch.empty(config.r, self.in_features))
-        self.gci_alora_qkv[name] = nn.Parameter(torch.empty(3 * config.r, config.r))
-        self.gci_alora_B[name] = nn.Parameter(torch.empty(self.out_features, config.r))
-        self.reset_parameters(name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def reset_parameters(self, name: str, init_weights: bool) -> None:
-        """A uniform as in LoRA, q and k Xavier, v the identity; B zeros, or uniform where `init_weights` is False."""
-        nn.init.kaiming_uniform_(self.gci_alora_A[name], a=math.sqrt(5))
-        q, k, v = self.gci_alora_qkv[name].chunk(3)
-        with torch.no_grad():
-            nn.init.xavier_uniform_(q)
-            nn.init.xavier_uniform_(k)
-            nn.init.eye_(v)
-        if init_weights:
-            nn.init.zeros_(self.gci_alora_B[name])
-        else:
-            nn.init.kaiming_uniform_(self.gci_alora_B[name], a=math.sqrt(5))
+    decoder_layers: tuple[int, ...] = ()  # the numbers of those that it lies in, several where it is shared
 
     def key_in(self, decoder_layer: int, run: int = 0) -> str:
         """Under which the cache keeps what this layer makes when `decoder_layer` runs, for the first time or again."""
@@ -140,14 +117,8 @@ class ALoRALinear(BottleneckLayer):
     def _attended(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
-        scaling, B = applied(self.scaling[name], B)
-        return alora_linear(
-            x, weight, bias, A, qkv, B,
-            num_heads=self.num_heads[name], scaling=scaling, residual=self.residual[name],
-            dropout_p=self.dropout_p[name] if self.training else 0.0, sequence=tokens, past=past,
-            impl=self.gci_impl,
-        )  # fmt: skip
+        segments = check_sequence(tokens, x.shape[0], x.shape[1], 0 if past is None else past.shape[1], x.device)
+        return self._compute(x, name, weight, bias, segments, past)
 
     def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
@@ -159,9 +130,9 @@ class ALoRALinear(BottleneckLayer):
         kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
-            if context.shape[1] != 1 or not all(map(self._has_step, tokens.samples)):
+            groups: Any = tokens.groups(self._group)  # held, for a step knows addresses alone
+            if context.shape[1] != 1 or any(group is None for group in groups):
                 return None
-            groups = tokens.groups(self._group)  # held, for a step knows addresses alone
             found: Any = find_step(rows, weight, bias, groups, tokens.rows)
             place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
             return None if place is None else found.attend(rows, y, *place)
@@ -185,9 +156,9 @@ class ALoRALinear(BottleneckLayer):
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
     ) -> Tensor | None:
         context = sequence.required()
-        if context.shape[1] != 1 or not self._has_step(name):
-            return None
         group = self._group(name, context.shape[0])
+        if context.shape[1] != 1 or group is None:
+            return None
         step: Any = find_step(x, weight, bias, (group,))
         kept = None
         if step is not None:
@@ -196,28 +167,13 @@ class ALoRALinear(BottleneckLayer):
             return None
         return step.attend(x, y, *kept)
 
-    def _group(self, name: str, count: int, first: int = 0) -> Group:
-        A, qkv, B = (self.parameter(part, name) for part in self.adapter_layer_names)
-        scaling = number(self.scaling[name])
-        return Group(A, B, scaling, first, count, None, None, qkv, self.num_heads[name], self.residual[name])
-
-    def settings_of(self, config: ALoRAConfig) -> dict[str, float]:
-        return {name: getattr(config, name) for name in ("r", "num_heads", "lora_alpha", "residual")}
-
-    def describe(self, name: str) -> str:
-        return f"r={self.r[name]}, {self.num_heads[name]} heads" + (", residual" if self.residual[name] else "")
-
 
 def _shortened(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-class ALoRAModel(BottleneckModel):
+class _Model(BottleneckModel):
     """PEFT's tuner for GCI_ALORA. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
-
-    prefix = "gci_alora_"
-    tuner_layer_cls = ALoRALinear
-    default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's, which learns of the decoder layers, and attaches the model to gci_kernels.generation.sequence."""
@@ -256,7 +212,7 @@ class ALoRAModel(BottleneckModel):
         if not isinstance(target, ALoRALinear):
             self.adapted[-1].decoder_layers = indices
 
-    def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> ALoRALinear:
+    def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> BottleneckLayer:
         self.adapted.append(ALoRALinear(target, name, config, key))
         return self.adapted[-1]
 
@@ -279,4 +235,24 @@ class ALoRAModel(BottleneckModel):
         self.attached.detach()
 
 
-register(ALoRAConfig, ALoRAModel)
+def _describe(config: ALoRAConfig) -> str:
+    return f"r={config.r}, {config.num_heads} heads" + (", residual" if config.residual else "")
+
+
+ALORA = register(
+    Method(
+        ALoRAConfig,
+        ATTENTION,
+        _parameters,
+        _describe,
+        example=ALoRAConfig(r=8, num_heads=2, init_weights=False),
+        settings=lambda config: (config.num_heads, int(config.residual)),
+        saved=("r", "num_heads", "lora_alpha", "residual"),
+        B="B",
+        prefix="gci_alora_",
+        depends_on="the other tokens",
+    ),
+    _Layer,
+    _Model,
+)
+ALoRALinear, ALoRAModel = classes_of(ALORA)

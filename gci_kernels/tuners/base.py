@@ -1,28 +1,24 @@
-"""What the package's own PEFT methods share: the common part of their configs, layers and tuners."""
+"""What all of the package's PEFT methods share, LoKI too: the common part of their configs, layers and tuners."""
 
 import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils.integrations import gather_params_ctx
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.models import experts, parents
-from gci_kernels.models.targets import is_all_linear, matched
-from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
-from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
-from gci_kernels.tuners.methods import Method
-from gci_kernels.tuners.scaling import number
+from gci_kernels.tuners.methods import method_type
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -49,15 +45,17 @@ class AdaptedConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
-    method: ClassVar[Method]
+    #: The method's name, by which it is registered.
+    method: ClassVar[str]
     #: Whether the method is for MLPs, whatever its targets are called.
     for_mlps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kind = method_type(self.method)
         # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
-        self.earlier = type(self.peft_type) is str and self.peft_type == self.method.value
-        self.peft_type: Any = self.method
+        self.earlier = type(self.peft_type) is str and self.peft_type == kind.value
+        self.peft_type: Any = kind
         if isinstance(self.target_modules, str) and (
             self.layers_to_transform is not None or self.layers_pattern is not None
         ):
@@ -71,42 +69,7 @@ class AdaptedConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """What is saved."""
-        return super().to_dict() | {"peft_type": self.method.in_file}
-
-
-@dataclass
-class BottleneckConfig(AdaptedConfig):
-    """The fields that every bottleneck method has; the subclasses say what they mean."""
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("r", self.r, 1)
-        check_number("lora_alpha", self.lora_alpha, "a finite number")
-        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
-        for pattern, rank in self.rank_pattern.items():
-            check_integer(f"rank_pattern[{pattern!r}]", rank, 1)
-        for pattern, alpha in self.alpha_pattern.items():
-            check_number(f"alpha_pattern[{pattern!r}]", alpha, "a finite number")
-
-    def of_module(self, key: str) -> "BottleneckConfig":
-        """A copy with the r and lora_alpha that the patterns give to the module `key`."""
-        own = copy.copy(self)
-        own.r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
-        own.lora_alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), key), self.lora_alpha)
-        return own
+        return super().to_dict() | {"peft_type": method_type(self.method).in_file}
 
 
 # What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
@@ -180,22 +143,22 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 state_dict[f"{prefix}{present}.{key.removeprefix(f'{prefix}{former}.')}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def adapters(self) -> list[str]:
+    def adapters(self) -> Sequence[str]:
         """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.r]
+        return among(self._active_adapter, self.r)
 
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
+        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
+            return self._adapted(x, among(self._active_adapter, self.r))
         if args or kwargs:
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
         if self._disable_adapters or self.merged_adapters:
             return self._base_alone(x, mix)
-        if mix is not None:
-            return self._mixed(x, mix)
-        return self._adapted(x, self.adapters())
+        return self._mixed(x, mix)
 
     def _base_alone(self, x: Tensor, mix: mixed.Mix | None) -> Tensor:
         """The base layer's output, while the adapters are merged into it or disabled."""
@@ -205,10 +168,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.unmerge()  # as PEFT's layers: what is disabled does not show
         return self.base_layer(x)
 
-    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: Any) -> Tensor:
         """Every row of x with the adapter of its own."""
         raise NotImplementedError
 
@@ -237,33 +200,6 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
-
-
-class BottleneckLayer(DecodingLayer, AdaptedLinear):
-    """A linear layer with adapters that add to its output; several active ones add up. They cannot be merged."""
-
-    mixer: str  # of ops/bottleneck/mixers
-    no_merge: str
-    dropout_p: dict[str, float]
-
-    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        return self._run(x, names)
-
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
-        mix.check(x, self)
-        return self._run_mixed(x, mix.names, self.r)
-
-    def _has_step(self, name: str) -> bool:
-        return not (self.training and self.dropout_p[name]) and number(self.scaling[name]) is not None
-
-    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        return str(choose_plan(self.gci_impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer=self.mixer))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(self.no_merge)
-
-    def unmerge(self) -> None:
-        raise ValueError(self.no_merge)
 
 
 @contextlib.contextmanager
@@ -357,45 +293,3 @@ class AdaptedModel(BaseTuner):
         names = mixed.checked_names(self, kwargs["adapter_names"], known)
         with mixed.given(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
             yield
-
-
-class BottleneckModel(AdaptedModel):
-    """PEFT's tuner for layers of :class:`BottleneckLayer`."""
-
-    default_targets: tuple[str, ...]
-
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        method, default = self.tuner_layer_cls.method_name, config.target_modules is None
-        chosen = copy.copy(config)
-        if default:
-            chosen.target_modules = set(self.default_targets)
-        found = matched(model, chosen)
-        if not found and (hint := experts.hint(model)):
-            names = chosen.target_modules
-            names = names if isinstance(names, str) else ", ".join(self.default_targets if default else sorted(names))
-            raise ValueError(f"{method} finds none of {names} in this model{hint}")
-        if default or is_all_linear(config.target_modules):
-            parents.leave_out(model, config, method, found)
-        else:
-            parents.refuse(model, method, found, "leave it out of target_modules, or add it to exclude_modules")
-
-    def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
-    ) -> None:
-        own = peft_config.of_module(current_key)
-        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BottleneckConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self.default_targets)
-        return peft_config
-
-    def _detach(self) -> None:
-        """Takes back what the tuner did to the model beside its layers."""
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> Any:
-        if merge:
-            raise ValueError(self.tuner_layer_cls.no_merge)
-        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
-        self._detach()
-        return model

@@ -37,8 +37,3 @@ def swap_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, UpcastLinear):
             give_class(module, module._gci_parts[0])
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module computes x @ W.T + b and nothing else: a torch.nn.Linear as it is, or swapped by us."""
-    return type(module) is nn.Linear or isinstance(module, UpcastLinear)

@@ -1,7 +1,7 @@
 """When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from gci_kernels.class_swap import parts_of
 from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import hooks
-from gci_kernels.tuners.frozen import is_plain_linear
+from gci_kernels.tuners.frozen import UpcastLinear
 
 # update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
 Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
@@ -26,7 +26,7 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
 
     `x`: what would be multiplied; None: something on the device of the weight.
     """
-    if not is_plain_linear(module):
+    if type(module) is not nn.Linear and not isinstance(module, UpcastLinear):
         return f"{type(module).__name__} is not torch.nn.Linear"
     has = module.__dict__
     if "forward" in has and (reason := hooks.obstacle(module, x)) is not None:
@@ -50,41 +50,58 @@ def operands(module: Any) -> tuple[Tensor, Tensor | None]:
         return module.weight, module.bias
 
 
-def decodes(x: Tensor) -> bool:
-    """Whether x may be a decoding step for kernels of its own: a few tokens, and no gradients."""
-    # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
-    if torch.is_grad_enabled() or type(x) is not Tensor or transformed():
-        return False
-    if not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
-        return False
-    device = x.device.type
-    return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device)
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module` is a torch.nn.Linear as it was made, quickly; where not, :func:`obstacle` knows more."""
+    has = module.__dict__
+    return (
+        type(module) is nn.Linear and "forward" not in has and type(has["_parameters"].get("weight")) is nn.Parameter
+        and not (has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"])
+        and not has["_backward_pre_hooks"]
+    )  # fmt: skip
+
+
+def base_operands(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Who owns the base product: (weight, bias, None) where a kernel may read them, else (None, None, base(x))."""
+    if is_plain(base):
+        parameters = base._parameters
+        return parameters["weight"], parameters["bias"], None
+    if obstacle(base, x) is None:
+        return *operands(base), None
+    return None, None, product(base, x)
 
 
 def takes_steps(impl: str, x: Tensor) -> bool:
-    """Whether a layer that gives its op `impl` may take a decoding step for x."""
-    return (impl == "auto" or impl == "native" and x.device.type == "cpu") and decodes(x)
+    """Whether a layer that gives its op `impl` may take a decoding step for x: a few tokens, and no gradients."""
+    # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
+    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+        return False
+    device = x.device.type
+    if impl != "auto" and not (impl == "native" and device == "cpu"):
+        return False
+    return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device) and not transformed()
 
 
-def combine(base: nn.Module, x: Tensor, names: Iterable[str], update: Update, step: Step | None = None) -> Tensor:
+def combine(base: nn.Module, x: Tensor, names: Sequence[str], update: Update, step: Step | None = None) -> Tensor:
     """base(x) plus the updates of all named adapters.
 
     The first adapter is fused with the base product if nothing stands against it, the others are added. `step` is asked
     first, where one is given.
     """
-    y, own = (None, True) if obstacle(base, x) is None else (product(base, x), False)
+    if not names:
+        return base(x)
+    weight, bias, y = base_operands(base, x)
+    owned = y is None  # whether y may be written to: a hook may have kept what it saw
     for name in names:
-        weight, bias = operands(base) if y is None else (None, None)
         made = None
         if step is not None and (y is None or y.dtype == x.dtype):
-            if y is not None and not (own and y.is_contiguous()):  # a hook may have kept what it saw
+            if y is not None and not (owned and y.is_contiguous()):
                 y = y.clone(memory_format=torch.contiguous_format)
             made = step(x, name, weight, bias, y)
         if made is None:
             made = update(x, name, weight, bias)
             made = made if y is None else y + made.to(y.dtype)
-        y, own = made, True
-    return base(x) if y is None else y
+        y, owned, weight, bias = made, True, None, None
+    return y  # type: ignore[return-value]  # there is a name
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:

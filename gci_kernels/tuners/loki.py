@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, resolve
-from gci_kernels.tuners.methods import Method, register
+from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
 
 
@@ -57,7 +58,7 @@ class LoKIConfig(AdaptedConfig):
     rows: dict[str, int] | None = None
     num_layers: int | None = None
 
-    method: ClassVar[Method] = Method.GCI_LOKI
+    method: ClassVar[str] = "LoKI"
     for_mlps = True
 
     def __post_init__(self) -> None:
@@ -132,11 +133,13 @@ class LoKILinear(AdaptedLinear):
         with hooks.onloaded(base):
             return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
-    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         self._check_apart(names)
         y = None
         plain = fusion.obstacle(self.base_layer, x) is None
-        step = plain and self.gci_impl == "auto" and fusion.decodes(x)  # then replacing the outputs costs least
+        step = (
+            plain and self.gci_impl == "auto" and fusion.takes_steps("auto", x)
+        )  # then replacing the outputs costs least
         for name in names:
             if y is None and (self.r[name] or not step) and plain:
                 y = self._fused(x, name)
@@ -190,7 +193,7 @@ class LoKILinear(AdaptedLinear):
         up = self.parameter("loki_lora_B", name)
         return index_copy(up.new_zeros(self.out_features, up.shape[1]), 0, self.loki_positions.require(name), up)
 
-    def _check_apart(self, names: list[str]) -> None:
+    def _check_apart(self, names: Sequence[str]) -> None:
         if len(names) < 2:
             return
         if torch.compiler.is_exporting():  # the rows have no values there
@@ -373,4 +376,4 @@ class LoKIModel(AdaptedModel):
         layer.update_layer(name, config, self.rows[key])
 
 
-register(LoKIConfig, LoKIModel)
+register_with_peft(LoKIConfig, LoKIModel)

@@ -1,7 +1,7 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
@@ -10,10 +10,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
-from gci_kernels.ops import lora_linear
+from gci_kernels.ops.bottleneck import adapted_linear
+from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion, hooks, mixed
-from gci_kernels.tuners.decoding import DecodingLayer
+from gci_kernels.tuners.fused_layer import FusedLayer, among
 from gci_kernels.tuners.merging import ExactMerge
 from gci_kernels.tuners.scaling import applied, number
 
@@ -25,7 +26,7 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def lora_obstacle(layer: lora.LoraLayer, name: str, *, hooked: bool = True) -> str | None:
+def lora_obstacle(layer: Any, name: str, *, hooked: bool = True) -> str | None:
     """Why adapter `name` of a PEFT LoRA layer has to run through PEFT's own forward, or None where it is fused.
 
     With `hooked` False hooks of accelerate, which may be taken away again, are no reason.
@@ -33,21 +34,22 @@ def lora_obstacle(layer: lora.LoraLayer, name: str, *, hooked: bool = True) -> s
     variant = layer.lora_variant.get(name)
     if variant is not None:
         return f"adapter {name!r} uses {type(variant).__name__}, which changes the formula"
-    dropout = _part(layer, "lora_dropout", name)
+    modules: dict[str, Any] = layer._modules
+    dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"adapter {name!r} has dropout of type {type(dropout).__name__}"
     for part in ("lora_A", "lora_B"):
-        module = _part(layer, part, name)
+        module = modules[part]._modules[name]
+        if fusion.is_plain(module):
+            continue
         reason = fusion.obstacle(module)
         if reason is not None and (hooked or hooks.HOOK not in vars(module)):
             return f"adapter {name!r}: {reason}"
     return None
 
 
-def _part(layer: Any, part: str, name: str) -> Any:
-    """layer.<part>[name], without what looking it up costs by way of two modules."""
-    return layer._modules[part]._modules[name]
-
+_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
+_NOTHING = (None,) * 4  # no mixer's weights, segments, past, seed
 
 if TYPE_CHECKING:  # what the mixin is mixed with
     _Layer = lora.Linear
@@ -55,7 +57,7 @@ else:
     _Layer = object
 
 
-class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
+class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -68,29 +70,32 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
 
     def obstacle(self) -> str | None:
         """Why the active adapters are not fused, or None."""
-        for name in self.adapters():
-            reason = lora_obstacle(self, name)
-            if reason is not None:
-                return reason
-        return None
+        found = (lora_obstacle(self, name) for name in self.adapters())
+        return next((reason for reason in found if reason is not None), None)
 
     def _present(self) -> dict[str, Any]:
         modules: dict[str, Any] = self._modules
         return modules["lora_A"]._modules
 
-    def adapters(self) -> list[str]:
-        present = self._present()
-        return [name for name in self.active_adapters if name in present]
+    def adapters(self) -> Sequence[str]:
+        """The active adapters that the layer has."""
+        return among(self._active_adapter, self._modules["lora_A"]._modules)  # type: ignore[union-attr]  # it is there
 
     def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
-        self, own_forward: Callable[..., Tensor], x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs
-    ) -> Tensor:
+        self, own_forward: Callable[..., Tensor], x: Tensor, *args: Any, adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """As PEFT's: x [..., in] -> [..., out]."""
         mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
         if mix is not None:
             return self._mixed(own_forward, x, mix, *args, **kwargs)
-        if args or kwargs or self._disable_adapters or self.merged_adapters or self.obstacle() is not None:
+        if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        return self._run(x, self.adapters())
+        names = among(self._active_adapter, self._modules["lora_A"]._modules)  # type: ignore[union-attr]  # it is there
+        for name in names:
+            if lora_obstacle(self, name) is not None:
+                return own_forward(self, x)
+        return self._run(x, names)
 
     def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.Mix, *args, **kwargs) -> Tensor:
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
@@ -102,30 +107,39 @@ class FusedLora(DecodingLayer, ExactMerge, Swapped, _Layer):
             return own_forward(self, x, *args, adapter_names=names, **kwargs)
         return self._run_mixed(x, mix.names, present)
 
+    def _matrices(self, name: str) -> Any:
+        """Weight and bias of A, and of B, without what looking them up costs by way of nn.Module.__getattr__."""
+        modules: dict[str, Any] = self._modules
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        try:
+            a, b = A._parameters, B._parameters
+            return (a["weight"], a["bias"]), (b["weight"], b["bias"])
+        except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
+            return (A.weight, A.bias), (B.weight, B.bias)
+
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        (A, _), (B, extra) = (fusion.operands(_part(self, part, name)) for part in ("lora_A", "lora_B"))
+        modules: dict[str, Any] = self._modules
+        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
+        (A, _), (B, extra) = self._matrices(name)
         if extra is not None:
-            extra = (extra * self.scaling[name]).to(x.dtype)
+            extra = (extra * scaling).to(x.dtype)
             if weight is not None:
                 bias, extra = extra if bias is None else bias + extra, None
-        scaling, B = applied(self.scaling[name], B)
-        y = lora_linear(
-            x, weight, bias, A, B, scaling=scaling, dropout_p=self._dropout_p(name), impl=self.gci_impl
-        )  # fmt: skip
+        if type(scaling) is not float:
+            scaling, B = applied(scaling, B)
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        y = adapted_linear((x, weight, bias, A, B, *_NOTHING), IDENTITY, (), scaling, p, self.gci_impl)[0]
         return y if extra is None else y + extra.to(y.dtype)
 
-    def _dropout_p(self, name: str) -> float:
-        dropout = _part(self, "lora_dropout", name)
-        return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-
-    def _has_step(self, name: str) -> bool:
-        if number(self.scaling[name]) is None or self._dropout_p(name):
-            return False
-        return fusion.operands(_part(self, "lora_B", name))[1] is None
-
-    def _group(self, name: str, count: int, first: int = 0) -> Group:
-        A, B = (fusion.operands(_part(self, part, name))[0] for part in ("lora_A", "lora_B"))
-        return Group(A, B, number(self.scaling[name]), first, count)
+    def _group(self, name: str, count: int, first: int = 0) -> Group | None:
+        modules: dict[str, Any] = self._modules
+        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
+        if type(scaling) is not float:
+            scaling = number(scaling)
+        (A, _), (B, bias) = self._matrices(name)
+        if bias is not None or scaling is None or dropout.training and type(dropout) is nn.Dropout and dropout.p:
+            return None
+        return _record(Group, (A, B, scaling, first, count, None, None, None, 1, False))
 
 
 # What a patched peft.tuners.lora.Linear is.

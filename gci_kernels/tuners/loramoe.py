@@ -1,25 +1,24 @@
 """LoRAMoE (arXiv 2312.09979) as the PEFT method GCI_LORAMOE."""
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from gci_kernels.ops import loramoe_linear
+from gci_kernels.ops.bottleneck.mixers import GATE
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
-from gci_kernels.tuners.base import (
+from gci_kernels.tuners.base import check_integer, check_number
+from gci_kernels.tuners.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,
     BottleneckModel,
-    check_integer,
-    check_number,
+    classes_of,
+    register,
+    uniform,
+    zeros_or_uniform,
 )
-from gci_kernels.tuners.methods import Method, register
-from gci_kernels.tuners.scaling import applied, number
+from gci_kernels.tuners.methods import Method
 
 
 @dataclass
@@ -50,7 +49,7 @@ class LoRAMoEConfig(BottleneckConfig):
     balance_delta: float = 0.1
     balance_include_padding: bool = False
 
-    method: ClassVar[Method] = Method.GCI_LORAMOE
+    method: ClassVar[str] = "LoRAMoE"
     for_mlps = True
 
     def __post_init__(self) -> None:
@@ -64,105 +63,72 @@ class LoRAMoEConfig(BottleneckConfig):
             raise ValueError(f"num_experts must be even where balance_weight is not 0, got {self.num_experts}")
 
 
-class LoRAMoELinear(BottleneckLayer):
-    """A linear layer with LoRAMoE adapters; its forward is :func:`gci_kernels.ops.loramoe_linear`.
+def _parameters(config: LoRAMoEConfig, in_features: int, out_features: int) -> dict[str, Tensor]:
+    """A [N*r, in], B [out, N*r] and router [N, in], experts stacked expert-major."""
+    columns = config.num_experts * config.r
+    A, router = uniform(columns, in_features), uniform(config.num_experts, in_features)
+    return {"A": A, "B": zeros_or_uniform(config.init_weights, out_features, columns), "router": router}
+
+
+class _Layer(BottleneckLayer):
+    """A linear layer with LoRAMoE adapters, which hand their gates to the balancing constraint.
 
     Under each adapter's name: A [N*r, in], B [out, N*r] and router [N, in]. B's name among the parameters has "lora_B"
     in it: PEFT's LoRA+ finds the matrices with the higher learning rate by that.
     """
 
-    adapter_layer_names = ("loramoe_A", "loramoe_lora_B", "loramoe_router")
-    other_param_names = ("r", "num_experts", "scaling", "dropout_p", "top_k", "balance", "loramoe_settings")
-    settings_name = "loramoe_settings"
     former_names = {"loramoe_B": "loramoe_lora_B"}
-    num_experts: dict[str, int]
-    dropout_p: dict[str, float]
-    top_k: dict[str, int | None]
-    balance: dict[str, tuple[float, float, bool]]
-    loramoe_A: nn.ParameterDict
-    loramoe_lora_B: nn.ParameterDict
-    loramoe_router: nn.ParameterDict
-    method_name, mixer = "LoRAMoE", "gate"
-    no_merge = "LoRAMoE cannot be merged into the base weight: its update depends on each token's gates; use unload()"
-
-    def __init__(self, base_layer: nn.Module, name: str, config: LoRAMoEConfig, collector: BalanceCollector) -> None:
-        super().__init__(base_layer, name)
-        self.collector = collector
-        self.update_layer(name, config)
-
-    def update_layer(self, name: str, config: LoRAMoEConfig) -> None:
-        """Adds the adapter `name`, or makes it anew."""
-        width = config.num_experts * config.r
-        self.r[name], self.num_experts[name], self.top_k[name] = config.r, config.num_experts, config.top_k
-        self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
-        self.balance[name] = (config.balance_weight, config.balance_delta, config.balance_include_padding)
-        self.loramoe_A[name] = nn.Parameter(torch.empty(width, self.in_features))
-        self.loramoe_lora_B[name] = nn.Parameter(torch.empty(self.out_features, width))
-        self.loramoe_router[name] = nn.Parameter(torch.empty(config.num_experts, self.in_features))
-        self.reset_parameters(name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def reset_parameters(self, name: str, init_weights: bool) -> None:
-        """A and router uniform as in LoRA; B zeros, or uniform where `init_weights` is False."""
-        nn.init.kaiming_uniform_(self.loramoe_A[name], a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.loramoe_router[name], a=math.sqrt(5))
-        if init_weights:
-            nn.init.zeros_(self.loramoe_lora_B[name])
-        else:
-            nn.init.kaiming_uniform_(self.loramoe_lora_B[name], a=math.sqrt(5))
+    collector: BalanceCollector
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
-        scaling, B = applied(self.scaling[name], B)
-        y, gates = loramoe_linear(
-            x, weight, bias, A, B, router, scaling=scaling, top_k=self.top_k[name],
-            dropout_p=self.dropout_p[name] if self.training else 0.0, impl=self.gci_impl,
-        )  # fmt: skip
-        balance_weight, delta, include_padding = self.balance[name]
-        if self.collector.active and balance_weight:
+        y, gates = self._compute(x, name, weight, bias)
+        config = self.configs[name]
+        if config.balance_weight and self.collector.active:
             self.collector.record(
-                self.key, gates, y, weight=balance_weight, delta=delta, include_padding=include_padding,
-                trained=router.requires_grad,
+                self.key, gates, y, weight=config.balance_weight, delta=config.balance_delta,
+                include_padding=config.balance_include_padding, trained=self.tensors(name)[2].requires_grad,
             )  # fmt: skip
         return y
 
-    def _has_step(self, name: str) -> bool:
-        return not self.collector.active and super()._has_step(name)
-
-    def _group(self, name: str, count: int, first: int = 0) -> Group:
-        A, B, router = (self.parameter(part, name) for part in self.adapter_layer_names)
-        return Group(A, B, number(self.scaling[name]), first, count, router, self.top_k[name])
-
-    def settings_of(self, config: LoRAMoEConfig) -> dict[str, float]:
-        names = ("r", "num_experts", "lora_alpha")
-        return {name: getattr(config, name) for name in names} | {"top_k": config.top_k or 0}
-
-    def describe(self, name: str) -> str:
-        return f"{self.num_experts[name]}x{self.r[name]}"
+    def _group(self, name: str, count: int, first: int = 0) -> Group | None:
+        return None if self.collector.active else super()._group(name, count, first)
 
 
-class LoRAMoEModel(BottleneckModel):
+class _Model(BottleneckModel):
     """PEFT's tuner for GCI_LORAMOE. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
-    prefix = "loramoe_"
-    tuner_layer_cls = LoRAMoELinear
-    default_targets = ("gate_proj", "up_proj", "down_proj")
-
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # transformers makes a tuner for each adapter that it loads; a model has one collector.
         layers = (module for module in model.modules() if isinstance(module, LoRAMoELinear))
         first = next(layers, None)
         self.collector = BalanceCollector() if first is None else first.collector
 
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.collector.attach(model, [layer.key for layer in model.modules() if isinstance(layer, LoRAMoELinear)])
 
-    def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> LoRAMoELinear:
-        return LoRAMoELinear(target, name, config, self.collector)
+    def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> BottleneckLayer:
+        layer = LoRAMoELinear(target, name, config, key)
+        layer.collector = self.collector
+        return layer
 
     def _detach(self) -> None:
         self.collector.detach()
 
 
-register(LoRAMoEConfig, LoRAMoEModel)
+LORAMOE = register(
+    Method(
+        LoRAMoEConfig,
+        GATE,
+        _parameters,
+        describe=lambda config: f"{config.num_experts}x{config.r}",
+        example=LoRAMoEConfig(r=4, num_experts=4, init_weights=False),
+        settings=lambda config: (config.top_k or config.num_experts,),
+        saved=("r", "num_experts", "lora_alpha", "top_k"),
+        default_targets=("gate_proj", "up_proj", "down_proj"),
+        prefix="loramoe_",
+        depends_on="each token's gates",
+    ),
+    _Layer,
+    _Model,
+)
+LoRAMoELinear, LoRAMoEModel = classes_of(LORAMOE)

@@ -1,33 +1,108 @@
-"""The package's methods among PEFT's: what their types are in memory, and what adapter_config.json calls them."""
+"""The package's methods among PEFT's: the record of one, their registry, and what PEFT and adapter files call them."""
 
 import enum
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import Tensor
+
+from gci_kernels.ops import Mixer
 
 
-class Method(str, enum.Enum):
-    """`peft_type` of the package's configs: PEFT and transformers use it as they use their own peft.PeftType.
+class MethodType(str, enum.Enum):
+    """`peft_type` of a config of the package: PEFT and transformers use it as they use their own peft.PeftType.
 
-    As there, a member equals its name as a string, has the same hash, and is that string in JSON.
+    As there, a member equals its name as a string, has the same hash, and is that string in JSON. Every method has a
+    class of its own, for members cannot be added: :func:`method_type` makes it.
     """
-
-    GCI_LORAMOE = "GCI_LORAMOE"
-    GCI_ALORA = "GCI_ALORA"
-    GCI_LOKI = "GCI_LOKI"
 
     @property
     def in_file(self) -> str:
         """What adapter_config.json says: where gci_kernels has not been imported, PEFT's KeyError names it so."""
         return f"gci_kernels.{self.value}"
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return method_type, (self.value.removeprefix("GCI_"),)
 
-def register(config: Any, tuner: Any) -> None:
-    """Makes the method known to PEFT: by its type, and by both names that a saved config may have.
+
+@functools.cache
+def method_type(name: str) -> MethodType:
+    """The `peft_type` of the method called `name`, in any case: GCI_ and the name in capitals."""
+    value = f"GCI_{name.upper()}"
+    return next(iter(MethodType(f"{value}_Type", {value: value})))  # type: ignore[call-overload]  # the functional form
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A PEFT method whose layers are bottleneck adapters: all that it does not share with the others.
+
+    Attributes:
+        config: its config, a dataclass derived from BottleneckConfig with `method`, the method's name.
+        mixer: what stands between A and B; a registered gci_kernels.ops.Mixer.
+        parameters: (config, in_features, out_features) -> the new adapter's tensors: "A" [rank, in], "B" [out, columns]
+            and, where the mixer has weights, one more, under a name of its own.
+        describe: of a config, the adapter's size, short: for reports.
+        example: a small config with an effect: what the tests, `gci-kernels verify` and the benchmark adapt with.
+        settings: of a config, the mixer's numbers.
+        saved: fields of the config that the layer computes with and that no tensor's shape shows; they are saved among
+            the weights, so that weights and a config that do not belong together are found out.
+        default_targets: the names of the modules that are adapted where the config names none.
+        B: B's name among the parameters. With "lora_B" in it, PEFT's LoRA+ gives it the higher learning rate.
+        prefix: what the parameters' names begin with; None: gci_ and the name.
+        depends_on: what the update depends on, where the mixer cannot be merged: for the message that says so.
+    """
+
+    config: type[Any]
+    mixer: Mixer
+    parameters: Callable[[Any, int, int], dict[str, Tensor]]
+    describe: Callable[[Any], str]
+    example: Any
+    settings: Callable[[Any], tuple[int, ...]] = lambda config: ()
+    saved: tuple[str, ...] = ("r", "lora_alpha")
+    default_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    B: str = "lora_B"
+    prefix: str | None = None
+    depends_on: str = "the tokens"
+
+    @property
+    def name(self) -> str:
+        """As it stands in messages and reports."""
+        return self.config.method
+
+
+#: The registered methods by name.
+METHODS: dict[str, Method] = {}
+
+
+def register_with_peft(config: Any, tuner: Any) -> None:
+    """Makes a method known to PEFT: by its type, and by both names that a saved config may have.
 
     Adapters that were saved before `in_file` have the type's own name.
     """
-    PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
-    PEFT_TYPE_TO_CONFIG_MAPPING[config.method.in_file] = config
-    PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix
+    kind: Any = method_type(config.method)
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind.in_file] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
+
+
+_read_type = vars(PeftConfigMixin)["_get_peft_type"].__func__
+
+
+def _known_type(cls: Any, model_id: str, **kwargs: Any) -> str:
+    """PEFT's reading of an adapter's type, which says nothing but KeyError of a method that nobody has registered."""
+    found = _read_type(cls, model_id, **kwargs)
+    if "GCI_" in str(found) and found not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(METHODS))
+        raise ValueError(
+            f"{model_id}: adapter_config.json has peft_type={found!r}, and no method of that name is registered (there "
+            f"are {known}, LoKI): import the module that calls gci_kernels.register for it, then load the adapter"
+        )
+    return found
+
+
+PeftConfigMixin._get_peft_type = classmethod(_known_type)  # type: ignore[method-assign,assignment]  # see above

@@ -1,6 +1,8 @@
 """The public bottleneck operations: what they take, what they check, and the one place that picks an implementation."""
 
 import math
+from collections.abc import Sequence as Numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,11 +10,16 @@ from torch import Tensor
 from gci_kernels.impl import check_impl
 from gci_kernels.ops.arguments import autocast, check_tensor, check_x, without_autocast
 from gci_kernels.ops.attention import Sequence
-from gci_kernels.ops.attention.api import check_heads, check_sequence
-from gci_kernels.ops.bottleneck import philox, reference
-from gci_kernels.ops.bottleneck.autograd import bottleneck
-from gci_kernels.ops.bottleneck.plan import choose_plan
+from gci_kernels.ops.attention.api import check_sequence
+from gci_kernels.ops.bottleneck import autograd, philox, reference
+from gci_kernels.ops.bottleneck.mixer import Mixer, Output
+from gci_kernels.ops.bottleneck.mixers import ATTENTION, GATE, IDENTITY
+from gci_kernels.ops.bottleneck.operands import Operands, Settings
+from gci_kernels.ops.bottleneck.plan import Plan, choose_plan, plan_for
 from gci_kernels.ops.transforms import transformed
+
+_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
+_REFERENCE = Plan(*["reference"] * len(Plan._fields))
 
 
 def lora_linear(
@@ -44,17 +51,7 @@ def lora_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    check_impl(impl)
-    x, weight, bias = autocast(x, weight, bias)
-    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
-    formula, seed = _formula(impl, dropout_p)
-    if formula:
-        return without_autocast(reference.lora_linear)(x, weight, bias, A, B, scaling, dropout_p, seed)
-    plan = choose_plan(
-        impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="identity"
-    )
-    nothing = (None, None, None)
-    return bottleneck(x, weight, bias, A, B, *nothing, seed, "identity", [], scaling, dropout_p, plan.key)[0]
+    return _checked(x, weight, bias, A, B, None, IDENTITY, (), scaling, dropout_p, impl)[0]
 
 
 def loramoe_linear(
@@ -83,19 +80,9 @@ def loramoe_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    check_impl(impl)
-    x, weight, bias = autocast(x, weight, bias)
-    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
-    _check_experts(x, A, router, top_k)
-    top_k = router.shape[0] if top_k is None else top_k
-    formula, seed = _formula(impl, dropout_p)
-    if formula:
-        operands = (x, weight, bias, A, B, router)
-        return without_autocast(reference.loramoe_linear)(*operands, scaling, top_k, dropout_p, seed)
-    plan = choose_plan(impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="gate")
-    tensors = (x, weight, bias, A, B, router, None, None, seed)
-    y, *_, gates = bottleneck(*tensors, "gate", [top_k], scaling, dropout_p, plan.key)
-    return y, gates
+    if top_k is None:
+        top_k = router.shape[0] if isinstance(router, Tensor) and router.dim() else 1
+    return _checked(x, weight, bias, A, B, router, GATE, (top_k,), scaling, dropout_p, impl)
 
 
 def alora_linear(
@@ -128,39 +115,102 @@ def alora_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
+    numbers = (num_heads, int(residual))
+    return _checked(x, weight, bias, A, B, qkv, ATTENTION, numbers, scaling, dropout_p, impl, sequence, past)
+
+
+def bottleneck_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None = None,
+    *, mixer: Mixer, settings: Numbers[int] = (), scaling: float, dropout_p: float = 0.0, impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A linear layer with any adapter of the form y = x @ W.T + b + scaling * mix(dropout(x) @ A.T) @ B.T.
+
+    Args:
+        x, weight, bias, A, scaling, dropout_p, impl: as in :func:`lora_linear`.
+        B: [out, columns] as the mixer declares from A's and the weights' rows; any floating dtype, used in x's.
+        weights: the mixer's own, any floating dtype, used in x's; [n, in] where they join `project`; None without.
+        mixer: a registered one.
+        settings: the mixer's own numbers.
+
+    Returns:
+        y [..., out] in x's dtype, and the mixer's output, None where it declares none.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
+    """
+    y, output = _checked(x, weight, bias, A, B, weights, mixer, tuple(settings), scaling, dropout_p, impl)
+    return y, None if mixer.output is Output.NONE else output
+
+
+def _checked(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None, mixer: Mixer,
+    numbers: tuple[int, ...], scaling: float, dropout_p: float, impl: str, sequence: Sequence | None = None,
+    past: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op on arguments that a user gave."""
     check_impl(impl)
     x, weight, bias = autocast(x, weight, bias)
-    _check_linear(x, weight, bias, A, B, scaling, dropout_p)
-    segments = _check_attention(x, A, qkv, num_heads, sequence, past)
-    formula, seed = _formula(impl, dropout_p)
-    if formula:
-        return without_autocast(reference.alora_linear)(
-            x, weight, bias, A, qkv, B, num_heads, residual, scaling, segments, past, dropout_p, seed
-        )
-    plan = choose_plan(
-        impl, tokens=x.numel() // x.shape[-1], dtype=x.dtype, device_type=x.device.type, mixer="attention"
-    )
-    tensors = (x, weight, bias, A, B, qkv, segments, past, seed)
-    y, *_, kv = bottleneck(*tensors, "attention", [num_heads, int(residual)], scaling, dropout_p, plan.key)
-    return y, kv
+    operands = Operands(x, weight, bias, A, B, weights, None, past)
+    _check_linear(operands, scaling, dropout_p)
+    if mixer.check is not None:
+        mixer.check(x, A, weights, numbers)
+    elif weights is not None:
+        check_tensor("weights", weights, (None, x.shape[-1] if mixer.joins else None), x, same_dtype=False)
+    columns = mixer.columns(A.shape[0], 0 if weights is None else weights.shape[0])
+    check_tensor("B", B, (None, columns), x, same_dtype=False)
+    if sequence is not None or past is not None:
+        operands = operands._replace(segments=_segments(x, A, sequence, past))
+    return adapted_linear(operands, mixer, numbers, scaling, dropout_p, impl)
 
 
-def _formula(impl: str, dropout_p: float) -> tuple[bool, Tensor | None]:
-    """Whether the formula runs, and dropout's seed; None: there is no dropout, or it is PyTorch's."""
-    seen = transformed()
-    formula = seen or impl == "reference"
-    theirs = seen or formula and torch.compiler.is_compiling()  # a graph cannot hold what the seed's value decides
-    return formula, philox.draw_seed() if dropout_p and not theirs else None
+def adapted_linear(
+    operands: tuple[Tensor | None, ...], mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
+
+    Args:
+        operands: those of :class:`~gci_kernels.ops.bottleneck.operands.Operands`, the seed None; segments, if any, on
+            x's device.
+        mixer, numbers, scaling, dropout_p, impl: as in :func:`bottleneck_linear`.
+
+    Returns:
+        y, and the mixer's output, None or an empty tensor where it declares none.
+    """
+    t = _record(Operands, operands)
+    x, weight, bias, A, *_ = t
+    device = x.device
+    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1] == A.shape[1] and device == A.device
+    if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
+        x, weight, bias = autocast(x, weight, bias)
+        t = t._replace(x=x, weight=weight, bias=bias)
+        _check_linear(t, scaling, dropout_p)
+    formula, compiling = transformed(), torch.compiler.is_compiling()
+    if formula or impl == "reference":
+        # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
+        if dropout_p and not (formula or compiling):
+            t = t._replace(seed=philox.draw_seed())
+        settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
+        return without_autocast(_formula)(x, t, settings, mixer)
+    choose = choose_plan if compiling else plan_for
+    plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
+    if dropout_p:
+        t = t._replace(seed=philox.draw_seed())
+    settings = _record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
+    return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
 
 
-def _check_linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout_p: float
-) -> None:
+def _formula(x: Tensor, t: Operands, settings: Settings, mixer: Mixer) -> tuple[Tensor, Tensor]:
+    return reference.bottleneck(t, settings, mixer)
+
+
+def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:
+    x, weight, bias, A, B = t[:5]
     check_x(x)
     check_tensor("A", A, (None, x.shape[-1]), x, same_dtype=False)
     if A.shape[0] < 1:
         raise ValueError(f"A must have r >= 1 rows, got {list(A.shape)}")
-    check_tensor("B", B, (None, A.shape[0]), x, same_dtype=False)
+    check_tensor("B", B, (None, None), x, same_dtype=False)
     if weight is not None:
         check_tensor("weight", weight, (B.shape[0], x.shape[-1]), x, same_dtype=True)
     if bias is not None:
@@ -175,27 +225,9 @@ def _check_linear(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def _check_experts(x: Tensor, A: Tensor, router: Tensor, top_k: int | None) -> None:
-    check_tensor("router", router, (None, x.shape[-1]), x, same_dtype=False)
-    experts = router.shape[0]
-    if not 1 <= experts <= 256:
-        raise ValueError(f"router must have 1 to 256 rows (num_experts), got {list(router.shape)}")
-    if A.shape[0] % experts:
-        raise ValueError(f"A must have num_experts*r rows: {A.shape[0]} is not a multiple of num_experts={experts}")
-    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= experts):
-        raise ValueError(f"top_k must be None or an integer in [1, num_experts={experts}], got {top_k}")
-
-
-def _check_attention(
-    x: Tensor, A: Tensor, qkv: Tensor, num_heads: int, sequence: Sequence | None, past: Tensor | None
-) -> Tensor | None:
+def _segments(x: Tensor, A: Tensor, sequence: Sequence | None, past: Tensor | None) -> Tensor | None:
     """The sequence's segments, on x's device."""
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x must be [batch, time, in] or [time, in], got {list(x.shape)}")
-    r = A.shape[0]
-    check_heads(r, num_heads)
-    check_tensor("qkv", qkv, (3 * r, r), x, same_dtype=False)
     batch, time = (1, *x.shape[:-1])[-2:]
     if past is not None:
-        check_tensor("past", past, (batch, None, 2 * r), x, same_dtype=True)
+        check_tensor("past", past, (batch, None, 2 * A.shape[0]), x, same_dtype=True)
     return check_sequence(sequence, batch, time, 0 if past is None else past.shape[1], x.device)

@@ -1,8 +1,7 @@
 """The stages as library products; any device, any floating dtype.
 
-project(x, m) = x @ m;  expand(u, m, x, w, bias) = u @ m + x @ w + bias, and expand_onto(y, ...) adds that to y;
-reduce(u, y) = u.T @ y. The matrices m and w are any two-dimensional views; m comes in any floating dtype and is
-converted to the other operand's.
+The matrices m and w are any two-dimensional views; m comes in any floating dtype and is converted to the other
+operand's.
 """
 
 import torch
@@ -13,10 +12,12 @@ from gci_kernels.ops.bottleneck import philox
 
 
 def project(x: Tensor, m: Tensor) -> Tensor:
+    """x [tokens, depth] @ m [depth, width]."""
     return torch.mm(x, m.to(x.dtype))
 
 
 def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    """u [tokens, rank] @ m [rank, width] + x [tokens, depth] @ w [depth, width] + bias [width]."""
     m = m.to(u.dtype)
     if w is None:
         return torch.mm(u, m)
@@ -28,6 +29,7 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
 
 
 def expand_onto(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y [tokens, width] += what :func:`expand` returns, in place."""
     y.addmm_(u, m.to(u.dtype))
     if w is not None:
         y.addmm_(x, w)
@@ -35,13 +37,16 @@ def expand_onto(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bi
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
+    """u.T @ y for u [tokens, rank] and y [tokens, width]."""
     return torch.mm(u.t(), y)
 
 
 def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Dropout of x [tokens, width] in place, as philox.py defines it."""
     keep = philox.keep_mask(x.shape[0], x.shape[1], p, seed, x.device)
     return x.mul_(1 / (1 - p)).masked_fill_(~keep, 0)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """:func:`dropout_` of a contiguous copy."""
     return dropout_(x.clone(memory_format=torch.contiguous_format), p, seed)

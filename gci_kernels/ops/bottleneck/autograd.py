@@ -1,37 +1,32 @@
-"""The registered operators gci_kernels::bottleneck and ::bottleneck_backward, and the derivative that joins them.
+"""Forward and backward of every mixer and plan: a torch.autograd.Function, and the same as registered operators.
 
-One forward and one backward serve every mixer and every plan. Saved for backward: x, the parameters and what the mixer
-keeps, a few numbers a token; none of them is written to. Dropout is made again from its seed. Gradients that will be
-differentiated or transformed themselves are those of the formula, which is then computed again.
+Saved for backward: x, the parameters and what the mixer keeps, a few numbers a token; none of them is written to.
+Dropout is made again from its seed. Gradients that will be differentiated or transformed themselves are those of the
+formula, which is then computed again.
+
+The Function is called in eager mode, for it costs a third of an operator's dispatch. The operators
+gci_kernels::bottleneck and ::bottleneck_backward are what torch.compile, fake tensors and dispatch modes see.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gci_kernels.impl import Plan
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.bottleneck import reference, stages
-from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept, mixer
-from gci_kernels.ops.bottleneck.philox import Dropout
-from gci_kernels.ops.transforms import differentiated_again, plain_gradients
+from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
+from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
+from gci_kernels.ops.bottleneck.plan import Plan
+from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
+from gci_kernels.ops.transforms import differentiated_again, plain_gradients, under_dispatch_mode
 
-_library = torch.library.Library("gci_kernels", "DEF")
-_SETTINGS = "str name, int[] settings, float scaling, float dropout_p, str plan"
-_library.define(
-    "bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? weights, Tensor? segments, "
-    f"Tensor? past, Tensor? seed, {_SETTINGS}) "
-    "-> (Tensor y, Tensor projected, Tensor mixed, Tensor stats, Tensor shown)"
-)
-_library.define(
-    "bottleneck_backward(Tensor dy, Tensor? dshown, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? weights, "
-    "Tensor? segments, Tensor? past, Tensor? seed, Tensor projected, Tensor mixed, Tensor stats, "
-    f"{_SETTINGS}, bool[6] needs) -> Tensor[]"
-)
-
-
-def _stack(A: Tensor, weights: Tensor | None, joins: bool) -> Tensor:
-    """What `project` multiplies with: A, and the mixer's weights where they join it."""
-    return torch.cat((A, weights)) if joins else A
+_TENSORS = len(Operands._fields)
+_SAVED = _TENSORS - 1 + len(Kept._fields)
+_dispatch_depth = torch._C._len_torch_dispatch_stack
+_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
@@ -39,67 +34,64 @@ def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _call(x: Tensor, A: Tensor, settings: list[int], scaling: float, chosen: Plan) -> Call:
-    sum_dtype = _sum_dtype(chosen.project, x.dtype)
-    return Call(settings, scaling, tuple(x.shape[:-1]), A.shape[0], x.dtype, sum_dtype, chosen.mix)
+def _stacked(t: Operands, joins: bool) -> Tensor:
+    """What `project` multiplies with: A, and the mixer's weights where they join it."""
+    return torch.cat((t.A, t.weights)) if joins and t.weights is not None else t.A
 
 
-def _drop(seed: Tensor | None, dropout_p: float, A: Tensor) -> Dropout | None:
-    """Dropout of what A's rows see of x; weights that join see x itself."""
-    return None if seed is None else Dropout(dropout_p, int(seed), A.shape[0])
+def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
+    """y [..., out], what the mixer keeps, and its output."""
+    x, plan, A = rows(t.x), s.plan, t.A
+    stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
+    drop = None if t.seed is None else dropout_of(t, s)
+    projected = stages.project(plan, x, stack.t(), drop)
+    call = _record(
+        Call,
+        (
+            s.numbers,
+            s.scaling,
+            tuple(t.x.shape[:-1]),
+            A.shape[0],
+            x.dtype,
+            projected.dtype,
+            plan.mix,
+            t.segments,
+            t.past,
+        ),
+    )
+    u, kept, output = STAGES[s.mixer].forward(projected, t.weights, call)
+    y = stages.expand(plan, u, t.B.t(), x, None if t.weight is None else t.weight.t(), t.bias)
+    return from_rows(y, t.x), kept, output
 
 
-@without_autocast
-def _bottleneck(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None,
-    segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
-    name: str, settings: list[int], scaling: float, dropout_p: float, plan: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen, tokens, mix = Plan.from_key(plan), rows(x), mixer(name)
-    stack = _stack(A, weights, mix.JOINS)
-    projected = stages.project(chosen, tokens, stack.t(), _drop(seed, dropout_p, A))
-    u, kept, shown = mix.forward(projected, Inputs(weights, segments, past), _call(x, A, settings, scaling, chosen))
-    y = stages.expand(chosen, u, B.t(), tokens, None if weight is None else weight.t(), bias)
-    return from_rows(y, x), *kept, shown
+def backward(
+    dy: Tensor, doutput: Tensor | None, t: Operands, kept: Kept, s: Settings, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; dstack is that of :func:`_stacked`.
 
-
-def _bottleneck_fake(x, weight, bias, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p, plan):
-    call = _call(x, A, settings, scaling, Plan.from_key(plan))
-    others = mixer(name).shapes(Inputs(weights, segments, past), call)
-    return x.new_empty(*x.shape[:-1], B.shape[0]), *(x.new_empty(shape, dtype=dtype) for shape, dtype in others)
-
-
-@without_autocast
-def _bottleneck_backward(
-    dy: Tensor, dshown: Tensor | None, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor,
-    weights: Tensor | None, segments: Tensor | None, past: Tensor | None, seed: Tensor | None,
-    projected: Tensor, mixed: Tensor, stats: Tensor,
-    name: str, settings: list[int], scaling: float, dropout_p: float, plan: str, needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
-    """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; see `_stack` and JOINS."""
+    dweights is needed only of weights that do not join.
+    """
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
-    chosen, tokens, dy, mix = Plan.from_key(plan), rows(x), rows(dy), mixer(name)
-    inputs, kept = Inputs(weights, segments, past), Kept(projected, mixed, stats)
-    call, drop = _call(x, A, settings, scaling, chosen), _drop(seed, dropout_p, A)
+    x, dy, plan, mixer = rows(t.x), rows(dy), s.plan, STAGES[s.mixer]
+    call, drop, gradients = make_call(t, s, _sum_dtype(s.plan.project, t.x.dtype), plan.mix), dropout_of(t, s), []
     if needs_x or needs_stack or needs_B or needs_weights:
         dB = None
-        if needs_B and stages.one_reading(chosen, dy, B.shape[1]):
-            du, dB = stages.project_reduce(chosen, dy, B, mix.again(inputs, kept, call))
+        if needs_B and stages.one_reading(plan, dy, t.B.shape[1]):
+            du, dB = stages.project_reduce(plan, dy, t.B, mixer.recompute(t.weights, kept, call))
         else:
-            du = stages.project(chosen, dy, B)
-        dprojected, dweights, u = mix.backward(du, dshown, inputs, kept, call)
+            du = stages.project(plan, dy, t.B)
+        dprojected, dweights, u = mixer.backward(du, doutput, t.weights, kept, call)
         if needs_B and dB is None:
-            dB = stages.reduce(chosen, u, dy)
-    gradients = []
+            dB = stages.reduce(plan, u, dy)
     if needs_x:
-        dx = stages.expand(chosen, dprojected, _stack(A, weights, mix.JOINS), dy, weight, None, drop)
-        gradients.append(dx.view(x.shape))
+        dx = stages.expand(plan, dprojected, _stacked(t, MIXERS[s.mixer].joins), dy, t.weight, None, drop)
+        gradients.append(dx.view(t.x.shape))
     if needs_weight:
-        gradients.append(torch.mm(dy.t(), tokens))
+        gradients.append(torch.mm(dy.t(), x))
     if needs_bias:
         gradients.append(dy.sum(0))
     if needs_stack:
-        gradients.append(stages.reduce(chosen, dprojected, tokens, drop))
+        gradients.append(stages.reduce(plan, dprojected, x, drop))
     if needs_B:
         gradients.append(dB.t().contiguous())
     if needs_weights:
@@ -107,85 +99,177 @@ def _bottleneck_backward(
     return gradients
 
 
-def _bottleneck_backward_fake(
-    dy, dshown, x, weight, A, B, weights, segments, past, seed, projected, mixed, stats,
-    name, settings, scaling, dropout_p, plan, needs,
-):  # fmt: skip
-    out, width, joins = B.shape[0], x.shape[-1], mixer(name).JOINS
-    stack_rows = A.shape[0] + (weights.shape[0] if joins else 0)
-    shapes = [tuple(x.shape), (out, width), (out,), (stack_rows, width), (out, A.shape[0])]
-    sums = _sum_dtype(Plan.from_key(plan).reduce, x.dtype)
-    dtypes = [x.dtype, x.dtype, x.dtype, sums, sums]
-    if needs[5]:
-        shapes, dtypes = [*shapes, tuple(weights.shape)], [*dtypes, x.dtype]
-    needed = [(shape, dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=False) if need]
-    return [x.new_empty(shape, dtype=dtype) for shape, dtype in needed]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, A, B, weights, segments, past, seed, *ctx.settings = inputs
-    _, projected, mixed, stats, shown = output
-    ctx.set_materialize_grads(False)
-    # Gates have a gradient. What generation caches has none.
-    ctx.mark_non_differentiable(projected, mixed, stats, *([] if mixer(ctx.settings[0]).JOINS else [shown]))
-    ctx.save_for_backward(x, weight, A, B, weights, segments, past, seed, projected, mixed, stats)
-
-
-def _backward(ctx, dy, dprojected, dmixed, dstats, dshown):
-    """Gradients of gci_kernels::bottleneck, formed only where something needs them."""
-    x, weight, A, B, weights, *others = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_weights = ctx.needs_input_grad[:6]
-    if dy is None:  # only what is shown was used
-        dy = x.new_zeros(*x.shape[:-1], B.shape[0])
-    if differentiated_again(dy, dshown):
-        needs, inputs = ctx.needs_input_grad[:6], ctx.saved_tensors[:8]
-        return *_formula_backward(dy, dshown, *inputs, *ctx.settings, needs), *[None] * 8
-    joins = mixer(ctx.settings[0]).JOINS
+def _gradients(
+    dy: Tensor | None, doutput: Tensor | None, t: Operands, kept: Kept, s: Settings, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The needed ones of [dx, dweight, dbias, dA, dB, dweights] in their operands' dtypes, None for the others."""
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_weights = needs
+    if dy is None:  # only the output was used
+        dy = t.x.new_zeros(*t.x.shape[:-1], t.B.shape[0])
+    if differentiated_again(dy, doutput):
+        return _formula_gradients(dy, doutput, t, s, needs)
+    joins = MIXERS[s.mixer].joins
     needs_stack = needs_A or joins and needs_weights
-    needs = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
-    gradients = iter(
-        torch.ops.gci_kernels.bottleneck_backward(dy, dshown, x, weight, A, B, weights, *others, *ctx.settings, needs)
-    )
-    dx, dweight, dbias, dstack, dB, dweights = (next(gradients) if needed else None for needed in needs)
-    dA = dstack[: A.shape[0]].to(A.dtype) if needs_A else None
-    if joins and needs_weights:
-        dweights = dstack[A.shape[0] :]
-    dweights = dweights.to(weights.dtype) if needs_weights else None
-    dB = dB.to(B.dtype) if needs_B else None
-    return dx, dweight, dbias, dA, dB, dweights, *[None] * 8
-
-
-def _formula(x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p) -> tuple[Tensor, ...]:
-    """What is differentiable of gci_kernels::bottleneck, without the bias."""
-    base, drop = (x, weight, None), (dropout_p, seed)
-    if name == "gate":
-        return reference.loramoe_linear(*base, A, B, weights, scaling, settings[0], *drop)
-    if name == "attention":
-        heads, residual = settings
-        return reference.alora_linear(*base, A, weights, B, heads, bool(residual), scaling, segments, past, *drop)[:1]
-    return (reference.lora_linear(*base, A, B, scaling, *drop),)
+    formed = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
+    if torch.compiler.is_compiling() or under_dispatch_mode():
+        plain = (s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
+        tensors = (t.x, t.weight, *t[3:], *kept)
+        found = torch.ops.gci_kernels.bottleneck_backward(dy, doutput, *tensors, *plain, formed)
+    else:
+        found = _exact_backward(dy, doutput, t, kept, s, formed)
+    given = iter(found)
+    dx, dweight, dbias, dstack, dB, dweights = (next(given) if needed else None for needed in formed)
+    dA = dstack[: t.A.shape[0]].to(t.A.dtype) if needs_A else None
+    if needs_weights:
+        dweights = (dstack[t.A.shape[0] :] if joins else dweights).to(t.weights.dtype)
+    return [dx, dweight, dbias, dA, None if dB is None else dB.to(t.B.dtype), dweights]
 
 
 @without_autocast
-def _formula_backward(
-    dy, dshown, x, weight, A, B, weights, segments, past, seed, name, settings, scaling, dropout_p, plan, needs
-) -> list[Tensor | None]:  # fmt: skip
-    """The needed ones of [dx, dweight, dbias, dA, dB, dweights], in PyTorch's own operations."""
-    needs_bias, needs = needs[2], [*needs[:2], *needs[3:]]
-    tensors = [x, weight, A, B, weights]
+def _formula_gradients(
+    dy: Tensor, doutput: Tensor | None, t: Operands, s: Settings, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """:func:`_gradients` in PyTorch's own operations, differentiable again."""
+    names = ("x", "weight", "A", "B", "weights")
+    wanted = [name for name, needed in zip(("x", "weight", "bias", "A", "B", "weights"), needs, strict=True) if needed]
+    mixer, wanted = MIXERS[s.mixer], [name for name in wanted if name in names]
+    carries = mixer.output is Output.DIFFERENTIABLE
 
     def formula(*chosen: Tensor) -> tuple[Tensor, ...]:
-        given = iter(chosen)
-        inputs = [next(given) if needed else t for t, needed in zip(tensors, needs, strict=True)]
-        return _formula(*inputs, segments, past, seed, name, settings, scaling, dropout_p)
+        outputs = reference.bottleneck(t._replace(bias=None, **dict(zip(wanted, chosen, strict=True))), s, mixer)
+        return outputs if carries else outputs[:1]
 
-    wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
-    gradients = iter(plain_gradients(formula, wanted, (dy, dshown) if name == "gate" else (dy,)))
-    found = [next(gradients) if needed else None for needed in needs]
-    return [*found[:2], dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None, *found[2:]]
+    inputs = [getattr(t, name) for name in wanted]
+    made = plain_gradients(formula, inputs, (dy, doutput) if carries else (dy,)) if wanted else ()
+    found = dict(zip(wanted, made, strict=True))
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[2] else None
+    return [found.get("x"), found.get("weight"), dbias, found.get("A"), found.get("B"), found.get("weights")]
 
 
-def _no_double_backward(ctx, *gradients):
+def _saved(tensors: Sequence[Any]) -> tuple[Operands, Kept]:
+    """What was saved for backward: the operands but the bias, which no gradient needs, and what the mixer keeps."""
+    x, weight, *rest = tensors
+    others = _TENSORS - 3
+    return Operands(x, weight, None, *rest[:others]), Kept(*rest[others:])
+
+
+_exact_backward = without_autocast(backward)
+
+
+class Bottleneck(torch.autograd.Function):
+    """The op in eager mode: apply(*Operands, Settings) -> y, output."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """See :func:`forward`."""
+        t, s = _record(Operands, args[:_TENSORS]), args[_TENSORS]
+        y, kept, output = forward(t, s)
+        ctx.set_materialize_grads(False)
+        declared = MIXERS[s.mixer].output
+        if declared is Output.CONSTANT:
+            ctx.mark_non_differentiable(output)
+        ctx.settings = s
+        ctx.save_for_backward(t.x, t.weight, *t[3:], *kept)
+        return y, None if declared is Output.NONE else output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, doutput: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See :func:`_gradients`."""
+        t, kept = _saved(ctx.saved_tensors)
+        return *_gradients(dy, doutput, t, kept, ctx.settings, ctx.needs_input_grad[:6]), None, None, None, None
+
+
+# torch.autograd.Function.apply looks at every argument for wrappers of torch.func, which never reach this: its
+# transforms see the formula.
+_apply = super(torch.autograd.Function, Bottleneck).apply
+
+
+def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
+    """The op on operands that fit each other, in eager mode: y, and the mixer's output (None or empty for none).
+
+    A subclass of Tensor, fake or in shards, need not have an address for a kernel: its operator is asked.
+    """
+    device = t.x.device.type
+    if _dispatch_depth() > 0 or type(t.x) not in _PLAIN:
+        return run_operator(t, s)
+    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+        with torch.autocast(device, enabled=False):
+            return _apply(*t, s)
+    return _apply(*t, s)
+
+
+def run_operator(t: Operands, s: Settings) -> tuple[Tensor, Tensor]:
+    """The same by way of the operator."""
+    y, *_, output = torch.ops.gci_kernels.bottleneck(*t, s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
+    return y, output
+
+
+# The operators
+
+_library = torch.library.Library("gci_kernels", "DEF")
+_SETTINGS = "str mixer, int[] numbers, float scaling, float dropout_p, str plan"
+_OPERANDS = "Tensor? weights, Tensor? segments, Tensor? past, Tensor? seed"
+_library.define(
+    f"bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, {_OPERANDS}, {_SETTINGS}) "
+    "-> (Tensor y, Tensor projected, Tensor mixed, Tensor stats, Tensor output)"
+)
+_library.define(
+    f"bottleneck_backward(Tensor dy, Tensor? doutput, Tensor x, Tensor? weight, Tensor A, Tensor B, "
+    f"{_OPERANDS}, Tensor projected, Tensor mixed, Tensor stats, {_SETTINGS}, bool[6] needs) -> Tensor[]"
+)
+
+
+def _settings(mixer: str, numbers: list[int], scaling: float, dropout_p: float, plan: str) -> Settings:
+    return Settings(mixer, tuple(numbers), scaling, dropout_p, Plan.from_key(plan))
+
+
+@without_autocast
+def _bottleneck(*args: Any) -> tuple[Tensor, ...]:
+    y, kept, output = forward(Operands(*args[:_TENSORS]), _settings(*args[_TENSORS:]))
+    return y, *kept, output
+
+
+def _bottleneck_fake(*args: Any) -> tuple[Tensor, ...]:
+    t, s = Operands(*args[:_TENSORS]), _settings(*args[_TENSORS:])
+    call = make_call(t, s, _sum_dtype(s.plan.project, t.x.dtype), s.plan.mix)
+    others = STAGES[s.mixer].shapes(t.weights, call)
+    y = t.x.new_empty(*t.x.shape[:-1], t.B.shape[0])
+    return y, *(t.x.new_empty(shape, dtype=dtype) for shape, dtype in others)
+
+
+@without_autocast
+def _bottleneck_backward(dy: Tensor, doutput: Tensor | None, *args: Any) -> list[Tensor]:
+    t, kept = _saved(args[:_SAVED])
+    return backward(dy, doutput, t, kept, _settings(*args[_SAVED:-1]), args[-1])
+
+
+def _bottleneck_backward_fake(dy: Tensor, doutput: Tensor | None, *args: Any) -> list[Tensor]:
+    (t, _), s, needs = _saved(args[:_SAVED]), _settings(*args[_SAVED:-1]), args[-1]
+    x, out, width, sums = t.x, t.B.shape[0], t.x.shape[-1], _sum_dtype(s.plan.reduce, t.x.dtype)
+    stacked = t.A.shape[0] + (t.weights.shape[0] if MIXERS[s.mixer].joins else 0)
+    made = [(x.shape, x.dtype), ((out, width), x.dtype), ((out,), x.dtype), ((stacked, width), sums), (t.B.shape, sums)]
+    if t.weights is not None:
+        made.append((t.weights.shape, x.dtype))
+    return [x.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(made, needs, strict=False) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, *kept, mixed = output
+    ctx.settings = _settings(*inputs[_TENSORS:])
+    ctx.set_materialize_grads(False)
+    carries = MIXERS[ctx.settings.mixer].output is Output.DIFFERENTIABLE
+    ctx.mark_non_differentiable(*kept, *([] if carries else [mixed]))
+    x, weight, _, *rest = inputs[:_TENSORS]
+    ctx.save_for_backward(x, weight, *rest, *kept)
+
+
+def _derivative(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of gci_kernels::bottleneck, formed only where something needs them."""
+    t, kept = _saved(ctx.saved_tensors)
+    return *_gradients(dy, others[-1], t, kept, ctx.settings, ctx.needs_input_grad[:6]), *[None] * 8
+
+
+def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("gci_kernels::bottleneck_backward has no derivative; use impl='reference' where one is needed")
 
 
@@ -193,6 +277,5 @@ _library.impl("bottleneck", _bottleneck, "CompositeExplicitAutograd")
 _library.impl("bottleneck_backward", _bottleneck_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gci_kernels::bottleneck", _bottleneck_fake, lib=_library)
 torch.library.register_fake("gci_kernels::bottleneck_backward", _bottleneck_backward_fake, lib=_library)
-torch.library.register_autograd("gci_kernels::bottleneck", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("gci_kernels::bottleneck", _derivative, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("gci_kernels::bottleneck_backward", _no_double_backward, lib=_library)
-bottleneck = torch.ops.gci_kernels.bottleneck.default

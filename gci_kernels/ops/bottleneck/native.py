@@ -2,7 +2,7 @@
 
 Same functions as aten.py, but expand is for bfloat16 alone (in float32 the library hides it in the base product), and
 project and reduce return float32 sums of bfloat16 operands, unrounded. Rows of x, y and u are contiguous: the caller
-sees to it.
+sees to it. Kernels take addresses, so sizes that do not fit each other are refused here.
 """
 
 import torch
@@ -35,8 +35,15 @@ def _pairs(m: Tensor) -> Tensor:
     return panel
 
 
+def _misfit(left: Tensor, right: Tensor) -> ValueError:
+    return ValueError(f"the operands of a product do not fit each other: {list(left.shape)} and {list(right.shape)}")
+
+
 def project(x: Tensor, m: Tensor) -> Tensor:
+    """x [tokens, depth] @ m [depth, width], float32 or bfloat16 x, any floating m -> float32 [tokens, width]."""
     (tokens, depth), width, lib, threads = x.shape, m.shape[1], extension(), torch.get_num_threads()
+    if m.shape[0] != depth:
+        raise _misfit(x, m)
     out = torch.empty(tokens, width)
     if _is_half(x):
         panel = _pairs(m)
@@ -53,9 +60,12 @@ def project(x: Tensor, m: Tensor) -> Tensor:
 
 
 def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+    """u [tokens, rank] @ m [rank, width] + x [tokens, depth] @ w [depth, width] + bias, bfloat16 u, x, w and bias."""
     if w is None:
         return torch.mm(u, m.to(u.dtype))
     y, panel, (rank, width) = F.linear(x, w.t(), bias), _pairs(m), m.shape
+    if u.shape[1] != rank or y.shape != (u.shape[0], width):
+        raise _misfit(u, m)
     extension().expand_bf16(
         u.data_ptr(), u.stride(0), panel.data_ptr(), y.data_ptr(), y.stride(0),
         y.shape[0], rank, width, torch.get_num_threads(),
@@ -64,15 +74,18 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
 
 
 def reduce(u: Tensor, y: Tensor) -> Tensor:
+    """u.T @ y for u [tokens, rank] and y [tokens, width], both float32 or bfloat16 -> float32 [rank, width]."""
     (tokens, rank), width, lib, threads = u.shape, y.shape[1], extension(), torch.get_num_threads()
+    if y.shape[0] != tokens:
+        raise _misfit(u, y)
     out = torch.empty(rank, width)
     if _is_half(y):
         partial = torch.empty(threads - 1, rank, width)
-        # No power of two from row to row: those would share the cache's places.
-        turned = torch.empty(rank, tokens + 32, dtype=y.dtype)
-        turned[:, :tokens].copy_(u.t())
+        # Rows that lie a power of two apart would evict each other from the cache: they share its sets.
+        transposed = torch.empty(rank, tokens + 32, dtype=y.dtype)
+        transposed[:, :tokens].copy_(u.t())
         lib.reduce_bf16(
-            turned.data_ptr(), turned.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
+            transposed.data_ptr(), transposed.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), partial.data_ptr(),
             tokens, rank, width, threads,
         )  # fmt: skip
     else:
@@ -80,15 +93,17 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
-    extension().dropout(x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, seed, torch.get_num_threads())
-    return out
-
-
 def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Dropout of x [tokens, width] in place, as philox.py defines it; float32, bfloat16 or float64, contiguous."""
     return _dropout(x, x, p, seed)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    x = x.contiguous()  # the kernel walks [rows, cols] with no gaps
+    """:func:`dropout_` of a copy."""
+    x = x.contiguous()
     return _dropout(x, torch.empty_like(x), p, seed)
+
+
+def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
+    extension().dropout(x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, seed, torch.get_num_threads())
+    return out

@@ -1,10 +1,40 @@
 """Which implementation runs each stage of the bottleneck: a pure function of tokens, dtype, device, instruction set."""
 
+import bisect
+import functools
+from typing import NamedTuple
+
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import Plan, native_obstacle, triton_obstacle
+from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.ops.bottleneck.registry import find
 from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
+
+
+class Plan(NamedTuple):
+    """One implementation for each stage, of gci_kernels.impl.IMPLS; printable, and a string for the op's schema."""
+
+    project: str  # x @ [A; joined weights].T and dY @ B
+    mix: str  # the mixer, forward and backward
+    expand: str  # y = u @ B.T + x @ W.T and dX = dh @ [A; joined weights] + dY @ W
+    reduce: str  # dA = dh.T @ x and dB.T = u.T @ dY
+    dropout: str
+
+    @property
+    def key(self) -> str:
+        """The plan as a string without spaces."""
+        return "/".join(self)
+
+    @staticmethod
+    @functools.cache
+    def from_key(key: str) -> "Plan":
+        """The plan whose :attr:`key` this is."""
+        return Plan(*key.split("/"))
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+
 
 _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
@@ -14,29 +44,35 @@ _ANY = 2**62
 # In bfloat16 the kernels are as fast as the library and leave their sums unrounded, which `expand` rounds either way;
 # on AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
 _FLOAT32 = {"project": (256, _ANY), "reduce": (64, _ANY)}
+_BFLOAT16 = {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)}
 _WINS = {
     ("amx", torch.float32): _FLOAT32,
     ("avx512bf16", torch.float32): _FLOAT32,
     ("avx512", torch.float32): _FLOAT32,
     ("avx2", torch.float32): _FLOAT32,
-    ("amx", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
-    ("avx512bf16", torch.bfloat16): {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)},
+    ("amx", torch.bfloat16): _BFLOAT16,
+    ("avx512bf16", torch.bfloat16): _BFLOAT16,
 }
-
 
 # The same for the Triton kernels on GPUs: the least tokens at which a stage is taken. Nothing is measured yet: these
 # are predictions. A stage that only reads and writes wins once its launch is not all of its cost. Below that, and in
 # generation, the library's products stay until there are kernels for a few tokens. The base product has to fill the
 # chip before one reading and writing of y less counts; in float32, without matrix units, the library is better tuned.
+_FROM_16 = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
 _TRITON_FROM = {
-    "project": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
-    "mix": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "project": _FROM_16,
+    "mix": _FROM_16,
     "expand": {torch.bfloat16: 512, torch.float16: 512},
-    "reduce": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
-    "dropout": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "reduce": _FROM_16,
+    "dropout": _FROM_16,
 }
-# mixer -> its kernel in hardware.KERNELS; "identity" has none.
-_MIX_KERNELS = {"gate": "gate", "attention": "attention"}
+
+# The numbers of tokens at which a plan may change: between two of them all calls have the same one.
+_EDGES = sorted(
+    {edge for wins in (_FLOAT32, _BFLOAT16) for low, high in wins.values() for edge in (low, high + 1)}
+    | {start for starts in _TRITON_FROM.values() for start in starts.values()}
+    | {start for dtype in (torch.bfloat16, torch.float16) for start in (upcast_from(dtype, native.ISA),) if start}
+)
 
 
 def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
@@ -44,43 +80,70 @@ def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
     return tokens >= _TRITON_FROM[stage].get(dtype, _ANY)
 
 
+# What plan_for has answered: it is asked in every call of a layer.
+_plans: dict[tuple, Plan] = {}
+
+
+def plan_for(impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str) -> Plan:
+    """:func:`choose_plan` on this machine, remembered for each class of numbers of tokens.
+
+    On a GPU nothing is remembered as long as "auto" may still change its mind: kernels prove themselves as they are
+    first used.
+    """
+    key = impl, bisect.bisect(_EDGES, tokens), dtype, device_type, mixer
+    plan = _plans.get(key)
+    if plan is None:
+        plan = choose_plan(impl, tokens, dtype, device_type, mixer)
+        if device_type != "cuda" or impl != "auto":
+            _plans[key] = plan
+    return plan
+
+
 def choose_plan(
-    impl: str, *, tokens: int, dtype: torch.dtype, device_type: str, isa: str | None = None,
-    mixer: str | None = None, proved: frozenset[str] | None = None, library: bool | None = None,
+    impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str = "identity", *,
+    isa: str | None = None, proved: frozenset[str] | None = None, library: bool | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for x [tokens, in] of `dtype` on `device_type`; a pure function, once isa, proved and library are given.
 
     "native" takes every C++ kernel that there is for `dtype`, "triton" every Triton kernel, "auto" those that are no
-    slower than the library; of the Triton ones, those alone that have proved themselves on the GPU.
-    Raises ValueError where an implementation is asked for and cannot run.
+    slower than the library; of the Triton ones, those alone that have proved themselves on the GPU. A mixer that lacks
+    an implementation runs in its library form.
 
     Args:
+        mixer: the name of a registered one.
         isa: the CPU's instruction set; None: this one's.
         library: whether PyTorch has a fast product of `dtype` on this CPU; None: it is asked.
-        mixer: the module of ops/bottleneck/mixers, None where it is not known; "auto" on a GPU asks for its kernel.
         proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
             current one, which may check a kernel at its first use.
+
+    Raises:
+        ValueError: an implementation is asked for and cannot run.
     """
     asked = {"triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl, native_obstacle)
     obstacle = asked(device_type, dtype)
     if impl in ("native", "triton", "upcast") and obstacle:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
     if impl == "triton":
-        return Plan(project=impl, mix=impl, expand=impl, reduce=impl, dropout=impl)
+        return Plan(impl, _mix(mixer, impl), impl, impl, impl)
     if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
         return _gpu_plan(tokens, dtype, mixer, proved)
     isa = native.ISA if isa is None else isa
     start = upcast_from(dtype, isa, library) if impl == "auto" and device_type == "cpu" else None
     if impl == "upcast" or start is not None and tokens >= start:
         other = "aten" if native_obstacle(device_type, dtype) else "native"
-        return Plan(project="upcast", mix=other, expand="upcast", reduce="upcast", dropout=other)
+        return Plan("upcast", _mix(mixer, other), "upcast", "upcast", other)
     if impl in ("aten", "reference") or obstacle:
         stage = "reference" if impl == "reference" else "aten"
-        return Plan(project=stage, mix=stage, expand=stage, reduce=stage, dropout=stage)
-    return _cpu_plan(impl, tokens, dtype, isa)
+        return Plan(*[stage] * len(Plan._fields))
+    return _cpu_plan(impl, tokens, dtype, isa, mixer)
 
 
-def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str | None, proved: frozenset[str] | None) -> Plan:
+def _mix(mixer: str, impl: str) -> str:
+    """`impl` where the mixer has it, else the library's form."""
+    return impl if impl in find(mixer).implementations else "aten"
+
+
+def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str, proved: frozenset[str] | None) -> Plan:
     def choice(stage: str, kernel: str | None) -> str:
         if kernel not in hardware.KERNELS or not prefers_triton(stage, tokens, dtype):
             return "aten"
@@ -88,14 +151,14 @@ def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str | None, proved: frozen
 
     return Plan(
         project=choice("project", "project"),
-        mix=choice("mix", _MIX_KERNELS.get(mixer)),
+        mix=choice("mix", find(mixer).kernel),
         expand=choice("expand", "expand"),
         reduce=choice("reduce", "reduce"),
         dropout=choice("dropout", "dropout"),
     )
 
 
-def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str) -> Plan:
+def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str, mixer: str) -> Plan:
     wins = _WINS.get((isa, dtype), {})
     half = dtype == torch.bfloat16 and isa in ("avx512bf16", "amx")
     exist = {"project", "expand", "reduce"} if half else {"project", "reduce"} if dtype == torch.float32 else set()
@@ -104,6 +167,4 @@ def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str) -> Plan:
         low, high = wins.get(stage, (1, 0))
         return "native" if stage in exist and (impl == "native" or low <= tokens <= high) else "aten"
 
-    return Plan(
-        project=choice("project"), mix="native", expand=choice("expand"), reduce=choice("reduce"), dropout="native"
-    )
+    return Plan(choice("project"), _mix(mixer, "native"), choice("expand"), choice("reduce"), "native")

@@ -4,33 +4,25 @@
 operand goes through the mask. The Triton products make the mask while they read. The others work on a masked copy.
 """
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from gci_kernels.impl import Plan
+from gci_kernels.impl import implementation
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.bottleneck.plan import Plan
 
 _MASKS_ITSELF = "triton"
 
 
-@functools.cache
-def _stage(name: str) -> ModuleType:
-    """The module aten.py, native.py or triton/ beside this one; loaded when a plan first names it."""
-    return importlib.import_module(f"gci_kernels.ops.bottleneck.{name}")
-
-
 def project(plan: Plan, x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
-    """x @ m; `drop` masks x for the first columns of m."""
-    stage = _stage(plan.project).project
+    """x [tokens, depth] @ m [depth, width]; `drop` masks x for the first columns of m."""
+    stage = implementation("bottleneck", plan.project).project
     if drop is None:
         return stage(x, m)
     if plan.project == _MASKS_ITSELF:
         return stage(x, m, drop)
-    dropped = stage(_stage(plan.dropout).dropout(x, drop.p, drop.seed), m[:, : drop.columns])
+    masked = implementation("bottleneck", plan.dropout).dropout(x, drop.p, drop.seed)
+    dropped = stage(masked, m[:, : drop.columns])
     if drop.columns == m.shape[1]:
         return dropped
     return torch.cat((dropped, stage(x, m[:, drop.columns :])), dim=1)
@@ -39,25 +31,26 @@ def project(plan: Plan, x: Tensor, m: Tensor, drop: Dropout | None = None) -> Te
 def expand(
     plan: Plan, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
 ) -> Tensor:
-    """u @ m + x @ w + bias; `drop` masks what the first columns of u add."""
-    stage = _stage(plan.expand)
+    """u [tokens, rank] @ m + x [tokens, depth] @ w [depth, width] + bias; `drop` masks what u's first columns add."""
+    stage = implementation("bottleneck", plan.expand)
     if drop is None:
         return stage.expand(u, m, x, w, bias)
     if plan.expand == _MASKS_ITSELF:
         return stage.expand(u, m, x, w, bias, drop)
     y = stage.expand(u[:, : drop.columns], m[: drop.columns], x, None, None)
-    _stage(plan.dropout).dropout_(y, drop.p, drop.seed)
+    implementation("bottleneck", plan.dropout).dropout_(y, drop.p, drop.seed)
     return stage.expand_onto(y, u[:, drop.columns :], m[drop.columns :], x, w, bias)
 
 
 def reduce(plan: Plan, u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
-    """u.T @ y; `drop` masks y for the first columns of u."""
-    stage = _stage(plan.reduce).reduce
+    """u.T @ y for u [tokens, rank] and y [tokens, width]; `drop` masks y for the first columns of u."""
+    stage = implementation("bottleneck", plan.reduce).reduce
     if drop is None:
         return stage(u, y)
     if plan.reduce == _MASKS_ITSELF:
         return stage(u, y, drop)
-    dropped = stage(u[:, : drop.columns], _stage(plan.dropout).dropout(y, drop.p, drop.seed))
+    masked = implementation("bottleneck", plan.dropout).dropout(y, drop.p, drop.seed)
+    dropped = stage(u[:, : drop.columns], masked)
     if drop.columns == u.shape[1]:
         return dropped
     return torch.cat((dropped, stage(u[:, drop.columns :], y)))
@@ -65,9 +58,9 @@ def reduce(plan: Plan, u: Tensor, y: Tensor, drop: Dropout | None = None) -> Ten
 
 def one_reading(plan: Plan, y: Tensor, rank: int) -> bool:
     """Whether :func:`project_reduce` is there for y; else project and reduce read it in turn."""
-    return plan.project == plan.reduce == "triton" and _stage("triton").one_reading(y, rank)
+    return plan.project == plan.reduce == "triton" and implementation("bottleneck", "triton").one_reading(y, rank)
 
 
 def project_reduce(plan: Plan, y: Tensor, m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """y @ m and u.T @ y from one reading of y."""
-    return _stage(plan.project).project_reduce(y, m, u)
+    """y @ m and u.T @ y from one reading of y [tokens, width]."""
+    return implementation("bottleneck", plan.project).project_reduce(y, m, u)

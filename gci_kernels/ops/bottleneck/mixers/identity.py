@@ -1,13 +1,18 @@
-"""LoRA's mixer: u = scaling * h. It keeps u, and nothing is made again."""
+"""LoRA's mixer (arXiv 2106.09685): u = scaling * h. It keeps u, and nothing is computed again."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.bottleneck.mixers import Call, Inputs, Kept
+from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Shape
+from gci_kernels.ops.bottleneck.registry import register
 
-JOINS = False
+
+def formula(h: Tensor, weights: Tensor | None, call: Call) -> Tensor:
+    """u = h."""
+    return h
 
 
 def _scaled(h: Tensor, call: Call) -> Tensor:
@@ -15,21 +20,37 @@ def _scaled(h: Tensor, call: Call) -> Tensor:
     return torch.mul(h, call.scaling, out=h.new_empty(h.shape, dtype=call.dtype))
 
 
-def forward(projected: Tensor, inputs: Inputs, call: Call) -> tuple[Tensor, Kept, Tensor]:
-    u = _scaled(projected, call)
-    return u, Kept(u.new_empty(0), u, u.new_empty(0)), u.new_empty(0)
+def forward(projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Kept, Tensor]:
+    """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
+    u = torch.mul(projected, call.scaling, out=projected.new_empty(projected.shape, dtype=call.dtype))
+    nothing = u.new_empty(0)
+    return u, Kept(nothing, u, u.new_empty(0)), u.new_empty(0)
 
 
-def again(inputs: Inputs, kept: Kept, call: Call) -> Tensor:
+def recompute(weights: Tensor | None, kept: Kept, call: Call) -> Tensor:
+    """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     return kept.mixed
 
 
 def backward(
-    du: Tensor, dshown: Tensor | None, inputs: Inputs, kept: Kept, call: Call
+    du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     return _scaled(du, call), None, kept.mixed
 
 
-def shapes(inputs: Inputs, call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def shapes(weights: Tensor | None, call: Call) -> list[Shape]:
+    """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     tokens = math.prod(call.lead)
     return [((0,), call.dtype), ((tokens, call.rank), call.dtype), ((0,), call.dtype), ((0,), call.dtype)]
+
+
+IDENTITY = register(
+    Mixer(
+        "identity",
+        formula,
+        stages=sys.modules[__name__],
+        decode=lambda weights, settings: {},
+        merge=lambda A, weights, settings: A,
+    )
+)

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch import Tensor
 from gci_kernels import ops
 from gci_kernels.accuracy import Check, error_bound, relative_error
 from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.ops import Mixer
+from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.decode import Group, find_step, plan_groups
 from gci_kernels.ops.row_linear.plan import NO_NATIVE
 from gci_kernels.ops.upcast import upcast_obstacle
+from gci_kernels.tuners import METHODS, Method
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLS = ("aten", "upcast", "native", "triton")
@@ -20,10 +24,13 @@ IMPLS = ("aten", "upcast", "native", "triton")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op over x [tokens, in]: "lora", "loramoe", "alora" or "loki", whose `r` is its active rows.
+    """One call of an op over x [tokens, in].
 
-    `step`: a decoding step, which has no gradients and is C++ and CUDA C++ alone; of ALoRA the new tokens of as many
-    sequences, whose past is all before.
+    Attributes:
+        method: "lora", "loki", whose `r` is its active rows, or the name of a registered method in small letters.
+        config: of a registered method; None: made of r, experts, top_k and heads, where it has them.
+        step: a decoding step, which has no gradients and is C++ and CUDA C++ alone; of ALoRA the new tokens of as many
+            sequences, whose past is all before.
     """
 
     method: str
@@ -36,12 +43,45 @@ class Case:
     heads: int = 1
     dropout_p: float = 0.0
     step: bool = False
+    config: Any = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        size = {"loramoe": f"{self.experts}x{self.r}", "loki": f"{self.r} rows"}.get(self.method, f"r={self.r}")
-        more = {"loramoe": f" top_k={self.top_k}", "alora": f" {self.heads} heads"}.get(self.method, "")
+        size = f"{self.r} rows" if self.method == "loki" else f"r={self.r}"
+        if self.method not in ("lora", "loki"):
+            method, config = self.registered()
+            size = method.describe(config) + (f" top_k={config.top_k}" if hasattr(config, "top_k") else "")
         shape = f"T={self.tokens} {self.in_features}->{self.out_features}"
-        return f"{self.method} {size}{more} {shape} " + ("decoding" if self.step else f"p={self.dropout_p}")
+        return f"{self.method} {size} {shape} " + ("decoding" if self.step else f"p={self.dropout_p}")
+
+    def registered(self) -> tuple[Method, Any]:
+        """The method, and its config for this case."""
+        method = next(each for name, each in METHODS.items() if name.lower() == self.method)
+        if self.config is not None:
+            return method, self.config
+        known = {each.name for each in fields(method.config)}
+        given = {"num_experts": self.experts, "top_k": self.top_k, "num_heads": self.heads}
+        return method, method.config(r=self.r, **{name: value for name, value in given.items() if name in known})
+
+    @property
+    def mixer(self) -> Mixer:
+        """What stands between A and B."""
+        return IDENTITY if self.method == "lora" else self.registered()[0].mixer
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The mixer's own settings."""
+        if self.method == "lora":
+            return ()
+        method, config = self.registered()
+        return method.settings(config)
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the adapter's tensors by name."""
+        if self.method == "lora":
+            return {"A": (self.r, self.in_features), "B": (self.out_features, self.r)}
+        method, config = self.registered()
+        made = method.parameters(config, self.in_features, self.out_features)
+        return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
 
 # Odd sizes, one token, one expert, larger than a tile.
@@ -64,10 +104,18 @@ CASES = (
 _PAST = 70  # tokens before an ALoRA step's own
 
 
+def cases() -> tuple[Case, ...]:
+    """:data:`CASES`, and the example of every registered method that none of them is of."""
+    covered = {case.method for case in CASES}
+    others = [method for name, method in METHODS.items() if name.lower() not in covered]
+    examples = [Case(m.name.lower(), 130, 67, 45, m.example.r, config=m.example) for m in others]
+    return (*CASES, *examples, *(replace(case, dropout_p=0.25) for case in examples))
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """The op's tensor arguments by name; no term of the result drowns another."""
     generator = torch.Generator().manual_seed(0)
-    width, fan_in = case.r * case.experts, case.in_features**-0.5
+    fan_in = case.in_features**-0.5
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
@@ -81,15 +129,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor
         positions = torch.randperm(case.out_features, generator=generator)[: case.r].to(device)
         active = {"active_weight": draw(case.r, case.in_features, scale=fan_in), "active_bias": draw(case.r)}
         return tensors | active | {"positions": positions}
-    tensors |= {
-        "A": draw(width, case.in_features, scale=fan_in),
-        "B": draw(case.out_features, width, scale=width**-0.5),
-    }
-    if case.method == "loramoe":
-        tensors["router"] = draw(case.experts, case.in_features, scale=fan_in)
-    if case.method == "alora":
-        tensors["qkv"] = draw(3 * case.r, case.r, scale=case.r**-0.5)
-    return tensors
+    return tensors | {name: draw(*shape, scale=shape[1] ** -0.5) for name, shape in case.parameters().items()}
 
 
 def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,43 +157,55 @@ def run_case(case: Case, tensors: dict[str, Tensor], impl: str) -> dict[str, Ten
 def _outputs(case: Case, leaves: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     if case.method == "loki":
         return {"y": ops.loki_linear(**leaves, impl=impl)}
-    options = dict(scaling=2.0, dropout_p=case.dropout_p, impl=impl)
-    if case.method == "lora":
-        return {"y": ops.lora_linear(**leaves, **options)}
-    if case.method == "loramoe":
-        return dict(zip(("y", "gates"), ops.loramoe_linear(**leaves, top_k=case.top_k, **options), strict=True))
-    return dict(zip(("y", "kv"), ops.alora_linear(**leaves, num_heads=case.heads, **options), strict=True))
+    x, weight, bias, A, B, *weights = (leaves[name] for name in ("x", "weight", "bias", *_adapter(leaves)))
+    y, output = ops.bottleneck_linear(
+        x, weight, bias, A, B, *weights, mixer=case.mixer, settings=case.numbers, scaling=2.0, dropout_p=case.dropout_p,
+        impl=impl,
+    )  # fmt: skip
+    return {"y": y} if output is None else {"y": y, "output": output}
+
+
+def _adapter(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of A, B and the mixer's weights, where it has any."""
+    return ["A", "B", *(name for name in tensors if name not in ("x", "weight", "bias", "A", "B"))]
+
+
+def _group(case: Case, tensors: dict[str, Tensor]) -> Group | None:
+    """The adapter as a decoding step takes it; None where the mixer has no such form."""
+    A, B, *weights = (tensors[name] for name in _adapter(tensors))
+    decode = case.mixer.decode
+    if decode is None:
+        return None
+    return Group(A, B, 2.0, 0, case.tokens, **decode(weights[0] if weights else None, case.numbers))
 
 
 def _step(case: Case, t: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     """One token of each sequence; the reference in full, and the kernel over a cache with places to spare."""
-    x, weight, bias, A, B, qkv, heads = t["x"], t["weight"], t["bias"], t["A"], t["B"], t.get("qkv"), case.heads
-    past = None
-    if qkv is not None:
+    x, weight, bias, past = t["x"], t["weight"], t["bias"], None
+    if case.method == "alora":
         generator = torch.Generator().manual_seed(3)
         past = torch.randn(case.tokens, _PAST, 2 * case.r, generator=generator, dtype=torch.float64).to(x)
     if impl == "reference":
         if past is None:
             return {"y": _outputs(case, t, impl)["y"]}
-        options = dict(num_heads=heads, scaling=2.0, sequence=ops.Sequence(None, _PAST), past=past, impl=impl)
-        y, kv = ops.alora_linear(x[:, None], weight, bias, A, qkv, B, **options)
-        return {"y": y[:, 0], "kv": kv[:, 0]}
-    group = Group(A, B, 2.0, 0, case.tokens, t.get("router"), case.top_k, qkv, heads)
-    step = find_step(x, weight, bias, (group,))
+        options = dict(num_heads=case.heads, scaling=2.0, sequence=ops.Sequence(None, _PAST), past=past, impl=impl)
+        y, kv = ops.alora_linear(x[:, None], weight, bias, t["A"], t["qkv"], t["B"], **options)
+        return {"y": y[:, 0], "output": kv[:, 0]}
+    group: Any = _group(case, t)
+    step: Any = find_step(x, weight, bias, (group,))
     if past is None:
         return {"y": step.run(x)}
     cache = torch.cat((past, past.new_full((case.tokens, 2, 2 * case.r), float("nan"))), 1)
     filled = torch.tensor([_PAST], dtype=torch.int32, device=x.device)
-    return {"y": step.attend(x, None, cache, filled, None), "kv": cache[:, _PAST]}
+    return {"y": step.attend(x, None, cache, filled, None), "output": cache[:, _PAST]}
 
 
 def step_obstacle(case: Case, impl: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `impl` takes no decoding step there, or None where it does."""
     if impl != "native":
         return "steps are C++ and CUDA C++"
-    tensors = make_inputs(case, dtype, device)
-    group = Group(tensors["A"], tensors["B"], 2.0, 0, case.tokens, tensors.get("router"), None, tensors.get("qkv"))
-    if plan_groups((group,), case.tokens, dtype, torch.device(device).type) is None:
+    group = _group(case, make_inputs(case, dtype, device))
+    if group is None or plan_groups((group,), case.tokens, dtype, torch.device(device).type) is None:
         return f"no kernel takes a step of {dtype} on {device}"
     return None
 
@@ -187,7 +239,7 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: str) -> list[C
 
 def verify(device: str = "cpu") -> Iterator[list[Check]]:
     """One list of checks for each case, dtype and implementation that can run on `device`."""
-    for case, dtype, impl in itertools.product(CASES, DTYPES, IMPLS):
+    for case, dtype, impl in itertools.product(cases(), DTYPES, IMPLS):
         if case.step:
             reason = step_obstacle(case, impl, device, dtype)
         else:

@@ -1,4 +1,4 @@
-"""What every layer of a bottleneck adapter does for a decoding step and for a mixed batch; PEFT's LoRA too."""
+"""What every layer of a bottleneck adapter does in a call, PEFT's LoRA too: in training, mixed batches and decoding."""
 
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -10,28 +10,28 @@ from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
 from gci_kernels.tuners import fusion, mixed
 
 
-class DecodingLayer:
+class FusedLayer:
     """Mixin; the layer says what its adapters are.
 
     Attributes:
         gci_impl: what the layer gives its op as `impl`.
         adapters: gives the active adapters that the layer has.
         _update: fusion.Update.
-        _group: (name, count, first) -> the adapter as a step takes it, for `count` tokens from its token `first` on.
-        _has_step: whether an adapter is one that a step computes as it is now.
+        _group: (name, count, first) -> the adapter as a step takes it, for `count` tokens from its token `first` on;
+            None where no step computes it as it is now.
     """
 
     base_layer: Any
     gci_impl: str
-    adapters: Callable[[], list[str]]
+    adapters: Callable[[], Sequence[str]]
     _update: fusion.Update
-    _group: Callable[..., Group]
-    _has_step: Callable[[str], bool]
+    _group: Callable[..., Group | None]
 
-    def _run(self, x: Tensor, names: list[str]) -> Tensor:
+    def _run(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """base(x) with the updates of all named adapters."""
-        step = self._step if fusion.takes_steps(self.gci_impl, x) else None
-        return fusion.combine(self.base_layer, x, names, self._update, step)
+        base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]  # of the layer that this is mixed with
+        step = None if torch.is_grad_enabled() or not fusion.takes_steps(self.gci_impl, x) else self._step
+        return fusion.combine(base, x, names, self._update, step)
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
         """base(x) with, for the rows of each of `names`, the update of that adapter, where it is `present`."""
@@ -42,20 +42,16 @@ class DecodingLayer:
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
     ) -> Tensor | None:
         """fusion.Step."""
-        if not self._has_step(name):
-            return None
-        groups = (self._group(name, x.numel() // x.shape[-1]),)  # held, for a step knows addresses alone
-        step = find_step(x, weight, bias, groups)
+        group = self._group(name, x.numel() // x.shape[-1])  # held, for a step knows addresses alone
+        step = None if group is None else find_step(x, weight, bias, (group,))
         return None if step is None else step.run(x, y)
 
     def _mixed_step(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
     ) -> Tensor | None:
         """mixed.MixedStep."""
-        if not all(map(self._has_step, tokens.samples)):
-            return None
-        groups = tokens.groups(self._group)
-        step = find_step(x, weight, bias, groups, tokens.rows)
+        groups: Any = tokens.groups(self._group)
+        step = None if any(g is None for g in groups) else find_step(x, weight, bias, groups, tokens.rows)
         return None if step is None else step.run(x, y)
 
     def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
@@ -65,6 +61,14 @@ class DecodingLayer:
     def decode_plan(self, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
         """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
         names = self.adapters()
-        if not names or self.gci_impl not in ("auto", "native") or not self._has_step(names[0]):
-            return None
-        return plan_groups((self._group(names[0], 1),), 1, dtype, device_type)
+        group = self._group(names[0], 1) if names and self.gci_impl in ("auto", "native") else None
+        return None if group is None else plan_groups((group,), 1, dtype, device_type)
+
+
+def among(active: str | Sequence[str], present: Container[str]) -> Sequence[str]:
+    """The `active` adapters, a name or several as PEFT's layers keep them, that are `present`."""
+    if len(active) == 1 and type(active) is not str:  # nearly always
+        return active if active[0] in present else ()
+    if type(active) is str:
+        return (active,) if active in present else ()
+    return [name for name in active if name in present]

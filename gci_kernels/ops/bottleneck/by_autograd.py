@@ -1,0 +1,94 @@
+"""Forward and backward of a mixer that has its formula alone: autograd differentiates it, over tokens x rank values."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Output, Shape
+
+
+class ByAutograd:
+    """The :class:`~gci_kernels.ops.bottleneck.mixer.Stages` of a mixer's formula.
+
+    It keeps `projected`, and computes the formula again in backward. What the formula returns is checked against what
+    the mixer declares.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+
+    def forward(self, projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Kept, Tensor]:
+        """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
+        u, output = self._run(projected, weights, call)
+        return self._scaled(u, call), Kept(projected, u.new_empty(0), u.new_empty(0)), output
+
+    def recompute(self, weights: Tensor | None, kept: Kept, call: Call) -> Tensor:
+        """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
+        return self._scaled(self._run(kept.projected, weights, call)[0], call)
+
+    def backward(
+        self, du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
+        own = weights is not None and not self.mixer.joins
+
+        def formula(projected: Tensor, given: Tensor | None = weights) -> tuple[Tensor, ...]:
+            u, output = self._run(projected, given, call)
+            return (u, output) if self.mixer.output is Output.DIFFERENTIABLE else (u,)
+
+        # torch.func differentiates below an operator's dispatch too, where autograd records nothing.
+        inputs = (kept.projected, weights) if own else (kept.projected,)
+        outputs, pull, *_ = torch.func.vjp(formula, *inputs)
+        gradients = [(du * call.scaling).to(outputs[0].dtype).view(outputs[0].shape)]
+        if len(outputs) > 1:
+            given = torch.zeros_like(outputs[1]) if doutput is None else doutput
+            gradients.append(given.to(outputs[1].dtype).view(outputs[1].shape))
+        dprojected, *dweights = pull(tuple(gradients))
+        return dprojected.to(call.dtype), dweights[0] if own else None, self._scaled(outputs[0], call)
+
+    def shapes(self, weights: Tensor | None, call: Call) -> list[Shape]:
+        """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`; the formula is asked, on tensors without storage."""
+        tokens, rows = math.prod(call.lead), 0 if weights is None else weights.shape[0]
+        width = call.rank + (rows if self.mixer.joins else 0)
+        device = "meta" if weights is None else weights.device
+        nothing = (0,), call.dtype
+        output: Shape = nothing
+        if self.mixer.output is not Output.NONE:
+            made = self._run(torch.empty(tokens, width, dtype=call.sum_dtype, device=device), weights, call)[1]
+            output = tuple(made.shape), made.dtype
+        return [((tokens, width), call.sum_dtype), nothing, nothing, output]
+
+    def _run(self, projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """u [*lead, columns of B], unscaled, and the output."""
+        wide = projected.view(*call.lead, projected.shape[-1])
+        seen = None if weights is None else weights.to(wide.dtype)
+        if self.mixer.joins:
+            wide, seen = wide[..., : call.rank], wide[..., call.rank :]
+        return apply(self.mixer, wide, seen, call, 0 if weights is None else weights.shape[0])
+
+    def _scaled(self, u: Tensor, call: Call) -> Tensor:
+        return (u * call.scaling).to(call.dtype).view(math.prod(call.lead), u.shape[-1])
+
+
+def apply(mixer: Mixer, h: Tensor, weights: Tensor | None, call: Call, rows: int) -> tuple[Tensor, Tensor]:
+    """The formula's u and output (an empty tensor where there is none).
+
+    Raises:
+        ValueError: they are not what the mixer declares.
+    """
+    made = mixer.formula(h, weights, call)
+    u, output = made if isinstance(made, tuple) else (made, None)
+    declared = mixer.columns(call.rank, rows)
+    if not isinstance(u, Tensor) or tuple(u.shape) != (*h.shape[:-1], declared):
+        got = list(u.shape) if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(
+            f"mixer {mixer.name!r}: its formula returned u {got} for h {list(h.shape)}, where its `columns` declares "
+            f"{[*h.shape[:-1], declared]}; make the two agree"
+        )
+    if (output is not None) != (mixer.output is not Output.NONE):
+        raise ValueError(
+            f"mixer {mixer.name!r} declares output=Output.{mixer.output.name}, and its formula returned "
+            f"{'no output' if output is None else 'an output'}; make the two agree"
+        )
+    return u, u.new_empty(0) if output is None else output

@@ -1,0 +1,315 @@
+"""One config base, layer and tuner for every method whose layers are bottleneck adapters; and their registration."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from gci_kernels.models import experts, parents
+from gci_kernels.models.targets import is_all_linear, matched
+from gci_kernels.ops import bottleneck_linear
+from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
+from gci_kernels.ops.bottleneck import register as register_mixer
+from gci_kernels.ops.decode import Group
+from gci_kernels.tuners import mixed, registered
+from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
+from gci_kernels.tuners.fused_layer import FusedLayer
+from gci_kernels.tuners.methods import METHODS, Method, register_with_peft
+from gci_kernels.tuners.scaling import applied, number
+
+
+@dataclass
+class BottleneckConfig(AdaptedConfig):
+    """The fields that every bottleneck method has; the subclasses say what they mean, and name their `method`."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, "a finite number")
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
+        for pattern, rank in self.rank_pattern.items():
+            check_integer(f"rank_pattern[{pattern!r}]", rank, 1)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{pattern!r}]", alpha, "a finite number")
+
+    def of_module(self, key: str) -> "BottleneckConfig":
+        """A copy with the r and lora_alpha that the patterns give to the module `key`."""
+        own = copy.copy(self)
+        own.r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
+        own.lora_alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), key), self.lora_alpha)
+        return own
+
+
+def uniform(*shape: int) -> Tensor:
+    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
+
+
+def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
+    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
+    return torch.zeros(*shape) if init_weights else uniform(*shape)
+
+
+class BottleneckLayer(FusedLayer, AdaptedLinear):
+    """A linear layer with adapters of one registered method, which add to its output; several active ones add up.
+
+    Under each adapter's name: its parameters, by the method's prefix and their names; its config in `configs`.
+    """
+
+    method: ClassVar[Method]
+    settings: dict[str, tuple[int, ...]]  # the mixer's numbers
+    dropout_p: dict[str, float]
+    configs: dict[str, Any]
+
+    def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig, key: str) -> None:
+        super().__init__(base_layer, name)
+        self.key = key  # the layer's name in the model
+        self._unmerged: dict[str, Tensor] = {}  # by adapter: the base weight before it was merged
+        self.update_layer(name, config)
+
+    def update_layer(self, name: str, config: Any) -> None:
+        """Adds the adapter `name`, or makes it anew."""
+        method = self.method
+        self.configs[name], self.r[name], self.settings[name] = config, config.r, method.settings(config)
+        self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
+        made = method.parameters(config, self.in_features, self.out_features)
+        for container, part in zip(self.adapter_layer_names, parts_of(method, made), strict=True):
+            getattr(self, container)[name] = nn.Parameter(made[part])
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tensors(self, name: str) -> Sequence[Any]:
+        """A, B and the mixer's weights of one adapter; None in their place where it has none."""
+        found: list[Any] = []
+        for container in self.adapter_layer_names:
+            own: Any = self._modules[container]
+            tensor = own._parameters.get(name)
+            # A replica of torch.nn.DataParallel keeps them elsewhere, and an offloaded one has to be brought.
+            found.append(self.parameter(container, name) if tensor is None or tensor.is_meta else tensor)
+        return found if len(found) == 3 else (*found, None)
+
+    def _compute(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None,
+        segments: Tensor | None = None, past: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The adapter's addition, with the base product where a weight is given; and the mixer's output."""
+        A, B, weights = self.tensors(name)
+        scaling = self.scaling[name]
+        if type(scaling) is not float:
+            scaling, B = applied(scaling, B)
+        dropout_p = self.dropout_p[name] if self.training else 0.0
+        operands = x, weight, bias, A, B, weights, segments, past, None
+        return adapted_linear(operands, self.method.mixer, self.settings[name], scaling, dropout_p, self.gci_impl)
+
+    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return self._compute(x, name, weight, bias)[0]
+
+    _adapted = FusedLayer._run
+
+    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+        mix.check(x, self)
+        return self._run_mixed(x, mix.names, self.r)
+
+    def _group(self, name: str, count: int, first: int = 0) -> Group | None:
+        decode, scaling = self.method.mixer.decode, self.scaling[name]
+        if type(scaling) is not float:
+            scaling = number(scaling)
+        if decode is None or scaling is None or self.training and self.dropout_p[name]:
+            return None
+        A, B, weights = self.tensors(name)
+        return Group(A, B, scaling, first, count, **decode(weights, self.settings[name]))
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        return str(choose_plan(self.gci_impl, tokens, dtype, device_type, self.method.mixer.name))
+
+    def settings_of(self, config: Any) -> dict[str, float]:
+        """What an adapter of `config` computes with here and its tensors' shapes do not show."""
+        return {name: getattr(config, name) or 0 for name in self.method.saved}
+
+    def describe(self, name: str) -> str:
+        """The adapter's size, short: for reports."""
+        return self.method.describe(self.configs[name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds scaling * B @ merge(A) to the base weight, where the mixer can; ValueError where it cannot."""
+        if self.method.mixer.merge is None:
+            raise ValueError(no_merge(self.method))
+        weight: Any = self.get_base_layer().weight
+        if type(weight) is not nn.Parameter or weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"{self.method.name} cannot be merged into a {type(weight).__name__}: use unload()")
+        for name in (each for each in check_adapters_to_merge(self, adapter_names) if each in self.r):
+            A, B, weights = self.tensors(name)
+            up, down = B.detach().float(), self.method.mixer.merge(A.detach().float(), weights, self.settings[name])
+            merged = (weight.detach().float() + number(self.scaling[name]) * up @ down).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                # in PEFT's words
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._unmerged[name] = weight.detach().clone()
+            weight.data.copy_(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Gives the base weight its own numbers back, bit for bit."""
+        if self.method.mixer.merge is None:
+            raise ValueError(no_merge(self.method))
+        base: Any = self.get_base_layer()
+        while self.merged_adapters:
+            base.weight.data.copy_(self._unmerged.pop(self.merged_adapters.pop()))
+
+
+def parts_of(method: Method, made: dict[str, Tensor]) -> list[str]:
+    """The names of an adapter's tensors in the order in which layers keep them: A, B, and the mixer's weights.
+
+    Raises:
+        ValueError: there are others, or too many.
+    """
+    others = [part for part in made if part not in ("A", "B")]
+    if not {"A", "B"} <= made.keys() or len(others) > 1:
+        raise ValueError(
+            f"method {method.name!r}: `parameters` must return A, B and at most one tensor more, got {sorted(made)}"
+        )
+    return ["A", "B", *others]
+
+
+def no_merge(method: Method) -> str:
+    """Why the method's adapters cannot be merged, and what to do."""
+    return (
+        f"{method.name} cannot be merged into the base weight: its update depends on {method.depends_on}; use unload()"
+    )
+
+
+class BottleneckModel(AdaptedModel):
+    """PEFT's tuner for layers of :class:`BottleneckLayer`. Made by get_peft_model, from_pretrained or patch."""
+
+    method: ClassVar[Method]
+
+    def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
+        return self.tuner_layer_cls(target, name, config, key)
+
+    def _check_parents(self, model: nn.Module, config: Any) -> None:
+        method, default = self.method, config.target_modules is None
+        chosen = copy.copy(config)
+        if default:
+            chosen.target_modules = set(method.default_targets)
+        found = matched(model, chosen)
+        if not found and (hint := experts.hint(model)):
+            names = chosen.target_modules
+            names = names if isinstance(names, str) else ", ".join(method.default_targets if default else sorted(names))
+            raise ValueError(f"{method.name} finds none of {names} in this model{hint}")
+        if default or is_all_linear(config.target_modules):
+            parents.leave_out(model, config, method.name, found)
+        else:
+            parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        own = peft_config.of_module(current_key)
+        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self.method.default_targets)
+        return peft_config
+
+    def _detach(self) -> None:
+        """Takes back what the tuner did to the model beside its layers."""
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge and self.method.mixer.merge is None:
+            raise ValueError(no_merge(self.method))
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        self._detach()
+        return model
+
+
+def register(
+    method: Method, layer: type[BottleneckLayer] = BottleneckLayer, tuner: type[BottleneckModel] = BottleneckModel
+) -> Method:
+    """Makes a method known to gci_kernels and PEFT: its config then works in patch, get_peft_model and from_pretrained.
+
+    Args:
+        layer, tuner: bases of the method's own classes, for one that does more than its record says.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError, TypeError: naming what the record lacks, or what does not fit together.
+    """
+    prefix, made = _check(method), method.parameters(method.example, 8, 6)
+    names = tuple(prefix + {"B": method.B}.get(part, part) for part in parts_of(method, made))
+    settings = prefix + "settings"
+    own: dict[str, Any] = {
+        "method": method,
+        "method_name": method.name,
+        "adapter_layer_names": names,
+        "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings),
+        "settings_name": settings,
+        "__annotations__": dict.fromkeys(names, nn.ParameterDict),
+    }
+    made_layer = _subclass(f"{method.name}Linear", layer, own)
+    made_tuner = _subclass(
+        f"{method.name}Model", tuner, {"method": method, "prefix": prefix, "tuner_layer_cls": made_layer}
+    )
+    METHODS[method.name] = method
+    register_with_peft(method.config, made_tuner)
+    return method
+
+
+def _check(method: Method) -> str:
+    """The prefix of the method's parameters; raises where the record is not whole."""
+    config = method.config
+    derived = isinstance(config, type) and issubclass(config, BottleneckConfig)
+    if not derived or not isinstance(vars(config).get("method"), str):
+        raise TypeError(
+            f"config must be a dataclass derived from BottleneckConfig with `method`, the method's name, got {config!r}"
+        )
+    if METHODS.get(method.name) is not None:
+        raise ValueError(f"a method {method.name!r} is registered already; give this one another name")
+    if not isinstance(method.example, config):
+        raise TypeError(
+            f"method {method.name!r} needs an example, a small {config.__name__} with an effect (init_weights=False), "
+            f"which tests, verify and the benchmark adapt with; got {method.example!r}"
+        )
+    register_mixer(method.mixer)
+    made = method.parameters(method.example, 8, 6)
+    A, B, *weights = (made[part] for part in parts_of(method, made))
+    # The formula runs once, and says where it is not what the mixer declares.
+    bottleneck_linear(
+        torch.ones(2, 3, 8), None, None, A, B, *weights, mixer=method.mixer, settings=method.settings(method.example),
+        scaling=1.0, impl="reference",
+    )  # fmt: skip
+    return method.prefix or f"gci_{method.name.lower()}_"
+
+
+def _subclass(name: str, base: type, attributes: dict[str, Any]) -> Any:
+    made = type(name, (base,), attributes | {"__module__": registered.__name__, "__doc__": base.__doc__})
+    setattr(registered, name, made)
+    return made
+
+
+def classes_of(method: Method) -> tuple[Any, Any]:
+    """The layer and the tuner that :func:`register` made of a method."""
+    return getattr(registered, f"{method.name}Linear"), getattr(registered, f"{method.name}Model")
