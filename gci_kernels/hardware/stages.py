@@ -1,12 +1,13 @@
 """The stages of a layer by which GPU kernels are timed: operands, and the same results by several implementations."""
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gci_kernels.impl import implementation
 
 Operands = dict[str, Tensor]
 Results = tuple[Tensor, ...]
@@ -27,13 +28,13 @@ class Stage(NamedTuple):
     implementations: dict[str, Callable[[Operands, torch.dtype], Results]]
 
 
-def make_stage(package: str, operands: Operands, run: Run) -> Stage:
-    """A stage that `run` computes by aten.py or by triton of `package`, which are imported when they are called."""
+def make_stage(op: str, operands: Operands, run: Run) -> Stage:
+    """A stage that `run` computes by the modules aten and triton of an op, which are imported when they are called."""
 
-    def implementation(name: str) -> Callable[[Operands, torch.dtype], Results]:
-        return lambda operands, dtype: run(importlib.import_module(f"{package}.{name}"), operands, dtype)
+    def by(impl: str) -> Callable[[Operands, torch.dtype], Results]:
+        return lambda operands, dtype: run(implementation(op, impl), operands, dtype)
 
-    return Stage(operands, {name: implementation(name) for name in ("aten", "triton")})
+    return Stage(operands, {impl: by(impl) for impl in ("aten", "triton")})
 
 
 def drawing_on(device: torch.device) -> Callable[..., Tensor]:

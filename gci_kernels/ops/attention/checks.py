@@ -1,27 +1,24 @@
 """The check of the attention's Triton kernels: forward and backward against aten.py in float64."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
 from gci_kernels.hardware.self_check import drawing
-from gci_kernels.ops.attention import aten
+from gci_kernels.impl import implementation
 
 _HEADS, _RANK = 4, 16
 
 
 def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     """Four heads of four columns of wider rows: one sequence, packed ones behind padding, and queries behind a past."""
-    from gci_kernels.ops.attention import triton
-
     draw, tokens = drawing(shape, device), shape.tokens
     qkv, do = draw(tokens, 3 * _RANK, dtype), draw(tokens, _RANK, dtype)
     segments = (torch.arange(tokens, dtype=torch.int32, device=device) // max(tokens // 3, 1))[None]
     segments[:, :5] = -1
 
-    def outputs(module: ModuleType, qkv: Tensor, do: Tensor) -> dict[str, Tensor]:
+    def outputs(impl: str, qkv: Tensor, do: Tensor) -> dict[str, Tensor]:
+        module = implementation("attention", impl)
         q, k, v = qkv[None].split(_RANK, dim=2)
         results: dict[str, Tensor] = {}
         for name, first, ids in (("", 0, None), (", packed", 0, segments), (", past", tokens // 2, None)):
@@ -32,7 +29,7 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
         return results
 
     return Comparison(
-        kernel=lambda: outputs(triton, qkv, do),
-        plain=outputs(aten, qkv, do),
-        truth=outputs(aten, qkv.double(), do.double()),
+        kernel=lambda: outputs("triton", qkv, do),
+        plain=outputs("aten", qkv, do),
+        truth=outputs("aten", qkv.double(), do.double()),
     )

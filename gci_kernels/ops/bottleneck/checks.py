@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
 from gci_kernels.hardware.self_check import drawing
-from gci_kernels.ops.bottleneck import aten, stages
+from gci_kernels.impl import implementation
+from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.plan import Plan
 
@@ -99,8 +100,6 @@ def _one_reading(t: _Inputs, plan: Plan, rank: int) -> tuple[Tensor, ...]:
 
 def dropout(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
     """A copy, in place, and the mask."""
-    from gci_kernels.ops.bottleneck import triton
-
-    module = triton if plan is TRITON else aten
+    module = implementation("bottleneck", plan.dropout)
     dropped, in_place = module.dropout(t.x, 0.3, _SEED), module.dropout_(t.x.clone(), 0.3, _SEED)
     return {"dropped": dropped, "dropped in place": in_place, "kept": (dropped != 0).float()}

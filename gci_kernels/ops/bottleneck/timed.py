@@ -1,6 +1,5 @@
 """The stages by which the bottleneck's GPU kernels are timed, with operands of the sizes that a training step has."""
 
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -62,5 +61,4 @@ def stages(kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device) 
         "u": draw(shape.tokens, shape.rank, dtype),
         "dprojected": draw(shape.tokens, hidden, dtype),
     }
-    make = partial(make_stage, "gci_kernels.ops.bottleneck", operands)
-    return {name: make(run) for name, run in _STAGES[kernel].items()}
+    return {name: make_stage("bottleneck", operands, run) for name, run in _STAGES[kernel].items()}

@@ -26,4 +26,4 @@ def stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, 
         "du": draw(shape.tokens, shape.rank, torch.float32),
     }
     runs = {"forward: mix": forward, "backward: mix": backward}
-    return {name: make_stage("gci_kernels.ops.gate", operands, run) for name, run in runs.items()}
+    return {name: make_stage("gate", operands, run) for name, run in runs.items()}

@@ -1,19 +1,15 @@
 """The check of row_linear's Triton kernel: forward and dX against aten.py in float64."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
 from gci_kernels.hardware.self_check import drawing
-from gci_kernels.ops.row_linear import aten
+from gci_kernels.impl import implementation
 
 
 def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     """Some active rows in falling order of their positions, and all of them: W upside down."""
-    from gci_kernels.ops.row_linear import triton
-
     draw, std, count = drawing(shape, device), shape.depth**-0.5, shape.rank + shape.experts
     inputs = {
         "x": draw(shape.tokens, shape.depth, dtype),
@@ -25,7 +21,8 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     falling = torch.arange(shape.width - 1, -1, -1, device=device)
     some = falling[:: max(shape.width // count, 1)][:count]
 
-    def outputs(module: ModuleType, form: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    def outputs(impl: str, form: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        module = implementation("row_linear", impl)
         results: dict[str, Tensor] = {}
         for name, active, positions in (
             (", some", t["active"][: some.shape[0]], some),
@@ -41,7 +38,7 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
         return results
 
     return Comparison(
-        kernel=lambda: outputs(triton, "triton", inputs),
-        plain=outputs(aten, "merge", inputs),
-        truth=outputs(aten, "merge", {name: t.to(dtype).double() for name, t in inputs.items()}),
+        kernel=lambda: outputs("triton", "triton", inputs),
+        plain=outputs("aten", "merge", inputs),
+        truth=outputs("aten", "merge", {name: t.to(dtype).double() for name, t in inputs.items()}),
     )

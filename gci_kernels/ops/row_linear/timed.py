@@ -1,6 +1,5 @@
 """The stages by which row_linear's GPU kernel is timed; names are those of bench/costs.py."""
 
-import importlib
 from functools import partial
 from types import ModuleType
 
@@ -8,6 +7,7 @@ import torch
 
 from gci_kernels.hardware import Shape
 from gci_kernels.hardware.stages import Operands, Results, Stage, drawing_on
+from gci_kernels.impl import implementation
 from gci_kernels.ops.row_linear import aten
 
 #: implementation -> form, and which operand is W: "aten" copies the rows into a copy of W, "kept" takes such a copy.
@@ -34,7 +34,7 @@ def stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def _module(form: str) -> ModuleType:
-    return importlib.import_module(f"gci_kernels.ops.row_linear.{'triton' if form == 'triton' else 'aten'}")
+    return implementation("row_linear", "triton" if form == "triton" else "aten")
 
 
 def _y(form: str, w: str, t: Operands, dtype: torch.dtype) -> Results:
