@@ -1,9 +1,9 @@
-"""What setup.py needs to compile csrc/cuda: finds nvcc and decides for which GPUs. No GPU is needed.
+"""What setup.py needs to compile csrc/cuda: finds nvcc, and chooses the GPUs to compile for. No GPU is needed.
 
-GCI_BUILD_CUDA=1 demands the CUDA kernels, 0 leaves them out; unset, they are built where a fitting nvcc is found.
-They are built for the GPUs of this machine; where there is none, as where images are built, for the usual ones.
-GCI_CUDA_ARCH_LIST, "9.0a" or "8.0;10.0+PTX", names others, or "all" the usual ones; +PTX adds code that newer GPUs
-compile for themselves.
+GCI_BUILD_CUDA=1 demands the CUDA kernels, 0 leaves them out; unset, they are built where a supported nvcc is found.
+They are built for the GPUs of this machine, or for the usual ones where it has none, as when an image is built.
+GCI_CUDA_ARCH_LIST names others, such as "9.0a" or "8.0;10.0+PTX", or the usual ones by "all"; +PTX adds code that newer
+GPUs can compile.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_ninja import Object
+from build_ninja import Object, write_if_changed
 
 SOURCES = [f"csrc/cuda/decode_{name}.cu" for name in ("expand", "attend", "project")]  # the longest first
 HOST_SOURCES = ["csrc/cuda/checks.cpp", "csrc/cuda/launch.cpp"]
@@ -33,7 +33,7 @@ USUAL = ("8.0", "8.6", "8.9", "9.0a", "10.0")
 #: What is built for a GPU of a capability, where that is not the capability itself.
 SPECIFIC = {"9.0": "9.0a"}
 DEFAULT_FOLDER = Path("/usr/local/cuda")
-LAUNCHERS = ("ccache", "sccache", "distcc")  # what may stand in front of a compiler in CXX
+LAUNCHERS = ("ccache", "sccache", "distcc")  # that may precede the compiler in CXX
 
 
 class Unavailable(Exception):
@@ -42,7 +42,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Toolkit:
-    """nvcc and what lies beside it."""
+    """nvcc with its headers and its runtime library."""
 
     nvcc: Path
     version: tuple[int, int]
@@ -51,12 +51,13 @@ class Toolkit:
 
     @property
     def name(self) -> str:
+        """As "nvcc 13.0"."""
         return "nvcc " + ".".join(map(str, self.version))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be built; without a toolkit nothing, and `description` says why."""
+    """What will be built. Without a toolkit it is nothing, and `description` says why."""
 
     description: str
     toolkit: Toolkit | None = None
@@ -64,7 +65,7 @@ class Plan:
 
 
 def decide(environment: Mapping[str, str] = os.environ) -> Plan:
-    """The plan, or the end of the build with one message where what was asked for cannot be done."""
+    """The plan; ends the build with one message where the request cannot be met."""
     wanted = environment.get("GCI_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"GCI_BUILD_CUDA={wanted}: allowed are 1 (demand the CUDA kernels), 0 (leave them out) and nothing")
@@ -84,9 +85,9 @@ def decide(environment: Mapping[str, str] = os.environ) -> Plan:
 
 
 def parse(listed: str) -> list[tuple[str, bool]] | None:
-    """Capabilities of GCI_CUDA_ARCH_LIST, each with whether PTX is wanted beside it.
+    """The capabilities in GCI_CUDA_ARCH_LIST, each with whether PTX is wanted too.
 
-    Empty for "all": the usual ones. None where the variable is empty: this machine's.
+    The list is empty for "all", the usual ones; None, where the variable is empty, means this machine's GPUs.
     """
     if not listed.strip():
         return None
@@ -112,7 +113,7 @@ def this_machine(environment: Mapping[str, str]) -> tuple[str, ...]:
 def choose(
     listed: list[tuple[str, bool]], version: tuple[int, int], gpus: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], list[str]]:
-    """nvcc's names of what to build, and remarks on that: for `listed`, else for `gpus`, else the usual ones."""
+    """nvcc's names of the targets, and remarks: for `listed`, else for `gpus`, else the usual ones."""
     unknown = [capability for capability, _ in listed if version < ARCHITECTURES[capability]]
     if unknown:
         first = ".".join(map(str, ARCHITECTURES[unknown[0]]))
@@ -123,20 +124,20 @@ def choose(
     targets = []
     for capability, ptx in listed:
         number = capability.replace(".", "")
-        # What has a letter runs on that GPU alone, so PTX for newer ones is the plain kind.
+        # Code for sm_90a runs on that GPU only, so PTX for newer ones is compute_90.
         targets += [f"sm_{number}"] + ([f"compute_{number.rstrip('a')}"] if ptx else [])
     return tuple(dict.fromkeys(targets)), remarks
 
 
 def _usual(version: tuple[int, int]) -> tuple[list[tuple[str, bool]], list[str]]:
-    """USUAL as far as nvcc knows it, with PTX of the newest."""
+    """The part of USUAL that nvcc knows, with PTX for the newest."""
     known = [capability for capability in USUAL if version >= ARCHITECTURES[capability]]
     left_out = [f"sm_{c.replace('.', '')} left out: it needs nvcc 12.8" for c in USUAL if c not in known]
     return [(capability, capability == known[-1]) for capability in known], left_out
 
 
 def _for_gpus(gpus: tuple[str, ...], version: tuple[int, int]) -> tuple[list[tuple[str, bool]], list[str]]:
-    """These GPUs alone; for one that is newer than nvcc the usual ones, whose PTX it compiles for itself."""
+    """These GPUs only; the usual ones where one is newer than nvcc: its driver compiles their PTX."""
     recent = [gpu for gpu in gpus if int(gpu.partition(".")[0]) >= 8]
     if not recent:
         raise Unavailable(
@@ -152,7 +153,7 @@ def _for_gpus(gpus: tuple[str, ...], version: tuple[int, int]) -> tuple[list[tup
 
 
 def find(environment: Mapping[str, str]) -> Toolkit:
-    """The nvcc of CUDA_HOME or CUDA_PATH where set, else of PATH, else of /usr/local/cuda."""
+    """The nvcc of CUDA_HOME or CUDA_PATH if set, else of PATH, else of /usr/local/cuda."""
     folder = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     if folder:
         nvcc = Path(folder, "bin", "nvcc")
@@ -169,18 +170,19 @@ def find(environment: Mapping[str, str]) -> Toolkit:
     version = (int(said[1]), int(said[2]))
     if not OLDEST <= version <= NEWEST:
         raise Unavailable(f"{nvcc} is version {said[1]}.{said[2]}; 12.4 to 13.x fit")
-    # nvcc may be a script that calls another.
+    # nvcc may be a script that calls another one.
     top = re.search(r"TOP=(.*)", run([str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]).stderr)
     root = Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
-    places = [root, *root.glob("targets/*")]
-    include = [place / "include" for place in places if (place / "include" / "cuda_runtime_api.h").exists()]
-    runtime = [p for place in places for p in place.glob("lib*/libcudart_static.a")]
+    folders = [root, *root.glob("targets/*")]
+    include = [folder / "include" for folder in folders if (folder / "include" / "cuda_runtime_api.h").exists()]
+    runtime = [p for folder in folders for p in folder.glob("lib*/libcudart_static.a")]
     if not include or not runtime:
         raise Unavailable(f"{root} has no {'libcudart_static.a' if include else 'cuda_runtime_api.h'}")
     return Toolkit(nvcc, version, include[0], runtime[0])
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """The finished command with its output; one that cannot be started counts as failed."""
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except OSError as failure:
@@ -188,11 +190,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def last_line(text: str) -> str:
+    """Of a program's output."""
     return (text.strip().splitlines() or ["nothing"])[-1]
 
 
 def command(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> list[str]:
-    """nvcc with all options but the files."""
+    """nvcc with all options except the files."""
     codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
     words = [word for word in environment.get("CXX", "").split() if Path(word).name not in LAUNCHERS]
     host = ["-ccbin", words[0]] if words else []
@@ -200,7 +203,7 @@ def command(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str
 
 
 def probe(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> None:
-    """Whether nvcc can compile at all; many refuse the host compiler that they find."""
+    """Raise Unavailable unless nvcc can compile; many reject the host compiler that they find."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cu")
         source.write_text("__global__ void probe(int* p) { *p = 1; }\n")
@@ -211,7 +214,7 @@ def probe(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, 
 
 
 def digest(compiler: str, csrc: Path = Path("csrc")) -> str:
-    """sha256 over what the kernels are made of: a test that one build passed tells of another with the same digest."""
+    """sha256 over the kernels' compiler, flags and sources: builds with the same digest have the same kernels."""
     total = hashlib.sha256(" ".join([compiler, *FLAGS]).encode() + b"\0")
     for path in sorted(path for folder in ("common", "cuda") for path in (csrc / folder).iterdir()):
         total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -219,22 +222,23 @@ def digest(compiler: str, csrc: Path = Path("csrc")) -> str:
 
 
 def write_header(plan: Plan, folder: Path) -> Path:
-    """cuda_build.h, which tells the extension what was built; touched only where it changes: it stands for the plan."""
+    """cuda_build.h, which tells the extension what was built; touched only where it changes."""
     defined = {"GCI_CUDA_BUILD": json.dumps(plan.description)}
     if plan.toolkit is not None:
         compiler = plan.toolkit.name
         defined |= {"GCI_HAS_CUDA": "1", "GCI_CUDA_COMPILER": json.dumps(compiler)}
         defined |= {"GCI_CUDA_DIGEST": json.dumps(digest(compiler))}
     text = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    header = folder / "cuda_build.h"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    return header
+    return write_if_changed(folder / "cuda_build.h", text)
+
+
+def host(plan: Plan) -> tuple[Sequence[str], Sequence[Path]]:
+    """Sources for the host compiler, and folders of headers for them; none without a toolkit."""
+    return ((), ()) if plan.toolkit is None else (HOST_SOURCES, (plan.toolkit.include,))
 
 
 def objects(plan: Plan, folder: Path, environment: Mapping[str, str] = os.environ) -> list[Object]:
-    """What nvcc has to make, none without a toolkit."""
+    """The objects that nvcc compiles; none without a toolkit."""
     if plan.toolkit is None:
         return []
     nvcc = tuple(command(plan.toolkit, plan.targets, environment))

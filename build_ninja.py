@@ -1,4 +1,4 @@
-"""Compiles many sources side by side, for setup.py: by ninja, which leaves what is up to date as it is."""
+"""Compiles sources in parallel, for setup.py, with ninja, which compiles only what has changed."""
 
 import os
 import shutil
@@ -16,18 +16,18 @@ pip install ninja
 
 @dataclass(frozen=True)
 class Object:
-    """One object file, and what makes it."""
+    """One object file, its source, and the command that compiles it."""
 
     path: str
     source: str
-    command: tuple[str, ...]  # g++ or nvcc, with all options but the files
+    command: tuple[str, ...]  # g++ or nvcc, with all options except the files
 
 
 def compile_all(objects: Sequence[Object], folder: Path) -> list[str]:
-    """The objects' paths, each newer than its source and the headers that this includes.
+    """Compiles what is older than its source or a header that this includes, and returns the objects' paths.
 
-    Those named first are begun first: the longest. One process for each core that this process may use, or $MAX_JOBS.
-    Ends the build where a compiler fails, behind what it printed.
+    The first ones are started first: they should take the longest. There is one process for each core that this process
+    may use, or $MAX_JOBS of them. Where a compiler fails, the build ends after the compiler's message.
 
     Args:
         folder: for ninja's own files; the same in every build, so that it knows what is up to date.
@@ -39,6 +39,14 @@ def compile_all(objects: Sequence[Object], folder: Path) -> list[str]:
     if subprocess.run([_ninja(), "-f", str(script), "-j", jobs], stdout=sys.stderr).returncode:
         sys.exit("\ngci_kernels could not be compiled: the compiler's message is above.\n")
     return [made.path for made in objects]
+
+
+def write_if_changed(path: Path, text: str) -> Path:
+    """Writes a file that others are compiled from; one with this text stays untouched, so that they are up to date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
 
 def _ninja() -> str:

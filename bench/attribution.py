@@ -1,4 +1,4 @@
-"""`python -m bench.attribution`: LoKI's attribution and the published procedure on the same sample, in one run."""
+"""`python -m bench.attribution`: LoKI's attribution against the published procedure, on the same sample."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from gci_kernels.accuracy import relative_error
 from gci_kernels.loki import attribute
@@ -34,7 +35,7 @@ TEXT = (
 
 
 def compare(model: nn.Module, ids: Tensor, path: str, *, steps: int = 7, rounds: int = 1) -> dict:
-    """Times of both on one sample [1, tokens], after checking that they give the same scores.
+    """Times of both on one sample [1, tokens] int64, on the model's device, after comparing their scores.
 
     Raises:
         CorrectnessError: their scores differ by more than half the digits of the model's dtype.
@@ -58,8 +59,8 @@ def compare(model: nn.Module, ids: Tensor, path: str, *, steps: int = 7, rounds:
     }
 
 
-def sample(model: nn.Module, tokenizer, tokens: int) -> Tensor:
-    """[1, tokens] int64: a text, over and over; random ids for a model without words."""
+def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, tokens: int) -> Tensor:
+    """[1, tokens] int64 on the model's device: a text, repeated; random ids where there is no tokenizer."""
     if tokenizer is None:
         return random_ids(model, 1, tokens)
     ids = torch.tensor(tokenizer(TEXT)["input_ids"])
@@ -67,6 +68,7 @@ def sample(model: nn.Module, tokenizer, tokens: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.attribution", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2 (default), random-llama[:SIZE], a folder, a hub id")
     parser.add_argument("--path", choices=PATHS, nargs="+", default=PATHS)

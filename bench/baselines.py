@@ -1,4 +1,4 @@
-"""Eager PyTorch to compare with: LoRAMoE and LoKI as the published layers compute; PEFT's LoRA; ALoRA as it reads."""
+"""Eager PyTorch to compare with: the published layers of LoRAMoE and LoKI, PEFT's LoRA, ALoRA's formulas."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ class EagerLoRAMoELinear(nn.Module):
 
     def __init__(
         self, base_layer: nn.Linear, A: Tensor, B: Tensor, router: Tensor, *, scaling: float, dropout_p: float = 0.0
-    ):
+    ) -> None:
         super().__init__()
         num_experts = router.shape[0]
         self.base_layer = base_layer
@@ -67,7 +67,7 @@ class EagerALoRALinear(nn.Module):
 
     def __init__(
         self, base_layer: nn.Linear, A: Tensor, B: Tensor, qkv: Tensor, *, num_heads: int, scaling: float, key: str = ""
-    ):
+    ) -> None:
         super().__init__()
         self.base_layer, self.num_heads, self.scaling, self.key = base_layer, num_heads, scaling, key
         self.A, self.qkv, self.B = _linear(A), _linear(qkv), _linear(B)
@@ -106,14 +106,14 @@ class EagerLoKILinear(nn.Module):
     Args:
         weight: [out, in]. Its frozen rows are copied.
         bias: [out] or None. Copied in the same way.
-        active: [k, in], the trained rows, in the weight's dtype or a wider one; used in x's. Copied.
-        positions: [k] int64, their places in the weight, distinct.
+        active: [k, in], the trained rows, in the weight's dtype or a wider one; converted to x's dtype. Copied.
+        positions: [k] int64, their distinct indices in the weight.
         active_bias: [k]; None where there is no bias. Copied.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None = None
-    ):
+    ) -> None:
         super().__init__()
         rest = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
         rest = rest.index_fill(0, positions, False).nonzero().squeeze(1)
@@ -183,21 +183,21 @@ def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def stack(role: str, tensors: list[Tensor]) -> Tensor:
-    """Per-expert tensors of one role as the stacked one: A [N*r, in], B [out, N*r]; the others there is one of."""
+    """Concatenates the experts' tensors of one role: A to [N*r, in], B to [out, N*r]. Other roles have one tensor."""
     return torch.cat(tensors, dim=1 if role == "B" else 0)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters and buffers, so that variants of a model cost no weights."""
+    """A copy of the modules that shares all parameters and buffers with `model`: it takes no memory for weights."""
     memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
 
 def to_eager(model: nn.Module) -> nn.Module:
-    """A copy of a patched model whose layers of the package's own methods are eager ones with the same values.
+    """A copy of a patched model in which eager layers with the same values replace the package's own layers.
 
-    The base is shared, but for LoKI's frozen rows. The copy is the plain model, without the PeftModel around it: the
-    baseline pays for no wrapper.
+    All base weights but LoKI's frozen rows are shared. The copy is the plain model, without the PeftModel around it, so
+    that the baseline has no cost of a wrapper.
     """
     model = shared_copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
     for name, layer in list(model.named_modules()):
@@ -218,7 +218,7 @@ def _eager_layer(layer: LoRAMoELinear | ALoRALinear | LoKILinear, name: str) -> 
 
 
 def collect_grads(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter gradient of a model under one name for all variants, experts stacked: "layers.0...up_proj.A"."""
+    """The gradients of all adapter parameters, experts stacked, by names that all variants share: "...up_proj.A"."""
     grads = {}
     for name, layer in model.named_modules():
         for role, parameters in adapter_leaves(layer).items():

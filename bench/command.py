@@ -159,7 +159,7 @@ class _Run:
 
     def _load(self) -> tuple:
         self._tell(f"loading {self.settings.model}")
-        return load_model(self.settings.model, getattr(torch, self._dtype), self.device, tell=self._tell)
+        return load_model(self.settings.model, getattr(torch, self._dtype), self.device, log=self._tell)
 
     def _layer(self) -> dict:
         """The gate, which the model's gate builds on; and the times, where they are asked for."""

@@ -1,4 +1,4 @@
-"""The gate in front of every time: the fused computation may err at most about twice as much as eager PyTorch.
+"""The check before every timing: the fused computation's error is at most about twice eager PyTorch's.
 
 Errors are norm-wise, relative, and against float64: ||actual - truth|| / ||truth||.
 """
@@ -21,14 +21,17 @@ Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error,
 
 
 class CorrectnessError(AssertionError):
-    """A computation that is further from the truth than its working dtype explains. Its times mean nothing."""
+    """A computation's error is larger than its working dtype explains, so that its times mean nothing."""
 
 
 def check_layer(inputs: LayerInputs, variants: dict[str, LayerVariant]) -> Errors:
-    """Compare y and every gradient of the variants "eager" and "gci" with a float64 restatement of the layer.
+    """Compares y and every gradient of the variants "eager" and "gci" with the layer's formula in float64.
 
-    Bound for gci: twice eager's error, plus rounding. Eager must keep half its digits, for a wrong baseline would make
-    the bound meaningless.
+    The bound for gci is twice eager's error, plus rounding. At least half of eager's digits must be right, as a wrong
+    baseline would make that bound meaningless.
+
+    Raises:
+        CorrectnessError: an error is larger than its bound.
     """
     truth = _layer_truth(inputs)
     eager, gci = (_errors(variants[name].results(), truth) for name in ("eager", "gci"))
@@ -44,16 +47,16 @@ def check_model(
     variants: dict[str, nn.Module], ids: Tensor, *, left: Callable[[], float] = lambda: math.inf,
     advance: Callable[[int, int], None] = lambda done, of: None,
 ) -> Errors:  # fmt: skip
-    """Compare each token's loss and every adapter gradient of the variants "eager" and "gci" with a float64 model.
+    """Compares each token's loss and every adapter gradient of the variants "eager" and "gci" with a float64 model.
 
-    A gradient that came through many layers has an error that is partly luck: real models have tokens whose
-    activations are a thousand times the others', and one number of theirs can decide the error of a whole tensor. So a
-    tensor's bound is twice eager's error for it or twice eager's median error over all gradients, whichever is larger,
-    plus rounding; and every sequence is a trial of its own, of which a tensor must pass most: its median trial counts.
-    A step with other adapter values goes before, as in training: what is still of those is wrong now.
+    The error of a gradient that has passed many layers is partly random: real models have tokens whose activations are
+    a thousand times the others', and one of these numbers can decide the error of a whole tensor. Therefore a tensor's
+    bound is twice eager's error for it or twice eager's median error over all gradients, whichever is larger, plus
+    rounding; and every sequence is a trial of its own, of which a tensor's median one counts. A step with other adapter
+    values is made before, as in training, so that values kept from an earlier step show as errors.
 
-    Trials for which no time is left are not made as long as all tensors passed those before: little time can make the
-    gate see less, and never makes it fail.
+    When the time is used up and all tensors have passed so far, the remaining trials are left out: too little time
+    weakens the check and does not fail it.
 
     Args:
         variants: two models with the same adapter values around the same base weights; `check_layer` vouches for the
@@ -64,6 +67,9 @@ def check_model(
 
     Returns:
         For each tensor the errors of its median trial.
+
+    Raises:
+        CorrectnessError: an error is larger than its bound.
     """
     exact = copy.deepcopy(variants["eager"]).double()
     for name in ("eager", "gci"):
@@ -83,7 +89,7 @@ def check_model(
 
 
 def _median_trial(errors: list[dict[str, float]]) -> dict[str, float]:
-    """Of an even number the worse of the two in the middle."""
+    """The trial whose error relative to its bound is the median; of an even number the upper median."""
     return sorted(errors, key=lambda error: error["gci"] / error["bound"])[len(errors) // 2]
 
 
@@ -119,21 +125,21 @@ def _require(variant: str, name: str, error: float, bound: float, why: str) -> N
 
 
 def _layer_truth(inputs: LayerInputs) -> dict[str, Tensor]:
-    """The layer in float64 as its definition reads; y and every gradient."""
+    """The layer by its formula in float64: y and every gradient."""
     y, leaves = _rows_truth(inputs) if isinstance(inputs, RowInputs) else _bottleneck_truth(inputs)
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double())
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
 def _rows_truth(inputs: RowInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and its leaves."""
+    """y and the leaves by name."""
     leaves = {"x": _leaf(inputs.x), "active": _leaf(inputs.active)}
     weight = inputs.weight.double().index_copy(0, inputs.positions, leaves["active"])
     return leaves["x"] @ weight.T, leaves
 
 
 def _bottleneck_truth(inputs: BottleneckInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and its leaves, LoRA being one expert whose gate is 1."""
+    """y and the leaves by name; LoRA is one expert whose gate is 1."""
     x, A, B = (_leaf(tensor) for tensor in (inputs.x, inputs.A, inputs.B))
     leaves, h = {"x": x, "A": A, "B": B}, x @ A.T
     if inputs.router is not None:
@@ -147,7 +153,7 @@ def _bottleneck_truth(inputs: BottleneckInputs) -> tuple[Tensor, dict[str, Tenso
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [tokens, r], head by head."""
+    """Causal attention, one head after another: q, k, v and the result [tokens, r]."""
     visible = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
     heads = []
     for query, key, value in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
@@ -161,7 +167,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _loss_and_grads(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The loss of every predicted token (their mean alone could be right by luck), and the adapters' gradients."""
+    """The loss of every predicted token, as their mean alone could be right by chance, and the adapters' gradients."""
     for parameter in model.parameters():
         parameter.grad = None
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What the benchmarks fetch from a package index: pinned, checked, kept, and fetched again where damaged."""
+"""Files from a package index: pinned versions, checked by SHA-256, cached, and fetched again where damaged."""
 
 import errno
 import hashlib
@@ -22,13 +22,14 @@ class FetchError(RuntimeError):
 
 
 def pip_download(requirement: str, folder: Path, *, source: bool = False) -> Path:
-    """The wheel of `requirement`, or its source distribution, from wherever this Python's pip is set up to look.
+    """Downloads the wheel of `requirement`, or its source distribution, without dependencies, as pip is configured.
 
-    Without its dependencies.
+    Raises:
+        FetchError: pip failed.
     """
-    # What builds the source distribution's metadata may come as a wheel.
-    kind = f"--no-binary={requirement.partition('==')[0]}" if source else "--only-binary=:all:"
-    options = ["--no-deps", kind, "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    # The tools that build a source distribution's metadata may come as wheels.
+    form = f"--no-binary={requirement.partition('==')[0]}" if source else "--only-binary=:all:"
+    options = ["--no-deps", form, "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     before = set(folder.iterdir())
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True
@@ -40,52 +41,55 @@ def pip_download(requirement: str, folder: Path, *, source: bool = False) -> Pat
     return next(path for path in folder.iterdir() if path not in before)
 
 
-def _reason(said: str) -> str:
-    """Why pip failed, in a few words; GCI_DEBUG=1 shows all that it said."""
+def _reason(stderr: str) -> str:
+    """Why pip failed, in a few words; GCI_DEBUG=1 shows its whole output."""
     for sign, reason in (
         (os.strerror(errno.ENOSPC), "the disk is full"),
         (os.strerror(errno.EFBIG), "a file may not be as large as it is"),
         ("No module named pip", "this Python has no pip"),
         ("No matching distribution", "pip reaches no package index that has it (no network?)"),
     ):
-        if sign in said:
+        if sign in stderr:
             return reason
-    errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
-    return f"pip says: {errors[-1]}" if errors else "pip failed and said nothing"
+    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    return f"pip says: {errors[-1]}" if errors else "pip failed without a message"
 
 
 def check_sha256(path: Path, expected: str) -> None:
+    """FetchError where the file's SHA-256 is not `expected`."""
     actual = sha256(path)
     if actual != expected:
         raise FetchError(f"{path.name} is not the file that was published: sha256 {actual}, expected {expected}")
 
 
-def kept(folder: Path, make: Callable[[Path], Path], *, what: str, tell: Callable[[str], None]) -> Path:
-    """`folder`, made on first use and made again where it is damaged.
+def cached_folder(folder: Path, make: Callable[[Path], Path], *, what: str, log: Callable[[str], None]) -> Path:
+    """`folder`, created on first use and created again where it is damaged.
 
     Args:
+        folder: a folder in the cache folder.
         make: given an empty scratch folder, makes a folder of files in it and returns that one.
-        what: the content, for the lines that say what is wrong.
+        what: the content, for messages.
+        log: called with a line where the content is damaged.
 
     Raises:
-        FetchError: it could not be fetched or kept. Nothing half-made stays.
+        FetchError: it could not be fetched or stored. Nothing incomplete stays.
         CacheError: the cache folder can't be written.
     """
     try:
-        return _kept(folder, make, what, tell)
+        return _cached_folder(folder, make, what, log)
     except CacheError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise FetchError(f"{what} could not be kept in {folder.parent}: {reason}") from error
+        raise FetchError(f"{what} could not be stored in {folder.parent}: {reason}") from error
 
 
-def _kept(folder: Path, make: Callable[[Path], Path], what: str, tell: Callable[[str], None]) -> Path:
+def _cached_folder(folder: Path, make: Callable[[Path], Path], what: str, log: Callable[[str], None]) -> Path:
     if folder.exists():
         damaged = damaged_file(folder)
         if damaged is None:
             return folder
-        tell(f"{folder / damaged} is damaged: fetching {what} again")
+        log(f"{folder / damaged} is damaged: fetching {what} again")
         shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(dir=make_cache_dir(), prefix="fetching-") as scratch:
         built = make(Path(scratch))
@@ -93,14 +97,14 @@ def _kept(folder: Path, make: Callable[[Path], Path], what: str, tell: Callable[
         try:
             built.rename(folder)
         except OSError:
-            # Another process has finished the same work in the meantime: its copy is as good, if it is whole.
+            # Another process has finished the same work in the meantime: its copy will do, if it is complete.
             if not folder.exists() or damaged_file(folder) is not None:
                 raise
     return folder
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first file of a kept folder that its manifest doesn't vouch for; None where all is well."""
+    """The first file of a cached folder that differs from its manifest; None where all files are intact."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         return MANIFEST
@@ -117,6 +121,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from gci_kernels.hardware import Shape
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.proof.verify import obstacle
@@ -20,6 +21,7 @@ from . import gpu_decode
 from .baselines import shared_copy
 from .cases import (
     METHODS,
+    RANKS,
     LayerCase,
     LayerVariant,
     RowCase,
@@ -29,10 +31,10 @@ from .cases import (
     gci_variant,
     make_case,
     make_inputs,
+    trained_rows,
 )
 from .correctness import check_layer, check_model
-from .costs import RowShape
-from .gpu_stages import Entry, guarded, row_entries, stage_entries
+from .gpu_stages import Entry, guarded, stage_entries
 from .models import RANDOM_LLAMAS, random_llama
 from .timing import Timing, cold_cache, interleave, peak_memory
 from .variants import model_variants, random_ids, train_step, training_loss
@@ -78,11 +80,14 @@ QUICK = Sizes(
 
 def stages(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Every stage by itself in bfloat16, Triton against the library."""
+    shape = Shape(sizes.stage_tokens, sizes.features, sizes.features, rank=0, experts=0, top_k=0)
     for method in MAIN_METHODS:
-        case = _case(method, sizes.stage_tokens, sizes, torch.bfloat16)
-        yield from stage_entries(case, device, sizes.rounds)
-    rows = RowShape(sizes.stage_tokens, sizes.features, sizes.features, trained=sizes.features // 10)
-    yield from row_entries(rows, torch.bfloat16, torch.bfloat16, device, sizes.rounds)
+        rank, number = RANKS[method]
+        experts = number if method == "loramoe" else 0
+        layer = replace(shape, rank=rank * number, experts=experts, top_k=experts)
+        yield from stage_entries(method, layer, torch.bfloat16, device, sizes.rounds)
+    layer = replace(shape, rows=trained_rows(sizes.features))
+    yield from stage_entries("loki", layer, torch.bfloat16, device, sizes.rounds)
 
 
 def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:

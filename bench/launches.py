@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,11 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.hardware import get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
+from gci_kernels.ops.bottleneck.checks import TRITON
+from gci_kernels.ops.bottleneck.mixer import Kept
+from gci_kernels.ops.bottleneck.operands import Operands, Settings
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.row_linear import autograd as row_autograd
 
 from .costs import BottleneckShape, RowShape
 
-TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
 # The modules that the Triton kernels are made of.
 _KERNEL_MODULES = {
     f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}"
@@ -105,65 +108,41 @@ def launches(
     return list(dict.fromkeys(call.launch for call in calls))
 
 
-class _Operands(NamedTuple):
-    """The tensors that the bottleneck's operator takes, in its order, and its settings."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    router: Tensor | None
-    seed: Tensor | None
-    settings: tuple[Any, ...]  # mixer, its numbers, scaling, dropout_p, the plan's key
-
-
-# The operator's own functions are called, without the dispatcher: that would ask the meta tensors for shapes alone.
-
-
-def _forward(given: _Operands) -> list[Tensor]:
-    """The forward pass; what it saves for the backward pass."""
-    adapter = (given.A, given.B, given.router, None, None, given.seed)
-    _, *saved, _ = autograd._bottleneck(given.x, given.weight, given.bias, *adapter, *given.settings)
-    return saved
-
-
-def _backward(given: _Operands, saved: list[Tensor], dy: Tensor, dgates: Tensor | None) -> None:
-    """The backward pass to x, A, B and the router."""
-    adapter = (given.A, given.B, given.router, None, None, given.seed)
-    needs = [True, False, False, True, True, False]
-    autograd._bottleneck_backward(dy, dgates, given.x, given.weight, *adapter, *saved, *given.settings, needs)
-
-
 def training_step(
     shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype,
-    *, plan: str = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
+    *, plan: Plan = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
 ) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
-    """Forward, and backward to x, A, B and the router, on meta tensors; to be called in this order."""
+    """Forward, and backward to x, A, B and the router, on meta tensors; to be called in this order.
+
+    The op's functions are called without the dispatcher, which would ask meta tensors for shapes alone.
+    """
 
     def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*sizes, dtype=dtype, device="meta")
 
     experts = shape.experts
-    mixer, top_k = "gate" if experts else "identity", min(top_k or experts, experts)
-    given = _Operands(
+    operands = Operands(
         x=tensor(shape.tokens, shape.in_features),
         weight=tensor(shape.out_features, shape.in_features),
         bias=tensor(shape.out_features) if bias else None,
         A=tensor(shape.rank, shape.in_features, dtype=adapter_dtype),
         B=tensor(shape.out_features, shape.rank, dtype=adapter_dtype),
-        router=tensor(experts, shape.in_features, dtype=adapter_dtype) if experts else None,
+        weights=tensor(experts, shape.in_features, dtype=adapter_dtype) if experts else None,
         seed=torch.tensor(2**61 + 1) if shape.dropout_p else None,
-        settings=(mixer, [top_k], 2.0, shape.dropout_p, plan),
     )
+    mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
+    settings = Settings(mixer, numbers, 2.0, shape.dropout_p, plan)
     dy = tensor(shape.tokens, shape.out_features)
     dgates = tensor(shape.tokens, experts, dtype=torch.float32) if use_gates and experts else None
-    saved: list[Tensor] = []
+    saved: list[Kept] = []
 
     def forward() -> None:
-        saved.extend(_forward(given))
+        saved.append(autograd.forward(operands, settings)[1])
 
-    return forward, lambda: _backward(given, saved, dy, dgates)
+    def backward() -> None:
+        autograd.backward(dy, dgates, operands, saved[0], settings, [True, False, False, True, True, False])
+
+    return forward, backward
 
 
 def row_step(

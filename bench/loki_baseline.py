@@ -1,4 +1,4 @@
-"""LoKI's attribution to compare with: the published procedure, a whole pass for each layer (arXiv 2505.22120)."""
+"""The published procedure of LoKI's attribution, a whole pass for each layer (arXiv 2505.22120), to compare with."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from gci_kernels.loki.architecture import Architecture
 def published_attribution(
     model: nn.Module, input_ids: Tensor, *, path: str = "last_position", steps: int = 7, target: Tensor | None = None
 ) -> Tensor:
-    """Scores of one sample, computed the way the published code computes them, both paths batched over their steps.
+    """Scores of one sample, computed as in the published code, with the steps of a path in one batch.
 
-    For every layer, the prompt is repeated `steps` times, the layer's projection has its output moved, and the target's
-    probability is differentiated for what was put in its place. What the published code does beside that is left out:
-    it keeps no keys and values, and it takes each layer's outputs from one pass, not from one for each layer.
+    For every layer, the prompt is repeated `steps` times, the output of the layer's projection is replaced by the
+    points of the path, and the target's probability is differentiated with respect to them. Two costs of the published
+    code are left out: it also fills a cache of keys and values, and runs a pass for each layer to get its outputs.
 
     Args:
-        model: a causal language model; no parameter of it may ask for a gradient.
+        model: a causal language model; none of its parameters may require a gradient.
         input_ids: [1, tokens] int64.
         target: [1] int64; default: the most probable next token.
 
@@ -42,13 +42,13 @@ def published_attribution(
 
 
 def _last_position(output: Tensor, _: None, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Points [steps, 1, out] at 0/steps .. (steps-1)/steps of the last position's output, weights, the whole way."""
+    """Points [steps, 1, out] at 0/steps .. (steps-1)/steps of the last position's output, weights, the distance."""
     alphas = torch.arange(steps, dtype=output.dtype, device=output.device) / steps
     return alphas.view(-1, 1, 1) * output[:, -1:], torch.full_like(alphas, 1 / steps), output[0, -1]
 
 
 def _all_positions(output: Tensor, baseline: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Points [steps, tokens, out] from the baseline to the output, weights, the last position's whole way."""
+    """Points [steps, tokens, out] from the baseline to the output, weights, the last position's distance."""
     alphas = torch.linspace(0, 1, steps, dtype=torch.float64, device=output.device).to(output.dtype)
     weights = torch.full_like(alphas, 1 / steps)
     weights[0] /= 2
@@ -59,7 +59,7 @@ def _all_positions(output: Tensor, baseline: Tensor, steps: int) -> tuple[Tensor
 
 @torch.no_grad()
 def _outputs(model: nn.Module, projections: tuple[nn.Module, ...], input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What each projection puts out, [1, tokens, out], and the last position's logits [vocabulary]."""
+    """Each projection's output [1, tokens, out], and the last position's logits [vocabulary]."""
     outputs = []
     with contextlib.ExitStack() as stack:
         for projection in projections:
@@ -70,7 +70,7 @@ def _outputs(model: nn.Module, projections: tuple[nn.Module, ...], input_ids: Te
 
 @contextlib.contextmanager
 def _replaced(projection: nn.Module, points: Tensor) -> Iterator[None]:
-    """The projection's output at its last positions, as many as `points` [steps, positions, out] has, is `points`."""
+    """Replaces the projection's output at its last positions by `points` [steps, positions, out]."""
 
     def replace(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return torch.cat((output[:, : output.shape[1] - points.shape[1]], points), dim=1)

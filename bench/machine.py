@@ -1,4 +1,4 @@
-"""Where a number was measured: the machine, the versions, the commit."""
+"""The machine, the versions and the commit that a number was measured with."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ["gci_kernels", "torch", "transformers", "peft", "triton", "numpy"]
 
 
 def machine(device: torch.device) -> dict:
-    """The processor, the cores this process may use, torch's threads, the load before us and, on CUDA, the GPU."""
+    """The processor, the cores this process may use, torch's threads, the present load and, on CUDA, the GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
@@ -35,7 +35,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of what the numbers depend on; None where a package isn't installed."""
+    """Versions of Python and of the packages that numbers depend on; None where one isn't installed."""
 
     def installed(package: str) -> str | None:
         try:
@@ -49,23 +49,23 @@ def versions() -> dict[str, str | None]:
 def gpu_software() -> dict[str, str | None]:
     """The driver, the CUDA that torch was built with, and the compiler; None where there is none."""
 
-    def said(*command: str) -> str | None:
+    def output(*command: str) -> str | None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    nvcc = re.search(r"release (\S+?),", said("nvcc", "--version") or "")
+    nvcc = re.search(r"release (\S+?),", output("nvcc", "--version") or "")
     return {
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "nvcc": nvcc[1] if nvcc else None,
     }
 
 
 def commit() -> dict | None:
-    """The commit of the checkout this file lies in, and whether files were changed since; None outside a checkout."""
+    """The commit of this file's checkout ("sha"), and whether files were "changed" since; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
@@ -75,7 +75,7 @@ def commit() -> dict | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An environment may lie inside some other project's checkout: that project's commit says nothing about us.
+    # An environment may be inside another project's checkout, whose commit is not this project's.
     toplevel = git("rev-parse", "--show-toplevel")
     sha = git("rev-parse", "HEAD")
     if toplevel is None or sha is None or Path(toplevel).resolve() != root:

@@ -1,10 +1,9 @@
-"""The measured tables and the picture of README and docs, made from bench/results and never by hand.
+"""The measured tables and the plot in README and docs, made from bench/results and never by hand.
 
     python -m bench.readme [--root FOLDER]
 
-A place for a table begins with `<!-- made by python -m bench.readme: NAME -->` and ends with `<!-- end -->`; what lies
-between is replaced. The picture carries the digest of the file that it was drawn from, so that a test can tell whether
-both belong together.
+The text between `<!-- made by python -m bench.readme: NAME -->` and `<!-- end -->` is replaced by a table. The plot's
+metadata has the digest of the file that it was drawn from, so that a test can check that both belong together.
 """
 
 import argparse
@@ -17,26 +16,27 @@ from pathlib import Path
 
 from .compatibility import table as compatibility
 from .forgetting.report import short_table
-from .report import COLUMNS, METHODS, TIMED, draw
+from .markdown import at_commit, table
+from .report import COLUMNS, METHODS, TIMED, draw, medians, number, rounds
 
 RESULTS = Path("bench", "results")
 SOURCE, PICTURE = RESULTS / "cpu.json", RESULTS / "cpu.png"
-DIGEST = "Source-SHA256"  # the picture's text entry
-_PLACE = re.compile(r"(<!-- made by python -m bench\.readme: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
+DIGEST = "Source-SHA256"  # the name of the entry in the plot's metadata
+_MARKED = re.compile(r"(<!-- made by python -m bench\.readme: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """Every Markdown file with a place for a table, below `root` (a checkout), and its text as it has to be.
+    """Every Markdown file below `root` (a checkout) that has tables, with its text as it must be.
 
     Raises:
-        ValueError: a place has a name that is unknown.
+        ValueError: a table's name is unknown.
         OSError: a result file is missing.
     """
     found = {}
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        if _PLACE.search(text):
-            found[path] = _PLACE.sub(lambda place: f"{place[1]}{_content(place[2], root)}\n{place[3]}", text)
+        if _MARKED.search(text):
+            found[path] = _MARKED.sub(lambda found: f"{found[1]}{_content(found[2], root)}\n{found[3]}", text)
     return found
 
 
@@ -56,7 +56,7 @@ def _all_tables(root: Path) -> str:
     return "\n\n".join(f"### {path.name}\n\n{measured(_read(path))}" for path in paths)
 
 
-#: What a place may ask for, and what makes it of a checkout.
+#: The tables by name: functions of the checkout's folder.
 CONTENTS: dict[str, Callable[[Path], str]] = {
     "cpu": lambda root: measured(_read(root / SOURCE)),
     "all": _all_tables,
@@ -67,22 +67,21 @@ CONTENTS: dict[str, Callable[[Path], str]] = {
 
 
 def measured(result: dict) -> str:
-    """What `gci-kernels bench` measured, as one sentence on where and a Markdown table."""
+    """What `gci-kernels bench` measured: a sentence on how and where, and a Markdown table."""
     rows = [row for model in result["models"] for row in _model_rows(model)]
     rows += [_layer_row(layer) for layer in result["layers"]]
-    lines = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS)), *rows]
-    return f"{_where(result)}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{_where(result)}\n\n{table(['', *COLUMNS.values()], rows)}"
 
 
 def _model_rows(model: dict) -> list[list[str]]:
     dtype, train = model["dtype"], model["train"]
-    rows = [_row(f"train step, tokens/s, {dtype}", _medians(train["tokens_per_second"]), _number)]
+    rows = [_row(f"train step, tokens/s, {dtype}", medians(train["tokens_per_second"]), number)]
     for part in TIMED[1:]:
         if part in model:
             batch = model[part].get("batch", 1)
             together = "one sequence" if batch == 1 else f"{batch} sequences together"
-            rates = _medians(model[part]["tokens_per_second"])
-            rows.append(_row(f"generation, {together}, tokens/s, {dtype}", rates, _number))
+            rates = medians(model[part]["tokens_per_second"])
+            rows.append(_row(f"generation, {together}, tokens/s, {dtype}", rates, number))
     rows.append(_row(f"peak memory of a train step, {dtype}", train["peak_memory"], _size))
     rows.append(_row(f"kept for backward by the adapters, a token, {dtype}", train["saved_by_adapters"], _size))
     return rows
@@ -91,11 +90,7 @@ def _model_rows(model: dict) -> list[list[str]]:
 def _layer_row(layer: dict) -> list[str]:
     case = layer["case"]
     what = f"one {case['in_features']}x{case['out_features']} layer, {case['tokens']} tokens, {case['dtype']}"
-    return _row(f"{what}: time over the frozen layer's", {"frozen": 1.0} | _medians(layer["tax"]), _number)
-
-
-def _medians(timings: dict[str, dict]) -> dict[str, float]:
-    return {name: timing["median"] for name, timing in timings.items()}
+    return _row(f"{what}: time over the frozen layer's", {"frozen": 1.0} | medians(layer["tax"]), number)
 
 
 def _row(label: str, values: dict[str, float | None], form: Callable[[float], str]) -> list[str]:
@@ -104,35 +99,28 @@ def _row(label: str, values: dict[str, float | None], form: Callable[[float], st
     return [label, *("" if value is None else form(value) for value in found)]
 
 
-def _number(value: float) -> str:
-    """To three digits, or to as many as its whole part has."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
 def _size(size: float) -> str:
-    """In the unit that leaves at most three digits before the point."""
+    """A size in the unit with at most three digits before the decimal point."""
     unit = "B"
     for larger in ("KiB", "MiB", "GiB"):
         if abs(size) < 1000:
             break
         size, unit = size / 1024, larger
-    return f"{_number(size)} {unit}"
+    return f"{number(size)} {unit}"
 
 
 def _where(result: dict) -> str:
-    """What was measured, on which machine, with which versions and commit, and what was left out."""
-    settings, machine, versions, commit = (result[name] for name in ("settings", "machine", "versions", "commit"))
+    """What was measured, on which machine, with which versions and commit, and what was not measured."""
+    settings, machine, versions = (result[name] for name in ("settings", "machine", "versions"))
     name = "SmolLM2-135M-Instruct" if settings["model"] == "smollm2" else settings["model"]
     adapters = "float32" if settings["adapter_dtype"] == "float32" else "the model's dtype"
     steps = sorted({model["train"]["tokens"] for model in result["models"]})
     tokens = f", {' and '.join(map(str, steps))} tokens in a train step" if steps else ""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
-    changed = " with changes" if commit and commit["changed"] else ""
-    at = f", commit {commit['sha'][:10]}{changed}" if commit else ""
     return (
         f"{name} with {_adapter(result)}, adapters in {adapters}{tokens}; {device}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, peft {versions['peft']}{at}. Medians of {_rounds(result)} "
-        f"interleaved rounds.{_left_out(result)}"
+        f"transformers {versions['transformers']}, peft {versions['peft']}{at_commit(result['commit'])}. Medians of "
+        f"{rounds(result)} interleaved rounds.{_left_out(result)}"
     )
 
 
@@ -147,20 +135,11 @@ def _adapter(result: dict) -> str:
     return f"{method}, {experts}rank {case['rank']}"
 
 
-def _rounds(result: dict) -> str:
-    """How often each number was measured, as its samples say."""
-    parts = (model[part] for model in result["models"] for part in TIMED if part in model)
-    timed = [*result["layers"], *parts]
-    counts = {len(timing["samples"]) for part in timed for timing in part["seconds"].values()}
-    return f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
-
-
 def _left_out(result: dict) -> str:
-    """What the run says that it did not measure, and what it measured at a smaller size; runs before these were kept
-    say neither."""
+    """What was not measured, and what at a smaller size; older results do not record it."""
     products, notes = result.get("products", {}), []
     for dtype in result.get("left_out", ()):
-        rates = [f"{name} {_number(min(products[name].values()))}" for name in (dtype, "float32") if name in products]
+        rates = [f"{name} {number(min(products[name].values()))}" for name in (dtype, "float32") if name in products]
         why = f" (GFLOP/s of PyTorch's product: {', '.join(rates)})" if rates else ""
         notes.append(f"{dtype} was left out: PyTorch multiplies it slowly on this processor{why}.")
     for each in result.get("shrunk", ()):
@@ -169,12 +148,12 @@ def _left_out(result: dict) -> str:
 
 
 def digest(root: Path) -> str:
-    """sha256 of the file that the picture shows."""
+    """The SHA-256 of the file that the plot shows."""
     return hashlib.sha256((root / SOURCE).read_bytes()).hexdigest()
 
 
 def picture_digest(path: Path) -> str | None:
-    """The digest that a picture carries, or None."""
+    """The digest in the metadata of a plot, or None."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -182,7 +161,7 @@ def picture_digest(path: Path) -> str | None:
 
 
 def write_picture(root: Path) -> None:
-    """Draw README's picture, with the digest of its numbers in it."""
+    """Draws README's plot, with the digest of its numbers in the metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -196,6 +175,7 @@ def write_picture(root: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Writes all tables and the plot."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="default: the checkout")
     root = parser.parse_args(argv).root

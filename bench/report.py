@@ -1,23 +1,28 @@
-"""The results of a run as tables for a terminal and as a picture. Both read the JSON form alone."""
+"""The results of a run as tables for a terminal and as a plot, both from the content of its JSON file."""
 
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .markdown import at_commit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLUMNS = {"frozen": "frozen base", "eager": "eager PyTorch", "gci": "gci_kernels"}
 COLORS = {"frozen": "#9aa5b1", "eager": "#e0914a", "gci": "#2a6fbb"}
 DOUBTFUL_SPREAD = 0.2
+#: The names of the methods, in the order of tables.
 METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
-
-
 TIMED = ("train", "generate", "generate_many")  # the parts of a model's results that hold times
 
 
 def print_tables(result: dict, console: Console) -> None:
-    """Print one table of layers, one of each dtype's model, and where they were measured."""
+    """Prints a table for each shape of layers and for the model in each dtype, and where they were measured."""
     for _, layers in itertools.groupby(result["layers"], key=lambda layer: _shape(layer["case"])):
         console.print(layer_table(list(layers)))
     for model in result["models"]:
@@ -41,18 +46,18 @@ def _widest_spread(result: dict) -> float:
     return max(_half_span(timing) for part in _timed(result) for timing in part["seconds"].values())
 
 
-def _rounds(result: dict) -> str:
-    """How many: "10", or "3 to 10"."""
+def rounds(result: dict) -> str:
+    """How often numbers were measured: "10", or "3 to 10"."""
     counts = {len(timing["samples"]) for part in _timed(result) for timing in part["seconds"].values()}
     return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 def notes(result: dict) -> list[str]:
-    """What was not measured, or less than asked for, and why."""
+    """What was not measured, or at a smaller size, and why."""
     settings, products, lines = result["settings"], result["products"], []
     for dtype in result["left_out"]:
         rates = {name: products[name] for name in (dtype, "float32")}
-        named = [f"{name} {_number(rate['forward'])} and {_number(rate['dx'])}" for name, rate in rates.items()]
+        named = [f"{name} {number(rate['forward'])} and {number(rate['dx'])}" for name, rate in rates.items()]
         lines.append(
             f"{dtype} was left out: PyTorch multiplies it slowly here (GFLOP/s of a core, forward and dX: "
             f"{', '.join(named)}); --dtype {dtype} measures it."
@@ -68,7 +73,7 @@ def notes(result: dict) -> list[str]:
 
 
 def layer_table(layers: list[dict]) -> Table:
-    """Of layers that have the same shape."""
+    """The table of layers that have the same shape."""
     case = layers[0]["case"]
     table = _table(
         f"One {METHODS[case['method']]} layer, {_size(case)}, {case['in_features']} to "
@@ -95,12 +100,13 @@ def _size(case: dict) -> str:
 
 
 def _of_floor(layer: dict) -> dict[str, str]:
-    """How near a time comes to the least that the chip's rates allow."""
+    """The lower bound of each time, by the chip's rates, as a percentage of the time."""
     floors, times = layer["floor_seconds"], layer["seconds"]
     return {name: f"{floors[name] / times[name]['median']:.0%}" for name in floors}
 
 
 def model_table(result: dict, model: dict) -> Table:
+    """The table of the model in one dtype."""
     method, train = METHODS[result["settings"]["method"]], model["train"]
     table = _table(
         f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {method} "
@@ -125,14 +131,14 @@ def model_table(result: dict, model: dict) -> Table:
 
 def provenance(result: dict) -> str:
     """One paragraph: what the numbers are, and the machine, versions and commit they belong to."""
-    machine, versions, commit = result["machine"], result["versions"], result["commit"]
+    machine, versions = result["machine"], result["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
     named = ", ".join(f"{name} {versions[name]}" for name in ("gci_kernels", "torch", "transformers", "peft"))
-    at = f", commit {commit['sha'][:10]}{' with changes' if commit['changed'] else ''}" if commit else ""
     return (
-        f"Medians of {_rounds(result)} interleaved rounds; ± is half the span of the middle 80%. Adapter "
+        f"Medians of {rounds(result)} interleaved rounds; ± is half the span of the middle 80%. Adapter "
         "tax: time over the frozen base's, which carries the gradient to its input as well. A train step is forward "
-        f"and backward, without the optimizer; adapters in {_adapters(result)}.\n{where}; {named}{at}"
+        f"and backward, without the optimizer; adapters in {_adapters(result)}.\n"
+        f"{where}; {named}{at_commit(result['commit'])}"
     )
 
 
@@ -162,15 +168,15 @@ def _cells(timings: dict[str, dict], unit: float = 1) -> dict[str, str]:
 
 
 def _spread(timing: dict, unit: float) -> str:
-    return f"{_number(timing['median'] * unit)} [dim]±{_half_span(timing):.0%}[/]"
+    return f"{number(timing['median'] * unit)} [dim]±{_half_span(timing):.0%}[/]"
 
 
 def _half_span(timing: dict) -> float:
-    """Half the way from the 10th to the 90th percentile, relative to the median."""
+    """Half the distance from the 10th to the 90th percentile, relative to the median."""
     return (timing["high"] - timing["low"]) / 2 / timing["median"]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """A positive number to three digits, or to as many as its whole part has."""
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
@@ -191,15 +197,19 @@ def _agreement(generate: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """A picture, 1200 x 420 pixels: train and generation tokens/s, and what the adapters keep for backward."""
+    """A PNG of 1200 x 420 pixels: tokens/s in training and generation, and what the adapters save for backward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     panels = [
-        ("Training, tokens/s", ["frozen", "eager", "gci"], lambda model: _medians(model["train"])),
-        ("Generation, tokens/s", ["frozen", "eager", "gci"], lambda model: _medians(model["generate"])),
+        ("Training, tokens/s", ["frozen", "eager", "gci"], lambda model: medians(model["train"]["tokens_per_second"])),
+        (
+            "Generation, tokens/s",
+            ["frozen", "eager", "gci"],
+            lambda model: medians(model["generate"]["tokens_per_second"]),
+        ),
         ("Adapters keep for backward, KiB a token", ["eager", "gci"], _adapter_kib),
     ]
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
@@ -217,16 +227,17 @@ def draw(result: dict, path: Path) -> None:
         plt.close(figure)
 
 
-def _medians(timed: dict) -> dict[str, float]:
-    return {name: timing["median"] for name, timing in timed["tokens_per_second"].items()}
+def medians(timings: dict[str, dict]) -> dict[str, float]:
+    """The medians of several timings."""
+    return {name: timing["median"] for name, timing in timings.items()}
 
 
 def _adapter_kib(model: dict) -> dict[str, float]:
     return {name: size / 1024 for name, size in model["train"]["saved_by_adapters"].items()}
 
 
-def _bars(axis, groups: list[tuple[str, dict[str, float]]], names: list[str]) -> None:
-    """Bars of `names`, labelled with their values, for each group (a dtype and its values)."""
+def _bars(axis: "Axes", groups: list[tuple[str, dict[str, float]]], names: list[str]) -> None:
+    """A bar for each of `names`, labelled with its value, in each group (a dtype and its values)."""
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         offset = (index - (len(names) - 1) / 2) * width
@@ -238,7 +249,7 @@ def _bars(axis, groups: list[tuple[str, dict[str, float]]], names: list[str]) ->
             color=COLORS[name],
             label=COLUMNS[name],
         )
-        axis.bar_label(bars, [_number(height) for height in heights], padding=2, fontsize=9.5)
+        axis.bar_label(bars, [number(height) for height in heights], padding=2, fontsize=9.5)
     axis.set_xticks(range(len(groups)), [dtype for dtype, _ in groups])
     axis.tick_params(axis="x", length=0)
     axis.set_yticks([])

@@ -19,7 +19,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The options, with their defaults filled in. Those not in `fixed` shrink where the time does not suffice."""
+    """The options, with their defaults filled in. Sizes that are not in `fixed` are reduced where time is short."""
 
     model: str
     method: str
@@ -28,13 +28,13 @@ class Settings:
     batch: int
     seq: int
     new_tokens: int
-    many: int  # sequences generated together, beside one alone; 0: not measured
+    many: int  # sequences generated together, measured beside a single one; 0: not measured
     rounds: int
     adapter_dtype: str
     quick: bool
     layers: bool
     models: bool
-    fixed: tuple[str, ...]  # of dtype, rounds, batch, seq and new_tokens those that the user has given
+    fixed: tuple[str, ...]  # those of dtype, rounds, batch, seq and new_tokens that the user has given
 
     def adapter(self, dtype: torch.dtype) -> torch.dtype:
         """The adapters' dtype in a model of `dtype`."""
@@ -42,6 +42,7 @@ class Settings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gci-kernels bench`."""
     sizes = "|".join(RANDOM_LLAMAS)
     parser.add_argument(
         "--model", default="smollm2", help=f"smollm2 (default), random-llama[:{sizes}], a local folder, or a hub id"
@@ -58,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model (default): adapters in the model's dtype; float32: PEFT's default, slower in eager PyTorch",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    size = "a size or number that is not given shrinks where the run would not end in time"
-    parser.add_argument("--batch", type=_positive, help=f"sequences in a train step (default: 2; {size})")
-    parser.add_argument("--seq", type=_positive, help="tokens in a sequence (default: 256; --quick: 128)")
-    parser.add_argument("--new-tokens", type=_positive, help="tokens to generate (default: 32; --quick: 16)")
-    parser.add_argument("--rounds", type=_positive, help="how often each variant is timed (default: 10; --quick: 3)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+    size = "sizes that are not given are reduced where the run would not end in time"
+    parser.add_argument("--batch", type=positive, help=f"sequences in a train step (default: 2; {size})")
+    parser.add_argument("--seq", type=positive, help="tokens in a sequence (default: 256; --quick: 128)")
+    parser.add_argument("--new-tokens", type=positive, help="tokens to generate (default: 32; --quick: 16)")
+    parser.add_argument("--rounds", type=positive, help="how often each variant is timed (default: 10; --quick: 3)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--layers-only", action="store_true", help="time single layers, no model")
     part.add_argument("--model-only", action="store_true", help="time the model, no single layers")
@@ -72,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the model's numbers")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The value of an option that must be a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
@@ -80,10 +82,12 @@ def _positive(text: str) -> int:
 
 
 def device_of(args: argparse.Namespace) -> str:
+    """The device that is given, else CUDA where there is one, else the CPU."""
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def settings_of(args: argparse.Namespace, dtypes: tuple[str, ...]) -> Settings:
+    """The settings from parsed arguments, and the dtypes to measure."""
     return Settings(
         model=args.model,
         method=args.method,
@@ -103,7 +107,7 @@ def settings_of(args: argparse.Namespace, dtypes: tuple[str, ...]) -> Settings:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Find out before the minutes of measuring, not after, that the results can't be written."""
+    """Ends the program before minutes of measuring where the results can't be written."""
     for path in (args.json, args.plot):
         try:
             if path:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from gci_kernels.bench.cases import CASES, LayerVariant, layer_variants, make_inputs
 from gci_kernels.bench.correctness import check_layer
@@ -9,6 +10,7 @@ from gci_kernels.bench.correctness import check_layer
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
 def variants(request: pytest.FixtureRequest) -> dict[str, LayerVariant]:
+    """One case's frozen, eager and fused layer, checked."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = make_inputs(request.param, device)
     made = layer_variants(inputs)
@@ -17,7 +19,10 @@ def variants(request: pytest.FixtureRequest) -> dict[str, LayerVariant]:
 
 
 @pytest.mark.parametrize("column", ["frozen", "eager", "gci"])
-def test_layer(benchmark, variants: dict[str, LayerVariant], column: str, request: pytest.FixtureRequest) -> None:
+def test_layer(
+    benchmark: BenchmarkFixture, variants: dict[str, LayerVariant], column: str, request: pytest.FixtureRequest
+) -> None:
+    """Times one forward and backward of one column."""
     benchmark.group = request.node.callspec.params["variants"].name
 
     def step() -> None:
@@ -25,5 +30,5 @@ def test_layer(benchmark, variants: dict[str, LayerVariant], column: str, reques
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    # The weights change before every step, which leaves pytest-benchmark no choice of the number of rounds.
+    # With a setup before every step, pytest-benchmark cannot choose the number of rounds itself.
     benchmark.pedantic(step, setup=variants[column].change, rounds=10, warmup_rounds=1)

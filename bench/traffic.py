@@ -15,15 +15,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gci_kernels.hardware.chips import Chip
+from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
+from gci_kernels.ops.bottleneck.plan import Plan
 
 from .costs import BottleneckShape, Cost
-from .launches import TRITON, Call, record, training_step
+from .launches import Call, record, training_step
 
-PLANS = {"triton": TRITON, "aten": "/".join(["aten"] * 5)}
+PLANS = {"triton": TRITON, "aten": ATEN}
 
 
 def count(
-    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: str = TRITON
+    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: Plan = TRITON
 ) -> tuple[list[Cost], list[int]]:
     """What forward and backward under `plan` move on `chip`, in order; and the bytes of each tensor they allocate."""
     costs: list[Cost] = []

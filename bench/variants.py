@@ -23,10 +23,13 @@ QUESTION = "Explain in one sentence why the sky is blue."
 def model_variants(model: nn.Module, method: str, adapter_dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
     """The columns of the table: "frozen", "eager" and "gci", around the same base weights, in training mode.
 
-    `model` itself becomes the frozen one. Both adapted ones hold the same values, and not those that adapters start
-    from: a zero B would make most gradients zero, trained rows equal to the base's would fit anywhere, and every
-    comparison would pass. `adapter_dtype`: None for the model's own, in which the published code trains and eager
-    PyTorch is fastest; PEFT's default is float32.
+    `model` itself becomes the frozen one. The adapters of both adapted ones hold the same values, which are not an
+    adapter's initial ones: with B zero most gradients are zero, with trained rows equal to the base's their positions
+    do not matter, and a comparison could not fail. `adapter_dtype`: None for the model's own, in which the published
+    code trains and eager PyTorch is fastest; PEFT's default is float32.
+
+    Raises:
+        ModelError: the model has no layers for the method.
     """
     model.requires_grad_(False)
     adapter_dtype = adapter_dtype or model.dtype
@@ -47,7 +50,7 @@ def model_variants(model: nn.Module, method: str, adapter_dtype: torch.dtype | N
 
 
 def _config(model: nn.Module, method: str) -> PeftConfig:
-    """The adapter of the layer cases' size; LoKI's rows are others in every layer, and the same ones every time."""
+    """An adapter of the layer cases' size. LoKI's rows differ from layer to layer and are drawn with a fixed seed."""
     if method == "loki":
         config, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
         shape = config.hidden_size, trained_rows(config.hidden_size)
@@ -66,29 +69,28 @@ def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in parameters:
                 if role == "B":
                     nn.init.normal_(parameter, std=0.02)
-                elif role.startswith("active"):  # moved as far as the model still writes sentences
+                elif role.startswith("active"):  # a change after which the model still writes sentences
                     parameter.data += 0.1 * parameter.data.abs().mean() * torch.randn_like(parameter)
                 parameter.data = parameter.data.to(dtype)
 
 
 def random_ids(model: nn.Module, batch: int, seq: int) -> Tensor:
-    """[batch, seq] int64 token ids on the model's device, the same ones every time."""
+    """[batch, seq] int64 token ids on the model's device, drawn with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
 
 
 def training_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The language model's loss, from embeddings that ask for a gradient.
+    """The language model's loss (a scalar) for ids [batch, seq], from embeddings that require a gradient.
 
-    They ask for one in every variant, so that the frozen base carries dX through all its layers as an adapted model
-    does.
+    They require one in every variant, so that the frozen base too computes dX in all its layers.
     """
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     return model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
 
 
 def train_step(model: nn.Module, ids: Tensor) -> None:
-    """Forward and backward. What an optimizer writes is no part of it: the base has nothing to write."""
+    """Forward and backward, without an optimizer's step, as the frozen base has no parameters to update."""
     for parameter in model.parameters():
         parameter.grad = None
     training_loss(model, ids).backward()
@@ -99,8 +101,8 @@ def measure_training(
 ) -> tuple[dict[str, Timing], dict[str, dict]]:
     """Times of a train step by variant, and what it needs: "peak_memory" and "copies" in bytes, "saved" a token.
 
-    "copies" is what LoKI's layers keep from step to step beside their weights. It is part of neither of the others.
-    Before every timed step the adapters' weights change, so the time holds the renewal of those copies.
+    "copies" is what LoKI's layers keep from step to step beside their weights; the other two numbers do not contain it.
+    The adapters' weights change before every timed step, so that the time contains making those copies again.
     `how` goes to :func:`.timing.interleave`: rounds and the like.
     """
     ids = random_ids(variants["frozen"], batch, seq)
@@ -109,7 +111,7 @@ def measure_training(
         name: saved_bytes(lambda model=model: training_loss(model, ids), model) / ids.numel()
         for name, model in variants.items()
     }
-    # This runs every step once, so nothing is cold when the clock starts.
+    # This runs every step once, which is their warm-up.
     peak = {name: peak_memory(step, ids.device) for name, step in steps.items()}
     copies = {name: sum(copy.nbytes for copy in kept_copies(model)) for name, model in variants.items()}
     before = {name: lambda model=model: change_adapters(model) for name, model in variants.items()}
@@ -121,7 +123,7 @@ def measure_training(
 
 
 def make_prompt(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
-    """One question to a model that has words, in its chat format if it has one; 32 random tokens to one that hasn't."""
+    """A question, in the tokenizer's chat format if it has one; without a tokenizer 32 random tokens."""
     if tokenizer is None:
         ids = random_ids(model, 1, 32)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -148,8 +150,8 @@ def measure_generation(
 ) -> tuple[dict[str, Timing], dict]:
     """Times of a generation by variant (prefill included; `batch` rows of the same prompt), and what they agree on.
 
-    "same_tokens" counts the tokens before the first that gci and eager choose differently: after it they answer
-    different prompts. `how` goes to :func:`.timing.interleave`.
+    "same_tokens" counts the tokens before the first in which gci and eager differ; later tokens follow different
+    texts. `how` goes to :func:`.timing.interleave`.
     """
     calls = generations(variants, tokenizer, batch=batch, new_tokens=new_tokens)
     written = {name: call() for name, call in calls.items()}
@@ -168,6 +170,6 @@ def generations(
     batch: int,
     new_tokens: int,
 ) -> dict[str, Callable[[], Tensor]]:
-    """What :func:`measure_generation` times; each puts its model into evaluation mode."""
+    """The calls that :func:`measure_generation` times, by variant; each sets its model to evaluation mode."""
     prompt = {name: tensor.expand(batch, -1) for name, tensor in make_prompt(variants["frozen"], tokenizer).items()}
     return {name: lambda model=model: generate(model.eval(), prompt, new_tokens) for name, model in variants.items()}

@@ -1,4 +1,5 @@
-// Python bindings: pointers, sizes and flags in, nothing out. Shapes, dtypes and devices are checked by the caller.
+// Python bindings of the CPU kernels: they take pointers, sizes and flags, and return nothing. Shapes, dtypes and
+// devices are checked by the caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +7,8 @@
 #include <vector>
 
 #include "common/decode.h"
-#include "common/kernels.h"
+#include "common/limits.h"
+#include "cpu/dispatch.h"
 #include "cuda_bindings.h"
 #include "decode_bindings.h"
 
@@ -40,7 +42,7 @@ AttentionArgs attention_args(const Rows& q, const Rows& k, const Rows& v, Addres
           std::get<0>(h), std::get<1>(h), std::get<2>(h)};
 }
 
-// Every thread that asks keeps its own, for steps of some microseconds.
+// A step takes some microseconds, so that every calling thread keeps its workspace.
 void run_step(const gci::DecodeStep& step, Address x, int64_t ld_x, Address y, int64_t ld_y,
               const gci::AttendArgs* attend, int threads) {
   static thread_local std::vector<float> workspace;
@@ -59,8 +61,21 @@ PYBIND11_MODULE(_native, module) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
   module.doc() = "CPU kernels of gci_kernels. Addresses are data_ptr()s; see csrc/common/kernels.h.";
-  module.attr("skinny_padding") = gci::skinny_padding;
   module.def("isa", [] { return kernels().isa; });
+  module.attr("isas") = py::tuple(py::cast(gci::instruction_sets()));
+  py::dict limits, dtype_codes;
+#define GCI_EXPORT(name, value) limits[#name] = value;
+  GCI_LIMITS(GCI_EXPORT)
+#undef GCI_EXPORT
+  module.attr("limits") = limits;
+  dtype_codes["float32"] = int(DType::float32);
+  dtype_codes["bfloat16"] = int(DType::bfloat16);
+  dtype_codes["float64"] = int(DType::float64);
+  dtype_codes["float16"] = int(DType::float16);
+  module.attr("dtype_codes") = dtype_codes;
+  module.attr("skinny_padding") = gci::skinny_padding;
+  module.attr("attention_block_keys") = gci::attention_block_keys;
+  module.attr("attention_block_queries") = gci::attention_block_queries;
 
   module.def(
       "gate_forward",
@@ -78,7 +93,6 @@ PYBIND11_MODULE(_native, module) {
                                 at<const void>(du), at<const void>(dgates), at<void>(u), at<void>(dprojected), threads);
       },
       nogil);
-  module.attr("attention_block_keys") = gci::attention_block_keys;
   module.def(
       "attention_forward",
       [](Rows q, Rows k, Rows v, Address segments, int dtype, Extent extent, Heads heads, Address o, Address lse,
@@ -131,14 +145,14 @@ PYBIND11_MODULE(_native, module) {
       },
       nogil);
   module.def(
-      // ALoRA's: kv [sequences, capacity, any] is filled up to `past`, and then one further.
+      // ALoRA's step: kv [sequences, capacity, any] holds `past` tokens before it and past + 1 after it.
       "decode_attend",
       [](const gci::DecodeStep& step, Address x, int64_t ld_x, Address y, int64_t ld_y, Address kv, int64_t stride_kv,
          int64_t ld_kv, int64_t capacity, int past, Address segments, int64_t ld_segments, int threads) {
         gci::AttendArgs attend = step.attend;
-        const int32_t filled = past;
+        const int32_t held = past;
         attend.kv = at<void>(kv), attend.stride_kv = stride_kv, attend.ld_kv = ld_kv, attend.capacity = capacity;
-        attend.past = &filled, attend.segments = at<const int32_t>(segments), attend.ld_segments = ld_segments;
+        attend.past = &held, attend.segments = at<const int32_t>(segments), attend.ld_segments = ld_segments;
         run_step(step, x, ld_x, y, ld_y, &attend, threads);
       },
       nogil);
@@ -160,9 +174,9 @@ PYBIND11_MODULE(_native, module) {
       nogil);
   module.def(
       "reduce_bf16",
-      [](Address u_turned, int64_t ld_u, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens,
+      [](Address u_transposed, int64_t ld_u, Address y, int64_t ld_y, Address out, Address partial, int64_t tokens,
          int64_t r, int64_t n, int threads) {
-        kernels().reduce_bf16(at<const void>(u_turned), ld_u, at<const void>(y), ld_y, at<float>(out),
+        kernels().reduce_bf16(at<const void>(u_transposed), ld_u, at<const void>(y), ld_y, at<float>(out),
                               at<float>(partial), tokens, r, n, threads);
       },
       nogil);

@@ -1,5 +1,5 @@
-// Python bindings of csrc/cuda: a step, addresses, strides and a stream in, nothing out; an error raises. Without CUDA
-// only the reason is bound.
+// Python bindings of csrc/cuda: functions that take a step, addresses, strides and a stream, return nothing, and raise
+// on an error. Without CUDA they are missing, and cuda_build has the reason.
 #include "cuda_bindings.h"
 
 #include "cuda_build.h"  // written by the build: what was built, or why nothing was
@@ -23,10 +23,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// ValueError with the objection, RuntimeError with CUDA's name of the error.
-void raise(int error, const char* objection) {
+// ValueError with what is wrong with the arguments, else RuntimeError with CUDA's name of the error.
+void raise(int error, const char* invalid) {
   const std::string name = gci::cuda_error_name(error);
-  if (objection) throw std::invalid_argument(name + ": " + objection);
+  if (invalid) throw std::invalid_argument(name + ": " + invalid);
   throw std::runtime_error(name + ": " + gci::cuda_error_text(error));
 }
 
@@ -35,14 +35,14 @@ void project(const DecodeStep& step, Address x, int64_t ld_x, Address partial, i
   DecodeArgs a = step.args;
   a.x = at<const void>(x), a.ld_x = ld_x;
   if (const int error = gci::decode_project(a, at<float>(partial), splits, columns, at<void>(stream)))
-    raise(error, gci::decode_project_objection(a, at<float>(partial), splits, columns));
+    raise(error, gci::check_decode_project(a, at<float>(partial), splits, columns));
 }
 
 void expand(const DecodeStep& step, Address y, int64_t ld_y, Address partial, int splits, int columns, Address stream) {
   DecodeArgs a = step.args;
   a.y = at<void>(y), a.ld_y = ld_y;
   if (const int error = gci::decode_expand(a, at<float>(partial), splits, columns, at<void>(stream)))
-    raise(error, gci::decode_expand_objection(a, at<float>(partial), splits, columns));
+    raise(error, gci::check_decode_expand(a, at<float>(partial), splits, columns));
 }
 
 typedef std::tuple<Address, int64_t, int64_t, int64_t> Cache;  // address, strides of a sequence and a token, capacity
@@ -58,7 +58,7 @@ void attend(const DecodeStep& step, Address x, int64_t ld_x, const Cache& kv, Ad
   t.past = at<const int32_t>(past);
   t.segments = at<const int32_t>(std::get<0>(segments)), t.ld_segments = std::get<1>(segments);
   if (const int error = gci::decode_attend(a, t, at<float>(partial), columns, at<void>(stream)))
-    raise(error, gci::decode_attend_objection(a, t, at<float>(partial), columns));
+    raise(error, gci::check_decode_attend(a, t, at<float>(partial), columns));
 }
 
 }  // namespace

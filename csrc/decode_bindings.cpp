@@ -1,8 +1,10 @@
+// Makes a decoding step from what Python knows of it.
 #include "decode_bindings.h"
 
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,8 +20,9 @@ const void* at(Address address) { return reinterpret_cast<const void*>(address);
 gci::DecodeStep make_step(int dtype, int adapter_dtype, int64_t in, int64_t out, const std::vector<int>& rows,
                           const std::vector<Group>& groups, const std::vector<Attention>& attentions,
                           const Base& base) {
-  if (rows.size() > gci::decode_max_tokens || groups.size() > gci::decode_max_tokens)
-    throw std::invalid_argument("a decoding step takes at most 16 tokens and as many groups");
+  if (rows.size() > gci::max_decode_tokens || groups.size() > gci::max_decode_tokens)
+    throw std::invalid_argument("a decoding step takes at most " + std::to_string(gci::max_decode_tokens) +
+                                " tokens and as many groups");
   if (!attentions.empty() && attentions.size() != groups.size())
     throw std::invalid_argument("attention must be given for every group or for none");
   gci::DecodeStep step = {};
@@ -35,7 +38,6 @@ gci::DecodeStep make_step(int dtype, int adapter_dtype, int64_t in, int64_t out,
     const auto& [qkv, heads, residual] = attentions[i];
     step.attend.groups[i] = {at(qkv), heads, residual};
   }
-  step.attends = !attentions.empty();
   step.base = {at(std::get<0>(base)), at(std::get<1>(base))};
   return step;
 }
@@ -44,9 +46,7 @@ gci::DecodeStep make_step(int dtype, int adapter_dtype, int64_t in, int64_t out,
 
 void bind_decode_step(pybind11::module_& module) {
   namespace py = pybind11;
-  module.attr("decode_max_tokens") = gci::decode_max_tokens;
-  module.attr("decode_max_columns") = gci::decode_max_columns;
-  // Of this module alone: tests/cuda_on_cpu binds it too, beside the extension.
+  // module_local: tests/cuda_on_cpu has the same class in a second module.
   py::class_<gci::DecodeStep>(module, "DecodeStep", py::module_local())
       .def(py::init(&make_step), py::arg("dtype"), py::arg("adapter_dtype"), py::arg("in_features"),
            py::arg("out_features"), py::arg("rows"), py::arg("groups"),

@@ -1,4 +1,4 @@
-// A decoding step as Python holds it: made once for some adapters and tokens, then run with the addresses of each call.
+// A decoding step as Python holds it: made once for some adapters and tokens, run with the addresses of each call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,9 +9,8 @@ namespace gci {
 
 struct DecodeStep {
   DecodeArgs args;    // without x, y and their strides
-  AttendArgs attend;  // without what is kept and how long it is
-  bool attends;       // whether the first half is ALoRA's
-  DecodeBase base;    // a CPU's
+  AttendArgs attend;  // without the cache and its length
+  DecodeBase base;    // used on a CPU only
 };
 
 }  // namespace gci

@@ -27,6 +27,7 @@ def load(path: str | None, text: str | None, length: int) -> tuple[torch.nn.Modu
 
 
 def main() -> None:
+    """Trains in every process, and saves the adapter in the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a name on the Hub; needs --text")
     parser.add_argument("--text", help="a file to train on")

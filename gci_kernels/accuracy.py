@@ -1,4 +1,4 @@
-"""What right means, in numbers: error measures shared by the tests, `gci-kernels verify` and the benchmark's gate."""
+"""Error measures and their bounds, shared by the tests, `gci-kernels verify` and the benchmark's check."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """One tensor of one case: its error and the most it may be."""
+    """The error of one tensor of one case, and its bound.
+
+    Attributes:
+        case, impl, dtype, tensor: names for a table.
+        error: as :func:`relative_error` gives it.
+        bound: as :func:`error_bound` gives it.
+    """
 
     case: str
     impl: str
@@ -19,11 +25,19 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within its bound."""
         return self.error <= self.bound
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN gives inf; 0 for two tensors of zeros or no elements."""
+    """||actual - expected|| / ||expected|| in float64; inf where either has NaN or inf; ||actual|| if expected is 0.
+
+    Args:
+        actual, expected: tensors of one shape and device, in any dtypes.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"actual must be {list(expected.shape)} like expected, got {list(actual.shape)}")
@@ -36,9 +50,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def error_bound(plain_error: float, dtype: torch.dtype) -> float:
-    """The most that a kernel's relative error may be: twice that of plain PyTorch at the working dtype, plus rounding.
+    """The largest relative error allowed: twice that of plain PyTorch in the same dtype, plus one rounding.
 
-    For float64 there is no wider truth to measure plain PyTorch against; two orders of summation may differ by 1e-12.
+    In float64 there is no reference of higher precision to measure plain PyTorch by; two orders of summation may differ
+    by 1e-12.
+
+    Args:
+        plain_error: that of plain PyTorch.
+        dtype: floating point.
     """
     if dtype == torch.float64:
         return 1e-12

@@ -1,45 +1,50 @@
-"""Gives an object a subclass of its own class: what it is made of, its name and its copies stay as they were."""
+"""Gives an object a subclass of its own class: its attributes, its class's name and its copies stay as they were."""
 
 import functools
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar
 
 
 class Swapped:
-    """Base of the mixins for :func:`subclass`: lets an instance of such a class be copied and pickled."""
+    """Base of the mixins for :func:`subclass`: an instance of such a class can be copied and pickled.
+
+    Attributes:
+        wrapped: the methods of the mixin that get the base class's method as their first argument after self.
+    """
 
     _gci_parts: ClassVar[tuple[type, type]]
     wrapped: ClassVar[tuple[str, ...]] = ("forward",)
 
-    def __reduce_ex__(self, protocol):
-        # The class is made while the program runs; its parts can be found by name, it cannot.
-        _, _, *state = super().__reduce_ex__(2)
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # pickle finds classes by name, and this one is made while the program runs; its parts are found.
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, *state = reduced
         return _new_instance, _importable(type(self)), *state
 
 
 @functools.cache
 def subclass(base: Any, mixin: Any) -> Any:
-    """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; the same each time.
+    """A subclass of `base` with the methods of `mixin` before its own, under the name of `base`; made once and cached.
 
-    `base` is given back by `_gci_parts[0]`. The name stays because transformers, accelerate and FSDP know classes by
-    name, and the methods in `wrapped` keep their signature because they also look at that: those get the base's as
-    their first argument after self.
+    Its `_gci_parts` are (base, mixin). transformers, accelerate and FSDP look classes up by name and read the
+    signatures of forwards, so both stay the base's.
     """
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     wrapped = {name: _wrap(getattr(base, name), getattr(mixin, name)) for name in mixin.wrapped if hasattr(mixin, name)}
     return type(base.__name__, (mixin, base), {**names, **wrapped, "_gci_parts": (base, mixin)})
 
 
-def _wrap(base_method: Any, inner: Any) -> Any:
+def _wrap(base_method: Any, inner: Any) -> Callable[..., Any]:
     @functools.wraps(base_method)
-    def method(self, *args, **kwargs):
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return inner(self, base_method, *args, **kwargs)
 
     return method
 
 
 def parts_of(cls: type) -> tuple[type, ...]:
-    """The class that :func:`subclass` started from, and the mixins; of any other class, itself."""
+    """The class that :func:`subclass` was first given, and the mixins; for any other class (cls,)."""
     mixins: tuple[type, ...] = ()
     while "_gci_parts" in vars(cls):
         cls, mixin = cls._gci_parts  # type: ignore[attr-defined]
@@ -48,12 +53,12 @@ def parts_of(cls: type) -> tuple[type, ...]:
 
 
 def from_parts(base: type, *mixins: type) -> type:
-    """The class of these :func:`parts_of`."""
+    """The class whose :func:`parts_of` are `base` and `mixins`."""
     return functools.reduce(subclass, mixins, base)
 
 
 def _importable(cls: Any) -> tuple[type, ...]:
-    """:func:`parts_of`, of a class derived from one of ours as well, which then is left out."""
+    """As :func:`parts_of`; classes that others have derived from ours are left out."""
     mixins: tuple[type, ...] = ()
     while issubclass(cls, Swapped):
         cls, mixin = cls._gci_parts
@@ -62,9 +67,9 @@ def _importable(cls: Any) -> tuple[type, ...]:
 
 
 def give_class(instance: Any, cls: type) -> None:
-    """Gives `instance` the class `cls`, and binds forwards that the instance holds to that of `cls`.
+    """Gives `instance` the class `cls`, and rebinds forwards that are stored on the instance to that of `cls`.
 
-    accelerate's hooks keep the forward of the class that they found, and leave it on the instance when they go.
+    accelerate's hooks store the class's forward on the instance, and leave it there when they are removed.
     """
     before = getattr(type(instance), "forward", None)
     instance.__class__ = cls
@@ -73,6 +78,17 @@ def give_class(instance: Any, cls: type) -> None:
             vars(instance)[name] = MethodType(cls.forward, instance)  # type: ignore[attr-defined]
 
 
-def _new_instance(base: type, *mixins: type):
+def add_mixin(instance: Any, mixin: type) -> None:
+    """Puts the methods of `mixin`, a :class:`Swapped`, before those of the instance's class."""
+    base: Any = type(instance)
+    give_class(instance, subclass(base, mixin))
+
+
+def remove_mixin(instance: Any) -> None:
+    """Undoes the last :func:`add_mixin`."""
+    give_class(instance, type(instance)._gci_parts[0])
+
+
+def _new_instance(base: type, *mixins: type) -> Any:
     cls: Any = from_parts(base, *mixins)
     return cls.__new__(cls)

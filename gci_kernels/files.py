@@ -1,5 +1,4 @@
-"""Files that are kept: the folder for what is made once (fetched models, which kernels have proved themselves here),
-and how results are written."""
+"""The cache folder, for fetched models and records of which kernels passed their check here; writing of results."""
 
 import os
 import tempfile
@@ -7,21 +6,21 @@ from pathlib import Path
 
 
 class CacheError(OSError):
-    """Something could not be kept in the cache folder. The message is one line that says why and what to do."""
+    """Something could not be stored in the cache folder. The message is one line that says why and what to do."""
 
 
 def cache_dir() -> Path:
-    """$GCI_CACHE, else gci_kernels in $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
+    """The cache folder: $GCI_CACHE, else gci_kernels in $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
     if "GCI_CACHE" in os.environ:
         return Path(os.environ["GCI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gci_kernels")
 
 
 def make_cache_dir() -> Path:
-    """The cache folder, made where it is missing and known to be writable: for work whose result is kept in it.
+    """The cache folder, created where it is missing and checked to be writable.
 
     Raises:
-        CacheError: it can't be made, or nothing can be written there.
+        CacheError: it cannot be created, or nothing can be written there.
     """
     folder = cache_dir()
     try:
@@ -34,17 +33,17 @@ def make_cache_dir() -> Path:
 
 
 def cache_error(error: OSError) -> CacheError:
-    """What `error`, met in the cache folder, means for the one who runs the command."""
+    """The CacheError for an `error` that was raised by work in the cache folder."""
     return CacheError(
         f"the cache folder {cache_dir()} cannot be used: {error.strerror or error}; GCI_CACHE=FOLDER names another one"
     )
 
 
 def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that its result can't be written.
+    """Checks, before the work, that its result can be written to `path`.
 
     Raises:
-        ValueError: there is a folder of this name, or its folder is missing or can't be written.
+        ValueError: `path` is a folder, or the folder that it lies in is missing or not writable.
     """
     folder = path.resolve().parent
     if not folder.is_dir():
@@ -59,14 +58,14 @@ def check_output(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that others see as it was or as it will be, never half of it, and that a failure leaves as it was.
+    """Writes a file atomically: readers see the old or the new text, and a failure leaves the old one.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it cannot be written.
     """
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        scratch.write_text(text)
+        scratch.write_bytes(text.encode())  # UTF-8 and line feeds on every system
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)

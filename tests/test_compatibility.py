@@ -143,7 +143,7 @@ def test_a_refusal_is_told_from_an_error(monkeypatch):
 
 
 def test_an_adapter_without_effect_is_seen(monkeypatch):
-    monkeypatch.setattr(checks, "shake", lambda model: None)
+    monkeypatch.setattr(checks, "randomize", lambda model: None)
     assert outcome("loki")["why"] == "forward: the adapter has no effect"
 
 
@@ -171,9 +171,9 @@ def test_classes_that_hang_or_crash_stop_no_other(monkeypatch):
 
 
 def test_what_cannot_be_made_or_run_is_left_out(monkeypatch):
-    monkeypatch.setitem(tiny._GIVEN, "LlamaConfig", {"hidden_size": 30, "num_attention_heads": 4})
+    monkeypatch.setitem(tiny._EXTRA_FIELDS, "LlamaConfig", {"hidden_size": 30, "num_attention_heads": 4})
     assert sweep.check_class("LlamaForCausalLM")["left_out"].startswith("cannot be made tiny: ")
-    monkeypatch.setitem(tiny._GIVEN, "LlamaConfig", {"hidden_act": "silu", "max_position_embeddings": 0})
+    monkeypatch.setitem(tiny._EXTRA_FIELDS, "LlamaConfig", {"hidden_act": "silu", "max_position_embeddings": 0})
     monkeypatch.setattr(sweep.checks, "check_base", lambda model: 1 / 0)
     assert sweep.check_class("LlamaForCausalLM")["left_out"].startswith("does not run by itself: ZeroDivisionError")
 

@@ -10,7 +10,7 @@ from published_layers import ROWS, our_loki, refused, same_bits
 from safetensors.torch import load_file
 
 from gci_kernels.cli import main
-from gci_kernels.convert import ConvertError, Kind, convert, files, loki_from_published, recognise
+from gci_kernels.convert import ConvertError, conversions, convert, files, formats, loki, loramoe, recognise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,15 +27,46 @@ def test_what_is_no_checkpoint(moe, split, tmp_path):
     refused(tmp_path / "base", tmp_path, "base", "is a plain model, which can become nothing else")
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("OTHER", "says peft_type='OTHER', which no registered method has: import the module that registers it"),
+        (None, "says peft_type=None, which no registered method has"),
+        (["LORA"], r"says peft_type=\['LORA'\], which no registered method has"),
+        ("IA3", "'IA3' has no published format; what can be converted is .*a GCI_LORAMOE adapter"),
+        ("gci_kernels.GCI_ALORA", "'gci_kernels.GCI_ALORA' has no published format"),
+    ],
+)
+def test_an_adapter_of_another_method(tmp_path, method, reason):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({"peft_type": method}))
+    refused(tmp_path / "other", tmp_path, "adapter_config.json", reason)
+
+
+def test_every_format_is_known_by_its_own_files(moe, split, tmp_path):
+    """Of each format there is a conversion's result, and that and no other is recognised in it."""
+    convert(moe, tmp_path / "moe ours", progress=False)
+    convert(split, tmp_path / "loki ours", progress=False)
+    for folder, expected in (
+        ("moe", loramoe.PUBLISHED), ("moe ours", loramoe.OURS), ("loki", loki.PUBLISHED), ("loki ours", loki.OURS),
+        ("base", formats.PLAIN),
+    ):  # fmt: skip
+        assert recognise(tmp_path / folder) is expected
+    assert {each.description for each in conversions.FORMATS} == {
+        "an adapter of the published LoRAMoE", "a GCI_LORAMOE adapter", "a model of the published LoKI",
+        "a GCI_LOKI adapter", "a plain model",
+    }  # fmt: skip
+
+
 def test_what_it_cannot_become(moe, split, tmp_path):
     our_loki(tmp_path / "ours")
     for source, options, reason in (
         (moe, dict(to="published"), "can become ours, not published"),
         (moe, dict(to="plain"), "can become ours, not plain"),
-        (moe, dict(base=split), "base is of no use"),
-        (moe, dict(positions="rows.json"), "positions are of no use"),
+        (moe, dict(base=split), "base is not used"),
+        (moe, dict(positions="rows.json"), "positions is not used"),
         (split, dict(to="published"), "can become ours or plain, not published"),
-        (split, dict(to="plain", base=tmp_path / "base"), "base is of no use"),
+        (split, dict(to="plain", base=tmp_path / "base"), "base is not used"),
         (tmp_path / "ours", {}, "give base"),
     ):
         refused(source, tmp_path, source.name, reason, **options)
@@ -56,7 +87,7 @@ def test_a_target_that_is_there(moe, tmp_path, there):
         (target / "mine").write_text("mine")
     if there == "empty":
         convert(moe, target, progress=False)
-        assert recognise(target) == Kind.LORAMOE
+        assert recognise(target) is loramoe.OURS
         return
     refused(moe, tmp_path, "target", "is there already")
 
@@ -70,8 +101,7 @@ def test_a_run_that_ends_early_leaves_nothing(split, tmp_path, monkeypatch, erro
         seen.append((tmp_path / "target").exists())
         raise error
 
-    for module in ("loramoe.write_safetensors", "loki.write_safetensors", "files.write_safetensors"):
-        monkeypatch.setattr(f"gci_kernels.convert.{module}", failing)
+    monkeypatch.setattr(files, "write_safetensors", failing)
     before = sorted(os.listdir(tmp_path))
     for to in ("ours", "plain"):
         with pytest.raises(error):
@@ -97,15 +127,15 @@ def test_weights_are_written_one_tensor_at_a_time(split, tmp_path, monkeypatch):
 
 
 def test_widths_of_values_never_put_a_tensor_askew(tmp_path):
-    plan = {name: files.Planned(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in {
+    plan = {name: files.LazyTensor.of(tensor) for name, tensor in {
         "a": torch.tensor([True, False, True]), "b": torch.randn(3), "c": torch.randn(1, 5).half(),
         "d": torch.tensor(3.0, dtype=torch.float64), "e": torch.empty(0, 4), "f": torch.arange(6).view(2, 3).t(),
     }.items()}  # fmt: skip
     files.write_safetensors(tmp_path / "file", plan, lambda count: None)
     data = (tmp_path / "file").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert all(header[name]["data_offsets"][0] % planned.dtype.itemsize == 0 for name, planned in plan.items())
-    same_bits(load_file(tmp_path / "file"), {name: planned.make().contiguous() for name, planned in plan.items()})
+    assert all(header[name]["data_offsets"][0] % lazy.dtype.itemsize == 0 for name, lazy in plan.items())
+    same_bits(load_file(tmp_path / "file"), {name: lazy.make().contiguous() for name, lazy in plan.items()})
 
 
 @pytest.mark.smoke
@@ -114,13 +144,13 @@ def test_command(moe, split, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said == [f"{moe}: an adapter of the published LoRAMoE", f"{tmp_path}/ours: a GCI_LORAMOE adapter, 6 modules"]
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "published"]) == 0
-    assert recognise(tmp_path / "back") == Kind.PUBLISHED_LORAMOE
+    assert recognise(tmp_path / "back") is loramoe.PUBLISHED
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     base, rows = ["--base", str(tmp_path / "base")], ["--positions", str(tmp_path / "rows.json")]
     assert main(["convert", str(split), str(tmp_path / "rows"), *base, *rows]) == 0
     assert main(["convert", str(tmp_path / "loki"), str(tmp_path / "split"), *base]) == 0
     assert main(["convert", str(split), str(tmp_path / "plain"), "--to", "plain"]) == 0
-    assert recognise(tmp_path / "plain") == Kind.PLAIN
+    assert recognise(tmp_path / "plain") is formats.PLAIN
     capsys.readouterr()
     assert main(["convert", str(split), str(tmp_path / "unchecked")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("note: nothing was compared")
@@ -131,6 +161,6 @@ def test_command(moe, split, tmp_path, capsys):
 
 def test_functions_take_strings_and_show_a_bar_on_stderr(split, tmp_path, capsys):
     capsys.readouterr()
-    loki_from_published(str(split), str(tmp_path / "ours"), base=str(tmp_path / "base"))
+    loki.loki_from_published(str(split), str(tmp_path / "ours"), base=str(tmp_path / "base"))
     out, err = capsys.readouterr()
     assert out == "" and "comparing with the base" in err and "writing rows" in err

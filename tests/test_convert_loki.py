@@ -27,9 +27,9 @@ from transformers import LlamaForCausalLM
 
 from gci_kernels import patch
 from gci_kernels.accuracy import relative_error
-from gci_kernels.convert import ConvertError, Kind, convert, loki_merge_published, recognise
+from gci_kernels.convert import ConvertError, convert, formats, loki, loki_merge_published, recognise
 from gci_kernels.loki import read_positions, write_positions
-from gci_kernels.tuners.published_loki import FusedSplit
+from gci_kernels.tuners.published_loki import FusedPublishedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,9 +44,9 @@ def test_loki_from_published(tmp_path, layout, bias, dtype):
     tiny_llama(dtype, bias).save_pretrained(tmp_path / "base", max_shard_size="4KB")
     published = split_model(tiny_llama(dtype, bias), layout)
     source = save_split(tmp_path / "published", published, layout, max_shard_size="5KB")
-    assert (source / "model.safetensors.index.json").is_file() and recognise(source) == Kind.PUBLISHED_LOKI
+    assert (source / "model.safetensors.index.json").is_file() and recognise(source) is loki.PUBLISHED
     done = convert(source, tmp_path / "ours", base=tmp_path / "base", progress=False)
-    assert (done.modules, done.notes) == (1, ()) and recognise(tmp_path / "ours") == Kind.LOKI
+    assert (done.modules, done.notes) == (1, ()) and recognise(tmp_path / "ours") is loki.OURS
     expected, base = logits(published), tiny_llama(dtype, bias)
     assert relative_error(logits(base), expected) > 0.01
     model = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
@@ -63,7 +63,7 @@ def test_loki_to_a_plain_checkpoint(tmp_path, layout, size, bias):
     published = split_model(tiny_llama(torch.bfloat16, bias), layout)
     source = save_split(tmp_path / "published", published, layout, max_shard_size=size)
     assert convert(source, tmp_path / "plain", to="plain", progress=False).modules == (1 if layout == "newest" else 2)
-    assert recognise(tmp_path / "plain") == Kind.PLAIN
+    assert recognise(tmp_path / "plain") is formats.PLAIN
     model = LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     assert relative_error(logits(model), logits(published)) < 1e-2
     expected = tiny_llama(torch.bfloat16, bias).state_dict()
@@ -86,7 +86,7 @@ def test_loki_to_published(tmp_path, dtype, bias, size, r):
     tiny_llama(dtype, bias).save_pretrained(tmp_path / "base", max_shard_size=size)
     done = convert(tmp_path / "ours", tmp_path / "published", base=tmp_path / "base", progress=False)
     assert (done.modules, done.notes) == (1, ())
-    assert recognise(tmp_path / "published") == Kind.PUBLISHED_LOKI
+    assert recognise(tmp_path / "published") is loki.PUBLISHED
     published = split_model(tiny_llama(dtype, bias), trained=False)
     weights = {}
     for path in (tmp_path / "published").glob("model*.safetensors"):
@@ -94,7 +94,7 @@ def test_loki_to_published(tmp_path, dtype, bias, size, r):
     published.load_state_dict(weights)
     assert relative_error(logits(published), logits(model)) < TOLERANCE[dtype]
     patch(published)
-    assert isinstance(published.model.layers[0].mlp.down_proj, FusedSplit)
+    assert isinstance(published.model.layers[0].mlp.down_proj, FusedPublishedLayer)
     assert relative_error(logits(published), logits(model)) < TOLERANCE[dtype]
     config = read(tmp_path / "published" / "config.json")
     assert config["target_pos"] == [sorted(rows) for rows in ROWS]
@@ -227,7 +227,7 @@ LOKI_FAULTS = {
 def test_a_model_that_was_never_trained_has_no_split_layers(tmp_path):
     """Its authors save it so."""
     source = save_split(tmp_path / "published", tiny_llama())
-    assert recognise(source) == Kind.PLAIN
+    assert recognise(source) is formats.PLAIN
     with pytest.raises(ConvertError, match="has no layers of the published LoKI; an untrained model has none"):
         loki_merge_published(source, tmp_path / "plain", progress=False)
     source = save_split(tmp_path / "no rows", split_model(tiny_llama(), "plain", [[], []]), "plain", [[], []])
@@ -306,12 +306,14 @@ def _our_config(**changes):
 
 
 OUR_LOKI_FAULTS = {
-    "lacks loki_active of": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_active")),
-    "lacks loki_active_bias of": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_active_bias")),
-    "lacks loki_positions of": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_positions")),
-    "holds a loki_A of": _adapter(lambda w: w.update({ADAPTER_KEY + "loki_A": torch.zeros(1)})),
+    "lacks .*down_proj.loki_active: it does not fit the base": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_active")),
+    "lacks .*loki_active_bias: it does not fit": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_active_bias")),
+    "lacks .*loki_positions: it does not fit": _adapter(lambda w: w.pop(ADAPTER_KEY + "loki_positions")),
+    "holds .*loki_A: it does not fit": _adapter(lambda w: w.update({ADAPTER_KEY + "loki_A": torch.zeros(1)})),
     "which is no part of this LoKI adapter": _adapter(lambda w: w.update({"loki_A": torch.zeros(1)})),
-    r"loki_active has shape \[3, 25\]": _adapter(lambda w: w.update({ADAPTER_KEY + "loki_active": torch.zeros(3, 25)})),
+    r"loki_active has shape \[3, 25\], it must be \[3, 24\] to fit the base model": _adapter(
+        lambda w: w.update({ADAPTER_KEY + "loki_active": torch.zeros(3, 25)})
+    ),
     "must be rows from 0 to 15": _adapter(lambda w: w[ADAPTER_KEY + "loki_positions"].add_(8)),
     "must be ascending int64": _adapter(lambda w: w.update({ADAPTER_KEY + "loki_positions": torch.tensor([5, 2, 11])})),
     "must be ascending int64 ": _adapter(

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from gci_kernels import LoRAMoEConfig, patch
 from gci_kernels.accuracy import relative_error
-from gci_kernels.convert import Kind, convert, recognise
+from gci_kernels.convert import convert, loramoe, recognise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +39,9 @@ moe = published_layers.moe
 def test_loramoe_from_published(tmp_path, dtype):
     published = with_experts(tiny_llama(dtype))
     source = save_published(tmp_path / "published", published_weights(published))
-    assert recognise(source) == Kind.PUBLISHED_LORAMOE
+    assert recognise(source) is loramoe.PUBLISHED
     done = convert(source, tmp_path / "ours", progress=False)
-    assert done.modules == 6 and recognise(tmp_path / "ours") == Kind.LORAMOE
+    assert done.modules == 6 and recognise(tmp_path / "ours") is loramoe.OURS
     base = tiny_llama(dtype)
     without = logits(base)
     model = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
@@ -141,7 +141,7 @@ MOE_CONFIG_FAULTS = [
     (dict(target_modules=[3]), "target_modules must be a list"), (dict(target_modules=[]), "must be a list"),
     (dict(modules_to_save="lm_head"), "modules_to_save must be a list"),
     (dict(target_modules="(up"), "target_modules is no regular expression"),
-    (dict(peft_type=["LORA"]), "an adapter of"),
+    (dict(peft_type=["LORA"]), "which no registered method has"),
 ]  # fmt: skip
 
 
@@ -149,7 +149,7 @@ MOE_CONFIG_FAULTS = [
 def test_loramoe_config_errors(moe, tmp_path, change, reason):
     edit(moe / "adapter_config.json", **change)
     if "lora_nums" in change and change["lora_nums"] is None:
-        reason = "LORA.* without lora_nums"
+        reason = "an adapter of 'LORA' has no published format"
     refused(moe, tmp_path, "adapter_config.json", reason)
 
 
@@ -164,14 +164,14 @@ def _put(name, tensor):
 MOE_WEIGHT_FAULTS = [
     (_drop("lora_A3.weight"), "lacks model.layers.1.mlp.gate_proj.lora_A3.weight"),
     (_drop("lora_B0.weight"), "lacks .*lora_B0"), (_drop("lora_route.weight"), "lacks .*lora_route"),
-    (_put("lora_A4.weight", torch.zeros(3, 16)), "lora_A4.weight: an expert more than r=3 and lora_nums=4 allow"),
-    (_put("lora_A1.weight", torch.zeros(2, 16)), r"lora_A1.weight has shape \[2, 16\], .* make it \[3, 16\]"),
+    (_put("lora_A4.weight", torch.zeros(3, 16)), "holds .*lora_A4.weight: it does not fit r=3 and lora_nums=4"),
+    (_put("lora_A1.weight", torch.zeros(2, 16)), r"has shape \[2, 16\], it must be \[3, 16\] to fit r=3 and"),
     (_put("lora_B1.weight", torch.zeros(24, 3, 1)), "lora_B1.weight has shape"),
     (_put("lora_route.weight", torch.zeros(5, 16)), r"lora_route.weight has shape \[5, 16\]"),
     (_put("lora_A0.weight", torch.tensor(1.0)), "lora_A0.weight has shape"),
     (_put("lora_A1.weight", torch.zeros(3, 16).double()), "lora_A1.weight is torch.float64"),
-    (_put("lora_A01.weight", torch.zeros(3, 16)), "which is no part of a LoRAMoE adapter"),
-    (_put("weight", torch.zeros(24, 16)), "which is no part of a LoRAMoE adapter"),
+    (_put("lora_A01.weight", torch.zeros(3, 16)), "which is no part of this LoRAMoE adapter"),
+    (_put("weight", torch.zeros(24, 16)), "which is no part of this LoRAMoE adapter"),
     (_put("lora_A1.weight", torch.zeros(3, 16, dtype=torch.int64)), "must be a dense tensor"),
     (_put("lora_A1.weight", torch.zeros(3, 16).to_sparse()), "must be a dense tensor"),
     (_put("lora_A1.weight", torch.zeros(1).expand(3, 16)), "and fewer values"),
@@ -265,7 +265,7 @@ def test_our_loramoe_config_errors(our_moe, tmp_path, change, reason):
     if change == dict(r=4):
         file, reason = (
             "adapter_model.safetensors",
-            r"has shape \[12, 24\], and r=4 and num_experts=4 make it \[16, ",
+            r"has shape \[12, 24\], it must be \[16, 24\] to fit r=4 and num_experts=4",
         )
     refused(our_moe, tmp_path, file, reason)
 
@@ -291,6 +291,6 @@ def test_our_loramoe_file_errors(our_moe, tmp_path, fault):
         moved = weights.pop(KEY + "loramoe_lora_B")
         reason = "lacks model.layers.1.mlp.gate_proj.loramoe_lora_B"
         if fault == "unknown":
-            weights[KEY + "loramoe_C"], reason = moved, "no part of a LoRAMoE adapter"
+            weights[KEY + "loramoe_C"], reason = moved, "no part of this LoRAMoE adapter"
         save_file(weights, path)
     refused(our_moe, tmp_path, file, reason)

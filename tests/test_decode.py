@@ -1,19 +1,17 @@
-"""Decoding steps: the C++ kernel against float64, steps that are found again, the registered operators."""
+"""Decoding steps: the C++ kernel against float64, and the registered operators."""
 
-import gc
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
+from decode_cases import double, drawer, expected, group_of, make, make_base, run
 
 from gci_kernels import native, ops
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.native import DTYPE_CODES, extension
-from gci_kernels.ops.decode import MAX_TOKENS, Group, choose_decode, find_step, plan, step
-from gci_kernels.tuners import fusion
+from gci_kernels.native import extension
+from gci_kernels.ops.decode import Group, find_step
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -28,50 +26,6 @@ CASES = [
     (4, 40, 35, 500, 0, 0), (13, 70, 33, 2, 3, 3),
 ]  # fmt: skip
 BASES = ("y", "weight", "weight and bias")
-
-
-def drawer(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return lambda *shape, scale=1.0, dtype: (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
-
-
-def make(tokens, in_features, out_features, rank, experts, dtype, adapter_dtype, seed=0):
-    """x, A, router, B, and y, which stands for the base product."""
-    draw, width = drawer(seed), rank * max(experts, 1)
-    x = draw(tokens, in_features, dtype=dtype)
-    A = draw(width, in_features, scale=in_features**-0.5, dtype=adapter_dtype)
-    router = draw(experts, in_features, scale=in_features**-0.5, dtype=adapter_dtype) if experts else None
-    B = draw(out_features, width, scale=width**-0.5, dtype=adapter_dtype)
-    return x, A, router, B, draw(tokens, out_features, dtype=dtype)
-
-
-def make_base(kind, in_features, out_features, dtype):
-    draw = drawer(7)
-    weight = None if kind == "y" else draw(out_features, in_features, scale=in_features**-0.5, dtype=dtype)
-    return weight, draw(out_features, dtype=dtype) if kind == "weight and bias" else None
-
-
-def expected(x, A, router, B, y, top_k, scaling=2.0, weight=None, bias=None):
-    """By the reference, in the dtype of its arguments."""
-    if weight is not None:
-        y = torch.nn.functional.linear(x, weight, bias)
-    if router is None:
-        return y + ops.lora_linear(x, None, None, A, B, scaling=scaling, impl="reference")
-    return y + ops.loramoe_linear(x, None, None, A, B, router, scaling=scaling, top_k=top_k, impl="reference")[0]
-
-
-def double(*tensors):
-    return [t if t is None else t.double() for t in tensors]
-
-
-def group_of(A, router, B, scaling=2.0, top_k=None, first=0, count=1):
-    return Group(A, B, scaling, first, count, router, top_k)
-
-
-def run(x, A, router, B, y=None, weight=None, bias=None, scaling=2.0, top_k=None):
-    """The kernel's answer, None where there is no kernel."""
-    found = find_step(x, weight, bias, (group_of(A, router, B, scaling, top_k, 0, x.shape[0]),))
-    return None if found is None else found.run(x, None if y is None else y.clone())
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -125,7 +79,7 @@ def test_groups_of_tokens_with_adapters_of_their_own(threads, base):
         groups.append(group_of(A, router, B, 0.5 + seed, top_k or None, first, len(mine)))
         first += len(mine)
         wanted[list(mine)] = expected(x[list(mine)], A, router, B, wanted[list(mine)], top_k, 0.5 + seed)
-    for _ in range(20):  # who takes what is another matter every time
+    for _ in range(20):  # the threads share the work differently in every run
         actual = find_step(x, weight, bias, groups, rows).run(x, y.clone() if weight is None else None)
         assert relative_error(actual, wanted) < 1e-6
         assert weight is not None or torch.equal(actual[[1, 3]], y[[1, 3]])
@@ -235,7 +189,7 @@ def test_attention_of_adapters_of_their_own(threads):
         )
         wanted_kv[mine, past, : 2 * rank] = new.float()
         first += 2
-    for _ in range(30):  # who takes what is another matter every time
+    for _ in range(30):  # the threads share the work differently in every run
         cache = kv.clone()
         actual = find_step(x, None, None, groups, rows).attend(x, y.clone(), cache, past, None)
         assert relative_error(actual, wanted) < 1e-6 and torch.equal(actual[2], y[2])
@@ -247,7 +201,7 @@ def test_attention_of_adapters_of_their_own(threads):
 def test_attention_where_the_cache_is_full(past):
     x, A, B, y, qkv, kv, _ = make_attention(2, 2, 20, 4, torch.float32, torch.float32, False)
     found, before = find_step(x, None, None, (Group(A, B, 2.0, 0, 2, None, None, qkv),)), kv.clone()
-    with pytest.raises(IndexError, match=f"places for 7 tokens, {past} of which"):
+    with pytest.raises(IndexError, match=f"a capacity of 7 tokens, {past} of which"):
         found.attend(x, y, kv, torch.tensor(past), None)
     assert torch.equal(kv.nan_to_num(), before.nan_to_num())
 
@@ -256,109 +210,6 @@ def test_nan_of_a_logit_reaches_the_output():
     x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
     router[3] = float("nan")
     assert run(x, A, router, B, y, top_k=2).isnan().all()
-
-
-# The choice, and steps that are kept
-
-
-KNOWN = dict(tokens=1, columns=40, experts=8, dtype=torch.bfloat16, adapter_dtype=torch.float32, device_type="cpu")
-
-
-def test_the_choice_is_a_function_of_sizes_and_dtypes():
-    assert choose_decode(**KNOWN) is not None
-    for change in (
-        dict(tokens=0), dict(tokens=17), dict(columns=513), dict(experts=257), dict(device_type="meta"), dict(head=129),
-        dict(dtype=torch.float64, adapter_dtype=torch.float64), dict(dtype=torch.float32, adapter_dtype=torch.bfloat16),
-    ):  # fmt: skip
-        assert choose_decode(**KNOWN | change) is None, change
-
-
-def test_launches_of_one_step_of_one_layer(monkeypatch):
-    """On a GPU at most three with the base product's; on a CPU one call is everything."""
-    monkeypatch.setitem(plan._BUILT, "cuda", plan._DTYPES)
-    proved = frozenset({"decode_step", "decode_attend"})
-    for head in (None, 4):
-        assert len(choose_decode(**KNOWN, head=head).launches) == 1
-        on_gpu = choose_decode(**KNOWN | {"device_type": "cuda"}, head=head, proved=proved)
-        assert len(on_gpu.launches) <= 3 and on_gpu.launches[0] == "base product"
-        assert choose_decode(**KNOWN | {"device_type": "cuda"}, head=head, proved=proved - {"decode_step"}) is None
-    without = choose_decode(**KNOWN | {"device_type": "cuda"}, head=4, proved=proved - {"decode_attend"})
-    assert without is None
-
-
-def test_what_no_kernel_takes_is_left_alone():
-    x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
-    for changed in (
-        dict(x=x.double(), y=y.double()), dict(A=A.t().contiguous().t()), dict(B=B.bfloat16()), dict(x=x.repeat(9, 1)),
-        dict(y=None, weight=torch.randn(20, 9).t()), dict(y=None, weight=torch.randn(9, 20, dtype=torch.bfloat16)),
-        dict(x=x[:, :19]),
-    ):  # fmt: skip
-        assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None, changed.keys()
-
-
-class Wrapped(torch.Tensor):
-    """A tensor whose address is nobody's business."""
-
-
-def test_tensors_of_other_classes_are_left_alone():
-    x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
-    for changed in (dict(A=A.as_subclass(Wrapped)), dict(y=None, weight=torch.randn(9, 20).as_subclass(Wrapped))):
-        assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None
-    with torch.no_grad():
-        assert fusion.takes_steps("auto", x) and not fusion.takes_steps("auto", x.as_subclass(Wrapped))
-
-
-def test_x_with_gaps():
-    x, A, router, B, y = make(4, 20, 9, 2, 4, torch.float32, torch.float32)
-    assert torch.equal(run(x.t().contiguous().t(), A, router, B, y), run(x, A, router, B, y))
-
-
-def test_steps_follow_their_tensors():
-    x, A, router, B, y = make(2, 20, 9, 2, 4, torch.float32, torch.float32)
-    weight = torch.randn(9, 20)
-
-    def check(A, router, B, scaling, top_k):
-        actual = run(x, A, router, B, None, weight, scaling=scaling, top_k=top_k)
-        assert relative_error(actual, expected(x, A, router, B, y, top_k, scaling, weight)) < 1e-6
-
-    check(A, router, B, 1.0, 4)
-    for tensor in (A, router, B, weight):
-        tensor.data.mul_(2)
-    check(A, router, B, 1.0, 4)  # the same memory
-    check(A, router, B, 3.0, 4)
-    check(A, router, B, 3.0, 2)
-    check(A, None, B[:, :8].contiguous(), 1.0, 0)
-    for tensor in (A, router, B, weight):
-        tensor.data = torch.randn_like(tensor)
-        check(A, router, B, 1.0, 4)
-    A = torch.randn(8, 20)
-    check(A, router, B, 1.0, 4)
-    number = id(B)
-    assert number in step._keys and any(number in key for key in step._steps)
-    del B, tensor
-    gc.collect()
-    assert number not in step._keys and not any(number in key for key in step._steps)
-
-
-def test_threads_of_a_program_may_share_an_adapter():
-    x, A, router, B, y = make(8, 300, 400, 4, 8, torch.float32, torch.float32)
-    want, wrong = expected(x, A, router, B, y, 8, 2.0), []
-
-    def work():
-        for _ in range(50):
-            if relative_error(run(x, A, router, B, y), want) > 1e-6:
-                wrong.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
-def test_codes_name_every_dtype():
-    assert sorted(DTYPE_CODES.values()) == [0, 1, 2, 3] and extension().decode_max_tokens == MAX_TOKENS
 
 
 # Operators

@@ -9,6 +9,7 @@ from gci_kernels.accuracy import relative_error
 from gci_kernels.generation import forward_context
 from gci_kernels.ops.decode import plan
 from gci_kernels.tuners import ALoRALinear
+from gci_kernels.tuners.replay import may_replay
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -88,8 +89,8 @@ def test_inductor_compiles_a_step(method):
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    """The length of a static cache is the device's to know, as it is where that runs by itself."""
-    monkeypatch.setattr(forward_context, "_runs_by_itself", lambda device: True)
+    """The length of a static cache is read on the device alone, as on one that is asynchronous."""
+    monkeypatch.setattr(forward_context, "_is_asynchronous", lambda device: True)
 
 
 def static(model, ids=IDS, capacity=12, **given):
@@ -160,16 +161,17 @@ def test_what_no_kernel_will_take_is_counted_by_the_process(as_on_gpu):
         wide = static(model, IDS[:1].expand(17, -1))
         model(IDS[:1, :1].expand(17, -1), past_key_values=wide)
         assert wide.gci_adapters.tokens == 6
-        asked = static(model), None, model.base_model.wanted, 2, torch.device("cpu")
-        assert forward_context._counts_on_device(*asked)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not forward_context._counts_on_device(*asked)
+    asked = 2, torch.float32, torch.device("cpu")
+    assert may_replay(*asked) and not may_replay(2, torch.float64, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not may_replay(*asked)
 
 
 def test_a_graph_reads_no_further_than_a_short_mask(as_on_gpu, monkeypatch):
     model, seen = adapted("alora"), []
-    own = forward_context.Context.room
-    monkeypatch.setattr(forward_context.Context, "room", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
+    cls = forward_context.LayerContext
+    own = cls.reserve
+    monkeypatch.setattr(cls, "reserve", lambda self, *args: seen.append(own(self, *args)) or seen[-1])
     with torch.no_grad():
         cache = static(model)
         model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)  # floating: looked at

@@ -1,4 +1,4 @@
-"""README and docs: links, names and paths exist, and measured numbers are those of the result files."""
+"""README, docs and other pages: links, names and paths exist, and measured numbers are those of the result files."""
 
 import functools
 import importlib
@@ -16,7 +16,8 @@ from gci_kernels.bench import readme
 from gci_kernels.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 CODE = re.compile(r"^```.*?^```$", flags=re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -110,8 +111,7 @@ def test_readme_is_short():
 
 def test_every_page_is_in_the_navigation():
     named = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
-    pages = [str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS[1:]]
-    assert sorted(named) == sorted(pages)
+    assert sorted(named) == sorted(str(path.relative_to(ROOT / "docs")) for path in PAGES)
 
 
 def test_every_command_is_described(capsys):

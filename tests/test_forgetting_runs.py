@@ -24,7 +24,7 @@ from gci_kernels.rega.distilled import read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = Sizes(
-    train=12, held_out=6, looked=3, texts=3, own=1, replayed=3, new_tokens=16, arithmetic=4, glosses=3, attributed=2
+    train=12, held_out=6, loss_tasks=3, texts=3, own=1, replayed=3, new_tokens=16, arithmetic=4, glosses=3, attributed=2
 )
 TINY = Comparison(SIZES, Schedule(batch=3, every=2, steps=4, target=0.5), seeds=(0, 1))
 CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) for word in ("rest", "fever", "water")]
@@ -33,7 +33,7 @@ CHOICES = [Choice(f"what is {word}", ("rent", "the sun", "cold", "a court"), 1) 
 @pytest.fixture
 def texts(monkeypatch):
     """Texts and words that the toy tokenizer knows, and the toy model, in place of the real ones."""
-    monkeypatch.setattr(sources, "licences", lambda tell: TEXTS)
+    monkeypatch.setattr(sources, "licences", lambda log: TEXTS)
     monkeypatch.setattr(general, "instructions", lambda count, seed: INSTRUCTIONS)
     monkeypatch.setattr(
         general, "held_out_texts", lambda count, seed: [" ".join(WORDS[n : n + 7]) for n in range(count)]
@@ -41,8 +41,8 @@ def texts(monkeypatch):
     monkeypatch.setattr(general, "gloss_choices", lambda count, seed: CHOICES[:count])
     monkeypatch.setattr(materials, "CENTRAL", "you are a helpful model")
     monkeypatch.setattr(materials, "ROLES", rega.Roles("you are a helpful model", {"law": "you are a lawyer"}))
-    monkeypatch.setattr(command, "load_tokenizer", lambda name, tell: tokenizer())
-    monkeypatch.setattr(command, "load_model", lambda name, dtype, device, tell: (llama().to(dtype), tokenizer()))
+    monkeypatch.setattr(command, "load_tokenizer", lambda name, log: tokenizer())
+    monkeypatch.setattr(command, "load_model", lambda name, dtype, device, log: (llama().to(dtype), tokenizer()))
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ def test_losses_are_those_of_every_text(evaluator, made):
         return sum(losses) / len(losses)
 
     point = evaluator.point(model, 0, 0)
-    assert point.domain_loss == pytest.approx(mean(held_out.looked), abs=1e-5)
+    assert point.domain_loss == pytest.approx(mean(held_out.loss_tasks), abs=1e-5)
     assert point.general_loss == pytest.approx(mean(held_out.texts), abs=1e-5)
     groups = [task.group for task in held_out.domain]
-    assert len(held_out.looked) == 3 and sorted(set(groups)) == ["permission", "summary", "term"]
+    assert len(held_out.loss_tasks) == 3 and sorted(set(groups)) == ["permission", "summary", "term"]
 
 
 def test_answers_come_in_the_order_of_their_prompts(evaluator, made):
@@ -271,5 +271,5 @@ def test_other_settings_are_kept_elsewhere():
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
-        runs._write(tmp_path / "a.json", {"a": object()})
+        runs._write_json(tmp_path / "a.json", {"a": object()})
     assert not list(tmp_path.iterdir())

@@ -44,11 +44,11 @@ class Tape(TorchDispatchMode):
         self.calls = []
 
     def __enter__(self):
-        self.found, transforms.under_dispatch_mode = transforms.under_dispatch_mode, lambda: False  # as for a graph
+        self.depth, transforms.dispatch_mode_depth = transforms.dispatch_mode_depth, lambda: 0  # as for a graph
         return super().__enter__()
 
     def __exit__(self, *error):
-        transforms.under_dispatch_mode = self.found
+        transforms.dispatch_mode_depth = self.depth
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -92,7 +92,7 @@ def recorded(kernels, monkeypatch):
     monkeypatch.setattr(cuda, "extension", lambda: recorded)
     monkeypatch.setattr(step.native, "Step", cuda.Step)
     monkeypatch.setattr(step, "_steps", {})
-    monkeypatch.setattr(forward_context, "_runs_by_itself", lambda device: True)
+    monkeypatch.setattr(forward_context, "_is_asynchronous", lambda device: True)
     return recorded
 
 

@@ -197,7 +197,7 @@ def test_one_copy_for_each_dtype_in_turn():
         assert torch.equal(layer.copy(dtype), layer.expected(dtype))
 
 
-def test_a_split_weight_is_put_together():
+def test_a_partitioned_weight_is_merged():
     layer, merged = Layer(), MergedRows()
     rest = torch.tensor([row for row in range(12) if row not in POSITIONS])
     for _ in range(2):

@@ -357,3 +357,27 @@ def test_a_mixed_batch_trains_after_inference_mode():
     with torch.inference_mode():
         model(BATCH, adapter_names=NAMES)
     model(BATCH, adapter_names=NAMES).logits.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("method", (*METHODS, "hydralora", "loki"))
+def test_what_a_base_layer_returned_is_left_as_it_was(method, tokens):
+    """A hook may keep it; neither a decoding step nor the layers' own products write into it."""
+    model, seen = with_two(method), []
+    for name, module in model.named_modules():
+        if name.endswith("down_proj.base_layer"):
+            module.register_forward_hook(lambda module, args, y: seen.append((y, y.clone())))
+    with torch.no_grad():
+        model(input_ids=BATCH[:, :1].repeat(1, tokens), adapter_names=NAMES)
+    assert len(seen) == 2 and all(torch.equal(y, copied) for y, copied in seen)
+
+
+@pytest.mark.parametrize("method", ("lora", "loramoe", "hydralora", "loki"))
+def test_a_base_layer_that_returns_another_dtype(method):
+    """As quantised ones may; a decoding step of float32 cannot be added to it."""
+    layer, x = with_two(method).base_model.model.model.layers[0].mlp.down_proj, torch.randn(4, 1, 96)
+    with torch.no_grad():
+        expected = layer(x, adapter_names=NAMES)
+        layer.base_layer.register_forward_hook(lambda module, args, y: y.double())
+        y = layer(x, adapter_names=NAMES)
+    assert y.dtype == torch.float64 and relative_error(y, expected) < 1e-6

@@ -1,6 +1,8 @@
 """The C++ stages against library products, on every instruction set of this processor; loading the extension."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gci_kernels import native
+from gci_kernels import limits, native
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck import native as stages
@@ -132,7 +134,22 @@ def test_lesser_instruction_sets(isa, tmp_path):
 
 def test_unknown_instruction_set_is_named(tmp_path):
     done = _runs("mmx", tmp_path, "-c", "import gci_kernels")
-    assert done.returncode != 0 and "GCI_CPU_ISA=mmx" in done.stderr and "baseline" in done.stderr
+    assert (
+        done.returncode != 0 and "GCI_CPU_ISA=mmx: this build or processor has no such instruction set" in done.stderr
+    )
+    assert f"allowed: {', '.join((*LESSER, native.ISA))}" in done.stderr
+
+
+def test_every_instruction_set_gains_what_the_one_before_it_does():
+    """Its row in the plan's tables is not forgotten."""
+    for lower, higher in itertools.pairwise(native.ISAS):
+        for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 64, 2048)):
+            lesser, better = (
+                choose_plan("auto", tokens=tokens, dtype=dtype, device_type="cpu", isa=isa, library=True)
+                for isa in (lower, higher)
+            )
+            for stage, impl in vars(lesser).items():
+                assert impl != "native" or getattr(better, stage) == "native", (lower, higher, dtype, tokens, stage)
 
 
 @pytest.mark.smoke
@@ -161,6 +178,19 @@ def test_plan_is_pure_and_printable():
     assert plan(torch.bfloat16, device_type="cuda").key == plan(torch.float16).key == "aten/aten/aten/aten/aten"
     with pytest.raises(ValueError, match="impl='native' cannot run here: its kernels run on CPU tensors, not cuda"):
         plan(torch.float32, device_type="cuda", impl="native")
+
+
+def test_limits_are_the_same_in_cpp():
+    """native.py compares them with the extension; here with the sources, which may be newer."""
+    header = (Path(__file__).resolve().parents[1] / "csrc" / "common" / "limits.h").read_text()
+    values = {name.lower(): value for name, value in vars(limits).items() if name.isupper()}
+    assert {name: int(value) for name, value in re.findall(r"LIMIT\((\w+), (\d+)\)", header)} == values
+
+
+def test_an_extension_with_other_limits_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_EXPERTS", 255)
+    with pytest.raises(ImportError, match="built from other sources: its limits are not those of limits.py"):
+        native._load()
 
 
 def test_without_the_extension(monkeypatch):

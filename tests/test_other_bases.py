@@ -1,110 +1,36 @@
-"""Adapters over quantised base layers: the base runs its own product, the update is fused, PEFT's meaning is kept.
-
-bitsandbytes and torchao come with the test extra. HQQ is tried where it is installed: it has no wheels, and building
-it starts a build of CUDA code. Of GPTQ, AWQ and AQLM, whose kernels need a GPU or a compiler of their own, PEFT's
-adapter layers are tried over a stand-in.
-"""
+"""PEFT's LoRA over quantised base layers: the base runs its own product, the update is fused, no meaning changes."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+import toy_quantised
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners import lora
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-from torchao.quantization.granularity import PerGroup
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from toy_quantised import BASES, DTYPES, IDS, OWN_CALL, QuantLinear, layers, lora_config
+from transformers import LlamaForCausalLM
 
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report, unpatch
+from gci_kernels import patch, report, unpatch
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.ops import lora_linear
-from gci_kernels.tuners import AdaptedLinear, fusion
+from gci_kernels.ops.bottleneck import adapted_linear
+from gci_kernels.ops.decode import native
+from gci_kernels.tuners import fusion
 from gci_kernels.tuners.lora import FusedLora
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:.*will be cast from"),
 ]
-
-TARGETS = ["q_proj", "down_proj"]
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 77], [1, 44, 2, 96, 55, 13, 70]])
-DTYPES = (torch.float32, torch.bfloat16)
+folder, base = toy_quantised.folder, toy_quantised.base
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny Llama with biases in its linear layers, saved."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2, attention_bias=True,
-        mlp_bias=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(path := tmp_path_factory.mktemp("llama"))
-    return path
-
-
-def _loaded(quantization):
-    """from_pretrained with what `quantization` makes of the dtype."""
-
-    def load(folder, dtype: torch.dtype) -> nn.Module:
-        return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization(dtype))
-
-    return load
-
-
-def _hqq(folder, dtype: torch.dtype) -> nn.Module:
-    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq has no wheels, and building it starts nvcc")
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
-            layer = quantize.HQQLinear(module, config, compute_dtype=dtype, device="cpu")
-            model.model.set_submodule(name, layer)
-    return model
-
-
-BASES = {
-    "nf4": _loaded(
-        lambda dtype: BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-        )
-    ),
-    "int8": _loaded(lambda dtype: BitsAndBytesConfig(load_in_8bit=True)),
-    "torchao int8": _loaded(lambda dtype: TorchAoConfig(Int8WeightOnlyConfig())),
-    "torchao int4": _loaded(lambda dtype: TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)))),
-    "hqq": _hqq,
-}
-# What the base product's column of the report says.
-OWN_CALL = {
-    "nf4": "own call: Linear4bit is not torch.nn.Linear",
-    "int8": "own call: Linear8bitLt is not torch.nn.Linear",
-    "torchao int8": "own call: its weight is a Int8Tensor",
-    "torchao int4": "own call: its weight is a IntxUnpackedToInt8Tensor",
-    "hqq": "own call: HQQLinear is not torch.nn.Linear",
-}
 # Those for which PEFT's layer takes a bias of its own.
 WITH_LORA_BIAS = ("nf4", "int8")
-
-
-@pytest.fixture(params=BASES)
-def base(request) -> str:
-    return request.param
-
-
-def lora_config(**changes) -> LoraConfig:
-    """LoRA with an effect (B is random)."""
-    return LoraConfig(**dict(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False) | changes)
 
 
 def with_lora(folder, base: str, dtype: torch.dtype = torch.float32, **changes) -> PeftModel:
@@ -114,20 +40,16 @@ def with_lora(folder, base: str, dtype: torch.dtype = torch.float32, **changes) 
     return get_peft_model(model, lora_config(**changes)).eval()
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (lora.LoraLayer, AdaptedLinear))]
-
-
 @pytest.fixture
 def fused_calls(monkeypatch) -> list[tuple]:
     """The weight and bias that every call of the fused op by a patched LoRA layer was given."""
     calls = []
 
-    def spy(x, weight, bias, *args, **kwargs):
-        calls.append((weight, bias))
-        return lora_linear(x, weight, bias, *args, **kwargs)
+    def spy(operands, *args):
+        calls.append(operands[1:3])
+        return adapted_linear(operands, *args)
 
-    monkeypatch.setattr("gci_kernels.tuners.lora.lora_linear", spy)
+    monkeypatch.setattr("gci_kernels.tuners.lora.adapted_linear", spy)
     return calls
 
 
@@ -157,7 +79,7 @@ def truth(layer: lora.LoraLayer, x: torch.Tensor, dout: torch.Tensor, names: lis
     return [y.double() + total, dx.double() + gradients[0], *flat]
 
 
-# PEFT's LoRA
+# Layer for layer, and whole models
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,8 +155,6 @@ def test_a_model_trains_as_it_does_in_peft(folder, base):
 
 def test_generation(folder, base, monkeypatch):
     """The tokens that PEFT's layers give; every decoding step's update by one kernel."""
-    from gci_kernels.ops.decode import native
-
     settings = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
     model, steps, own = with_lora(folder, base), [], native.Step.run
     expected = model.generate(**settings)
@@ -260,7 +180,7 @@ def test_a_decoding_step_adds_what_training_adds(folder, base, autocast, monkeyp
     x = torch.randn(2, 1, layer.in_features).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
         step = layer(x)
-        monkeypatch.setattr(fusion, "decodes", lambda x: False)
+        monkeypatch.setattr(fusion, "takes_steps", lambda impl, x: False)
         assert relative_error(step, layer(x)) < 1e-2 and step.dtype == torch.bfloat16
 
 
@@ -345,11 +265,11 @@ def test_dora_is_declined(folder, base):
     assert all("DoraLinearVariant, which changes the formula" in line.declined for line in report(model))
 
 
-# Kinds of LoRA that differ in how they start
+# Kinds of LoRA that differ in their initialisation
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"])
-def test_starts_that_are_plain_lora_afterwards(folder, start, fused_calls):
+def test_initialisations_that_are_plain_lora_afterwards(folder, start, fused_calls):
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = get_peft_model(model, lora_config(init_lora_weights=start)).double().eval()
     for layer in layers(model):
@@ -361,19 +281,6 @@ def test_starts_that_are_plain_lora_afterwards(folder, start, fused_calls):
 
 
 # PEFT's layers for libraries that need a GPU
-
-
-class QuantLinear(nn.Module):
-    """Keeps its weight as GPTQ's, AWQ's and AQLM's layers do: not as a weight."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = self.infeatures = in_features
-        self.out_features = self.outfeatures = out_features
-        self.register_buffer("qweight", torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.qweight.to(x.dtype) / 16)
 
 
 @pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear])
@@ -397,99 +304,3 @@ def test_a_layer_of_the_same_name_from_elsewhere_is_left_alone():
         model = nn.Sequential(kind(nn.Linear(4, 4), "default", config=lora_config(), r=2, lora_alpha=2))
         with pytest.raises(ValueError, match="layer.Linear has no fused form"):
             patch(model)
-
-
-# The package's own methods
-
-OWN = {
-    "loramoe": LoRAMoEConfig(target_modules=TARGETS, init_weights=False),
-    "alora": ALoRAConfig(r=8, target_modules=TARGETS, init_weights=False),
-    "loki": LoKIConfig(positions=[[3, 9, 40]] * 2, init_weights=False),
-    "loki star": LoKIConfig(positions=[[3, 9, 40]] * 2, r=4, init_weights=False),
-}
-
-
-def adapted(model: nn.Module, method: str) -> PeftModel:
-    """Adapted with an effect, the same for every base, in training mode."""
-    torch.manual_seed(1)
-    model = patch(model, OWN[method]).train()
-    for name, parameter in model.named_parameters():
-        if "loki_active" in name:
-            torch.manual_seed(2)
-            nn.init.normal_(parameter.data, std=0.3)
-    return model
-
-
-def dequantised(model: nn.Module) -> nn.Module:
-    """The same model with plain layers of the weights that the quantised ones stand for."""
-    from gci_kernels.tuners.loki import _dequantised
-
-    for name, module in list(model.model.named_modules()):
-        if fusion.has_rows(module):
-            weight = _dequantised(module).detach()
-            plain = nn.Linear(weight.shape[1], weight.shape[0])
-            plain.weight.data, plain.bias.data = weight.float(), module.bias.detach().float()
-            model.model.set_submodule(name, plain.requires_grad_(False))
-    return model
-
-
-@pytest.mark.parametrize("method", OWN)
-def test_own_methods_are_what_they_are_over_the_dequantised_weights(folder, base, method):
-    """Logits and the adapters' gradients."""
-    quantised = adapted(BASES[base](folder, torch.float32), method)
-    plain = adapted(dequantised(BASES[base](folder, torch.float32)), method)
-    assert {line.base for line in report(quantised)} == {OWN_CALL[base]}
-    # int8 rounds the activations too; the others compute with float32
-    tolerance = 5e-2 if base == "int8" else 1e-4
-    gradients = []
-    for model in (quantised, plain):
-        logits = model(IDS).logits
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-        trained = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
-        gradients.append({"logits": logits.detach(), **trained})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 4
-    for name, expected in gradients[1].items():
-        assert expected.norm() > 0 or "positions" in name
-        assert relative_error(gradients[0][name], expected) < tolerance, name
-
-
-@pytest.mark.parametrize("method", OWN)
-def test_own_methods_generate_save_and_load(folder, base, method, tmp_path):
-    settings = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
-    model = adapted(BASES[base](folder, torch.float32), method).eval()
-    with torch.no_grad():
-        tokens, logits = model.generate(**settings), model(IDS).logits
-        model.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(BASES[base](folder, torch.float32), tmp_path).eval()
-        assert relative_error(again(IDS).logits, logits) < 1e-6
-        assert torch.equal(again.generate(**settings), tokens)
-        longer = model(tokens).logits[:, IDS.shape[1] - 1 : -1]
-    # a step and a whole sequence round another way: only where two tokens are all but equal may they differ
-    if base not in ("nf4", "int8"):
-        assert torch.equal(longer.argmax(-1), tokens[:, IDS.shape[1] :])
-    with pytest.raises(ValueError, match="cannot be merged"):
-        model.merge_adapter()
-
-
-@pytest.mark.parametrize("first", ["nothing", "inference"])
-def test_rows_start_as_the_base_layers_own(folder, base, first):
-    """Also after an inference, in which bitsandbytes may lay its weight out anew; and the base layer still runs."""
-    expected = dequantised(BASES[base](folder, torch.float32))
-    model = BASES[base](folder, torch.float32)
-    with torch.no_grad():
-        if first == "inference":
-            model(IDS)
-        model = patch(model, LoKIConfig(positions=[[3, 9, 40]] * 2))
-        for mine, layer in zip(layers(model), expected.model.layers, strict=True):
-            rows = layer.mlp.down_proj.weight[[3, 9, 40]]
-            # packed, nf4 keeps its scales in bfloat16
-            assert relative_error(mine.loki_active["default"], rows) < (1e-2 if base == "nf4" else 1e-6)
-        model(IDS)
-        with model.disable_adapter():
-            model(IDS)
-
-
-def test_kinds_of_base_layers_that_are_told_apart():
-    assert isinstance(Linear4bit(4, 4), nn.Linear) and isinstance(Linear8bitLt(4, 4), nn.Linear)
-    assert fusion.is_linear(QuantLinear(4, 4)) and not fusion.has_rows(QuantLinear(4, 4))
-    assert not any(map(fusion.is_linear, (nn.Bilinear(4, 4, 4), nn.Embedding(4, 4), nn.LayerNorm(4))))

@@ -26,7 +26,7 @@ from gci_kernels.tuners import FusedLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 
@@ -90,8 +90,9 @@ def folder(prepared, tmp_path, monkeypatch):
 
 
 def test_blocks_say_what_they_are():
-    """Python, shell, or nothing for one command that a program reads; each language has its test."""
-    assert {language for text in DOCUMENTS.values() for language, _ in FENCE.findall(text)} <= {"python", "sh", ""}
+    """Python, shell, a change of the sources, or nothing for a program's input; each language has its test."""
+    languages = {language for text in DOCUMENTS.values() for language, _ in FENCE.findall(text)}
+    assert languages <= {"python", "sh", "diff", ""}
     assert len(PYTHON) >= 9 and len(COMMANDS) >= 10
     for document, text in DOCUMENTS.items():
         assert text.count("```") == 2 * len(FENCE.findall(text)), f"{document}: a fence is open, or indented"

@@ -1,33 +1,18 @@
 """report says what really runs, and never fails, whatever wraps the layers or stands in the place of their forward."""
 
-import copy
-
+import accelerate
 import pytest
 import torch
-from peft import LoraConfig, XLoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, XLoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from toy_adapters import METHODS, SIZES, config_of, llama
+from toy_lora import adapted_layers, tiny_llama, with_lora, with_two_adapters
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, report
+from gci_kernels import LoRAMoEConfig, patch, report
+from gci_kernels.ops.bottleneck import choose_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-IDS = torch.tensor([[5, 17, 80, 3, 41], [1, 44, 2, 96, 55]])
-SIZES = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, pad_token_id=0, use_cache=False,
-)  # fmt: skip
-CONFIGS = {
-    "lora": LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False),
-    "loramoe": LoRAMoEConfig(r=2, num_experts=4, target_modules=["up_proj"]),
-    "alora": ALoRAConfig(r=4, num_heads=2, target_modules=["up_proj"]),
-    "loki": LoKIConfig(positions={"0.mlp.up_proj": [1], "1.mlp.up_proj": [2]}),
-}
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **changes)).eval()
 
 
 def rows(model: nn.Module) -> dict:
@@ -35,9 +20,9 @@ def rows(model: nn.Module) -> dict:
     return {row.name.removeprefix("base_model.model."): row for row in report(model)}
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_forward_replaced_on_a_layer(method):
-    model = patch(llama(), CONFIGS[method])
+    model = patch(llama(), config_of(method))
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.forward = lambda x: layer.base_layer(x)
     first, second = rows(model).values()
@@ -46,19 +31,19 @@ def test_forward_replaced_on_a_layer(method):
     assert second.plan is not None and second.declined is None
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_hooks_of_a_layer(method):
-    model = patch(llama(), CONFIGS[method])
+    model = patch(llama(), config_of(method))
     model.base_model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     first, second = rows(model).values()
     assert first.plan.endswith("(between hooks of the layer)") and "hooks" not in second.plan
 
 
 def test_xlora(tmp_path):
-    get_peft_model(llama(), CONFIGS["lora"]).save_pretrained(tmp_path)
+    get_peft_model(llama(), config_of("lora")).save_pretrained(tmp_path)
     adapters = {"0": str(tmp_path), "1": str(tmp_path)}
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, xlora_depth=1)
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(use_cache=False), config)
     with pytest.raises(ValueError, match="nothing to patch.*replaced on the instance by that of XLoraLinearLayer"):
         patch(model)
     assert {row.declined for row in rows(model).values()} == {
@@ -66,10 +51,10 @@ def test_xlora(tmp_path):
     }
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_layers_within_a_module_that_is_saved_whole(method):
-    model = patch(llama(), CONFIGS[method])
-    later = copy.deepcopy(CONFIGS[method])
+    model = patch(llama(), config_of(method))
+    later = config_of(method)
     later.modules_to_save = ["mlp"]
     if method == "loki":
         later.positions = {"0.self_attn.q_proj": [1]}
@@ -113,8 +98,6 @@ def test_experts_that_are_parameters(dtype):
 
 
 def test_convolutions_and_other_methods():
-    from peft import IA3Config
-
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     found = rows(patch(model, LoraConfig(r=2, target_modules=["0", "2"])))
     assert found["2"].plan and found["0"].declined == "lora.layer.Conv2d has no fused form"
@@ -124,9 +107,58 @@ def test_convolutions_and_other_methods():
 
 @pytest.mark.parametrize("method", ["loramoe", "alora", "loki"])
 def test_accelerate_hooks(method):
-    import accelerate
-
-    model = accelerate.dispatch_model(patch(llama(), CONFIGS[method]), {"": "cpu"}, force_hooks=True)
+    model = accelerate.dispatch_model(patch(llama(), config_of(method)), {"": "cpu"}, force_hooks=True)
     assert all(row.declined is None for row in report(model))
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     assert all(row.declined is None for row in report(model))
+
+
+def test_report_of_loramoe():
+    model = patch(tiny_llama(torch.float32), LoRAMoEConfig(r=4, num_experts=8))
+    rows = report(model)
+    assert [row.name for row in rows] == list(adapted_layers(model))
+    kinds = {(row.method, row.dtype, row.base, row.declined) for row in rows}
+    assert kinds == {("LoRAMoE 8x4", "float32", "fused", None)}
+    assert {row.name.rpartition(".")[2]: row.shape for row in rows} == {
+        "gate_proj": "64 -> 96",
+        "up_proj": "64 -> 96",
+        "down_proj": "96 -> 64",
+    }
+    plan = str(choose_plan("auto", 2048, torch.float32, "cpu", "gate"))
+    assert {row.plan for row in rows} == {plan}
+
+
+def test_report_of_lora():
+    model = with_two_adapters()
+    assert {row.declined for row in report(model)} == {"not patched: call gci_kernels.patch(model)"}
+    assert {row.plan for row in report(model)} == {None}
+    rows = {row.name: row for row in report(patch(model))}
+    assert rows.keys() == adapted_layers(model).keys()
+    assert all((row.plan is None) != (row.declined is None) and row.dtype == "float64" for row in rows.values())
+    assert {name.rpartition(".")[2]: row.method for name, row in rows.items()} == {
+        "gate_proj": "LoRA r=4",
+        "down_proj": "LoRA r=4",
+        "q_proj": "LoRA r=4, r=3",
+        "up_proj": "LoRA r=3",
+    }
+
+
+def test_report_says_why_the_base_layer_is_called():
+    model = patch(with_lora())
+    name, layer = next(iter(adapted_layers(model).items()))
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    assert {row.name: row.base for row in report(model) if row.base != "fused"} == {name: "own call: it has hooks"}
+
+
+def test_printed_report_has_one_row_for_equal_layers():
+    model = with_two_adapters(use_dora=True)
+    patch(model).base_model.set_adapter("other")
+    printed = str(report(model))
+    assert "layers.*.mlp.gate_proj x 2" in printed and "layers.*.self_attn.q_proj x 2" in printed
+    assert "declined: adapter 'other' uses DoraLinearVariant" in printed
+    assert "project=" in printed
+    assert sum(" x 2" in line for line in printed.splitlines()) == 4
+
+
+def test_report_of_a_model_without_adapters_is_empty():
+    assert report(tiny_llama()) == []

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gci_kernels.accuracy import relative_error
 from gci_kernels.cli import main
 from gci_kernels.loki import ScoresError, attribute, attribute_file, files, load_scores, read_positions, select
-from gci_kernels.loki.scores import fingerprint
+from gci_kernels.models.model_state import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = [list(range(3, 3 + length)) for length in (5, 8, 3, 6, 7)]

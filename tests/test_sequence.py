@@ -1,58 +1,35 @@
 """What a sequence is, captured from whole tiny models: padded and packed batches equal separate runs."""
 
 import copy
-import functools
-import inspect
-import io
-import pickle
 import threading
 
 import pytest
 import torch
 import toy_alora
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     DynamicCache,
-    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gci_kernels import ALoRAConfig, patch
 from gci_kernels.accuracy import relative_error
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import read
-from gci_kernels.generation.sequence import attach, current, required
+from gci_kernels.generation.sequence import current, required
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES, attached, plain = toy_alora.FAMILIES, toy_alora.attached, toy_alora.plain
-tolerance, toys, with_toys = toy_alora.tolerance, toy_alora.toys, toy_alora.with_toys
+FAMILIES, IDS, LEFT, tolerance = toy_alora.FAMILIES, toy_alora.IDS, toy_alora.LEFT, toy_alora.tolerance
+attached, plain, toys = toy_alora.attached, toy_alora.plain, toy_alora.toys
+logits, positions = toy_alora.logits, toy_alora.positions
 
-IDS = torch.tensor([[5, 17, 52, 3, 41, 9, 27], [0, 0, 0, 42, 8, 30, 21], [0, 44, 2, 36, 55, 13, 50]])
-LEFT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
 BATCHES = {"left": (IDS, LEFT), "right": (IDS.flip(1), LEFT.flip(1))}
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def logits(model: nn.Module, ids: torch.Tensor = IDS, mask: torch.Tensor | None = LEFT, **kwargs) -> torch.Tensor:
-    if mask is not None:
-        kwargs = {"attention_mask": mask, "position_ids": positions(mask), **kwargs}
-    with torch.no_grad():
-        return model(input_ids=ids, **{"use_cache": False, **kwargs}).logits
-
-
 def nothing_is_set() -> bool:
-    return current() is None and sequence._thread.state.frame is None
+    return current() is None and sequence._thread.state.forward_context is None
 
 
 # What is captured
@@ -113,9 +90,9 @@ def test_mask_may_be_longer_than_the_keys_there_are():
     causal = torch.ones(7, 7, dtype=torch.bool).tril() & LEFT.bool()[:, None]
     longer = torch.zeros(3, 1, 7, 11, dtype=torch.bool)
     longer[:, 0, :, :7] = causal
-    frame = read({"input_ids": IDS, "attention_mask": longer}, None)
+    context = read({"input_ids": IDS, "attention_mask": longer}, None)
     logits(model)
-    assert torch.equal(frame.sequence.segments, seen[0].segments)
+    assert torch.equal(context.sequence.segments, seen[0].segments)
     wide = read({"input_ids": IDS, "attention_mask": torch.nn.functional.pad(LEFT, (0, 4))}, None)
     assert torch.equal(wide.sequence.segments, seen[0].segments)
     assert torch.equal(seen[0].segments, LEFT.int() - 1)
@@ -138,8 +115,8 @@ def test_of_several_masks_the_one_without_a_window_counts(order):
     masks = dict([("full_attention", full), ("sliding_attention", window)][::order])
     cache = DynamicCache()
     cache.update(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0)
-    frame = read({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
-    assert frame.sequence.segments is None and frame.sequence.past == 4
+    context = read({"input_ids": IDS[:1, :1], "attention_mask": masks, "past_key_values": cache}, None)
+    assert context.sequence.segments is None and context.sequence.past == 4
 
 
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7)
@@ -319,128 +296,6 @@ def test_compiled_gradients():
     actual = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), use_cache=True)
     for name, gradient in actual.items():
         assert relative_error(gradient, expected[name.removeprefix("_orig_mod.")]) < 1e-10
-
-
-# Attaching and detaching
-
-
-def state(model: nn.Module) -> list:
-    """Everything about the modules of a model but their parameters' values."""
-    found = []
-    for module in model.modules():
-        values = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
-        found.append((module, type(module), values))
-    return found
-
-
-def test_detach_is_exact_and_attach_idempotent():
-    model = with_toys(plain())
-    before = state(model)
-    first, second = attach(model), attach(model)
-    assert type(model.model).__name__ == "LlamaModel"
-    expected = logits(model)
-    second.detach()
-    for toy in toys(model):
-        toy.calls = 0
-    for (module, cls, values), (_, old_cls, old_values) in zip(state(model), before, strict=True):
-        assert cls is old_cls and values.keys() == old_values.keys(), type(module)
-        assert all(values[name] is old_values[name] or values[name] == old_values[name] for name in values)
-    with pytest.raises(RuntimeError, match="sequence.attach"):
-        logits(model)
-    first.detach()
-    attach(model)
-    assert torch.equal(logits(model), expected)
-
-
-def _torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _torch_save],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
-def test_copies_are_attached_and_independent(duplicate):
-    model = with_toys(plain())
-    handle = attach(model)
-    twin = duplicate(model)
-    expected = logits(model)
-    assert torch.equal(logits(twin), expected)
-    handle.detach()
-    assert torch.equal(logits(twin), expected)
-    attach(twin).detach()
-    assert type(twin.model) is type(model.model) and type(twin.model.layers[1]) is type(model.model.layers[1])
-
-
-def test_class_keeps_its_name_and_signature():
-    model, old = attached().model, plain().model
-    for new, before in ((model, old), (model.layers[0], old.layers[0])):
-        assert str(type(new)) == str(type(before)) and isinstance(new, type(before))
-        assert inspect.signature(new.forward) == inspect.signature(before.forward)
-
-
-def test_peft_model():
-    model = with_toys(plain())
-    handle = attach(model)
-    expected = logits(model)
-    handle.detach()
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
-    attach(wrapped)
-    assert torch.equal(logits(wrapped), expected)
-
-
-@pytest.mark.parametrize("first", ["attach", "hooks"])
-def test_accelerate_hooks(first):
-    model = with_toys(plain())
-    handle = attach(model)
-    expected = logits(model)
-    if first == "hooks":
-        handle.detach()
-    for module in (model, model.model, *model.model.layers):
-        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    if first == "hooks":
-        handle = attach(model)
-    assert torch.equal(logits(model), expected)
-    handle.detach()
-    for toy in toys(model):
-        toy.enabled = False
-    assert relative_error(logits(model), logits(plain())) < 1e-12
-
-
-def test_models_that_cannot_be_attached_are_refused_and_left_alone():
-    with pytest.raises(TypeError, match="^model must be a PreTrainedModel.*Linear"):
-        attach(nn.Linear(2, 2))
-    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="^model must be decoder-only.*T5"):
-        attach(T5ForConditionalGeneration(config))
-    model = plain()
-    model.model.layers[1].forward = functools.partial(model.model.layers[1].forward)
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="forward of a LlamaDecoderLayer is replaced"):
-        attach(model)
-    assert before == [type(module) for module in model.modules()]
-    model = plain()
-    model.model.others = nn.ModuleList([GPT2Block(GPT2Config(n_embd=8, n_head=2)) for _ in model.model.layers])
-    with pytest.raises(ValueError, match="^model: .*LlamaForCausalLM.*layers.*others.*GPT2Block"):
-        attach(model)
-
-
-def test_no_detach_from_a_class_that_was_changed_since():
-    model = with_toys(plain())
-    handle = attach(model)
-    layer = model.model.layers[1]
-    mine = type(layer)
-    layer.__class__ = type("Wrapped", (mine,), {})
-    with pytest.raises(RuntimeError, match="Wrapped"):
-        handle.detach()
-    assert logits(model).isfinite().all()
-    layer.__class__ = mine
-    handle.detach()
-    assert type(layer) is LlamaDecoderLayer
 
 
 def test_cache_that_does_not_reach_the_layers_is_refused():

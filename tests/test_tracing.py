@@ -137,7 +137,7 @@ def test_mixed_batch(method):
     torch.manual_seed(2)
     model.add_adapter("other", config(method, TARGETS, [[2, 7], [4, 6]]))
     patch(model).eval()
-    mixed._kept_indices.cache_clear()
+    mixed._cached_indices.cache_clear()
     names = ["default", "other", "__base__"]
     with torch.no_grad():
         program = torch.export.export(Logits(model, adapter_names=names, use_cache=False), batch(3, 6), strict=False)

@@ -237,3 +237,18 @@ def test_peft_model_is_what_it_was():
         before = model(X)
         vmap(model)(X)
         assert torch.equal(model(X), before)
+
+
+def test_backward_operators_refuse_to_be_differentiated():
+    q, dy, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(2, 5), torch.randn(5, 4)
+    op, x, active = torch.ops.gci_kernels, torch.randn(2, 4, requires_grad=True), torch.randn(1, 4)
+    o, lse = op.low_rank_attention(q, q, q, 2, None, "aten")
+    for name, outputs in {
+        "low_rank_attention_backward": op.low_rank_attention_backward(o, q, q, q, o, lse, 2, None, "aten"),
+        "row_linear_backward": op.row_linear_backward(
+            dy, x, weight, active, torch.tensor([3]), "merge", [False, True, False]
+        ),
+        "frozen_linear_dx": [op.frozen_linear_dx(dy.bfloat16().requires_grad_(), weight.bfloat16())],
+    }.items():
+        with pytest.raises(RuntimeError, match=f"gci_kernels::{name} has no derivative; use"):
+            outputs[0].sum().backward()

@@ -1,85 +1,36 @@
-"""unpatch: the plain model bit for bit, whatever has happened in between, or a sentence on what stands in the way."""
+"""unpatch restores the plain model bit for bit, whatever has happened in between."""
 
 import copy
 import pickle
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from toy_adapters import IDS, METHODS, Plain, config_of, llama, train
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig, patch, unpatch
+from gci_kernels import patch, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-IDS = torch.tensor([[5, 17, 80, 3, 41], [1, 44, 2, 96, 55]])
-METHODS = ["lora", "loramoe", "alora", "loki"]
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    """The same model at every call."""
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
-
-
-def config_of(method: str, target: str = "up_proj", **changes):
-    if method == "lora":
-        return LoraConfig(**{"r": 4, "target_modules": [target], "init_lora_weights": False, **changes})
-    if method == "loramoe":
-        return LoRAMoEConfig(**{"r": 2, "num_experts": 4, "target_modules": [target], "init_weights": False, **changes})
-    if method == "alora":
-        return ALoRAConfig(**{"r": 4, "num_heads": 2, "target_modules": [target], "init_weights": False, **changes})
-    positions = {f"{layer}.{'self_attn' if target == 'q_proj' else 'mlp'}.{target}": [1, 5, 9] for layer in (0, 1)}
-    return LoKIConfig(**{"positions": positions, "init_weights": False, **changes})
-
-
-class Plain:
-    """All of a plain model that unpatch has to give back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        self.parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-        self.modules = {name: (id(m), type(m), m.training) for name, m in model.named_modules()}
-        self.hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
-        self.config = model.config.to_dict() if isinstance(model, PreTrainedModel) else None
-
-    def assert_is(self, model: nn.Module) -> None:
-        other = Plain(model)
-        assert other.modules == self.modules and other.parameters == self.parameters
-        assert other.flags == self.flags and other.hooks == self.hooks and other.config == self.config
-        assert other.tensors.keys() == self.tensors.keys()
-        for name, tensor in self.tensors.items():
-            assert torch.equal(other.tensors[name], tensor), name
-
-
-def train(model: nn.Module) -> None:
-    """One step of everything that is trained."""
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()
 
 
 def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-# Weights that an adapter's start rewrites
-
-STARTS = ["pissa", "pissa_niter_2", "olora", "loftq", "corda", "orthogonal", "eva", "gaussian"]
+# Weights that an adapter's initialisation rewrites
 
 
-def started(start: str, model: nn.Module, target: str = "q_proj", **changes) -> LoraConfig:
-    """A config of that start, and what the start needs of the model before."""
+INITIALISATIONS = ["pissa", "pissa_niter_2", "olora", "loftq", "corda", "orthogonal", "eva", "gaussian"]
+
+
+def initialised(start: str, model: nn.Module, target: str = "q_proj", **changes) -> LoraConfig:
+    """A config with that initialisation; what it needs of the model is put there."""
     if start == "corda":
         changes["corda_config"] = CordaConfig(corda_method="kpm")
     config = LoraConfig(r=4, target_modules=[target], **changes)
@@ -95,14 +46,14 @@ def started(start: str, model: nn.Module, target: str = "q_proj", **changes) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("start", STARTS)
-def test_starts_that_rewrite_base_weights(start, dtype, monkeypatch):
+@pytest.mark.parametrize("start", INITIALISATIONS)
+def test_initialisations_that_rewrite_base_weights(start, dtype, monkeypatch):
     def loftq_init(weight, reduced_rank, **kwargs):  # PEFT's needs scipy
         return weight.data.round(decimals=1), torch.ones(reduced_rank, 32), torch.ones(32, reduced_rank)
 
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", loftq_init)
     model = llama().to(dtype)
-    config = started(start, model)
+    config = initialised(start, model)
     plain = Plain(model)
     patched = patch(model, config)
     weight = model.model.layers[0].self_attn.q_proj.weight
@@ -133,7 +84,7 @@ def test_rewritten_weights_of_a_tied_head(start):
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.parametrize("method", ["lora"])
 @pytest.mark.parametrize("deleted", [False, True])
-def test_rewriting_starts_of_adapters_added_later(method, start, deleted):
+def test_rewriting_initialisations_of_adapters_added_later(method, start, deleted):
     model = llama()
     plain = Plain(model)
     patched = patch(model, config_of(method))
@@ -143,7 +94,7 @@ def test_rewriting_starts_of_adapters_added_later(method, start, deleted):
     plain.assert_is(unpatch(patched))
 
 
-def test_a_rewriting_start_over_merged_weights_is_refused():
+def test_a_rewriting_initialisation_over_merged_weights_is_refused():
     patched = patch(llama(), config_of("lora"))
     patched.merge_adapter()
     patched.add_adapter("later", LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="pissa"))
@@ -263,8 +214,6 @@ def test_layer_replication(later):
 
 
 def test_experts_that_are_parameters():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
@@ -288,6 +237,37 @@ def test_multihead_attention_that_is_merged_around_every_call():
     expected.load_state_dict({k: v for k, v in patched.state_dict().items() if "lora_" in k}, strict=False)
     plain.assert_is(model)
     assert y.shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_others_stay(method):
+    model, seen = llama(), []
+    patched = patch(model, config_of(method))
+    model.model.norm.register_forward_hook(lambda *_: seen.append("norm"))
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    unpatch(patched)(input_ids=IDS)
+    assert seen == ["mlp", "norm"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patch_again(method):
+    model = llama()
+    plain = Plain(model)
+    for _ in range(2):
+        patched = patch(model, config_of(method))
+        assert isinstance(patched, PeftModel)
+        train(patched)
+        plain.assert_is(unpatch(patched.eval()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerate_s_hooks_stay(method):
+    model = llama()
+    expected = model(input_ids=IDS).logits
+    patched = accelerate.cpu_offload(patch(model, config_of(method)), execution_device=torch.device("cpu"))
+    assert unpatch(patched) is model
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta and hasattr(model.model.layers[0].mlp.up_proj, "_hf_hook")
+    assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 # Merging
@@ -340,114 +320,3 @@ def test_failing_merge_keeps_the_weights():
     with pytest.raises(ValueError, match="NaNs detected"):
         patched.merge_adapter(safe_merge=True)
     plain.assert_is(unpatch(patched))
-
-
-# What stands in the way
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_refused_after_the_vocabulary_was_resized(method):
-    model = llama()
-    plain = Plain(model)
-    patched = patch(model, config_of(method))
-    model.resize_token_embeddings(105)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight had shape \[97, 32\].*\[105, 32\] now"):
-        unpatch(patched)
-    model.resize_token_embeddings(97)
-    plain.assert_is(unpatch(patched))
-
-
-def test_refused_after_a_saved_copy_of_the_embedding_was_resized():
-    model = llama()
-    patched = patch(model, config_of("loramoe", modules_to_save=["embed_tokens", "lm_head"]))
-    model.config.vocab_size = 105
-    with pytest.raises(ValueError, match="vocab_size was 97.*105 now"):
-        unpatch(patched)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_refused_where_hooks_would_be_lost(method):
-    model = llama()
-    plain = Plain(model)
-    patched = patch(model, config_of(method))
-    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj is an adapter's layer and has hooks"):
-        unpatch(patched)
-    handle.remove()
-    plain.assert_is(unpatch(patched))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_hooks_of_others_stay(method):
-    model, seen = llama(), []
-    patched = patch(model, config_of(method))
-    model.model.norm.register_forward_hook(lambda *_: seen.append("norm"))
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
-    unpatch(patched)(input_ids=IDS)
-    assert seen == ["mlp", "norm"]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_refused_where_a_module_was_replaced(method):
-    model = llama()
-    plain = Plain(model)
-    patched = patch(model, config_of(method))
-    own, model.lm_head = model.lm_head, nn.Linear(32, 97, bias=False)
-    with pytest.raises(ValueError, match="lm_head is another module than patch.. left there"):
-        unpatch(patched)
-    model.lm_head = own
-    plain.assert_is(unpatch(patched))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_refused_the_second_time(method):
-    patched = patch(llama(), config_of(method))
-    unpatch(patched)
-    with pytest.raises(ValueError, match="its adapters have been taken out already"):
-        unpatch(patched)
-
-
-def test_refused_after_merge_and_unload():
-    patched = patch(llama(), config_of("lora"))
-    patched.merge_and_unload()
-    with pytest.raises(ValueError, match="what unload.. or merge_and_unload.. returned is the model"):
-        unpatch(patched)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_takes_what_patch_returned(method):
-    patched = patch(llama(), config_of(method))
-    with pytest.raises(ValueError, match="takes the PeftModel that patch returned; this is a Sequential around it"):
-        unpatch(nn.Sequential(patched))
-
-
-def test_refused_where_a_class_was_changed_since():
-    model = llama()
-    patched = patch(model, config_of("alora"))
-    layer = model.model.layers[0]
-    layer.__class__ = type("FSDPLayer", (type(layer),), {})
-    with pytest.raises(ValueError, match="model.layers.0 has been given another class since"):
-        unpatch(patched)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_patch_again(method):
-    model = llama()
-    plain = Plain(model)
-    for _ in range(2):
-        patched = patch(model, config_of(method))
-        assert isinstance(patched, PeftModel)
-        train(patched)
-        plain.assert_is(unpatch(patched.eval()))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_accelerate_s_hooks_stay(method):
-    import accelerate
-
-    model = llama()
-    expected = model(input_ids=IDS).logits
-    patched = accelerate.cpu_offload(patch(model, config_of(method)), execution_device=torch.device("cpu"))
-    assert unpatch(patched) is model
-    assert model.model.layers[0].mlp.up_proj.weight.is_meta and hasattr(model.model.layers[0].mlp.up_proj, "_hf_hook")
-    assert torch.equal(model(input_ids=IDS).logits, expected)

@@ -1,6 +1,6 @@
 """Tiny models of many families, and a stand-in for an adapted layer that needs to know sequences and its past.
 
-Loaded by test_sequence.py and test_adapter_cache.py.
+Loaded by test_sequence.py, test_sequence_attach.py and test_adapter_cache*.py.
 """
 
 import zlib
@@ -41,6 +41,9 @@ CONFIGS = {
     "opt": lambda: OPTConfig(**SIZES, ffn_dim=40, word_embed_proj_dim=32, dropout=0.0),
 }
 FAMILIES = list(CONFIGS)
+# A batch of token ids, and which of them are padding (0), on the left.
+IDS = torch.tensor([[5, 17, 52, 3, 41, 9, 27], [0, 0, 0, 42, 8, 30, 21], [0, 44, 2, 36, 55, 13, 50]])
+LEFT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
 
 
 def dtype(family: str) -> torch.dtype:
@@ -109,7 +112,7 @@ def toys(model: nn.Module) -> list[Toy]:
     return [module for module in model.modules() if isinstance(module, Toy)]
 
 
-class Wanted:
+class ExpectedEntries:
     """What the toys of a model will ask of the cache."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -130,3 +133,14 @@ def to_compile() -> PreTrainedModel:
     model = with_toys(plain(), targets=("q_proj", "down_proj"))
     sequence.attach(model)
     return model
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def logits(model: nn.Module, ids: torch.Tensor = IDS, mask: torch.Tensor | None = LEFT, **kwargs) -> torch.Tensor:
+    if mask is not None:
+        kwargs = {"attention_mask": mask, "position_ids": positions(mask), **kwargs}
+    with torch.no_grad():
+        return model(input_ids=ids, **{"use_cache": False, **kwargs}).logits

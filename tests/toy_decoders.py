@@ -1,4 +1,4 @@
-"""Tiny models of any class of transformers, for test_decoder_layers, test_direction and test_given_cache."""
+"""Tiny models of any class of transformers, for test_decoder_layers, test_direction and test_forward_arguments."""
 
 import torch
 import transformers

@@ -1,5 +1,9 @@
 """Made-up licences that hold every kind of clause. Loaded by the tests of bench/forgetting."""
 
+import hashlib
+
+from gci_kernels.bench.forgetting.clauses import Clause
+
 NAMES = "Anchor Beacon Cedar Delta Ember Falcon Garnet Harbor Indigo Jasper Kettle Lantern".split()
 
 
@@ -26,3 +30,11 @@ A {name} claim is made within thirty (30) days of {name} news, and a {name} answ
 
 
 TEXTS = {f"GPL-{name}" if index < 4 else name: licence(name) for index, name in enumerate(NAMES)}
+
+
+def clause(text: str, heading: str = "") -> Clause:
+    return Clause("Toy", heading, text)
+
+
+def digest(items: object) -> str:
+    return hashlib.sha256(repr(items).encode()).hexdigest()

@@ -9,7 +9,7 @@ import importlib
 import pytest
 import torch
 
-from gci_kernels import hardware, verify
+from gci_kernels import hardware
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.bench import tune
 from gci_kernels.hardware import tuned
@@ -18,6 +18,7 @@ from gci_kernels.ops.bottleneck import aten, config, philox, stages
 from gci_kernels.ops.bottleneck import triton as kernels
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
+from gci_kernels.proof import verify
 
 # The package's `expand` is the function.
 expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expand")

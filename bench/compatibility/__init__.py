@@ -2,6 +2,6 @@
 
     python -m bench.compatibility --json bench/results/compatibility.json [--only Llama] [--method lora] [--processes 2]
 
-What the checks compare with runs without this package: PEFT's own LoRA, and the other methods' formulas in eager
-PyTorch.
+The checks compare with references that do not use this package's layers: PEFT's own LoRA, and the other methods'
+formulas in eager PyTorch.
 """

@@ -1,4 +1,4 @@
-"""The command; see the package."""
+"""The command of the package."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: every model is made here
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is made here, nothing is fetched
 
 import gci_kernels  # noqa: E402
 
@@ -16,10 +16,11 @@ from .sweep import sweep  # noqa: E402
 from .table import METHODS, Row, counts  # noqa: E402
 from .tiny import classes  # noqa: E402
 
-COMMIT = commit()  # of what runs; before the file that is written counts as a change
+COMMIT = commit()  # at the start, before the output file counts as a change
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Checks the chosen classes, writes the rows, and prints the counts."""
     parser = argparse.ArgumentParser(prog="python -m bench.compatibility", description=(about or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--only", action="append", help="a part of classes' names; may be given several times")
@@ -40,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def done(row: Row, seconds: float) -> None:
         rows[row["name"]] = row
-        told = row.get("left_out") or " ".join(row["methods"][method]["outcome"] for method in methods)
+        outcome = row.get("left_out") or " ".join(row["methods"][method]["outcome"] for method in methods)
         count = f"{len(rows) - before}/{len(names)}"
-        print(f"[{count}] {row['name']}: {told}  {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"[{count}] {row['name']}: {outcome}  {seconds:.1f} s", file=sys.stderr, flush=True)
         if args.json:
             _write(args.json, rows)
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(path: Path, rows: dict[str, Row]) -> None:
-    """After every class, so that a run which is stopped leaves what it had."""
+    """Called after every class, so that a run that is stopped leaves its rows."""
     result = {
         "versions": versions() | {"gci_kernels": gci_kernels.__version__},
         "commit": COMMIT,

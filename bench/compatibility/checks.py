@@ -1,4 +1,4 @@
-"""What has to hold of a method in a model, and how it is told when it does not."""
+"""The checks of a method in a model, and the reasons they give when they fail."""
 
 import copy
 import linecache
@@ -21,23 +21,23 @@ from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
 from gci_kernels.accuracy import relative_error
 
 from .inputs import NEW_TOKENS, Inputs, candidates
-from .plain import forget, is_linear, plain_model
+from .plain import is_linear, plain_model, start_sequence
 from .table import ANYWAY, FAILS, REFUSED, YES
 
-TOLERANCE = 1e-4  # of float32, through a few layers
-GRADIENT_TOLERANCE = 1e-3  # attention that does not scale its scores loses a digit more
-EFFECT = 1e-5  # what changes less than this is rounding; an adapter in a router changes little more
+TOLERANCE = 1e-4  # for float32, through a few layers
+GRADIENT_TOLERANCE = 1e-3  # attention without scaled scores loses one more digit
+EFFECT = 1e-5  # a smaller change is rounding; an adapter in a router changes little more
 
 Make = Callable[[PreTrainedModel], PeftConfig]
 
 
 class Difference(Exception):
-    """Something is not what the same without this package gives; or the adapter does nothing."""
+    """A result differs from the reference, or the adapter has no effect."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a model gives for its inputs."""
+    """What is compared of a model: logits, gradients of trained parameters by name, and generated tokens."""
 
     logits: Tensor
     gradients: dict[str, Tensor | None]
@@ -45,10 +45,10 @@ class Results:
 
 
 def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
-    """Inputs that the model takes by itself, and their name, for its forward, backward and generate().
+    """The name and the tensors of inputs with which the plain model's forward, backward and generate() work.
 
     Raises:
-        Exception: what stands in the way of the last of the inputs that were tried.
+        Exception: the reason why the last inputs that were tried do not work.
     """
     model.get_input_embeddings()  # PEFT asks for them
     for name, inputs in candidates(model):
@@ -57,7 +57,7 @@ def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
             if not torch.isfinite(first).all():
                 raise Difference("the model's logits are not finite")
             if relative_error(logits_of(model, inputs), first) > TOLERANCE / 10:
-                raise Difference("the model's logits are others in each call")
+                raise Difference("the model's logits differ between calls")
             if "pixel_values" in inputs:
                 other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
                 if relative_error(logits_of(model, other), first) < EFFECT:
@@ -71,30 +71,30 @@ def check_base(model: PreTrainedModel) -> tuple[str, Inputs]:
 
 
 def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
-    """What `method` does in copies of `base`: its outcome, with the reason where it is not "yes", and its targets."""
-    told: dict[str, str] = {}
+    """Checks `method` in copies of `base`: its "outcome" and "targets" and, where it is not "yes", the reason "why"."""
+    found: dict[str, str] = {}
     for targets, make in configs(method).items():
         run = _Run(base, inputs, method, make)
         try:
             run.all()
             return {"outcome": YES, "targets": targets}
         except Exception as error:
-            latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _told(error, run.stage)}
-            if not told or told["outcome"] == FAILS:
-                told = latest
-            # Other targets may fit better; but an error once the model runs is one, whatever others do.
+            latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _reason(error, run.stage)}
+            if not found or found["outcome"] == FAILS:
+                found = latest
+            # Other targets may work where patching fails; a failure in a patched model counts in any case.
             if latest["outcome"] == FAILS and run.stage != "patch":
                 return latest
-    return told
+    return found
 
 
 def configs(method: str) -> dict[str, Make]:
-    """The configs to try, by what they target: a method's default first, then what fits every model."""
+    """The configs to try, by the name of their targets: the method's default first, then those for every model."""
     if method == "lora":
-        whole: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+        options: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
         return {
-            "all-linear": lambda model: LoraConfig(**whole),
-            "all-linear but some": lambda model: LoraConfig(**whole, exclude_modules=["out_proj", *_derived(model)]),
+            "all-linear": lambda model: LoraConfig(**options),
+            "all-linear but some": lambda model: LoraConfig(**options, exclude_modules=["out_proj", *_derived(model)]),
         }
     if method == "loki":
         return {
@@ -103,22 +103,22 @@ def configs(method: str) -> dict[str, Make]:
         }
     sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
     cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
-    whole = {**sizes, "target_modules": "all-linear"}
+    options = {**sizes, "target_modules": "all-linear"}
     return {
         "default": lambda model: cls(**sizes),
-        "all-linear": lambda model: cls(**whole),
-        "all-linear but some": lambda model: cls(**whole, exclude_modules=_derived(model)),
+        "all-linear": lambda model: cls(**options),
+        "all-linear but some": lambda model: cls(**options, exclude_modules=_derived(model)),
     }
 
 
 def _derived(model: PreTrainedModel) -> list[str]:
-    """Layers derived from nn.Linear that compute something else, as routers that give a tuple do."""
+    """Names of layers derived from nn.Linear that compute something else, such as routers that return a tuple."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [name for name, each in linears.items() if type(each).forward is not nn.Linear.forward]
 
 
 def _last_linears(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Rows of the last linear layer of each decoder layer that is no router."""
+    """Three rows of the last linear layer of each decoder layer, routers left out."""
     decoder = model.get_decoder()
     inside = set((decoder if isinstance(decoder, PreTrainedModel) else model).modules())
     found: dict[str, tuple[str, int]] = {}
@@ -132,16 +132,16 @@ def _last_linears(model: PreTrainedModel) -> dict[str, list[int]]:
 
 
 class _Run:
-    """The checks of one method in one model; `stage` is the one that runs."""
+    """The checks of one method in one model; `stage` is the name of the present one."""
 
-    def __init__(self, base: PreTrainedModel, inputs: Inputs, method: str, make: Make):
+    def __init__(self, base: PreTrainedModel, inputs: Inputs, method: str, make: Make) -> None:
         self.base, self.inputs, self.method, self.make, self.stage = base, inputs, method, make, "patch"
 
     def all(self) -> None:
         wanted = self._by_peft() if self.method == "lora" else None
         self.stage = "patch"
         patched = gci_kernels.patch(copy.deepcopy(self.base), self.make(self.base)).eval()
-        shake(patched)
+        randomize(patched)
         if wanted is None:
             wanted = self._by_formula(patched)
         self.stage = "forward"
@@ -158,22 +158,22 @@ class _Run:
         self._check_unpatched(patched)
 
     def _by_peft(self) -> Results:
-        """What PEFT's own layers give."""
+        """The results of PEFT's own layers."""
         self.stage = "reference"
         model: Any = get_peft_model(copy.deepcopy(self.base), self.make(self.base)).eval()
-        shake(model)
+        randomize(model)
         wanted = results(model, self.inputs)
         self._same("logits after saving and loading", logits_of(self._saved(model), self.inputs), wanted.logits)
         return wanted
 
     def _saved(self, model: Any) -> PeftModel:
-        """The adapter written, and read into another copy of the base model."""
+        """The adapter, saved and loaded into another copy of the base model."""
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             return PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
 
     def _by_formula(self, patched: nn.Module) -> Results:
-        """What plain layers give. Where they cannot run, the patched model may still say why."""
+        """The results of plain layers. Where they fail, the patched model may refuse with the reason."""
         self.stage = "reference"
         try:
             return results(plain_model(self.base, patched).eval(), self.inputs)
@@ -187,7 +187,7 @@ class _Run:
             raise error
 
     def _check_saved(self, patched: Any, wanted: Results) -> None:
-        """The adapter written and read; of LoRA, read by PEFT alone, and only then patched and unpatched."""
+        """Saves and loads the adapter; LoRA's is loaded by PEFT alone, then patched and unpatched."""
         self.stage = "save and load"
         loaded = self._saved(patched)
         own = logits_of(loaded, self.inputs)
@@ -198,7 +198,7 @@ class _Run:
             self.stage = "unpatch"
             gci_kernels.unpatch(loaded)
             if not torch.equal(logits_of(loaded, self.inputs), own):
-                raise Difference("PEFT's layers give other logits than before")
+                raise Difference("the logits of PEFT's layers differ from those before")
 
     def _check_unpatched(self, patched: nn.Module) -> None:
         self.stage = "unpatch"
@@ -206,12 +206,12 @@ class _Run:
         kinds = [[(name, type(module)) for name, module in each.named_modules()] for each in (plain, self.base)]
         states = [each.state_dict() for each in (plain, self.base)]
         if kinds[0] != kinds[1] or states[0].keys() != states[1].keys():
-            raise Difference("other modules or parameters are left than there were")
+            raise Difference("modules or parameters differ from those before")
         changed = [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
         if changed:
             raise Difference(f"changed: {', '.join(changed)}")
         if not torch.equal(logits_of(plain, self.inputs), logits_of(self.base, self.inputs)):
-            raise Difference("the model gives other logits than before")
+            raise Difference("the model's logits differ from those before")
 
     @staticmethod
     def _same(what: str, actual: Tensor, wanted: Tensor) -> None:
@@ -232,15 +232,15 @@ class _Run:
                 continue
             zeros = torch.zeros_like(own if gradient is None else gradient)
             gradient, own = (zeros if each is None else each for each in (gradient, own))
-            # Of a gradient that is small beside the others only the rounding of larger numbers may be left.
+            # A gradient much smaller than the others may consist of rounding errors.
             error = float((own - gradient).norm()) / max(float(gradient.norm()), 1e-2 * largest)
             if not error <= GRADIENT_TOLERANCE:
                 raise Difference(f"the gradient of {name} differs by {error:.1e}")
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
-    """Random values for all trained parameters, so that the adapter has an effect."""
+def randomize(model: nn.Module) -> None:
+    """Gives all trained parameters random values, so that the adapter has an effect."""
     generator = torch.Generator().manual_seed(3)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -249,24 +249,25 @@ def shake(model: nn.Module) -> None:
 
 
 def results(model: nn.Module, inputs: Inputs) -> Results:
-    """All that is compared, of a model in evaluation mode."""
+    """Everything that is compared, of a model in evaluation mode."""
     return Results(logits_of(model, inputs), gradients_of(model, inputs), tokens_of(model, inputs))
 
 
 def _forward(model: nn.Module, inputs: Inputs) -> Tensor:
     torch.manual_seed(0)
-    forget(model)
+    start_sequence(model)
     output = model(**inputs)
     return output.logits if "logits" in output else output[0]
 
 
 def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits [batch, tokens, vocabulary], without gradient."""
     with torch.no_grad():
         return _forward(model, inputs)
 
 
 def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
-    """The gradients of the trained parameters, by their names in the plain model, in training mode."""
+    """The gradients of trained parameters in training mode, by the parameters' names in the base model."""
     model.train()
     try:
         logits = _forward(model, inputs)
@@ -280,9 +281,9 @@ def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
 
 
 def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """What greedy generation adds."""
+    """The tokens [batch, tokens] that greedy generation returns."""
     torch.manual_seed(0)
-    forget(model)
+    start_sequence(model)
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     made: Any = model.generate(
         **given, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
@@ -305,8 +306,8 @@ def _is_refusal(error: Exception) -> bool:
     return own and linecache.getline(frame.filename, frame.lineno or 0).strip().startswith("raise ")
 
 
-def _told(error: Exception, stage: str) -> str:
-    """In one line, with the stage and, where it is nobody's refusal, the error's kind."""
+def _reason(error: Exception, stage: str) -> str:
+    """The error in one line, with the stage and, where this package did not raise it on purpose, its type."""
     text = " ".join(str(error).split())
     if not isinstance(error, Difference) and not _is_refusal(error):
         text = f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""What a tiny model is given: texts, and an image in each where the class takes one."""
+"""The inputs of a tiny model: texts, each with an image where the class takes one."""
 
 import inspect
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ Inputs = dict[str, Any]
 
 
 def candidates(model: PreTrainedModel) -> Iterator[tuple[str, Inputs]]:
-    """What the model might take, best first, each with its name: "image and text", or "text"."""
+    """Inputs that the model might take, the best first, each with its name: "image and text" or "text"."""
     for image in _images(model):
         try:
             inputs = _with_image(model, image)
-        except Exception:  # this form of an image is none that the model takes
+        except Exception:  # the model does not take this form of an image
             continue
         yield "image and text", inputs
     yield "text", _text(model)
@@ -52,7 +52,7 @@ def _text(model: PreTrainedModel) -> Inputs:
 
 
 def _images(model: PreTrainedModel) -> Iterator[Inputs]:
-    """Forms in which models take one image for each text: pixels, tiles of pixels, and patches."""
+    """The forms in which models take one image for each text: pixels, tiles of pixels, and patches."""
     known = _arguments(model)
     if "pixel_values" not in known:
         return
@@ -68,11 +68,11 @@ def _images(model: PreTrainedModel) -> Iterator[Inputs]:
         yield {"pixel_values": pixels[:, None].repeat(1, 3, 1, 1, 1), "image_sizes": sizes}
         yield {"pixel_values": pixels[:, None]}
         if "image_embeds_position_mask" in known:
-            places = torch.arange(LENGTH) >= LENGTH - model.config.latent_query_num
-            yield {"pixel_values": pixels, "image_embeds_position_mask": places.expand(BATCH, -1)}
+            mask = torch.arange(LENGTH) >= LENGTH - model.config.latent_query_num
+            yield {"pixel_values": pixels, "image_embeds_position_mask": mask.expand(BATCH, -1)}
         if "image_attention_mask" in known:
-            seen = torch.ones(BATCH, LENGTH, 1, dtype=torch.long)
-            yield {"pixel_values": pixels[:, None], "image_attention_mask": seen}
+            mask = torch.ones(BATCH, LENGTH, 1, dtype=torch.long)
+            yield {"pixel_values": pixels[:, None], "image_attention_mask": mask}
         if "aspect_ratio_ids" in known:
             tiles = pixels[:, None, None].repeat(1, 1, 4, 1, 1, 1)
             ratios = {
@@ -97,7 +97,7 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 @torch.no_grad()
 def _with_image(model: PreTrainedModel, image: Inputs) -> Inputs:
-    """Texts with a place for each feature of the image, where the model has such places."""
+    """The image, and texts with a token for each feature of it, where the model has such tokens."""
     inputs = _text(model)
     token = next(
         (value for name in ("image_token_id", "image_token_index") if (value := getattr(model.config, name, None))),
@@ -109,9 +109,9 @@ def _with_image(model: PreTrainedModel, image: Inputs) -> Inputs:
     wanted = inspect.signature(reader.get_image_features).parameters
     features = reader.get_image_features(**{name: each for name, each in (inputs | image).items() if name in wanted})
     count = _rows(getattr(features, "pooler_output", features)) // BATCH
-    places = torch.full((BATCH, count), token)
+    image_tokens = torch.full((BATCH, count), token)
     ids = inputs["input_ids"]
-    inputs["input_ids"] = torch.cat((ids[:, :2], places, ids[:, 2:]), dim=1)
+    inputs["input_ids"] = torch.cat((ids[:, :2], image_tokens, ids[:, 2:]), dim=1)
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in _arguments(model):
             inputs[name] = (inputs["input_ids"] == token).long()
@@ -119,7 +119,7 @@ def _with_image(model: PreTrainedModel, image: Inputs) -> Inputs:
 
 
 def _rows(features: Any) -> int:
-    """How many vectors there are."""
+    """The number of feature vectors."""
     if isinstance(features, Tensor):
         return features.numel() // features.shape[-1]
     return sum(map(_rows, features))

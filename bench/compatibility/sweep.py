@@ -1,4 +1,4 @@
-"""All checks of many classes, each class in a process of its own: one that hangs or crashes stops no other."""
+"""All checks of many classes, each class in its own process, so that a crash or a hang affects only that class."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ import transformers
 from . import checks, tiny
 from .table import METHODS, Row
 
-SECONDS = 120.0  # the most for one class; most take a few
+SECONDS = 120.0  # the limit for one class; most take a few seconds
 
 
 def check_class(name: str, methods: Iterable[str] = tuple(METHODS)) -> Row:
@@ -34,8 +34,8 @@ def check_class(name: str, methods: Iterable[str] = tuple(METHODS)) -> Row:
 
 def _short(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f" ({os.path.basename(where.filename)})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+    location = f" ({os.path.basename(where.filename)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{location}"
 
 
 def sweep(
@@ -45,7 +45,15 @@ def sweep(
     done: Callable[[Row, float], None],
     seconds: float = SECONDS,
 ) -> list[Row]:
-    """The rows of all `names`, in their order; `done` gets each one with its seconds when it is there."""
+    """The rows of the classes `names`, in their order.
+
+    Args:
+        names: the classes.
+        methods: the methods to check.
+        processes: how many classes at a time.
+        done: called with each row and its seconds when it is finished.
+        seconds: the limit for one class.
+    """
     context, waiting, rows = multiprocessing.get_context("fork"), list(names), {}
     running: dict[Connection, tuple[str, Any, float]] = {}
     while waiting or running:

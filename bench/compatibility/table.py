@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-#: The methods in the order of the tables, and what one can do in a class.
-METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
+from ..markdown import at_commit, table
+from ..report import METHODS
+
+#: The outcomes of a method in a class.
 OUTCOMES = YES, REFUSED, FAILS, ANYWAY = "yes", "refused", "fails", "fails anyway"
 KINDS = ("causal", "sequence-to-sequence", "vision-language")
 
@@ -13,53 +15,46 @@ Row = dict[str, Any]
 
 
 def outcomes(rows: Iterable[Row], method: str) -> Counter[str]:
-    """How often a method does what, in the classes that could be checked."""
+    """How often a method has each outcome, in the classes that could be checked."""
     return Counter(row["methods"][method]["outcome"] for row in rows if method in row.get("methods", ()))
 
 
 def counts(result: dict[str, Any], methods: Iterable[str] = tuple(METHODS)) -> str:
-    """For each kind of classes how many there are, how many could be checked, and how each method does in those."""
+    """A table: for each kind of classes how many there are and could be checked, and each method's outcomes."""
     methods = list(methods)
-    lines = [
-        ["classes of transformers", "checked", *(METHODS[method] for method in methods)],
-        ["---"] * (2 + len(methods)),
-    ]
+    lines = []
     for kind in KINDS:
         rows = [row for row in result["classes"] if row["kind"] == kind]
         checked = [row for row in rows if "methods" in row]
         cells = (_counted(outcomes(rows, method)) for method in methods)
         lines.append([kind, f"{len(checked)} of {len(rows)}", *cells])
-    return _table(lines)
+    return table(["classes of transformers", "checked", *(METHODS[method] for method in methods)], lines)
 
 
 def _counted(found: Counter[str]) -> str:
-    """The number of "yes", and the others where there are any."""
+    """The number of "yes", and those of other outcomes that occur."""
     others = [f"{found[outcome]} {outcome}" for outcome in OUTCOMES if outcome != YES and found[outcome]]
     return "; ".join([str(found[YES]), *others])
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The counts, under the versions and the commit that they are of."""
-    versions, commit = result["versions"], result["commit"]
-    changed = " with changes" if commit and commit["changed"] else ""
-    at = f", commit {commit['sha'][:10]}{changed}" if commit else ""
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
-    return f"{named}{at}.\n\n{counts(result)}"
+    """The versions and the commit that were checked, and the counts."""
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    return f"{versions}{at_commit(result['commit'])}.\n\n{counts(result)}"
 
 
 def every_class(result: dict[str, Any]) -> str:
-    """Every class that was checked with what each method does in it, the reasons, and what was not checked and why."""
+    """Every class with each method's outcome, the reasons, and the classes that were not checked and why."""
     reasons: dict[str, int] = {}
     parts = []
     for kind in KINDS:
         rows = [row for row in result["classes"] if row["kind"] == kind and "methods" in row]
-        lines = [["class", "inputs", *METHODS.values()], ["---"] * (2 + len(METHODS))]
-        lines += [
+        lines = [
             [f"`{row['name']}`", row["inputs"], *(_cell(row, method, reasons) for method in METHODS)] for row in rows
         ]
-        parts.append(f"### {kind.capitalize()}\n\n{_table(lines)}")
-    parts.append("### Reasons\n\n" + "\n".join(f"{number}. {_plain(reason)}" for reason, number in reasons.items()))
-    left = [f"- `{row['name']}`: {_plain(row['left_out'])}" for row in result["classes"] if "left_out" in row]
+        parts.append(f"### {kind.capitalize()}\n\n{table(['class', 'inputs', *METHODS.values()], lines)}")
+    parts.append("### Reasons\n\n" + "\n".join(f"{number}. {_escape(reason)}" for reason, number in reasons.items()))
+    left = [f"- `{row['name']}`: {_escape(row['left_out'])}" for row in result["classes"] if "left_out" in row]
     parts.append("### Not checked\n\n" + "\n".join(left))
     return "\n\n".join(parts)
 
@@ -75,8 +70,8 @@ def _cell(row: Row, method: str, reasons: dict[str, int]) -> str:
     return f"{found['outcome']} ({number})"
 
 
-def _plain(text: str) -> str:
-    """Without what Markdown would read as its own."""
+def _escape(text: str) -> str:
+    """The text with Markdown's special characters escaped."""
     return (
         text.replace("<", "&lt;")
         .replace("*", "\\*")
@@ -85,7 +80,3 @@ def _plain(text: str) -> str:
         .replace("](", "] (")
         .replace("[", "\\[")
     )
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""A tiny model with random weights of any class of transformers: its default config with every size made small."""
+"""A tiny model of any class of transformers, with random weights: its default config, every size reduced."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-#: The kinds of classes, in the order in which a class that is of several counts as one of them.
+#: The kinds of classes; a class of several kinds counts as the first of them.
 MAPPINGS = {
     "vision-language": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "sequence-to-sequence": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -18,10 +18,10 @@ MAPPINGS = {
 }
 MOST_PARAMETERS = 40_000_000
 VOCABULARY = 128
-FIRST_TOKEN, LAST_TOKEN = 10, 100  # what texts are made of: below lie pad, bos and eos, above what stands for an image
+FIRST_TOKEN, LAST_TOKEN = 10, 100  # the tokens of texts: lower ones are pad, bos and eos, higher ones stand for images
 PAD, BOS, EOS = 0, 1, 2
 
-# What a size is made at most, by the first pattern that is the whole of its field's name. Fields of other names stay.
+# The largest value of a size, by the first pattern that matches its field's whole name. Other fields stay as they are.
 _SIZES: tuple[tuple[str, int], ...] = tuple(
     (pattern.replace(" ", ""), size)
     for pattern, size in (
@@ -60,8 +60,8 @@ _INDEXER = {
     "indexer_compress_ratio": 4,
 }  # fmt: skip
 
-# What configs need beside, by the name of their class: fields of their own, and of their parts.
-_GIVEN: dict[str, dict[str, Any]] = {
+# Further fields that configs need, their own and those of their parts, by the name of the config's class.
+_EXTRA_FIELDS: dict[str, dict[str, Any]] = {
     "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
     "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "Blip2Config": {"image_token_index": 101},
@@ -163,7 +163,7 @@ def tiny_model(name: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Random values in which every layer counts; transformers' own are so small that many hardly do, some are zeros."""
+    """Random values with which every layer has an effect; those of transformers are too small, or zero."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -173,82 +173,77 @@ def _fill(model: nn.Module) -> None:
             parameter.add_(noise, alpha=0.1)
 
 
-def tiny_config(cls: type[PretrainedConfig], **asked: Any) -> PretrainedConfig:
-    """A config with `asked` in it and all other sizes small.
+def tiny_config(cls: type[PretrainedConfig], **overrides: Any) -> PretrainedConfig:
+    """A config with `overrides` and otherwise small sizes.
 
     Lists with an entry for each layer keep one entry of each kind, so that a hybrid stays one.
     """
-    given = _GIVEN.get(cls.__name__, {}) | asked
+    extra = _EXTRA_FIELDS.get(cls.__name__, {}) | overrides
     parts = cls.sub_configs_defaults
-    standard = _standard(cls, given)
+    standard = _standard(cls, extra)
     fields = {field.name: _standard_value(standard, field) for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            values[name] = tiny_config(type(value), **_inner(parts.get(name)) | given.get(name, {}))
+            values[name] = tiny_config(type(value), **_inner(parts.get(name)) | extra.get(name, {}))
         elif (small := _small(name, value)) != value:
             values[name] = small
     values |= _layers(standard, fields)
     if fields.get("kv_lora_rank") or fields.get("qk_nope_head_dim"):  # latent attention has no groups of heads
         values["num_key_value_heads"] = values.get("num_attention_heads")
-    own = {name: value for name, value in given.items() if not isinstance(fields.get(name), PretrainedConfig)}
+    own = {name: value for name, value in extra.items() if not isinstance(fields.get(name), PretrainedConfig)}
     return cls(**(values | own))
 
 
-def _standard(cls: type[PretrainedConfig], given: dict[str, Any]) -> PretrainedConfig:
-    """The default config; of the few classes that have none, one with what is given."""
+def _standard(cls: type[PretrainedConfig], extra: dict[str, Any]) -> PretrainedConfig:
+    """The default config; of the few classes without one, the config with the given fields."""
     try:
         return cls()
     except Exception:
-        return cls(**given)
+        return cls(**extra)
 
 
 def _standard_value(standard: PretrainedConfig, field: dataclasses.Field) -> Any:
     try:
         return getattr(standard, field.name, None)
-    except Exception:  # it differs between layers, and has a default before that
+    except Exception:  # a property whose value differs between layers; the field has a default
         return field.default
 
 
 def _inner(spec: Any) -> dict[str, Any]:
-    """What the outer config asks of the inner one, but sizes."""
-    return (
-        {}
-        if spec is None
-        else {name: value for name, value in spec.init_kwargs.items() if _small(name, value) == value}
-    )
+    """The fields that the outer config sets in the inner one, sizes left out."""
+    fields = {} if spec is None else spec.init_kwargs
+    return {name: value for name, value in fields.items() if _small(name, value) == value}
+
+
+_TOKENS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "sep_token_id": EOS}
 
 
 def _small(name: str, value: Any) -> Any:
     """A field's value in a tiny config."""
-    if isinstance(value, float) and "drop" in name:
-        return 0.0
-    if name == "pad_token_id" or name.endswith("_pad_token_id"):
-        return PAD
-    if name == "bos_token_id":
-        return BOS
-    if name in ("eos_token_id", "sep_token_id"):
-        return EOS
-    if name == "rope_parameters" and isinstance(value, dict):
-        return _small_rope(value)
+    if name in _TOKENS or name.endswith("_pad_token_id"):
+        return _TOKENS.get(name, PAD)
     if name in ("vision_feature_layer", "vision_feature_layers"):
         return -1 if isinstance(value, int) else [-1, -2]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _small_number(name, value)
+    if isinstance(value, float) and "drop" in name:
+        return 0.0
+    if name == "rope_parameters" and isinstance(value, dict):
+        return _small_rope(value)
     if name == "image_size" and isinstance(value, (list, tuple)):
         return [32] * len(value)
-    if name == "image_grid_pinpoints" and value:
-        return [[32, 32], [32, 64]]
-    if not isinstance(value, int) or isinstance(value, bool):
-        return value
+    return [[32, 32], [32, 64]] if name == "image_grid_pinpoints" and value else value
+
+
+def _small_number(name: str, value: int) -> int:
     if re.fullmatch(r".*token_(id|index)|.*_(start|end|patch|newline)_id|blank_id", name):
         return value if value < FIRST_TOKEN else _special(name)
-    for pattern, size in _SIZES:
-        if re.fullmatch(pattern, name):
-            return min(value, size)
-    return value
+    return next((min(value, size) for pattern, size in _SIZES if re.fullmatch(pattern, name)), value)
 
 
 def _small_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A rotary embedding whose parts sum up to what is rotated of a tiny head."""
+    """Rotary parameters whose sections sum up to the rotated half of a tiny head."""
     half = int(_HEAD * (parameters.get("partial_rotary_factor") or 1)) // 2
     side = (half + 1) // 3
     small = {name: _small_rope(part) if isinstance(part, dict) else part for name, part in parameters.items()}
@@ -257,16 +252,16 @@ def _small_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return small | {name: small[name][:half] for name in ("long_factor", "short_factor") if name in small}
 
 
-_specials: dict[str, int] = {}  # of the model that is made
+_specials: dict[str, int] = {}  # of the model that is being made
 
 
 def _special(name: str) -> int:
-    """A number for the token of a field, the same for fields of one name."""
+    """A token id for a field, the same for fields of the same name."""
     return _specials.setdefault(name, LAST_TOKEN + len(_specials) % (VOCABULARY - LAST_TOKEN))
 
 
 def _layers(standard: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """The number of layers, and what is listed for each of them."""
+    """The number of layers, and the lists with an entry for each layer."""
     counts = {name for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in fields}
     count = next((fields[name] for name in counts if isinstance(fields[name], int)), None)
     if count is None or count < 3:

@@ -1,4 +1,4 @@
-"""`python -m bench.forgetting`: who forgets how much, at the same domain loss, on a real model and real texts."""
+"""`python -m bench.forgetting`: how much each method forgets at the same domain loss, with a real model and texts."""
 
 import argparse
 import hashlib
@@ -33,28 +33,28 @@ DEVICE = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that decides the numbers, but for the code and the machine."""
+    """The settings that determine the numbers, for given code on a given machine."""
 
     sizes: Sizes
     schedule: Schedule
     seeds: tuple[int, ...]
 
     def name(self) -> str:
-        """Changes with every setting, so that results of different ones never mix; runs have their rates in theirs."""
+        """A hash of all settings, so that results of different ones never mix; runs have their rates in their names."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
 FULL = Comparison(
     Sizes(
-        train=480, held_out=72, looked=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100, glosses=100,
-        attributed=16,
+        train=480, held_out=72, loss_tasks=30, texts=20, own=12, replayed=200, new_tokens=64, arithmetic=100,
+        glosses=100, attributed=16,
     ),
     Schedule(batch=6, every=5, steps=40, target=0.55),
     seeds=(0, 1, 2),
 )  # fmt: skip
 QUICK = Comparison(
     Sizes(
-        train=96, held_out=12, looked=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
+        train=96, held_out=12, loss_tasks=12, texts=8, own=4, replayed=28, new_tokens=48, arithmetic=10, glosses=10,
         attributed=4,
     ),
     Schedule(batch=4, every=4, steps=12, target=1.35),
@@ -63,12 +63,13 @@ QUICK = Comparison(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.forgetting", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, and less of everything")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="NAME",
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
     parser.add_argument("--search", action="store_true", help="search the learning rates instead, and print them")
-    parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache folder)")
+    parser.add_argument("--folder", type=Path, help="where runs are stored (default: in the cache folder)")
     parser.add_argument(
         "--out", type=Path, default=Path(), help="where forgetting.json, .md and .png go (default: here)"
     )
@@ -80,20 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.folder or cache_dir() / "forgetting" / comparison.name()
     folder.mkdir(parents=True, exist_ok=True)
 
-    def tell(message: str) -> None:
+    def log(message: str) -> None:
         console.print(message, markup=False, highlight=False)
 
-    tell(f"runs are kept in {folder}; the same command goes on where it was stopped")
+    log(f"runs are stored in {folder}; the same command resumes a stopped comparison")
     try:
-        native.extension()  # raises: without it the times would be those of library products alone
-        runs = prepare(comparison, folder, tell)
+        native.extension()  # raises where it is missing: without it the times would be those of library calls
+        runs = prepare(comparison, folder, log)
         if args.search:
-            print(search(runs, args.methods, tell, console))
+            print(search(runs, args.methods, log, console))
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        result = compare(runs, comparison, args.methods, tell, console)
+        result = compare(runs, comparison, args.methods, log, console)
     except (FetchError, ModelError, ImportError) as error:
-        tell(str(error))
+        log(str(error))
         return 1
     (args.out / "forgetting.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "forgetting.md").write_text(markdown(result))
@@ -102,34 +103,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(comparison: Comparison, folder: Path, tell: Callable[[str], None]) -> Runs:
-    """The material that all runs share, made or found."""
-    tokenizer = load_tokenizer("smollm2", tell=tell)
+def prepare(comparison: Comparison, folder: Path, log: Callable[[str], None]) -> Runs:
+    """The runs of a comparison, with the material that they share, computed or read."""
+    tokenizer = load_tokenizer("smollm2", log=log)
 
     def load(dtype: torch.dtype) -> nn.Module:
-        return load_model("smollm2", dtype, DEVICE, tell=lambda message: None)[0]
+        return load_model("smollm2", dtype, DEVICE, log=lambda message: None)[0]
 
-    materials = Materials(folder, tokenizer, comparison.sizes, tell)
+    materials = Materials(folder, tokenizer, comparison.sizes, log)
     materials.prepare(load)
     return Runs(folder / "runs", materials, load, comparison.schedule)
 
 
-def search(runs: Runs, methods: list[str], tell: Callable[[str], None], console: Console) -> str:
-    """Every method's learning rate, by trial runs; what became of them, in Markdown."""
+def search(runs: Runs, methods: list[str], log: Callable[[str], None], console: Console) -> str:
+    """Searches every method's learning rate in trial runs; returns their results as a Markdown table."""
     searched = [name for name in rates.SEARCHED if name in methods]
     with _bar(console, len(searched)) as show:
         for name in searched:
             found = rates.search(runs, name, show(METHODS[name].title))
-            tell(f"{METHODS[name].title}: {'no rate reaches the target' if found is None else f'{found:g}'}")
+            log(f"{METHODS[name].title}: {'no rate reaches the target' if found is None else f'{found:g}'}")
     return trials_table(rates.trials(runs))
 
 
 def compare(
-    runs: Runs, comparison: Comparison, methods: list[str], tell: Callable[[str], None], console: Console
+    runs: Runs, comparison: Comparison, methods: list[str], log: Callable[[str], None], console: Console
 ) -> dict:
-    """Every run that is not there yet, and what all of them say."""
+    """Does every run that has no result yet; returns all results with their summary."""
     untouched = runs.untouched()
-    # Seed by seed, so that a run that is stopped early has something of every method.
+    # Seed by seed, so that a comparison that is stopped early has results of every method.
     wanted = [(name, METHODS[name], seed) for seed in comparison.seeds for name in methods]
     if "loramoe" in methods:
         wanted += [(name, method, comparison.seeds[0]) for name, method in EAGER.items()]
@@ -138,7 +139,7 @@ def compare(
         for name, method, seed in wanted:
             results.append(runs.run(name, method, seed, show(f"{method.title}, seed {seed}")))
             last = results[-1]["points"][-1]
-            tell(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
+            log(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
                  f"general {last['general_loss']:.3f}, KL {last['kl_texts']:.3f} and {last['kl_own']:.3f}")  # fmt: skip
     return {
         "machine": machine(DEVICE),
@@ -153,7 +154,7 @@ def compare(
 
 @contextmanager
 def _bar(console: Console, total: int) -> Iterator[Callable[[str], Callable[[History], None]]]:
-    """A bar that goes on one run at each call with the next one's name, which gives what tells of the run's looks."""
+    """A progress bar of runs: each call begins the next run, and returns the function to call after an evaluation."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     begun = 0
     with Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=True) as bar:

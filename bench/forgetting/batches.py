@@ -12,7 +12,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one text, their labels (-100 where no loss is taken), and LoRAMoE's task type."""
+    """Token ids of one text, their labels (-100 where the loss ignores them), and LoRAMoE's task type."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -20,20 +20,23 @@ class Example:
 
     @classmethod
     def of(cls, encoded: dict[str, list[int]], task_type: int = 0) -> "Example":
+        """From "input_ids" and "labels", as :func:`gci_kernels.rega.encode` gives them."""
         return cls(tuple(encoded["input_ids"]), tuple(encoded["labels"]), task_type)
 
     @property
     def answer(self) -> int:
-        """How many tokens there are from the first labelled one on."""
-        return len(self.ids) - next(place for place, label in enumerate(self.labels) if label != IGNORED)
+        """The number of tokens from the first labelled one on."""
+        return len(self.ids) - next(index for index, label in enumerate(self.labels) if label != IGNORED)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the left, so that all answers end together and as many last logits serve them all.
+    """Examples padded on the left, so that all answers end together and the same last logits serve them all.
 
-    input_ids, attention_mask: [batch, time] int64. targets: [batch, kept] int64, the last tokens, where they count.
-    task_types: [batch] int64.
+    Attributes:
+        input_ids, attention_mask: [batch, time] int64.
+        targets: [batch, kept] int64, the labels of the last tokens, -100 where the loss ignores them.
+        task_types: [batch] int64.
     """
 
     input_ids: Tensor
@@ -43,26 +46,29 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """The number of tokens without padding."""
         return int(self.attention_mask.sum())
 
-    def logits(self, model: nn.Module, **more: Tensor) -> tuple[Tensor, dict]:
-        """[batch, kept, vocabulary] in the model's dtype, what predicts the targets, and the model's whole output."""
+    def logits(self, model: nn.Module, **kwargs: Tensor) -> tuple[Tensor, dict]:
+        """The logits that predict the targets, [batch, kept, vocabulary] in the model's dtype, and the model's output.
+
+        `kwargs` are further arguments of the model.
+        """
         width, kept = self.input_ids.shape[1], self.targets.shape[1]
         output = model(
             input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False,
-            logits_to_keep=positions(width - kept - 1, width - 1), **more,
+            logits_to_keep=positions(width - kept - 1, width - 1), **kwargs,
         )  # fmt: skip
         return output.logits, output
 
     def losses(self, logits: Tensor) -> Tensor:
-        """[targets that count] float32: the cross entropy of each, row after row."""
+        """The cross entropy of each target that counts, [targets] float32, row after row."""
         counted = self.targets != IGNORED
         return F.cross_entropy(logits[counted].float(), self.targets[counted], reduction="none")
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """One batch of `examples`."""
+    """One batch of `examples`, padded with the token id `pad`."""
     width, answer = max(len(e.ids) for e in examples), max(e.answer for e in examples)
     ids = torch.full((len(examples), width), pad)
     mask = torch.zeros_like(ids)
@@ -71,22 +77,22 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         ids[row, width - len(example.ids) :] = torch.tensor(example.ids)
         labels[row, width - len(example.ids) :] = torch.tensor(example.labels)
         mask[row, width - len(example.ids) :] = 1
-    # The first token of a text has nothing before it to be predicted from.
+    # No logits predict the first token of a text.
     answer = min(answer, width - 1)
     return Batch(ids, mask, labels[:, width - answer :], torch.tensor([e.task_type for e in examples]))
 
 
 def positions(first: int, end: int) -> Tensor:
-    """What to give as `logits_to_keep` for the logits at the places from `first` to before `end`, below 0 from the end.
+    """`logits_to_keep` for the positions from `first` to before `end`; negative ones count from the end. int64.
 
-    A count would make the model slice its hidden states, and for a product of what is not contiguous with a frozen head
-    PyTorch copies the head for every row of the batch: seconds a step. Of positions it makes a tensor of its own.
+    Given a count, the model would slice its hidden states, and for the product of a tensor that is not contiguous with
+    a frozen head PyTorch copies the head for every row of the batch: seconds a step. Given positions it gathers them.
     """
     return torch.arange(first, end)
 
 
 def by_length(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """Indices of `examples` in groups of `size`, like lengths together, so that little is padding."""
+    """Indices of `examples` in groups of `size`, similar lengths together, so that there is little padding."""
     order = sorted(range(len(examples)), key=lambda index: (len(examples[index].ids), index))
     return [order[first : first + size] for first in range(0, len(order), size)]
 

@@ -1,17 +1,17 @@
-"""Licence texts, cut into clauses of a readable length, and split by family so that none is seen on both sides."""
+"""Licence texts, cut into clauses of a readable length, and split into training and held-out ones by family."""
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-WORDS = range(15, 111)
-OPENING = 8
-# How many of its runs of words a clause to train on may share with those held out.
-RUN = 5
+WORDS = range(15, 111)  # the length of a clause
+OPENING = 8  # the words by which two sentences are compared
+# The share of its n-grams of words that a training clause may have in common with held-out ones.
+NGRAM = 5
 MOST_SHARED = 0.25
 
-# Licences that were written from one another, by how their ids start. All others are one more family: most are
-# variants of the BSD and MIT licences, and the few that are not lose nothing by staying on their side.
+# Families of licences with common passages, by the beginnings of their ids. All others are one more family: most are
+# variants of the BSD and MIT licences.
 FAMILIES = {
     "gpl": "GPL LGPL AGPL GFDL NGPL LGPLLR OCLC BSD-Protection",
     "cc": "CC CC0 ADSL",
@@ -24,13 +24,13 @@ FAMILIES = {
     "lppl": "LPPL",
     "eupl": "EUPL CECILL",
 }
-# Chosen for holding enough clauses of every kind and for sharing few of them with the others.
+# Chosen because they have enough clauses of every kind and share few of them with the others.
 HELD_OUT = frozenset({"artistic", "eupl", "gpl", "osl"})
 
 
 @dataclass(frozen=True)
 class Clause:
-    """A passage of a licence, with its own heading where it has one, which the text leaves out."""
+    """A passage of a licence, and its heading ("" where it has none), which is not in the text."""
 
     source: str
     heading: str
@@ -38,6 +38,7 @@ class Clause:
 
 
 def family(licence: str) -> str:
+    """The family of the licence with this SPDX id; "permissive" for all that are in no list."""
     for name, starts in FAMILIES.items():
         if any(licence == start or licence.startswith(f"{start}-") for start in starts.split()):
             return name
@@ -45,28 +46,28 @@ def family(licence: str) -> str:
 
 
 def split(texts: dict[str, str]) -> tuple[list[Clause], list[Clause]]:
-    """The clauses to train on and those held out, in one order for all runs.
+    """The training clauses and the held-out ones of `texts` by SPDX id, always in the same order.
 
-    A clause to train on shares no sentence's first words with what is held out and few of its phrases: licences of
-    different families have borrowed from each other. No text is there twice.
+    As licences of different families have copied from each other, a training clause has no sentence that begins like a
+    held-out one, and few n-grams in common with held-out clauses. No text occurs twice.
     """
     train: list[Clause] = []
     held_out: list[Clause] = []
     for source in sorted(texts):
         (held_out if family(source) in HELD_OUT else train).extend(clauses(source, texts[source]))
     starts = {start for clause in held_out for start in openings(clause.text)}
-    runs = {run for clause in held_out for run in _runs(clause.text)}
+    ngrams = {ngram for clause in held_out for ngram in _ngrams(clause.text)}
     train = [
         clause
         for clause in train
         if starts.isdisjoint(openings(clause.text))
-        and len(runs & _runs(clause.text)) <= MOST_SHARED * len(_runs(clause.text))
+        and len(ngrams & _ngrams(clause.text)) <= MOST_SHARED * len(_ngrams(clause.text))
     ]
     return _distinct(train), _distinct(held_out)
 
 
 def _distinct(found: Iterable[Clause]) -> list[Clause]:
-    """One clause for each text; that with a heading where there is one."""
+    """One clause for each text, if possible one with a heading."""
     best: dict[str, Clause] = {}
     for clause in found:
         text = normalised(clause.text)
@@ -76,10 +77,12 @@ def _distinct(found: Iterable[Clause]) -> list[Clause]:
 
 
 def normalised(text: str) -> str:
+    """The words of the text in lower case, without punctuation, separated by spaces."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def opening(text: str) -> str:
+    """The first OPENING words, normalised."""
     return " ".join(normalised(text).split()[:OPENING])
 
 
@@ -89,13 +92,14 @@ def openings(text: str) -> set[str]:
     return {opening(text)} | {start for start in starts if start.count(" ") == OPENING - 1}
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of RUN words in the text."""
+def _ngrams(text: str) -> set[tuple[str, ...]]:
+    """All runs of NGRAM words in the text."""
     words = normalised(text).split()
-    return set(zip(*(words[start:] for start in range(RUN)), strict=False))
+    return set(zip(*(words[start:] for start in range(NGRAM)), strict=False))
 
 
 def sentences(text: str) -> list[str]:
+    """The sentences of a paragraph; abbreviations do not end one."""
     return re.split(
         r"(?<![ .(][A-Za-z]\.)(?<!\bInc\.)(?<!\bNo\.)(?<!\betc\.)(?:(?<=[.?!])|(?<=[.?!][\")]))\s+(?=[A-Z\"(])", text
     )
@@ -109,7 +113,7 @@ _TITLE = r"[A-Z][\w'-]*(?:,? (?:[A-Z(\"][\w'()\"-]*|and|or|of|to|the|for|on|with
 
 
 def clauses(source: str, text: str) -> Iterator[Clause]:
-    """The passages of a licence that can be read alone: whole sentences, 15 to 110 words, no lists, no capitals."""
+    """The passages of a licence that can be read alone: whole sentences, 15 to 110 words, no lists, few capitals."""
     heading = ""
     for block in re.split(r"\n\s*\n", _plain(text)):
         first, _, rest = block.strip().partition("\n")
@@ -131,7 +135,7 @@ def _plain(text: str) -> str:
 
 
 def _titled(first: str, rest: str) -> tuple[str, str]:
-    """(heading or "", body or "") of a paragraph, given its first line and what follows."""
+    """(heading or "", body or "") of a paragraph, given its first line and the rest."""
     line = re.sub(rf"^(?:{_ENUMERATOR})+", "", first)
     if re.fullmatch(rf"{_TITLE}[.:]?", line) and len(line.split()) <= 8:
         return line.rstrip(".:"), rest
@@ -142,17 +146,17 @@ def _titled(first: str, rest: str) -> tuple[str, str]:
 
 
 def _pieces(body: str) -> Iterator[str]:
-    """The body, or runs of its sentences where it is longer than a clause may be."""
+    """The body, or groups of its sentences where it is longer than a clause may be."""
     if len(body.split()) in WORDS:
         yield body
         return
-    run: list[str] = []
+    group: list[str] = []
     for sentence in sentences(body):
-        if run and len(" ".join([*run, sentence]).split()) > 80:
-            yield " ".join(run)
-            run = []
-        run.append(sentence)
-    yield " ".join(run)
+        if group and len(" ".join([*group, sentence]).split()) > 80:
+            yield " ".join(group)
+            group = []
+        group.append(sentence)
+    yield " ".join(group)
 
 
 # Blanks to fill in, addresses, code, copyright lines, and enumerations inside a paragraph.

@@ -1,7 +1,7 @@
-"""The legal domain: three groups of tasks made from licence texts, each with its known answer.
+"""The legal domain: three groups of tasks made from licence texts, each with a known answer.
 
-Each needs a general ability as well: "term" calculates with a number that a clause gives, "summary" says what a
-clause is about, "permission" answers what a clause allows, and says so where it does not tell.
+Each needs a general ability as well: "term" calculates with a number that a clause gives, "summary" names the subject
+of a clause, "permission" answers what a clause allows, also where the clause says nothing about it.
 """
 
 import random
@@ -17,9 +17,9 @@ from .numbers import given_number
 from .permission import Action, all_actions, silent_about, verdict
 
 GROUPS = ("term", "summary", "permission")
-# A clause is asked about again, with other numbers or in other words, where there are fewer clauses than tasks.
+# Where there are fewer clauses than tasks, several tasks are made of one, with other numbers or in other words.
 TIMES_ASKED = {"term": 10, "summary": 1, "permission": 3}
-# SmolLM2 makes a token of about 4.5 characters: none is over 220 tokens.
+# SmolLM2's tokens have about 4.5 characters: no prompt is longer than 220 tokens.
 MAX_CHARACTERS = 900
 UNSAID = "The clause does not say."
 
@@ -28,26 +28,27 @@ Candidate = TypeVar("Candidate")
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a clause: the user's whole turn, the answer to learn, and what tells a right answer."""
+    """A question about a clause: the user's whole turn, the answer to learn, and the key to score answers by."""
 
     group: str
     prompt: str
     answer: str
     key: str
     source: str
-    # What LoRAMoE's balance constraint takes: 1 for a task that leans on a general ability (calculation) most.
+    # For LoRAMoE's balance constraint: 1 for a task that needs a general ability (calculation) most.
     task_type: int
 
 
 def make(texts: dict[str, str], *, train: int, held_out: int, seed: int) -> tuple[list[Task], list[Task]]:
-    """Tasks to train on and held-out ones, each a third of every group, in mixed order.
+    """Training tasks and held-out ones, a third of each from every group, in mixed order.
 
     Args:
-        texts: licences by SPDX id. Their family decides on which side they are.
-        seed: for the draw and the order of the training tasks; the held-out ones are always the same.
+        texts: licences by SPDX id; training and held-out ones are of different families.
+        train, held_out: the numbers of tasks.
+        seed: for the choice and order of the training tasks; the held-out ones are always the same.
 
     Raises:
-        ValueError: a count that is no multiple of 3, or more tasks than the texts carry.
+        ValueError: a count that is no multiple of 3, or more tasks than the texts give.
     """
     for count in (train, held_out):
         if count < 0 or count % len(GROUPS):
@@ -65,7 +66,7 @@ def _tasks(clauses: list[Clause], count: int, rng: random.Random, side: str) -> 
         *_drawn(
             "term", [replace(c, text=part) for c in clauses for part in term.passages(c.text)], _term, each, rng, side
         ),
-        *_drawn("summary", [c for c in clauses if _telling(c)], _summary, each, rng, side),
+        *_drawn("summary", [c for c in clauses if _is_informative(c)], _summary, each, rng, side),
         *_permissions(clauses, each, rng, side),
     ]
     rng.shuffle(tasks)
@@ -80,7 +81,7 @@ def _drawn(
     rng: random.Random,
     side: str,
 ) -> list[Task]:
-    """`count` different tasks, from as many different candidates as there are."""
+    """`count` different tasks, from as many different candidates as possible."""
     tasks: dict[str, Task] = {}
     for candidate in _in_turn(candidates, TIMES_ASKED[group], rng):
         if len(tasks) == count:
@@ -89,29 +90,29 @@ def _drawn(
         if task and len(task.prompt) <= MAX_CHARACTERS:
             tasks.setdefault(task.prompt, task)
     if len(tasks) < count:
-        raise ValueError(f"{count} {group} tasks {side} are wanted, the texts carry {len(tasks)}")
+        raise ValueError(f"{count} {group} tasks {side} are wanted, the texts give {len(tasks)}")
     return list(tasks.values())
 
 
 def _in_turn(candidates: list[Candidate], times: int, rng: random.Random) -> Iterator[Candidate]:
-    """The candidates in random order, those that are like an earlier one late, all of them `times` times."""
+    """The candidates in random order, all of them `times` times; those similar to an earlier one come last."""
     shuffled = rng.sample(candidates, len(candidates))
-    alike: Counter = Counter()
+    similar: Counter = Counter()
     ranks = []
     for index, candidate in enumerate(shuffled):
-        start = _sameness(candidate)
-        ranks.append((alike[start], index))
-        alike[start] += 1
+        key = _similarity_key(candidate)
+        ranks.append((similar[key], index))
+        similar[key] += 1
     for _ in range(times):
         for _, index in sorted(ranks):
             yield shuffled[index]
 
 
-def _sameness(candidate: Clause | Action) -> str:
-    """What candidates have in common that would be asked nearly the same."""
+def _similarity_key(candidate: Clause | Action) -> str:
+    """Equal for candidates that would give nearly the same question."""
     if isinstance(candidate, Action):
         return candidate.phrase.lower()
-    return candidate.heading.lower() if _telling(candidate) else opening(candidate.text)
+    return candidate.heading.lower() if _is_informative(candidate) else opening(candidate.text)
 
 
 def _prompt(clause: Clause, question: str) -> str:
@@ -123,7 +124,7 @@ def _term(clause: Clause, rng: random.Random) -> Task:
     return Task("term", _prompt(clause, question), answer, key, clause.source, 1)
 
 
-# Headings that say what part of a licence it is, not what it is about; names; what stands over unlike clauses.
+# Headings that name a part of a licence, not its subject; names; headings that different clauses have.
 _VAGUE = re.compile(
     r"\b(misc|general|defin|preamble|notes?$|note\b|exhibit|appendix|addendum|important|introduction|background|glossary"
     r"|statement of purpose|conditions?$|terms?$|terms and|effect$|notice$|you\b|api|scope|other\b|instructions|apple"
@@ -134,8 +135,8 @@ _VAGUE = re.compile(
 _SMALL = frozenset("and or of to the for on with by in as a from under no not for your this".split())
 
 
-def _telling(clause: Clause) -> bool:
-    """Whether the heading can be known from the clause: most of its words are in it."""
+def _is_informative(clause: Clause) -> bool:
+    """Whether the heading can be inferred from the clause: most of its words occur in it."""
     words = [word for word in normalised(clause.heading).split() if word not in _SMALL]
     if not words or len(words) > 5 or _VAGUE.search(clause.heading) or re.search(r"[^A-Za-z ,'-]", clause.heading):
         return False
@@ -157,7 +158,7 @@ _ASKED = (
 
 
 def _permissions(clauses: list[Clause], count: int, rng: random.Random, side: str) -> list[Task]:
-    """A third each of what is allowed, what is forbidden, and what the clause does not tell."""
+    """A third each of questions about what is allowed, what is forbidden, and what the clause does not mention."""
     found = list(all_actions(clauses))
     tasks = []
     for index, key in enumerate(("no", "yes")):
@@ -165,7 +166,7 @@ def _permissions(clauses: list[Clause], count: int, rng: random.Random, side: st
         tasks += _drawn("permission", of_key, _permission, (count + index) // 3, rng, side)
 
     def unsaid(action: Action, rng: random.Random) -> Task | None:
-        # Asked of the clauses that the other questions are asked of: which clause it is gives nothing away.
+        # About the same clauses as the other questions, so that the clause does not give the answer away.
         others = [other for other in found if silent_about(action.clause, other)]
         if not others:
             return None
@@ -185,7 +186,7 @@ def _asked(clause: Clause, phrase: str, answer: str, key: str, rng: random.Rando
 
 
 def score(task: Task, text: str) -> float:
-    """How right an answer is, 0 to 1; between them only where a heading shares words with the true one."""
+    """The score of an answer, 0 or 1; for headings the F1 of the words in common."""
     if task.group == "term":
         return float(given_number(text) == task.key)
     if task.group == "permission":
@@ -194,7 +195,7 @@ def score(task: Task, text: str) -> float:
 
 
 def _shared_words(heading: str, text: str) -> float:
-    """The F1 of the words that both have, each as often as both have it."""
+    """The F1 score of the words, counted with repetitions."""
     expected, given = (Counter(normalised(words).split()) for words in (heading, _first_line(text)))
     shared = (expected & given).total()
     return 2 * shared / (expected.total() + given.total()) if shared else 0.0

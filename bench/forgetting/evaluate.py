@@ -1,6 +1,6 @@
-"""What a model has learned and what it has kept: losses, the distance from the untouched model, answers."""
+"""Evaluation of a trained model: losses, the KL divergence from the original model, and answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,16 +13,18 @@ from .batches import IGNORED, Batch, Example, by_length, collate, positions
 from .domain import GROUPS, Task, score
 from .general import Choice
 
-BATCH = 16  # as many as a decoding step takes at once
+BATCH = 16  # as many as the decoding kernels take at once
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model after some training steps. Losses are nats a token.
+    """The evaluation of a model after some training steps. Losses are in nats a token.
 
-    Args:
+    Attributes:
+        step, tokens: how much it was trained.
+        domain_loss: on held-out tasks.
         general_loss: on general texts.
-        kl_texts, kl_own: KL divergence from the untouched model, on those texts and on its own answers.
+        kl_texts, kl_own: KL divergence from the original model, on those texts and on its own answers.
     """
 
     step: int
@@ -33,23 +35,24 @@ class Point:
     kl_own: float
 
     def json(self) -> dict:
+        """The values by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is kept from training.
+    """Material that is not trained on.
 
-    Args:
-        domain: tasks whose answers are asked for.
-        looked: conversations, on some of these tasks, whose loss is taken.
-        texts: general texts, every token counts.
-        own: general instructions with the untouched model's own answers.
-        arithmetic, glosses: questions with answers to choose from.
+    Attributes:
+        domain: tasks to generate answers for.
+        loss_tasks: conversations about some of these tasks, for the domain loss.
+        texts: general texts, of which every token counts.
+        own: general instructions with the original model's own answers.
+        arithmetic, glosses: multiple-choice questions.
     """
 
     domain: list[Task]
-    looked: list[Example]
+    loss_tasks: list[Example]
     texts: list[Example]
     own: list[Example]
     arithmetic: list[Choice]
@@ -57,13 +60,25 @@ class HeldOut:
 
 
 class Evaluator:
-    """Compares models with the untouched one, whose logits over the general material are kept in its own dtype."""
+    """Compares models with the original one, whose logits on the general material are stored in its dtype.
 
-    def __init__(self, untouched: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, chat) -> None:
-        """`chat`: from a user's turn to token ids that end where the answer begins."""
+    Args:
+        untouched: the original model, in evaluation mode.
+        tokenizer: its tokenizer.
+        held_out: the material.
+        chat: from a user's turn to the token ids of a request, up to the beginning of the answer.
+    """
+
+    def __init__(
+        self,
+        untouched: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: HeldOut,
+        chat: Callable[[str], list[int]],
+    ) -> None:
         self.tokenizer, self.held_out, self.chat = tokenizer, held_out, chat
         self.pad = tokenizer.pad_token_id
-        self.domain = self._batches(held_out.looked)
+        self.domain = self._batches(held_out.loss_tasks)
         self.general = {"texts": self._batches(held_out.texts), "own": self._batches(held_out.own)}
         with torch.inference_mode():
             self.reference = {
@@ -75,12 +90,12 @@ class Evaluator:
 
     @staticmethod
     def _counted(model: nn.Module, batch: Batch) -> Tensor:
-        """[targets that count, vocabulary]: the logits that predict them."""
+        """The logits of the targets that count, [targets, vocabulary]."""
         return batch.logits(model)[0][batch.targets != IGNORED].clone()
 
     @torch.inference_mode()
     def point(self, model: nn.Module, step: int, tokens: int) -> Point:
-        """The three losses of `model`, which is in evaluation mode."""
+        """The losses and divergences of `model`, which must be in evaluation mode."""
         domain = [batch.losses(batch.logits(model)[0]) for batch in self.domain]
         general, distances = [], {name: [] for name in self.general}
         for name, batches in self.general.items():
@@ -95,7 +110,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def answers(self, model: nn.Module) -> dict[str, float]:
-        """Shares of right answers, 0 to 1, by group of tasks, of arithmetic, and of words' meanings."""
+        """Shares of right answers, 0 to 1, by group of tasks, and for "arithmetic" and "glosses"."""
         found: dict[str, float] = {}
         tasks = self.held_out.domain
         written = self.generate(model, [task.prompt for task in tasks], 40)
@@ -107,7 +122,7 @@ class Evaluator:
         return found
 
     def generate(self, model: nn.Module, prompts: Sequence[str], new_tokens: int) -> list[str]:
-        """The greedy answer to each prompt."""
+        """The greedy answer to each prompt, of at most `new_tokens` tokens."""
         examples = [Example(tuple(ids), (0,) * len(ids)) for ids in map(self.chat, prompts)]
         texts = [""] * len(prompts)
         for rows in by_length(examples, BATCH):
@@ -123,7 +138,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def choose(self, model: nn.Module, choices: Sequence[Choice]) -> float:
-        """The share of `choices` whose right option is the likeliest, by the mean over its tokens."""
+        """The share of `choices` whose right option has the highest mean log-probability of its tokens."""
         prompts = [Example(tuple(ids), (0,) * len(ids)) for ids in (self.chat(choice.prompt) for choice in choices)]
         right = 0
         for rows in by_length(prompts, BATCH // 2):
@@ -135,30 +150,29 @@ class Evaluator:
         return right / len(choices)
 
     def _likelihood(self, model: nn.Module, prompts: list[Example], options: list[str]) -> Tensor:
-        """[options] float32: the mean log-probability of each one's tokens behind its prompt, which is run once.
+        """The mean log-probability of each option's tokens after its prompt, [options] float32.
 
-        `options` holds as many for each prompt, in the prompts' order.
+        `options` has the same number for each prompt, in the order of the prompts. A prompt is computed once.
         """
-        asked, each = collate(prompts, self.pad), len(options) // len(prompts)
+        batch, each = collate(prompts, self.pad), len(options) // len(prompts)
         output = model(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, logits_to_keep=positions(-1, 0),
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=positions(-1, 0),
             use_cache=True,
         )  # fmt: skip
         output.past_key_values.batch_repeat_interleave(each)
-        ids = [self.tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-        tokens = pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=IGNORED)
-        there = tokens != IGNORED
-        mask = torch.cat((asked.attention_mask.repeat_interleave(each, 0), there.long()), 1)
-        behind = model(
-            input_ids=tokens.masked_fill(~there, self.pad), attention_mask=mask, past_key_values=output.past_key_values
-        ).logits
-        logits = torch.cat((output.logits.repeat_interleave(each, 0), behind[:, :-1]), 1)
+        rows = [torch.tensor(self.tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        present = tokens != IGNORED
+        mask = torch.cat((batch.attention_mask.repeat_interleave(each, 0), present.long()), 1)
+        ids, cache = tokens.masked_fill(~present, self.pad), output.past_key_values
+        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        logits = torch.cat((output.logits.repeat_interleave(each, 0), logits[:, :-1]), 1)
         losses = F.cross_entropy(logits.float().mT, tokens, reduction="none", ignore_index=IGNORED)
-        return -losses.sum(1) / there.sum(1)
+        return -losses.sum(1) / present.sum(1)
 
 
 def _kl(reference: Tensor, logits: Tensor) -> Tensor:
-    """[rows] float32: KL divergence of each row's distribution from the reference's."""
+    """KL divergence of each row's distribution from the reference's, [rows] float32, of logits [rows, vocabulary]."""
     parts = []
     for old, new in zip(reference.split(256), logits.split(256), strict=True):
         old, new = old.float().log_softmax(-1), new.float().log_softmax(-1)

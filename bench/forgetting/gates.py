@@ -1,4 +1,4 @@
-"""Which experts LoRAMoE's routers choose for which kind of task."""
+"""How LoRAMoE's routers share the two types of tasks among the experts."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,14 @@ from .batches import Batch
 
 
 @torch.inference_mode()
-def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]]:
-    """[2, experts]: the mean gate of each expert over all tokens (no padding) and layers, by task type 0 and 1."""
+def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]] | None:
+    """The mean gate of each expert over all tokens (without padding) and layers, [2, experts]: task types 0 and 1.
+
+    None where the model has no layers of LoRAMoE.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    if not layers:
+        return None
     experts = layers[0].configs[ADAPTER].num_experts
     sums, counts = torch.zeros(2, experts, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     batch: Batch
@@ -20,10 +25,10 @@ def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]]:
     def add(layer: LoRAMoELinear, args: tuple[Tensor, ...]) -> None:
         router = layer.loramoe_router[ADAPTER]
         gates = (args[0].to(router.dtype) @ router.T).softmax(-1, dtype=torch.float32)
-        for kind in (0, 1):
-            chosen = gates[(batch.task_types == kind)[:, None] & batch.attention_mask.bool()]
-            sums[kind] += chosen.sum(0)
-            counts[kind] += len(chosen)
+        for task_type in (0, 1):
+            chosen = gates[(batch.task_types == task_type)[:, None] & batch.attention_mask.bool()]
+            sums[task_type] += chosen.sum(0)
+            counts[task_type] += len(chosen)
 
     handles = [layer.register_forward_pre_hook(add) for layer in layers]
     try:
@@ -36,9 +41,9 @@ def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]]:
 
 
 def separation(gates: list[list[float]]) -> float:
-    """How far the first half of the experts serves one kind of task more than the other: 0 where all serve alike.
+    """The difference, between the two task types, of the share of the gates that the first half of the experts gets.
 
-    The share of the gates that the first half of the experts gets, by task type; the distance between the two shares.
+    `gates` is what :func:`mean_gates` returns. 0 where all experts serve both types alike.
     """
     shares = [sum(means[: len(means) // 2]) / sum(means) for means in gates]
     return abs(shares[1] - shares[0])

@@ -1,6 +1,6 @@
 """General material, none of it legal: instructions to answer, sums, word meanings, and plain text.
 
-Words are shared out: those that instructions ask about are in no choice and in no held-out text.
+A word occurs in one part only: those that instructions ask about are in no multiple choice and in no held-out text.
 """
 
 import itertools
@@ -9,9 +9,9 @@ import zlib
 from dataclasses import dataclass
 
 from .numbers import in_words
-from .sources import Gloss, Tell, documentation, glosses, to_stderr
+from .sources import Gloss, Log, documentation, glosses, to_stderr
 
-# Rarer words are hardly known to a small model before any training.
+# A small model hardly knows rarer words before any training.
 COMMON = 4500
 PARTS = ("instructions", "choices", "held out")
 
@@ -60,21 +60,21 @@ _SUMS = ("What is {}?", "Calculate {}.", "How much is {}?")
 
 @dataclass(frozen=True)
 class Choice:
-    """A question and four answers to choose from; `right` is the place of the right one."""
+    """A question and four answers to choose from; `right` is the index of the right one."""
 
     prompt: str
     options: tuple[str, str, str, str]
     right: int
 
 
-def instructions(count: int, seed: int, *, tell: Tell = to_stderr) -> list[str]:
-    """Different everyday instructions of all kinds, in mixed order."""
+def instructions(count: int, seed: int, *, log: Log = to_stderr) -> list[str]:
+    """`count` different everyday instructions of all kinds, in mixed order; ValueError for more than there are."""
     rng = random.Random(seed)
-    words = [gloss.word for gloss in _words("instructions", tell)]
+    words = [gloss.word for gloss in _words("instructions", log)]
     kinds = [*([template.format(word) for word in words] for template in _ABOUT_WORDS), *_without_words()]
     for kind in kinds:
         rng.shuffle(kind)
-    # One of each kind in turn, as long as a kind lasts.
+    # One of each kind in turn, until a kind is used up.
     taken = [prompt for row in itertools.zip_longest(*kinds) for prompt in row if prompt is not None]
     _enough("instructions", count, len(taken))
     chosen = taken[:count]
@@ -95,10 +95,13 @@ def _without_words() -> list[list[str]]:
 
 
 def arithmetic(count: int, seed: int) -> list[Choice]:
-    """Different sums of one- and two-digit numbers and products of one-digit ones, in signs and in words.
+    """`count` different sums of one- and two-digit numbers and products of one-digit ones, in digits and in words.
 
-    The wrong answers are near the right one. They are to choose from, for a small model that is asked to calculate
-    often explains until its answer is cut off.
+    The wrong answers are near the right one. Multiple choice, because a small model that is asked to calculate often
+    explains until its answer is cut off.
+
+    Raises:
+        ValueError: there are fewer.
     """
     rng = random.Random(seed)
     sums = [(a, sign, b) for a in range(3, 100) for b in range(2, 100) for sign in "+-" if sign == "+" or a > b]
@@ -119,21 +122,25 @@ def arithmetic(count: int, seed: int) -> list[Choice]:
 
 def _sum(a: int, sign: str, b: int, rng: random.Random) -> Choice:
     result = {"+": a + b, "-": a - b, "x": a * b}[sign]
-    asked = f"{in_words(a)} {_SIGNS[sign]} {in_words(b)}" if rng.random() < 0.5 else f"{a} {sign} {b}"
+    expression = f"{in_words(a)} {_SIGNS[sign]} {in_words(b)}" if rng.random() < 0.5 else f"{a} {sign} {b}"
     wrong = [result + step for step in (-10, -2, -1, 1, 2, 10) if result + step > 0]
     numbers = rng.sample([result, *rng.sample(wrong, 3)], 4)
     options = tuple(f"The answer is {number}." for number in numbers)
-    return Choice(rng.choice(_SUMS).format(asked), options, numbers.index(result))
+    return Choice(rng.choice(_SUMS).format(expression), options, numbers.index(result))
 
 
-def gloss_choices(count: int, seed: int, *, tell: Tell = to_stderr) -> list[Choice]:
-    """What words mean: each word's own meaning among those of three words of the same kind, of similar length."""
+def gloss_choices(count: int, seed: int, *, log: Log = to_stderr) -> list[Choice]:
+    """Word meanings: the right one and those of three words of the same part of speech, of similar length.
+
+    Raises:
+        ValueError: there are fewer than `count`.
+    """
     rng = random.Random(seed)
-    words = _words("choices", tell)
+    words = _words("choices", log)
     _enough("choices", count, len(words))
     choices = []
     for gloss in rng.sample(words, len(words)):
-        others = [other.gloss for other in words if _alike(gloss, other)]
+        others = [other.gloss for other in words if _is_distractor(gloss, other)]
         if len(choices) < count and len(others) >= 3:
             options = rng.sample([gloss.gloss, *rng.sample(others, 3)], 4)
             prompt = f'What does the word "{gloss.word}" mean?'
@@ -142,17 +149,17 @@ def gloss_choices(count: int, seed: int, *, tell: Tell = to_stderr) -> list[Choi
     return choices
 
 
-def _alike(gloss: Gloss, other: Gloss) -> bool:
-    """Whether the other's meaning can stand beside this one's: neither kind nor length give the right one away."""
+def _is_distractor(gloss: Gloss, other: Gloss) -> bool:
+    """Whether the other's meaning can be a wrong answer: neither part of speech nor length give the right one away."""
     near = abs(len(gloss.gloss) - len(other.gloss)) <= 12
     return near and gloss.part_of_speech == other.part_of_speech and gloss.gloss != other.gloss
 
 
-def held_out_texts(count: int, seed: int, *, tell: Tell = to_stderr) -> list[str]:
-    """Plain text whose loss tells how well a model still reads: documentation and meanings, half each."""
+def held_out_texts(count: int, seed: int, *, log: Log = to_stderr) -> list[str]:
+    """Plain texts for the general loss: documentation and word meanings, half each; ValueError if there are fewer."""
     rng = random.Random(seed)
-    meanings = [f'The {_NAMES[g.part_of_speech]} "{g.word}" means {g.gloss}.' for g in _words("held out", tell)]
-    paragraphs = documentation(tell)
+    meanings = [f'The {_NAMES[g.part_of_speech]} "{g.word}" means {g.gloss}.' for g in _words("held out", log)]
+    paragraphs = documentation(log)
     half = min(count // 2, len(paragraphs))
     _enough("held-out texts", count, half + len(meanings))
     texts = rng.sample(paragraphs, half) + rng.sample(meanings, count - half)
@@ -163,10 +170,10 @@ def held_out_texts(count: int, seed: int, *, tell: Tell = to_stderr) -> list[str
 _NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 
-def _words(part: str, tell: Tell) -> list[Gloss]:
-    """The third of the common words that one use of them may have; the same for every seed and version of Python."""
+def _words(part: str, log: Log) -> list[Gloss]:
+    """The third of the common words that belongs to one part; the same for every seed and version of Python."""
     index = PARTS.index(part)
-    return [gloss for gloss in glosses(tell)[:COMMON] if zlib.crc32(gloss.word.encode()) % len(PARTS) == index]
+    return [gloss for gloss in glosses(log)[:COMMON] if zlib.crc32(gloss.word.encode()) % len(PARTS) == index]
 
 
 def _enough(what: str, wanted: int, available: int) -> None:

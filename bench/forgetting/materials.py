@@ -1,4 +1,4 @@
-"""What all runs share: the tasks, the general material, the model's own answers, LoKI's scores."""
+"""What all runs share: the tasks, the general material, the original model's answers, LoKI's scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from . import domain, general, sources
 from .batches import Example, plain
 from .evaluate import HeldOut
 
-# What SmolLM2's chat template says where no system prompt is given: the prompt of inference, for every method alike.
+# SmolLM2's chat template has this prompt where no system prompt is given; in inference it is that of every method.
 CENTRAL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LAW = "You are a lawyer who reads clauses of software licences and answers exactly what they say."
 ROLES = rega.Roles(central=CENTRAL, domains={"law": LAW})
@@ -24,23 +24,23 @@ INTEGRATION = 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything there is.
+    """How much there is of each part.
 
-    Args:
+    Attributes:
         train, held_out: tasks of the domain.
-        looked: those of the held-out tasks whose loss is taken, as many of each group.
-        texts: general texts for the held-out loss.
-        own: general instructions whose answers, the model's own, are kept from training.
-        replayed: others, of which REGA's mixture replays those whose answers came to their end.
-        new_tokens: of an own answer, at most.
-        arithmetic, glosses: questions with answers to choose from.
-        attributed: own conversations that LoKI's attribution reads.
-        max_tokens: of a training example.
+        loss_tasks: held-out tasks for the domain loss, equally many of each group.
+        texts: general texts for the general loss.
+        own: general instructions, answered by the original model, that are not trained on.
+        replayed: other instructions, of which REGA's mixture replays those with finished answers.
+        new_tokens: the most tokens of the original model's answer.
+        arithmetic, glosses: multiple-choice questions.
+        attributed: conversations of the original model for LoKI's attribution.
+        max_tokens: the most of a training example.
     """
 
     train: int
     held_out: int
-    looked: int
+    loss_tasks: int
     texts: int
     own: int
     replayed: int
@@ -52,21 +52,29 @@ class Sizes:
 
 
 class Materials:
-    """Made in `folder` on first use, and found there again."""
+    """The material of a comparison, computed on first use and stored in `folder`.
+
+    Args:
+        folder: the folder, which exists.
+        tokenizer: the model's.
+        sizes: how much to make.
+        log: called with a line before each slow step.
+    """
 
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes, tell: Callable[[str], None]
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes, log: Callable[[str], None]
     ) -> None:
-        self.folder, self.tokenizer, self.sizes, self.tell = folder, tokenizer, sizes, tell
-        self.licences = sources.licences(tell)
+        self.folder, self.tokenizer, self.sizes, self.log = folder, tokenizer, sizes, log
+        self.licences = sources.licences(log)
         self.tasks = domain.make(self.licences, train=sizes.train, held_out=sizes.held_out, seed=0)[1]
 
     @property
     def scores(self) -> Path:
+        """The file of LoKI's scores."""
         return self.folder / "scores.safetensors"
 
     def chat(self, instruction: str) -> list[int]:
-        """Token ids of a request under the central prompt, up to where the answer begins."""
+        """Token ids of a request under the central prompt, up to the beginning of the answer."""
         return list(
             self.tokenizer.apply_chat_template(
                 rega.messages(CENTRAL, instruction), add_generation_prompt=True, return_dict=True
@@ -77,12 +85,18 @@ class Materials:
         return rega.encode(self.tokenizer, rega.messages(CENTRAL, instruction, answer))
 
     def prepare(self, load: Callable[[torch.dtype], nn.Module]) -> None:
-        """What needs the untouched model: its own answers and, in float32, LoKI's scores of them."""
+        """Computes what needs the original model: its answers and, in float32, LoKI's scores of them.
+
+        `load` gives the model in a dtype.
+
+        Raises:
+            RuntimeError: too few of the answers are usable.
+        """
         model = load(torch.bfloat16).eval()
         wanted = self.sizes.own + self.sizes.replayed
-        # Some answers are dropped, so a fifth more are asked for.
+        # Some answers are dropped, so there are a fifth more questions.
         questions = general.instructions(wanted + wanted // 5, seed=0)
-        self.tell(f"the model answers {len(questions)} general instructions")
+        self.log(f"the model answers {len(questions)} general instructions")
         pairs = rega.distill(
             model, self.tokenizer, questions, out=self.folder / "distilled.jsonl", prompt=CENTRAL,
             max_new_tokens=self.sizes.new_tokens, batch_size=16, seed=0,
@@ -90,11 +104,11 @@ class Materials:
         if len(pairs) < wanted:
             raise RuntimeError(f"only {len(pairs)} of {len(questions)} own answers are usable, {wanted} are needed")
         self.own, general_pairs = pairs[: self.sizes.own], pairs[self.sizes.own : wanted]
-        # What was cut off would teach to stop anywhere.
+        # An answer that was cut off would teach the model to stop anywhere.
         whole = {record["index"] for record in read_records(self.folder / "distilled.jsonl") if record["finished"]}
         finished = {questions[index] for index in whole}
         self.replayed = [pair for pair in general_pairs if pair.instruction in finished]
-        self.tell(f"LoKI's attribution over {self.sizes.attributed} of them")
+        self.log(f"LoKI's attribution over {self.sizes.attributed} of them")
         samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(general_pairs[: self.sizes.attributed])]
         loki.attribute_file(model.float().requires_grad_(False), samples, self.scores)
 
@@ -103,12 +117,13 @@ class Materials:
         return [(pair.instruction, pair.answer) for pair in pairs]
 
     def held_out(self) -> HeldOut:
+        """The material for evaluation; :meth:`prepare` comes first."""
         sizes = self.sizes
-        each = sizes.looked // len(domain.GROUPS)
-        looked = [t for group in domain.GROUPS for t in [t for t in self.tasks if t.group == group][:each]]
+        each = sizes.loss_tasks // len(domain.GROUPS)
+        loss_tasks = [t for group in domain.GROUPS for t in [t for t in self.tasks if t.group == group][:each]]
         return HeldOut(
             domain=self.tasks,
-            looked=[Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in looked],
+            loss_tasks=[Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in loss_tasks],
             texts=[
                 plain(self.tokenizer(text)["input_ids"][:128]) for text in general.held_out_texts(sizes.texts, seed=0)
             ],
@@ -118,7 +133,7 @@ class Materials:
         )
 
     def examples(self, seed: int, with_rega: bool) -> tuple[list[Example], dict | None]:
-        """The training examples of a seed, and the counts of REGA's mixture, None without it."""
+        """The training examples of a seed, and the counts of REGA's mixture; None without REGA."""
         tasks = domain.make(self.licences, train=self.sizes.train, held_out=self.sizes.held_out, seed=seed)[0]
         if not with_rega:
             return [Example.of(self._encode(t.prompt, t.answer), t.task_type) for t in tasks], None

@@ -1,4 +1,4 @@
-"""What is compared: each way to adapt the model, with the learning rate it is given."""
+"""The methods that are compared, with their settings and learning rates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ RANK = 32  # LoRAMoE's eight experts of rank 4 together
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """A method, and its row in the table.
 
-    Args:
-        title: its name there.
-        learning_rate: AdamW's, by the rule of :mod:`.rates`.
-        config: the adapter's, from the scores file of LoKI's attribution; None: every weight is trained, in float32.
-        rega: train on REGA's mixture instead of the domain's samples alone.
-        eager: LoRAMoE in eager PyTorch, the published computation.
+    Attributes:
+        title: the row's name.
+        learning_rate: AdamW's, found by the rule of :mod:`.rates`.
+        config: makes the adapter's config, given the file of LoKI's scores; None: all weights are trained, in float32.
+        rega: whether to train on REGA's mixture instead of the domain's tasks alone.
+        eager: whether the layers compute in eager PyTorch, as the published LoRAMoE does.
     """
 
     title: str
@@ -70,7 +70,7 @@ EAGER = {"loramoe_eager": Method("LoRAMoE 8x4, eager PyTorch", 2e-4, _loramoe(0.
 
 
 def adapt(model: nn.Module, method: Method, scores: Path, seed: int) -> nn.Module:
-    """`model`, adapted as `method` says; it is changed in place, and its adapters start as `seed` says."""
+    """Adapts `model` in place by `method`; `seed` is that of the adapters' initial weights."""
     if method.config is None:
         return model.float().requires_grad_(True)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Which number an answer gives: what the tasks that calculate are judged by."""
+"""The number that an answer gives, by which tasks that calculate are scored."""
 
 import re
 
@@ -13,7 +13,7 @@ _IN_WORDS = {word: value for value, word in enumerate(_UNITS)} | {
 
 
 def in_words(number: int) -> str:
-    """A number from 0 to 99 as it is written out."""
+    """A number from 0 to 99 in words."""
     if number < 20:
         return _UNITS[number]
     tens, units = divmod(number, 10)
@@ -21,14 +21,14 @@ def in_words(number: int) -> str:
 
 
 def given_number(answer: str) -> str:
-    """The number that an answer comes down to: its last equation's result, else the last number in it, else "".
+    """The result of an answer's last equation, else the last number in it, else "".
 
-    Models that were not told how to answer repeat the question's numbers before theirs, and talk on behind an
-    equation. Numbers in words count where there are no digits.
+    Models that have not learned the form of the answers repeat the question's numbers before theirs, and add more
+    after an equation. Numbers in words count where there are no digits.
     """
     digits = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
     results = re.findall(r"=\s*\$?(-?\d+(?:\.\d+)?)", digits)
-    # A minus between two numbers is no sign.
+    # A minus between two numbers is an operator, not a sign.
     numbers = results or re.findall(r"(?:(?<![\d)] )(?<![\d)])-)?\d+(?:\.\d+)?", digits)
     if numbers:
         return re.sub(r"\.0+$", "", numbers[-1])

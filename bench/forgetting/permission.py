@@ -1,4 +1,4 @@
-"""What clauses allow and forbid: the actions that can be asked about, found in their own words."""
+"""What clauses allow and forbid: finds the actions in their text that a question can be about."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .clauses import Clause, sentences
 
-# Only phrases that start with one of these are asked about: they are actions, and make a grammatical question.
+# Only phrases that start with one of these become questions: they are actions, and the question is grammatical.
 _VERBS = frozenset(
     "accept access add aggregate alter apply assign attach bundle call change charge choose claim combine "
     "communicate compile convert convey copy create delete demand deny deploy derive develop disclose display "
@@ -60,7 +60,7 @@ _DANGLING = frozenset(
     "of on by for in with under to from and or the a an as at any your its promote conclude offer".split()
 )
 _NO_THING = frozenset("To In If For When As By It They He Once Where Any Such Except Unless".split())
-# Words that point out of the phrase, and what is left of sentences that were cut where they should not be.
+# Words that refer to something outside of the phrase, and remains of sentences that were split wrongly.
 _UNCLEAR = re.compile(
     r"\b(?:only|not|any other|thereof|hereunder|so|it|them|such|these|those|who|itself|and to|however"
     r"|ownership rights)\b",
@@ -75,7 +75,7 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True)
 class Action:
-    """Something to do with the licensed work ("sell copies of it"), and what a clause says about it."""
+    """An action with the licensed work ("sell copies of it"), and what a clause says about it."""
 
     phrase: str
     key: str  # "yes" or "no"
@@ -84,32 +84,32 @@ class Action:
 
 
 def actions(clause: Clause) -> list[Action]:
-    """What the clause allows or forbids in so many words, one action for each sentence at most."""
+    """What the clause allows or forbids explicitly, at most one action for each sentence."""
     found = [Action(*_action(sentence), sentence.rstrip(), clause) for sentence in sentences(clause.text)]
     # "You may copy it ... You may not copy it if ...": neither answer is the right one.
-    said = {(_verb(action.phrase), action.key) for action in found}
+    stated = {(_verb(action.phrase), action.key) for action in found}
     return [
         action
         for action in found
         if _askable(action.phrase)
         and len(action.quote.split()) <= 45
-        and (_verb(action.phrase), "yes" if action.key == "no" else "no") not in said
+        and (_verb(action.phrase), "yes" if action.key == "no" else "no") not in stated
     ]
 
 
 def _action(sentence: str) -> tuple[str, str]:
-    """(what it is about, "no" or "yes") of a sentence that forbids or allows; ("", "") of any other."""
+    """(action, "no" or "yes") of a sentence that forbids or allows; ("", "") of any other."""
     forbidden, passive, neither = _FORBIDDEN.search(sentence), _PASSIVE.match(sentence), _NEITHER.match(sentence)
     if neither:
         subject = f"{neither[1]} or {re.sub(',? nor ', ' or ', neither[2])}"
         return _active(subject, *neither.groups()[2:]), "no"
     if forbidden and not re.search(r"\b(?:if|where|when|that|which|unless)\b", sentence[: forbidden.start()], re.I):
-        return _ended(forbidden[1]), "no"
+        return _without_conditions(forbidden[1]), "no"
     if passive and not forbidden and len(passive[1].split()) <= 14 and passive[1].split()[0] not in _NO_THING:
         return _active(*passive.groups()), "no"
     allowed = _ALLOWED.search(sentence)
     if allowed and not re.search(r"\b(?:not?|nor|only|that|which)\b", sentence[: allowed.start()], re.I):
-        return _ended(allowed[1]), "yes"
+        return _without_conditions(allowed[1]), "yes"
     return "", ""
 
 
@@ -120,19 +120,19 @@ def _active(subject: str, participle: str, other: str | None, rest: str) -> str:
     verb = _PARTICIPLES[participle] + (f" or {_PARTICIPLES[other]}" if other else "")
     if subject.split()[0] in ("The", "This", "Products", "Names", "Any", "These"):
         subject = subject[0].lower() + subject[1:]
-    return f"{verb} {subject} {_ended(rest)}".strip()
+    return f"{verb} {subject} {_without_conditions(rest)}".strip()
 
 
-def _ended(phrase: str) -> str:
-    """The phrase up to what it depends on; a comma ends it too, unless a list goes on behind it."""
+def _without_conditions(phrase: str) -> str:
+    """The phrase without its conditions; a comma ends it too, unless a list continues after it."""
     end = _END.search(phrase)
-    kept = phrase[: end.start()] if end else phrase
-    for comma in re.finditer(", ", kept):
-        listed = re.match(r"(?:[\w'/-]+,? ){0,6}(?:and|or|and/or) ", kept[comma.end() :])
-        if not listed and len(kept[: comma.start()].split()) > 3:
-            kept = kept[: comma.start()]
+    action = phrase[: end.start()] if end else phrase
+    for comma in re.finditer(", ", action):
+        listed = re.match(r"(?:[\w'/-]+,? ){0,6}(?:and|or|and/or) ", action[comma.end() :])
+        if not listed and len(action[: comma.start()].split()) > 3:
+            action = action[: comma.start()]
             break
-    return re.sub(r",? (?:and|or|and/or)$", "", kept.strip(" ,"))
+    return re.sub(r",? (?:and|or|and/or)$", "", action.strip(" ,"))
 
 
 def _verb(phrase: str) -> str:
@@ -153,13 +153,13 @@ def _askable(phrase: str) -> bool:
 
 
 def content_words(text: str) -> frozenset[str]:
-    """The words that tell what a text is about, by their first five letters."""
+    """The first five letters of the words that are not frequent in every licence."""
     words = re.findall(r"[a-z]{4,}", text.lower())
     return frozenset(word[:5] for word in words if word not in _COMMON)
 
 
 def silent_about(clause: Clause, action: Action) -> bool:
-    """Whether nothing in the clause could bear on the action: neither its verbs, its words, nor a broad grant."""
+    """Whether nothing in the clause concerns the action: none of its verbs or content words, and no broad grant."""
     verbs = [word for word in re.findall("[a-z]+", action.phrase) if word in _VERBS]
     if _BROAD.search(clause.text) or re.search(rf"\b(?:{'|'.join(verb[:5] for verb in verbs)})", clause.text, re.I):
         return False
@@ -167,7 +167,7 @@ def silent_about(clause: Clause, action: Action) -> bool:
 
 
 def verdict(answer: str) -> str:
-    """ "yes", "no" or "unsaid", by how an answer opens; "" where it opens otherwise."""
+    """ "yes", "no" or "unsaid", by the beginning of an answer; "" where it begins otherwise."""
     opening = " ".join(re.findall(r"[a-z]+", answer.lower().replace("'", "").replace("\u2019", ""))[:8])
     if re.match(r"(?:yes|no)\b", opening):
         return opening.split()[0]
@@ -176,5 +176,6 @@ def verdict(answer: str) -> str:
 
 
 def all_actions(clauses: list[Clause]) -> Iterator[Action]:
+    """The actions of all clauses, in their order."""
     for clause in clauses:
         yield from actions(clause)

@@ -1,8 +1,12 @@
-"""The picture: what is lost against what is gained, fused against eager training, gates by task type, cost."""
+"""The plots: forgetting against learning, fused against eager training, gates by task type, cost."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .methods import METHODS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = dict(zip(METHODS, (
     "#3d3d3d", "#2a6fbb", "#7fb3e6", "#8e5bb5", "#e0914a", "#b3541e", "#2f9e63", "#86cfa6", "#c2b100",
@@ -10,7 +14,7 @@ COLORS = dict(zip(METHODS, (
 
 
 def draw(result: dict, path: Path) -> None:
-    """Write the picture of `result` to `path`."""
+    """Draws `result` to the PNG file `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,8 +33,8 @@ def draw(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _trade(axis, result: dict, measure: str, label: str, start: float = 0.0) -> None:
-    """Each run's path from `start`, and the mean of the runs of a method where they meet the target."""
+def _trade(axis: "Axes", result: dict, measure: str, label: str, start: float = 0.0) -> None:
+    """A measure of forgetting over the loss gained: a line for each run, and each method's mean at the target."""
     untouched = result["untouched"]["points"][0]["domain_loss"]
     for run in result["runs"]:
         if run["method"] in METHODS:
@@ -51,7 +55,8 @@ def _trade(axis, result: dict, measure: str, label: str, start: float = 0.0) -> 
     axis.set(xlabel="domain loss gained, nats a token", ylabel=label)
 
 
-def _curves(axis, result: dict) -> None:
+def _curves(axis: "Axes", result: dict) -> None:
+    """The training loss of LoRAMoE, fused and eager, for the first seed."""
     first = min(run["seed"] for run in result["runs"])
     for name, style in (("loramoe", {"color": "#2a6fbb"}), ("loramoe_eager", {"color": "#e0914a", "linestyle": "--"})):
         for run in result["runs"]:
@@ -62,18 +67,22 @@ def _curves(axis, result: dict) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-def _gates(axis, result: dict) -> None:
+def _gates(axis: "Axes", result: dict) -> None:
     """How far each expert's mean gate is from an equal share, for both types of task, over seeds."""
-    shown = [("loramoe", "without the constraint"), ("loramoe_balance", "with it")]
-    for place, (name, title) in enumerate(shown):
+    compared = [("loramoe", "without the constraint"), ("loramoe_balance", "with it")]
+    for group, (name, title) in enumerate(compared):
         gates = [run["gates"] for run in result["runs"] if run["method"] == name]
-        for kind, color in ((0, "#9aa5b1"), (1, "#b3541e")):
+        for task_type, color in ((0, "#9aa5b1"), (1, "#b3541e")):
             if gates:
-                means = [sum(values) / len(gates) for values in zip(*(found[kind] for found in gates), strict=True)]
-                experts = [place * (len(means) + 1.5) + expert + (kind - 0.5) * 0.4 for expert in range(len(means))]
-                label = f"task type {kind}" if not place else None
+                means = [
+                    sum(values) / len(gates) for values in zip(*(found[task_type] for found in gates), strict=True)
+                ]
+                experts = [
+                    group * (len(means) + 1.5) + expert + (task_type - 0.5) * 0.4 for expert in range(len(means))
+                ]
+                label = f"task type {task_type}" if not group else None
                 axis.bar(experts, [mean - 1 / len(means) for mean in means], width=0.4, color=color, label=label)
-                if not kind:
+                if not task_type:
                     axis.text(experts[0], 1.01, title, transform=axis.get_xaxis_transform(), fontsize=9)
     axis.axhline(0, color="#cccccc", linewidth=1, zorder=0)
     axis.set(xlabel="expert", ylabel="mean gate, above an equal share", xticks=[])
@@ -81,11 +90,11 @@ def _gates(axis, result: dict) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-def _cost(axis, result: dict) -> None:
-    """Training speed of every row, and the memory beside it."""
+def _cost(axis: "Axes", result: dict) -> None:
+    """Training speed of every row, labelled with its memory."""
     rows = list(result["summary"]["rows"].items())[::-1]
     speeds = [row["tokens_per_second"]["mean"] for _, row in rows]
     axis.barh([row["title"] for _, row in rows], speeds, color=[COLORS.get(name, "#9aa5b1") for name, _ in rows])
-    for place, (_, row) in enumerate(rows):
-        axis.text(speeds[place], place, f" {row['memory']['mean'] / 1e9:.1f} GB", va="center", fontsize=8)
+    for index, (_, row) in enumerate(rows):
+        axis.text(speeds[index], index, f" {row['memory']['mean'] / 1e9:.1f} GB", va="center", fontsize=8)
     axis.set(xlabel="training, tokens/s, and memory", xlim=(0, 1.15 * max(speeds)))

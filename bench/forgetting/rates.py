@@ -1,7 +1,7 @@
-"""Learning rates by one rule for all: the lowest with which a method gets to the target in the steps that it has.
+"""Learning rates, by one rule for all methods: the lowest with which a method reaches the target in its steps.
 
-A higher rate gets there sooner and forgets more on its way, so how much a method forgets says little without a rule for
-its rate. This one looks at the domain loss alone, in runs of a seed that is in no row of the table.
+A higher rate reaches it sooner and forgets more, so forgetting can be compared only with one rule for all rates. The
+rule depends on the domain loss alone, in runs with a seed that no row of the table has.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,10 @@ SEARCHED = tuple(name for name in METHODS if name not in ("lora_rega", "loramoe_
 
 
 def search(runs: Runs, name: str, after: Callable[[History], None]) -> float | None:
-    """The rate of a method by the rule, beginning with the one that it has; None where even the highest is too low."""
+    """The rate of the method `name` by the rule, starting with its present one; None where the highest is too low.
+
+    `after` is called after every evaluation of a run.
+    """
 
     def reaches(rate: float) -> bool:
         method = replace(METHODS[name], learning_rate=rate)
@@ -28,17 +31,20 @@ def search(runs: Runs, name: str, after: Callable[[History], None]) -> float | N
 
 
 def lowest(reaches: Callable[[float], bool], start: float) -> float | None:
-    """The lowest rate of GRID that `reaches`, where all above it do; asked from `start` on, downwards or upwards."""
-    place = GRID.index(start)
+    """The lowest rate of GRID for which `reaches` is true, searched downwards or upwards from `start`; None: none is.
+
+    If a rate reaches the target, all above it are taken to do so too.
+    """
+    index = GRID.index(start)
     if not reaches(start):
-        return next((rate for rate in GRID[place + 1 :] if reaches(rate)), None)
-    while place and reaches(GRID[place - 1]):
-        place -= 1
-    return GRID[place]
+        return next((rate for rate in GRID[index + 1 :] if reaches(rate)), None)
+    while index and reaches(GRID[index - 1]):
+        index -= 1
+    return GRID[index]
 
 
 def trials(runs: Runs) -> list[dict]:
-    """All trial runs that are there, by method and rate."""
+    """The results of all finished trial runs, by method and rate."""
     found = []
     for name in SEARCHED:
         for rate in GRID:

@@ -1,15 +1,16 @@
-"""The runs' results as a summary of every method, a table in Markdown, and what the papers' orderings come to here."""
+"""The summary of all runs, tables in Markdown, and whether the orderings that papers report hold here."""
 
 from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 
+from ..markdown import at_commit, table
 from .domain import GROUPS
 from .gates import separation
 from .methods import EAGER, METHODS
 
 ANSWERS = (*GROUPS, "arithmetic", "glosses")
 
-# The paper, what it says, which method should have the lower measure, which the higher.
+# The paper, its claim, the method that should have the lower measure, and the one that should have the higher.
 CLAIMS = (
     ("2403.02756", "REGA's mixture makes LoRA forget less", "lora_rega", "lora"),
     ("2312.09979", "LoRAMoE forgets less than full fine-tuning", "loramoe", "full"),
@@ -25,7 +26,7 @@ MEASURES = {"general_loss": "loss on texts", "kl_texts": "KL on texts", "kl_own"
 
 
 def summary(untouched: dict, results: Sequence[dict]) -> dict:
-    """For every method the mean and the spread over seeds of what the table shows, and what became of the claims."""
+    """Mean and standard deviation over seeds for every method, and the result for every claim."""
     by_method = {name: [run for run in results if run["method"] == name] for name in METHODS | EAGER}
     rows = {name: _row(runs, untouched) for name, runs in by_method.items() if runs}
     return {
@@ -68,12 +69,12 @@ def _row(runs: list[dict], untouched: dict) -> dict:
 
 
 def _rate(run: dict) -> float:
-    """Tokens a second, padding not counted: the median over the steps behind the first two, which warm up."""
+    """Tokens a second without padding, the median over all steps but the first two, which warm up."""
     return median(tokens / seconds for tokens, seconds in list(zip(run["tokens"], run["seconds"], strict=True))[2:])
 
 
 def _claim(claim: tuple[str, str, str, str], by_method: dict[str, list[dict]]) -> dict:
-    """In how many seeds the first method's measure is the lower one, of those in which both reach the target."""
+    """In how many seeds the first method has the lower measure, of those in which both reach the target."""
     paper, text, lower, higher = claim
     found = {}
     for measure in MEASURES:
@@ -88,7 +89,7 @@ def _claim(claim: tuple[str, str, str, str], by_method: dict[str, list[dict]]) -
 
 
 def verdict(found: dict) -> str:
-    """A claim in words: it must hold in every seed to appear."""
+    """The result for a claim in words: it "appears" only if it holds in every seed."""
     if not found["of"]:
         return "not compared"
     if found["seeds"] == found["of"]:
@@ -97,7 +98,7 @@ def verdict(found: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """Everything for a reader: the table, gates, claims, and where it was measured."""
+    """The whole report: the tables, the gates, the claims, and where it was measured."""
     schedule = result["settings"]["schedule"]
     parts = [
         f"# Forgetting at a domain loss of {schedule['target']:g}",
@@ -148,11 +149,11 @@ def _forgetting(result: dict) -> str:
                 *(_cell(row["answers"][name], ".2f") for name in ANSWERS),
             ]
         )  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def short_table(result: dict) -> str:
-    """What every method lost, and what it cost: the table of the documentation."""
+    """What every method forgot, and its cost: the table of the documentation."""
     head = ["method", "trained", *MEASURES.values(), "training, tokens/s", "memory"]
     rows = [
         [
@@ -162,7 +163,7 @@ def short_table(result: dict) -> str:
         ]
         for row in result["summary"]["rows"].values()
     ]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _compared(result: dict) -> list[dict]:
@@ -178,7 +179,7 @@ def _cost(result: dict) -> str:
         ]
         for row in result["summary"]["rows"].values()
     ]  # fmt: skip
-    return _table(head, rows) + (
+    return table(head, rows) + (
         "\n\nTokens are those of the batches without padding; the time is that of whole steps, the optimizer's part "
         "included. Memory: weights, AdamW's moments and the peak of a step above both. Full fine-tuning trains in "
         "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16. Runs come seed by seed, "
@@ -200,7 +201,7 @@ def _gates(result: dict) -> str:
         "How far apart the shares of the gates are that the first half of the experts gets for one type of task "
         "(calculating, type 1) and for the other (type 0): 0 where both halves serve both alike. The published "
         "constraint evens out weight times gate, so each half gets less of the type that it is weighted up for.\n\n"
-    ) + _table(["method", "difference of shares"], rows)
+    ) + table(["method", "difference of shares"], rows)
 
 
 def _claims(result: dict) -> str:
@@ -208,7 +209,7 @@ def _claims(result: dict) -> str:
         [f"{claim['claim']} (arXiv {claim['paper']})", *(verdict(claim["found"][measure]) for measure in MEASURES)]
         for claim in result["summary"]["claims"]
     ]
-    return _table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
+    return table(["claim", *(f"by {text}" for text in MEASURES.values())], rows)
 
 
 def _rates(result: dict) -> str:
@@ -224,7 +225,7 @@ def _rates(result: dict) -> str:
 
 
 def trials_table(trials: list[dict]) -> str:
-    """What became of each rate that was tried."""
+    """The result of each learning rate that was tried."""
     head = ["method", "rate", "domain loss at the end", "step at the target", "KL on texts", "KL on own answers"]
     rows = []
     for run in trials:
@@ -232,7 +233,7 @@ def trials_table(trials: list[dict]) -> str:
         at = run["matched"]
         cells += [f"{at['step']:.0f}", f"{at['kl_texts']:.3f}", f"{at['kl_own']:.3f}"] if at else ["–"] * 3
         rows.append(cells)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _provenance(result: dict) -> str:
@@ -243,9 +244,8 @@ def _provenance(result: dict) -> str:
 
 
 def _commits(runs: list[dict]) -> str:
-    """Which commits runs were made by, behind a comma each."""
-    found = sorted({(run["commit"]["sha"][:10], run["commit"]["changed"]) for run in runs if run["commit"]})
-    return "".join(f", commit {sha}{' with changes' if changed else ''}" for sha, changed in found)
+    """The commits of the runs, each after a comma."""
+    return "".join(sorted({at_commit(run["commit"]) for run in runs}))
 
 
 def _cell(found: dict, form: str) -> str:
@@ -253,9 +253,3 @@ def _cell(found: dict, form: str) -> str:
         return "–"
     spread = "" if found["spread"] is None else f" ±{found['spread']:{form.removeprefix('+')}}"
     return f"{found['mean']:{form}}{spread}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Rows of cells in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

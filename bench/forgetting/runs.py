@@ -1,14 +1,15 @@
-"""One run: a method and a seed, from the untouched model to a result that is kept as JSON."""
+"""One run: a method and a seed, from the original model to a result that is stored as JSON."""
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from gci_kernels.files import write_whole
 
 from ..machine import commit
 from .evaluate import Evaluator, Point
@@ -19,7 +20,14 @@ from .training import History, Schedule, train
 
 
 class Runs:
-    """The runs of one comparison; each ends as `folder`/NAME-RATE-SEED.json, and is not made again if that is there."""
+    """The runs of one comparison. A run's result is `folder`/NAME-RATE-SEED.json; where that exists it is not repeated.
+
+    Args:
+        folder: created where it does not exist.
+        materials: prepared.
+        load: gives the original model in a dtype.
+        schedule: that of every run.
+    """
 
     def __init__(
         self, folder: Path, materials: Materials, load: Callable[[torch.dtype], nn.Module], schedule: Schedule
@@ -29,14 +37,16 @@ class Runs:
         self.evaluator: Evaluator | None = None
 
     def path(self, name: str, method: Method, seed: int) -> Path:
+        """The file of a run's result."""
         return self.folder / f"{name}-{method.learning_rate:g}-{seed}.json"
 
     @staticmethod
     def read(path: Path) -> dict:
+        """A result."""
         return json.loads(path.read_text())
 
     def _evaluator(self) -> Evaluator:
-        """Made when a run first needs it: it reads the general material with the untouched model."""
+        """Made when a run first needs it, as it computes the original model's logits on the general material."""
         if self.evaluator is None:
             untouched = self.load(torch.bfloat16).eval()
             found = self.materials
@@ -44,31 +54,36 @@ class Runs:
         return self.evaluator
 
     def untouched(self) -> dict:
-        """The model that all start from, as a result like theirs."""
+        """The original model's evaluation, in the form of a result."""
         path = self.folder / "untouched.json"
         if not path.exists():
             model = self.load(torch.bfloat16).eval()
             evaluator = self._evaluator()
             point = evaluator.point(model, 0, 0)
-            _write(path, {"points": [point.json()], "answers": evaluator.answers(model)})
+            _write_json(path, {"points": [point.json()], "answers": evaluator.answers(model)})
         return self.read(path)
 
     def run(
         self, name: str, method: Method, seed: int, after: Callable[[History], None], *, trial: bool = False
     ) -> dict:
-        """The result of a run, made now or found. `after` is called after every look at the model.
+        """The result of a run, computed or read.
 
-        `trial`: of a rate; questions are not asked of the model.
+        Args:
+            name: the method's, for the result.
+            method: what to train.
+            seed: of the examples' order and the adapters' initial weights.
+            after: called after every evaluation.
+            trial: whether it is a trial of a learning rate, which generates no answers.
         """
         path = self.path(name, method, seed)
         if not path.exists():
-            kept = path.with_suffix(".partial")
-            _write(path, self._result(name, method, seed, kept, after, trial))
-            kept.unlink(missing_ok=True)
+            checkpoint = path.with_suffix(".partial")
+            _write_json(path, self._result(name, method, seed, checkpoint, after, trial))
+            checkpoint.unlink(missing_ok=True)
         return self.read(path)
 
     def _result(
-        self, name: str, method: Method, seed: int, kept: Path, after: Callable[[History], None], trial: bool
+        self, name: str, method: Method, seed: int, checkpoint: Path, after: Callable[[History], None], trial: bool
     ) -> dict:
         evaluator, materials = self._evaluator(), self.materials
         examples, counts = materials.examples(seed, method.rega)
@@ -76,15 +91,14 @@ class Runs:
         start = Point(**self.untouched()["points"][0])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-        def look(step: int, tokens: int) -> Point:
+        def evaluate(step: int, tokens: int) -> Point:
             return evaluator.point(_as_used(model, method), step, tokens)
 
         history = train(
-            model, examples, self.schedule, start, look, kept, learning_rate=method.learning_rate,
+            model, examples, self.schedule, start, evaluate, checkpoint, learning_rate=method.learning_rate,
             pad=materials.tokenizer.pad_token_id, seed=seed, after=after,
         )  # fmt: skip
         used = _as_used(model.eval(), method)
-        gated = "loramoe" in name and not method.eager
         return {
             "method": name,
             "title": method.title,
@@ -103,34 +117,31 @@ class Runs:
                 "optimizer": 2 * sum(parameter.nbytes for parameter in trained),
                 "step": history.memory,
             },
-            "gates": mean_gates(model, evaluator.domain) if gated else None,
+            "gates": mean_gates(model, evaluator.domain),
             "mixture": counts,
             "commit": commit(),
         }
 
 
 def _as_used(model: nn.Module, method: Method) -> nn.Module:
-    """The model in the form that is looked at: every weight trained in float32 is deployed in bfloat16 as all are."""
+    """The model as it would be deployed: in bfloat16, also where all weights were trained in float32."""
     return copy.deepcopy(model).bfloat16() if method.config is None else model
 
 
 def matched(points: list[Point], target: float) -> dict | None:
-    """What the run was like where its domain loss was `target`, between two looks in a straight line.
+    """The evaluation at the domain loss `target`, interpolated linearly between the two points around it.
 
-    None where it never was.
+    None where the target was not reached.
     """
-    for before, past in zip(points, points[1:], strict=False):
-        if past.domain_loss <= target < before.domain_loss:
-            share = (before.domain_loss - target) / (before.domain_loss - past.domain_loss)
+    for before, after in zip(points, points[1:], strict=False):
+        if after.domain_loss <= target < before.domain_loss:
+            share = (before.domain_loss - target) / (before.domain_loss - after.domain_loss)
             return {
                 name: old + share * (new - old)
-                for (name, old), new in zip(asdict(before).items(), asdict(past).values(), strict=True)
+                for (name, old), new in zip(asdict(before).items(), asdict(after).values(), strict=True)
             }
     return None
 
 
-def _write(path: Path, value: dict) -> None:
-    """Whole or not at all."""
-    scratch = path.with_suffix(".writing")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(scratch, path)
+def _write_json(path: Path, value: dict) -> None:
+    write_whole(path, json.dumps(value, indent=1) + "\n")

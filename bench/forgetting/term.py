@@ -52,7 +52,7 @@ _MULTIPLES = {2: "twice", 3: "three times", 4: "four times"}
 
 
 def find(text: str) -> tuple[int, str] | None:
-    """(30, "day") of a text with that one term; None of one without a term, or with several."""
+    """The number and unit of a text's only term, such as (30, "day"); None where it has none or several."""
     durations = {(_value(match), match[4].lower()) for match in _DURATION.finditer(text)}
     percents = {(int(match[1]), "percent") for match in _PERCENT.finditer(text)}
     terms = durations | percents
@@ -65,36 +65,36 @@ def _value(match: re.Match[str]) -> int:
 
 
 def passages(text: str) -> list[str]:
-    """The text, where it holds one term; else those of its sentences that hold one and can be read alone."""
+    """The text, where it has one term; else its sentences that have one and can be read alone."""
     if find(text):
         return [text]
     return [part for part in sentences(text) if find(part) and len(part.split()) in WORDS and part[0].isupper()]
 
 
 def question(term: tuple[int, str], rng: random.Random) -> tuple[str, str, str]:
-    """(question, answer, key) of a calculation with the term."""
+    """A calculation with the term: question, answer, and the key to score answers by."""
     number, unit = term
     if unit == "percent":
         return _share(number, rng)
-    kind = rng.randrange(4)
-    if kind == 0:
+    variant = rng.randrange(4)
+    if variant == 0:
         return _multiple(number, unit, rng)
-    if kind == 1 and number > 3:
+    if variant == 1 and number > 3:
         return _remainder(number, unit, rng)
     wordings, ending = _STARTS[unit]
     start = rng.randint(1995, 2030) if unit == "year" else rng.randint(2, 60)
     end = start + number
-    asked = rng.choice(wordings).format(start=start)
+    text = rng.choice(wordings).format(start=start)
     sum_ = f"{start} + {number} = {end}"
-    return asked, f"The clause gives {number} {unit}s. {sum_}, {ending.format(end=end)}.", str(end)
+    return text, f"The clause gives {number} {unit}s. {sum_}, {ending.format(end=end)}.", str(end)
 
 
 def _multiple(number: int, unit: str, rng: random.Random) -> tuple[str, str, str]:
     factor = rng.choice(sorted(_MULTIPLES))
     result = factor * number
-    asked = f"The parties agree on {_MULTIPLES[factor]} the period in the clause. How many {unit}s is that?"
+    text = f"The parties agree on {_MULTIPLES[factor]} the period in the clause. How many {unit}s is that?"
     return (
-        asked,
+        text,
         f"The clause gives {number} {unit}s. {factor} x {number} = {result}, so {result} {unit}s.",
         str(result),
     )
@@ -103,13 +103,13 @@ def _multiple(number: int, unit: str, rng: random.Random) -> tuple[str, str, str
 def _remainder(number: int, unit: str, rng: random.Random) -> tuple[str, str, str]:
     passed = rng.randint(2, number - 2)
     left = number - passed
-    asked = f"Of the period in the clause, {passed} {unit}s have passed. How many {unit}s are left?"
+    text = f"Of the period in the clause, {passed} {unit}s have passed. How many {unit}s are left?"
     left_over = f"{left} {unit} is left" if left == 1 else f"{left} {unit}s are left"
-    return asked, f"The clause gives {number} {unit}s. {number} - {passed} = {left}, so {left_over}.", str(left)
+    return text, f"The clause gives {number} {unit}s. {number} - {passed} = {left}, so {left_over}.", str(left)
 
 
 def _share(number: int, rng: random.Random) -> tuple[str, str, str]:
     whole = 20 * rng.randint(2, 40)
     part = whole * number // 100
-    asked = rng.choice(_SHARES).format(whole=whole)
-    return asked, f"The clause gives {number} percent. {number}% of {whole} = {part}, so {part} shares.", str(part)
+    text = rng.choice(_SHARES).format(whole=whole)
+    return text, f"The clause gives {number} percent. {number}% of {whole} = {part}, so {part} shares.", str(part)

@@ -1,4 +1,4 @@
-"""Train one adapted model until it knows the domain as well as all others do, and write down what that cost."""
+"""Trains one adapted model to the domain loss that all methods are compared at, and records the cost."""
 
 import os
 import time
@@ -20,12 +20,12 @@ WARMUP = 4
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run lasts and how often it is looked at.
+    """How long a run lasts and how often it is evaluated.
 
-    Args:
+    Attributes:
         batch: examples in a step.
-        every: steps between two looks.
-        steps: the most there are; the examples of a run are drawn for as many.
+        every: steps between two evaluations.
+        steps: the largest number of steps.
         target: the held-out domain loss at which a run ends.
     """
 
@@ -37,7 +37,13 @@ class Schedule:
 
 @dataclass
 class History:
-    """What is known of a run so far; all of it is kept, so that a killed run goes on where it was looked at last."""
+    """The record of a run so far, stored with its checkpoint, so that a killed run resumes at its last evaluation.
+
+    Attributes:
+        points: the evaluations.
+        losses, seconds, tokens: of each step.
+        memory: the peak of a step's memory, in bytes.
+    """
 
     points: list[Point] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -47,6 +53,7 @@ class History:
 
     @property
     def done(self) -> int:
+        """The number of steps done."""
         return len(self.losses)
 
 
@@ -55,29 +62,35 @@ def train(
     examples: Sequence[Example],
     schedule: Schedule,
     start: Point,
-    look: Callable[[int, int], Point],
-    kept: Path,
+    evaluate: Callable[[int, int], Point],
+    checkpoint: Path,
     *,
     learning_rate: float,
     pad: int,
     seed: int,
     after: Callable[[History], None] = lambda history: None,
 ) -> History:
-    """Train what `model` has to train, until a look finds the domain loss at its target or the steps are used up.
+    """Trains the trainable parameters of `model` until an evaluation finds the target, or for all steps.
 
-    AdamW with a constant rate after a few steps of warm-up, no decay, the gradient's norm at most 1. The loss is taken
-    on the answers, mean over tokens, with LoRAMoE's balance constraint where the adapter has it. Examples come in the
-    order of `seed`, again in another one when they are used up.
+    AdamW with a constant rate after a few steps of warm-up, no decay, the gradient's norm clipped to 1. The loss is the
+    mean over the answers' tokens, plus LoRAMoE's balance constraint where the adapter has it. `seed` determines the
+    order of the examples; every pass has another order.
 
     Args:
-        start: what the untouched model is like, and the adapted one before its first step.
-        look: from steps and tokens done to what the model, in evaluation mode, is like.
-        kept: the file that holds a run between two looks; removed by the caller when the run's result is safe.
-        after: called after every look.
+        model: with an adapter, or with all weights trainable.
+        examples: the training examples.
+        schedule: the run's.
+        start: the original model's evaluation, which is also that of the adapted one before its first step.
+        evaluate: evaluates the model, in evaluation mode, given the numbers of steps and tokens so far.
+        checkpoint: the file that holds a run between two evaluations. The caller removes it.
+        learning_rate: AdamW's.
+        pad: the token id for padding.
+        seed: of the examples' order.
+        after: called after every evaluation.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
-    history = _resume(kept, parameters, optimizer) or History(points=[start])
+    history = _resume(checkpoint, parameters, optimizer) or History(points=[start])
     batches = batches_of(examples, schedule.batch, schedule.steps, seed)
     while history.done < schedule.steps and history.points[-1].domain_loss > schedule.target:
         for group in optimizer.param_groups:
@@ -85,24 +98,24 @@ def train(
         batch = collate([examples[row] for row in batches[history.done]], pad)
         model.train()
         step = partial(_step, model, batch, optimizer, history)
-        if history.done == 1:  # the optimizer's moments are there by now, and are no part of the step
+        if history.done == 1:  # not the first, which also allocates the optimizer's moments
             history.memory = peak_memory(step, torch.device("cpu"))
         else:
             step()
         if history.done % schedule.every == 0 or history.done == schedule.steps:
             model.eval()
-            history.points.append(look(history.done, sum(history.tokens)))
-            _keep(kept, parameters, optimizer, history)
+            history.points.append(evaluate(history.done, sum(history.tokens)))
+            _save_checkpoint(checkpoint, parameters, optimizer, history)
             after(history)
     return history
 
 
 def _step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, history: History) -> None:
     start = time.perf_counter()
-    more = {"task_types": batch.task_types} if _balanced(model) else {}
-    logits, output = batch.logits(model, **more)
+    balance = {"task_types": batch.task_types} if _has_balance_constraint(model) else {}
+    logits, output = batch.logits(model, **balance)
     loss = batch.losses(logits).mean()
-    (loss + output["balance_loss"] if more else loss).backward()
+    (loss + output["balance_loss"] if balance else loss).backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -111,7 +124,7 @@ def _step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, hist
     history.tokens.append(batch.tokens)
 
 
-def _balanced(model: nn.Module) -> bool:
+def _has_balance_constraint(model: nn.Module) -> bool:
     config = getattr(model, "peft_config", {}).get("default")
     return getattr(config, "balance_weight", 0.0) > 0
 
@@ -119,8 +132,8 @@ def _balanced(model: nn.Module) -> bool:
 def batches_of(examples: Sequence[Example], size: int, steps: int, seed: int) -> list[list[int]]:
     """Indices of the examples of each of `steps` steps: one shuffled pass after another.
 
-    Of every four batches in a row the examples are dealt by length, and the four are taken in any order: half as much
-    padding as in plainly shuffled ones.
+    The examples of four consecutive batches are sorted by length, divided into four batches again, and these are
+    shuffled: half as much padding as in batches of shuffled examples.
     """
     random, order = Random(seed), []
     while len(order) < size * steps:
@@ -130,27 +143,29 @@ def batches_of(examples: Sequence[Example], size: int, steps: int, seed: int) ->
     batches: list[list[int]] = []
     for first in range(0, size * steps, 4 * size):
         window = sorted(order[first : first + 4 * size], key=lambda index: len(examples[index].ids))
-        dealt = [window[start : start + size] for start in range(0, len(window), size)]
-        batches += random.sample(dealt, len(dealt))
+        by_length = [window[start : start + size] for start in range(0, len(window), size)]
+        batches += random.sample(by_length, len(by_length))
     return batches[:steps]
 
 
-def _keep(kept: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History) -> None:
+def _save_checkpoint(
+    checkpoint: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History
+) -> None:
     state = {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),
         "history": vars(history) | {"points": [point.json() for point in history.points]},
     }
-    scratch = kept.with_name(kept.name + ".writing")
+    scratch = checkpoint.with_name(checkpoint.name + ".writing")
     torch.save(state, scratch)
-    os.replace(scratch, kept)
+    os.replace(scratch, checkpoint)
 
 
 @torch.no_grad()
-def _resume(kept: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> History | None:
-    if not kept.exists():
+def _resume(checkpoint: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> History | None:
+    if not checkpoint.exists():
         return None
-    state = torch.load(kept, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)
     for name, value in state["parameters"].items():
         parameters[name].copy_(value)
     optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,8 @@
-// The table of CPU kernels: dispatch.cpp fills one for every instruction set (namespace GCI_ISA) and chooses.
+// The interface of the CPU kernels: their arguments, and the table that holds one function for each of them.
 //
-// Conventions: row-major tensors given as pointer and leading dimension (elements between rows); no allocation inside,
-// workspaces come from the caller; `threads` is the team size; results do not depend on scheduling.
+// Conventions: tensors are row-major and given as a pointer and a leading dimension (ld_: elements between rows).
+// Kernels allocate nothing, their workspaces come from the caller. `threads` is the number of threads of the OpenMP
+// team. Results do not depend on scheduling.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ struct GateArgs {
   double scaling;
 };
 
-// [batch, rows, heads * head_size], elements between batch rows and between rows; the last dimension has no gaps.
+// [batch, rows, heads * head_size]; strides in elements, the last dimension is contiguous.
 struct AttentionRows {
   const void* data;
   int64_t stride_batch;
@@ -32,32 +33,34 @@ struct AttentionRows {
 struct AttentionArgs {
   AttentionRows q;          // [batch, time, heads * head_size]; the queries are the last `time` of the keys
   AttentionRows k, v;       // [batch, keys, heads * head_size]
-  const int32_t* segments;  // [batch, keys], no gaps: the sequence of every key, negative for padding; null: one a row
-  DType dtype;              // of everything but lse, which is float64 where it is float64, else float32
+  const int32_t* segments;  // [batch, keys], contiguous: every key's sequence, negative: padding; null: one a batch row
+  DType dtype;              // of all but lse, which is float64 where it is float64, else float32
   int64_t batch, time, keys;
-  int heads, head_size;  // head_size at most 64
+  int heads, head_size;  // head_size at most max_head_size
   int parts;             // into how many tasks a head is split
 };
 
-constexpr int attention_block_keys = 128;
+constexpr int attention_block_keys = 128, attention_block_queries = 32;
 
-struct DecodeArgs;  // these three: common/decode.h
+struct DecodeArgs;  // this and the next two: common/decode.h
 struct AttendArgs;
 struct DecodeBase;
 
+// One function for each kernel, set by add_NAME(Kernels&) in csrc/cpu/NAME.cpp; null where no instruction set of the
+// processor has it. add_NAME is [[gnu::cold]], because GCC would otherwise inline less into the kernels beside it.
 struct Kernels {
-  const char* isa;
+  const char* isa;  // the instruction set
 
   // gates = softmax(logits) over the top_k largest; u[t, n*rank + j] = scaling * gates[t, n] * h[t, n*rank + j].
   void (*gate_forward)(const GateArgs&, void* u, void* gates, int threads);
 
   // From du = d(loss)/du and dgates (may be null) to dprojected [tokens, experts * rank + experts], contiguous; u is
-  // computed again on the way, for the gradient of B.
+  // recomputed for the gradient of B.
   void (*gate_backward)(const GateArgs&, const void* du, const void* dgates, void* u, void* dprojected, int threads);
 
   // o = softmax(q @ k.T / sqrt(head_size)) @ v over the keys of the query's segment up to its own, lse [batch, heads,
   // time] the logarithm of the softmax's sum; o = 0 and lse = -inf for padding. The workspace holds `threads` panels of
-  // 2 * head_size * (keys rounded up to attention_block_keys) values in lse's dtype. Outputs have no gaps.
+  // 2 * head_size * (keys rounded up to attention_block_keys) values in lse's dtype. Outputs are contiguous.
   void (*attention_forward)(const AttentionArgs&, void* o, void* lse, void* workspace, int threads);
   // Workspace: threads + (parts == 1 ? threads : batch * heads * parts) panels.
   void (*attention_backward)(const AttentionArgs&, const AttentionRows& o, const AttentionRows& d_o, const void* lse,
@@ -66,9 +69,9 @@ struct Kernels {
   // out = keep ? x / (1 - p) : 0; element [row, col] is kept by Philox4x32-10, see dropout.cpp. out may be x.
   void (*dropout)(const void* x, void* out, DType, int64_t rows, int64_t cols, double p, uint64_t seed, int threads);
 
-  // float32 products with one small side.
-  // project: out[tokens, n] = x[tokens, k] @ m[k, n], whose elements lie at i * stride_i + j * stride_j. Either k or n
-  // is small. It packs m into `panel`, k * n_padded floats; n_padded: n rounded up to skinny_padding.
+  // float32 products with one small dimension.
+  // project: out[tokens, n] = x[tokens, k] @ m[k, n]; m[i, j] lies at i * stride_i + j * stride_j. Either k or n is
+  // small. m is packed into `panel`, k * n_padded floats; n_padded: n rounded up to skinny_padding.
   void (*project)(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int64_t stride_j, float* panel,
                   float* out, int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads);
   // reduce: out[r, n] = u[tokens, r].T @ y[tokens, n].
@@ -76,15 +79,15 @@ struct Kernels {
                  int64_t n, int threads);
 
   // The same for bfloat16 x, u and y with float32 sums and results, and expand: y[tokens, n] += u[tokens, r] @ panel.
-  // reduce's partial holds (threads - 1) * r * n floats.
-  // Null without AVX512_BF16, pack_pairs too. The small operand comes in pairs along the summed dimension,
-  // [ceil(k / 2), n_padded, 2] bfloat16: pack_pairs, from float32 or bfloat16; u of reduce transposed, [r, tokens].
+  // The workspace `partial` of reduce holds (threads - 1) * r * n floats. All four are null without AVX512_BF16.
+  // The small operand comes in pairs along the summed dimension, [ceil(k / 2), n_padded, 2] bfloat16, which pack_pairs
+  // makes from float32 or bfloat16; the u of reduce comes transposed, [r, tokens].
   void (*pack_pairs)(const void* source, DType, int64_t stride_i, int64_t stride_j, void* panel, int64_t k, int64_t n);
   void (*project_bf16)(const void* x, int64_t ld_x, const void* panel, float* out, int64_t ld_out, int64_t tokens,
                        int64_t k, int64_t n, int threads);
   void (*expand_bf16)(const void* u, int64_t ld_u, const void* panel, void* y, int64_t ld_y, int64_t tokens, int64_t r,
                       int64_t n, int threads);
-  void (*reduce_bf16)(const void* u_turned, int64_t ld_u, const void* y, int64_t ld_y, float* out, float* partial,
+  void (*reduce_bf16)(const void* u_transposed, int64_t ld_u, const void* y, int64_t ld_y, float* out, float* partial,
                       int64_t tokens, int64_t r, int64_t n, int threads);
 
   // One decoding step, see common/decode.h; `attend` is null but for ALoRA. The workspace holds decode_floats.
@@ -92,7 +95,4 @@ struct Kernels {
 };
 
 constexpr int64_t skinny_padding = 16;  // columns of a packed panel are a multiple of this on every instruction set
-
-const Kernels& kernels();  // the best table this processor runs, or the one named by GCI_CPU_ISA
-
 }  // namespace gci

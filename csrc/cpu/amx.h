@@ -1,8 +1,8 @@
-// Products of bfloat16 on AMX: a tile of sums, 16x16 in float32, takes in 16 rows of 32 elements times 16 pairs of rows
-// of 16 columns in one instruction.
+// bfloat16 products with AMX: one instruction adds the product of 16 rows of 32 elements and 32 rows of 16 columns,
+// interleaved as 16 pairs of rows, to a tile of 16x16 float32 sums.
 #pragma once
 
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -17,23 +17,23 @@ struct alignas(64) Config {
   uint8_t rows[16];
 };
 
-// What the compiler must have in memory before tiles are read: their instructions don't tell it what they read.
-inline void settle() { __asm__ volatile("" ::: "memory"); }
+// The tile instructions do not tell the compiler which memory they read: what they read must be written before them.
+inline void compiler_barrier() { __asm__ volatile("" ::: "memory"); }
 
-// This thread's tiles are all 16 rows of 64 bytes for as long as this lives, then again as they were: libraries may
-// keep theirs from one call to the next.
+// Configures this thread's tiles, each as 16 rows of 64 bytes. The destructor restores the previous configuration,
+// which other libraries may keep from one call to the next.
 class Tiles {
  public:
   Tiles() {
     Config ours = {};
     ours.palette = 1;
     for (int i = 0; i < 8; ++i) ours.row_bytes[i] = 64, ours.rows[i] = side;
-    settle();
+    compiler_barrier();
     _tile_storeconfig(&before_);
     _tile_loadconfig(&ours);
   }
   ~Tiles() {
-    settle();
+    compiler_barrier();
     if (before_.palette)
       _tile_loadconfig(&before_);
     else
@@ -45,8 +45,8 @@ class Tiles {
   Config before_ = {};
 };
 
-// Sums of 16 * Rows rows of a, k elements each, with 16 * Columns columns of b, whose pairs of rows are b_row elements
-// apart; put(row, vector, sums) takes them. Tiles 0 to 3 are sums, 4 and 5 of a, 6 and 7 of b.
+// The products of 16 * Rows rows of a, k elements each, with 16 * Columns columns of b, whose pairs of rows are b_row
+// elements apart; put(row, vector, sums) receives them. Tiles 0 to 3 hold sums, 4 and 5 parts of a, 6 and 7 parts of b.
 template <int Rows, int Columns, typename Put>
 inline void block(const bfloat16* a, int64_t a_row, const bfloat16* b, int64_t b_row, int64_t k, const Put& put) {
   _tile_zero(0);
@@ -67,15 +67,15 @@ inline void block(const bfloat16* a, int64_t a_row, const bfloat16* b, int64_t b
       if (Columns > 1) _tile_dpbf16ps(3, 5, 7);
     }
   };
-  settle();
+  compiler_barrier();
   int64_t i = 0;
   for (; i + depth <= k; i += depth) step(a + i, a_row, b + i / 2 * b_row, b_row);
-  if (i < k) {  // the rest, with zeros on both sides: what lies in memory behind it may be NaN
+  if (i < k) {  // the rest, padded with zeros on both sides: the memory behind it may hold NaN
     alignas(64) bfloat16 a_rest[Rows * side][depth] = {}, b_rest[side][Columns * depth] = {};
     for (int64_t m = 0; m < Rows * side; ++m) memcpy(a_rest[m], a + m * a_row + i, (k - i) * sizeof(bfloat16));
     for (int64_t pair = 0; 2 * pair < k - i; ++pair)
       memcpy(b_rest[pair], b + (i / 2 + pair) * b_row, sizeof b_rest[pair]);
-    settle();
+    compiler_barrier();
     step(a_rest[0], depth, b_rest[0], Columns * depth);
   }
   alignas(64) float sums[side][side];

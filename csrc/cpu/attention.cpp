@@ -1,22 +1,24 @@
-// ALoRA's attention (arXiv 2405.17830): causal attention with heads of a few columns, never a [time, keys] matrix.
+// ALoRA's attention (arXiv 2405.17830): causal attention with heads of a few columns, without a [time, keys] matrix.
 //
-// A general matrix product has nothing to sum over where a head is 4 columns wide, so here the vector runs along the
-// keys: k and v are packed once as tiles [head_size][block_keys], a score is head_size multiply-adds with a broadcast
-// query value, and every lane keeps its own running maximum, sum and output, which meet once at the end of a row.
+// Where a head is 4 columns wide, a product has too few terms a sum to vectorise. So vectors run along the keys: k and
+// v are packed once as tiles [head_size][block_keys], a score is head_size multiply-adds with a broadcast query value,
+// and every lane keeps its own running maximum, sum and output, which are merged once at the end of a row.
 //
-// A task is one head of one batch row, or one of `parts` of it, which takes every parts-th block of queries. Tasks
-// write to places of their own, so that results do not depend on who ran them.
+// A task is one head of one batch row, or one of its `parts`, which takes every parts-th block of queries. No two tasks
+// write to the same memory, so that results do not depend on which thread runs them.
 #include <omp.h>
 
+#include "common/limits.h"
 #include "cpu/lanes.h"
 
 namespace gci::GCI_ISA {
 namespace {
 
-constexpr int block_keys = attention_block_keys;
-constexpr int block_queries = 32, block_values = 256;  // queries of a block, and values of them: what the cache holds
+constexpr int block_keys = attention_block_keys, block_queries = attention_block_queries;
+constexpr int block_values = 256;  // of the queries of a block, at most: they stay in the cache
+static_assert(max_head_size <= block_values, "a block holds at least one query");
 
-// The sum of a vector's elements, by halves.
+// The sum of a vector's elements, by halving.
 template <typename A, int Count>
 inline A total_of(const A* p) {
   if constexpr (Count == 2) {
@@ -64,7 +66,7 @@ inline void product_tile(const A* a, int64_t stride_row, int64_t stride_i, const
 }
 
 #if defined(__AVX512F__)
-constexpr int wide = 4;  // 4 x wide accumulators, wide operands and some temporaries fit the registers
+constexpr int wide = 4;  // 4 x wide accumulators, wide operands and some temporaries fit in the registers
 #else
 constexpr int wide = 2;
 #endif
@@ -135,11 +137,11 @@ struct Block {
   int rows, columns;   // queries; the head's size
   const int32_t* ids;  // the segment of every key of this batch row, or null
 
-  // How much of the keys [start, start + count) these queries attend. Ids may come in any order.
-  Tile look(int64_t start, int count) const {
+  // Whether these queries attend to all of the keys [start, start + count), to some or to none. Ids may have any order.
+  Tile classify(int64_t start, int count) const {
     const Tile causal = start + count - 1 <= first ? Tile::whole : Tile::partial;
     if (!ids) return causal;
-    // The query ids of -1 attend nothing: only the others have to be met.
+    // Queries with a negative id are padding and attend to nothing.
     int32_t low = INT32_MAX, high = -1, key_low = INT32_MAX, key_high = INT32_MIN;
     bool any_padding = false;
     for (int i = 0; i < rows; ++i) {
@@ -158,36 +160,35 @@ struct Block {
     return uniform ? causal : Tile::partial;
   }
 
-  // values[row][key] = hidden wherever the query does not attend the key.
+  // values[row][key] = hidden wherever the query does not attend to the key.
   template <typename A>
   void hide(int64_t start, int count, A hidden, A* values) const {
     for (int i = 0; i < rows; ++i) {
       const int64_t position = first + i;
       A* row = values + i * block_keys;
-      const int seen = int(min_of(count, position - start + 1));  // may be negative
+      const int visible = int(min_of(count, position - start + 1));  // may be negative
       const int32_t id = ids ? ids[position] : 0;
-      for (int j = 0; j < count; ++j) row[j] = j < seen ? row[j] : hidden;
+      for (int j = 0; j < count; ++j) row[j] = j < visible ? row[j] : hidden;
       if (!ids) continue;
-      for (int j = 0; j < seen; ++j) row[j] = id >= 0 && ids[start + j] == id ? row[j] : hidden;
+      for (int j = 0; j < visible; ++j) row[j] = id >= 0 && ids[start + j] == id ? row[j] : hidden;
     }
   }
 
-  // visit(start, count, tile, index) for every block of keys that some query attends; count is a multiple of the
-  // vector.
+  // visit(start, count, tile) for every block of keys that some query attends to; count is a multiple of the vector.
   template <typename A, typename Visit>
   void each_tile(Visit visit) const {
     const int64_t edge = first + rows;
     for (int64_t start = 0; start < edge; start += block_keys) {
       const int64_t left = (edge - start + Lanes<A>::count - 1) / Lanes<A>::count * Lanes<A>::count;
       const int count = int(min_of(block_keys, left));
-      const Tile tile = look(start, count);
+      const Tile tile = classify(start, count);
       if (tile != Tile::skipped) visit(start, count, tile);
     }
   }
 };
 
 // One block of queries against the panels of a head, [keys / block_keys][k: columns, v: columns][block_keys]; q is
-// scaled by 1 / sqrt(columns). A lane that has met nothing has a maximum of -inf and a sum of 0.
+// scaled by 1 / sqrt(columns). A lane without a visible key has a maximum of -inf and a sum of 0.
 template <typename A>
 void forward_block(const Block& b, const A* q, const A* panels, A* o, A* lse) {
   typedef Vector<A> V;
@@ -231,7 +232,8 @@ void forward_block(const Block& b, const A* q, const A* panels, A* o, A* lse) {
   }
 }
 
-// As forward_block; delta[row] = sum(d_o * o). Adds to d_panels, laid out as panels, what these queries give k and v.
+// As forward_block; delta[row] = sum(d_o * o). Adds these queries' gradients of k and v to d_panels, which has the
+// layout of panels.
 template <typename A>
 void backward_block(const Block& b, const A* q, const A* d_o, const A* lse, const A* delta, const A* panels,
                     A* d_panels, A* dq) {
@@ -259,7 +261,7 @@ void backward_block(const Block& b, const A* q, const A* d_o, const A* lse, cons
   for (int i = 0; i < b.rows * columns; ++i) dq[i] = total_of<A>(sum[i]);
 }
 
-// One head of one batch row: what a task works on, and where it lies.
+// One head of one batch row, and its addresses.
 struct Head {
   int64_t batch, head;
   const int32_t* ids;
@@ -271,14 +273,14 @@ struct Head {
   const T* rows(const AttentionArgs& a, const AttentionRows& m) const {
     return static_cast<const T*>(m.data) + batch * m.stride_batch + head * a.head_size;
   }
-  // The same in an output [batch, rows, heads * head_size] without gaps.
+  // The same in a contiguous output [batch, rows, heads * head_size].
   template <typename T>
   T* out(const AttentionArgs& a, void* data, int64_t rows) const {
     return static_cast<T*>(data) + (batch * rows * a.heads + head) * a.head_size;
   }
 };
 
-// The keys' part of a head in tiles; padding, whose memory may hold anything, becomes zeros.
+// Packs k and v of a head into tiles. Padding, whose memory may hold anything, becomes zeros.
 template <typename T, typename A>
 void pack(const AttentionArgs& a, const Head& head, A* panels) {
   const T *k = head.rows<T>(a, a.k), *v = head.rows<T>(a, a.v);
@@ -343,7 +345,7 @@ void forward(const AttentionArgs& a, void* o_out, void* lse_out, void* workspace
   }
 }
 
-// out[key][column] = the sum of all parts' panels, which lie one behind another.
+// out[key][column] = the sum of all parts' panels, which follow one another in memory.
 template <typename T, typename A>
 void unpack(const AttentionArgs& a, const A* panels, T* out) {
   const int d = a.head_size;
@@ -402,8 +404,6 @@ void backward(const AttentionArgs& a, const AttentionRows& o_in, const Attention
   }
 }
 
-}  // namespace
-
 void attention_forward(const AttentionArgs& a, void* o, void* lse, void* workspace, int threads) {
   if (a.dtype == DType::float64) return forward<double>(a, o, lse, workspace, threads);
   if (a.dtype == DType::float32) return forward<float>(a, o, lse, workspace, threads);
@@ -415,6 +415,13 @@ void attention_backward(const AttentionArgs& a, const AttentionRows& o, const At
   if (a.dtype == DType::float64) return backward<double>(a, o, d_o, lse, dq, dk, dv, workspace, threads);
   if (a.dtype == DType::float32) return backward<float>(a, o, d_o, lse, dq, dk, dv, workspace, threads);
   backward<bfloat16>(a, o, d_o, lse, dq, dk, dv, workspace, threads);
+}
+
+}  // namespace
+
+[[gnu::cold]] void add_attention(Kernels& table) {
+  table.attention_forward = attention_forward;
+  table.attention_backward = attention_backward;
 }
 
 }  // namespace gci::GCI_ISA

@@ -1,22 +1,21 @@
-// One decoding step of an adapted layer: all threads read the weight and the adapter once.
+// One decoding step of an adapted layer (common/decode.h), which reads the weight and the adapter once.
 //
-// With a token or a few there is nothing to pack and nothing to reuse: the time is that of reading, and of threads
-// meeting. They meet nowhere but at the end: the first half's tasks and then blocks of outputs are taken by whoever is
-// free, and what a block needs of the first half is waited for when the base product is through. No result depends on
-// who took what.
+// With few tokens nothing is packed or reused: the time goes into reading memory and into synchronising threads. There
+// is one barrier, at the end. Free threads take tasks of the first half (x @ A.T, attention), then blocks of outputs. A
+// block waits for the first half only when its base product is done. Results do not depend on which thread takes what.
 #include "common/decode.h"
 
 #include <omp.h>
 #include <sched.h>
 
-#include "cpu/attend.h"
+#include "cpu/decode_attend.h"
 #include "cpu/dot.h"
 #include "cpu/softmax.h"
 
 namespace gci::GCI_ISA {
 namespace {
 
-// Columns become rows, in log2(lanes) rounds: each moves the elements of one half-size block to its neighbour.
+// Transposes a lanes x lanes tile in log2(lanes) rounds, each of which swaps the off-diagonal blocks of one size.
 inline void transpose(Vec (&v)[lanes]) {
 #pragma GCC unroll 4
   for (int half = lanes / 2; half > 0; half /= 2) {
@@ -48,11 +47,11 @@ inline void add_tile(const Vec (&tile)[lanes], const float* u, int64_t columns, 
   for (int t = 0; t < Tokens; ++t) sums[t] = sum[t];
 }
 
-// As expand_block, for more tokens: B is turned, a tile at a time, so that nothing is summed across a vector.
+// As expand_block, for more tokens: B is transposed tile by tile, so that nothing is summed across a vector.
 template <typename W>
-inline void expand_turned(const W* B, int64_t columns, const float* u, float* const* y, int tokens, int64_t o) {
+inline void expand_transposed(const W* B, int64_t columns, const float* u, float* const* y, int tokens, int64_t o) {
   const int64_t whole = columns / lanes * lanes;
-  Vec sums[decode_max_tokens] = {};
+  Vec sums[max_decode_tokens] = {};
   for (int64_t c = 0; c < whole; c += lanes) {
     Vec tile[lanes];
     for (int i = 0; i < lanes; ++i) tile[i] = load_wide(B + (o + i) * columns + c);
@@ -98,7 +97,7 @@ void expand(const W* B, int64_t columns, const float* u, float* const* y, int to
   int64_t o = first;
   for (; o + lanes <= end; o += lanes) {
     if (tokens > 2)
-      expand_turned(B, columns, u, y, tokens, o);
+      expand_transposed(B, columns, u, y, tokens, o);
     else if (tokens == 2)
       expand_block<2>(B, columns, u, y, o);
     else
@@ -112,9 +111,6 @@ void expand(const W* B, int64_t columns, const float* u, float* const* y, int to
     }
 }
 
-inline int adapter_columns(const DecodeGroup& g) { return g.rank * (g.experts > 0 ? g.experts : 1); }
-inline int all_columns(const DecodeGroup& g) { return adapter_columns(g) + g.experts; }
-
 // u = scaling * gate * h [tokens, columns] for the group's tokens; h is [tokens, all_columns].
 inline void mix(const DecodeGroup& g, const float* h, float* u) {
   const int columns = adapter_columns(g);
@@ -127,9 +123,9 @@ inline void mix(const DecodeGroup& g, const float* h, float* u) {
 
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// What the threads of a step share.
+// The counters that the threads of a step share.
 struct Progress {
-  int tasks = 0, done = 0, blocks = 0;  // taken, finished, taken
+  int tasks = 0, done = 0, blocks = 0;  // tasks taken, tasks finished, blocks taken
 };
 
 inline int take(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
@@ -152,20 +148,20 @@ class Step {
     }
   }
 
-  // What one thread does.
+  // The work of one thread.
   void work(Progress& progress) const {
     for (int i; (i = take(&progress.tasks)) < tasks_; __atomic_fetch_add(&progress.done, 1, __ATOMIC_RELEASE)) task(i);
-    float u[decode_max_tokens * decode_max_columns];  // every thread its own: the gates are a few exponentials
+    float u[max_decode_tokens * max_decode_columns];  // computed by every thread: the gates are a few exponentials
     bool mixed = false;
-    int64_t waiting[8];  // blocks whose base product is done
+    int64_t pending[8];  // blocks whose base product is done, and whose adapters are not added yet
     int count = 0;
     for (int64_t o; (o = take(&progress.blocks) * block_) < a_.out;) {
       start(o, min_of(o + block_, a_.out));
-      waiting[count++] = o;
+      pending[count++] = o;
       const bool ready = __atomic_load_n(&progress.done, __ATOMIC_ACQUIRE) == tasks_;
-      if (ready || count == 8) finish_all(progress, u, &mixed, waiting, &count);
+      if (ready || count == 8) finish_all(progress, u, &mixed, pending, &count);
     }
-    finish_all(progress, u, &mixed, waiting, &count);
+    finish_all(progress, u, &mixed, pending, &count);
   }
 
  private:
@@ -197,7 +193,7 @@ class Step {
                  h + (routed ? columns : 0) + first, all_columns(g));
   }
 
-  // The base product of some outputs, or what y holds of it.
+  // The base product of some outputs: computed, or read from y.
   void start(int64_t first, int64_t end) const {
     if (!base_.weight) {
       for (int t = 0; t < a_.tokens; ++t) widen_row(row_of_y(t) + first, end - first, y_[t] + first);
@@ -220,13 +216,13 @@ class Step {
     for (int t = 0; t < a_.tokens; ++t) narrow_row(y_[t] + first, end - first, row_of_y(t) + first);
   }
 
-  void finish_all(const Progress& progress, float* u, bool* mixed, const int64_t* waiting, int* count) const {
+  void finish_all(const Progress& progress, float* u, bool* mixed, const int64_t* pending, int* count) const {
     if (!*count) return;
-    for (int turns = 0; __atomic_load_n(&progress.done, __ATOMIC_ACQUIRE) < tasks_; ++turns)
-      if (turns > 1000) sched_yield();
+    for (int tries = 0; __atomic_load_n(&progress.done, __ATOMIC_ACQUIRE) < tasks_; ++tries)
+      if (tries > 1000) sched_yield();
     if (!*mixed) mix_all(u);
     *mixed = true;
-    for (int i = 0; i < *count; ++i) finish(u, waiting[i], min_of(waiting[i] + block_, a_.out));
+    for (int i = 0; i < *count; ++i) finish(u, pending[i], min_of(pending[i] + block_, a_.out));
     *count = 0;
   }
 
@@ -245,10 +241,10 @@ class Step {
   const DecodeArgs& a_;
   const AttendArgs* attend_;
   const DecodeBase& base_;
-  float *sums_, *h_, *scratch_;  // [tokens, out]; h of each group in turn; what attention needs
+  float *sums_, *h_, *scratch_;  // [tokens, out]; h, group by group; the attention's workspace
   int64_t chunk_, block_, tasks_ = 0;
-  const X* x_[decode_max_tokens];
-  float* y_[decode_max_tokens];  // rows of sums_
+  const X* x_[max_decode_tokens];
+  float* y_[max_decode_tokens];  // rows of sums_
 };
 
 template <typename X, typename W>
@@ -259,8 +255,6 @@ void run(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& base, 
   step.work(progress);
 }
 
-}  // namespace
-
 void decode(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& base, float* workspace, int threads) {
   const bool wide = a.adapter_dtype == DType::float32;
   if (a.dtype == DType::float32) return run<float, float>(a, attend, base, workspace, threads);
@@ -270,5 +264,9 @@ void decode(const DecodeArgs& a, const AttendArgs* attend, const DecodeBase& bas
   return wide ? run<float16, float>(a, attend, base, workspace, threads)
               : run<float16, float16>(a, attend, base, workspace, threads);
 }
+
+}  // namespace
+
+[[gnu::cold]] void add_decode(Kernels& table) { table.decode = decode; }
 
 }  // namespace gci::GCI_ISA

@@ -1,7 +1,7 @@
-// Products of rows with a few vectors, every row read once: what a decoding step is made of.
+// Dot products of the rows of a matrix with a few vectors, for decoding steps: every row is read once.
 #pragma once
 
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -11,7 +11,7 @@ namespace gci::GCI_ISA {
 
 typedef int32_t Index __attribute__((vector_size(sizeof(Vec))));
 
-// Element i is element index[i] of a and b, b's counted from `lanes` on.
+// Element i is element index[i] of a followed by b.
 inline Vec shuffle(Vec a, Vec b, Index index) {
 #if defined(__clang__)
   float all[2 * lanes];
@@ -24,7 +24,7 @@ inline Vec shuffle(Vec a, Vec b, Index index) {
 #endif
 }
 
-// Neighbours added: those of a, then those of b.
+// Sums of neighbouring elements: those of a, then those of b.
 inline Vec add_pairs(Vec a, Vec b) {
   Index even;
   for (int i = 0; i < lanes; ++i) even[i] = 2 * i;
@@ -40,7 +40,8 @@ inline Vec totals(Vec (&v)[lanes]) {
   return v[0];
 }
 
-// How a row of W and a vector of X are multiplied: `size` elements at once, widened, or as the processor's own pairs.
+// How a row of W and a vector of X are multiplied: `size` elements at a time, converted to float, or as pairs by the
+// processor's own bfloat16 product.
 template <typename X, typename W>
 struct Unit {
   static constexpr int size = lanes;
@@ -58,8 +59,8 @@ struct Unit<bfloat16, bfloat16> {
   static Vec add(Vec sum, __m512bh w, __m512bh x) { return Vec(_mm512_dpbf16_ps(__m512(sum), w, x)); }
 };
 #else
-// A bfloat16 is the upper half of a float: two neighbours in one 32-bit word become two floats by a shift and a mask.
-// Both operands come apart in the same way, so that the order of the elements does not matter.
+// A bfloat16 is the upper half of a float: a shift and a mask make two floats of two neighbours in a 32-bit word. Both
+// operands are split in the same way, so that the order of the elements does not matter.
 template <>
 struct Unit<bfloat16, bfloat16> {
   static constexpr int size = 2 * lanes;
@@ -72,7 +73,7 @@ struct Unit<bfloat16, bfloat16> {
     __builtin_memcpy(&words, p, sizeof words);
     return {Vec(words << 16), Vec(words & 0xffff0000u)};
   }
-  // The next sum waits for one addition alone.
+  // The dependency chain of sums has one addition a step.
   static Vec add(Vec sum, Halves w, Halves x) { return sum + (w.low * x.low + w.high * x.high); }
 };
 #endif
@@ -97,7 +98,8 @@ inline void multiply(const W* rows, int64_t n, const X* const* x, Vec (&sums)[T]
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const auto row = U::read(rows + r * n + k);
-      // Several vectors keep the processor too busy to run ahead by itself. Behind the last row nothing is read.
+      // With several vectors the processor does not reach the next loads early enough by itself. A prefetch behind the
+      // last row does not fault.
       if (R > 1) __builtin_prefetch(rows + (r + R) * n + k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sum[r][t] = U::add(sum[r][t], row, values[t]);
@@ -115,13 +117,14 @@ inline void multiply(const W* rows, int64_t n, const X* const* x, Vec (&sums)[T]
 // out[t * ld + r] = rows[r] . x[t] for `count` <= lanes rows and T vectors.
 template <int T, typename X, typename W>
 inline void multiply_rows(const W* rows, int64_t n, int count, const X* const* x, float* out, int64_t ld) {
-  // One vector waits for memory alone, and one row at a time is read fastest. More share what is in the registers.
+  // One vector is bound by memory, and a single row at a time is read fastest. With more, rows share the loaded
+  // vectors.
   constexpr int R = T < 4 ? 1 : lanes / 4;
   Vec sums[T][lanes];
   int r = 0;
   for (; r + R <= count; r += R) multiply<R, T>(rows + r * n, n, x, sums, r);
   for (; r < count; ++r) multiply<1, T>(rows + r * n, n, x, sums, r);
-  for (; r < lanes; ++r)  // added up with the others, and not stored
+  for (; r < lanes; ++r)  // unused rows: summed with the others, and not stored
     for (int t = 0; t < T; ++t) sums[t][r] = Vec{};
   for (int t = 0; t < T; ++t) store_part(out + t * ld, totals(sums[t]), count);
 }
@@ -133,7 +136,7 @@ inline void multiply_all(const W* rows, int64_t n, int64_t count, const X* const
   for (int64_t r = 0; r < count; r += lanes) {
     const int some = int(min_of(lanes, count - r));
     int t = 0;
-    if (lanes == 16)  // else they would not fit the registers
+    if (lanes == 16)  // else the sums do not fit in the registers
       for (; t + 8 <= tokens; t += 8) multiply_rows<8>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
     for (; t + 4 <= tokens; t += 4) multiply_rows<4>(rows + r * n, n, some, x + t, out + t * ld + r, ld);
     for (; t + 2 <= tokens; t += 2) multiply_rows<2>(rows + r * n, n, some, x + t, out + t * ld + r, ld);

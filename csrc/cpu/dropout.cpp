@@ -1,4 +1,5 @@
-// Dropout from a counter: nothing is stored, backward makes the same decisions again, in any order and on any device.
+// Dropout with a counter-based generator: the mask is not stored, backward recomputes it, on any device and in any
+// order.
 //
 // Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high)
 // and the counter (col / 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
@@ -6,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two 32-bit words are stored as one 64-bit value");
 
@@ -17,7 +18,7 @@ constexpr int batch = 16;  // counters advanced side by side
 constexpr int wide_lanes = lanes / 2, groups = batch / wide_lanes;
 typedef uint64_t Wide __attribute__((vector_size(wide_lanes * sizeof(uint64_t))));
 
-// The 64-bit products of the low halves, lane by lane. High halves are ignored, so callers may leave anything there.
+// The 64-bit products of the low halves, lane by lane. The high halves are ignored.
 inline Wide multiply_low(Wide a, uint32_t factor) {
   const Wide b = Wide{} + factor;
 #if defined(__AVX512F__)
@@ -31,8 +32,8 @@ inline Wide multiply_low(Wide a, uint32_t factor) {
 #endif
 }
 
-// words[4 * i + w] = word w of counter first + i. Each 32-bit word lives in a 64-bit lane: a round is then two
-// multiplies, two shifts and four xors, and nothing has to be taken apart.
+// words[4 * i + w] = word w of counter first + i. Each 32-bit word has a 64-bit lane: a round is then two multiplies,
+// two shifts and four xors, without shuffles.
 inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words) {
   Wide c0[groups], c1[groups], c2[groups], c3[groups];
   for (int g = 0; g < groups; ++g) {
@@ -54,8 +55,8 @@ inline void philox(uint32_t first, uint64_t row, uint64_t seed, uint32_t* words)
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  uint64_t low[batch],
-      high[batch];  // words 0 and 1, words 2 and 3 of each counter, in a form whose interleaving vectorises
+  // Words 0 and 1, and words 2 and 3 of each counter: the compiler vectorises their interleaving.
+  uint64_t low[batch], high[batch];
   for (int g = 0; g < groups; ++g) {
     const Wide first_pair = (c0[g] & 0xffffffffu) | (c1[g] << 32), second_pair = (c2[g] & 0xffffffffu) | (c3[g] << 32);
     __builtin_memcpy(low + g * wide_lanes, &first_pair, sizeof first_pair);
@@ -94,12 +95,14 @@ void run(const void* x, void* out, int64_t rows, int64_t cols, double p, uint64_
   }
 }
 
-}  // namespace
-
 void dropout(const void* x, void* out, DType dtype, int64_t rows, int64_t cols, double p, uint64_t seed, int threads) {
   if (dtype == DType::float64) return run<double>(x, out, rows, cols, p, seed, threads);
   if (dtype == DType::float32) return run<float>(x, out, rows, cols, p, seed, threads);
   run<bfloat16>(x, out, rows, cols, p, seed, threads);
 }
+
+}  // namespace
+
+[[gnu::cold]] void add_dropout(Kernels& table) { table.dropout = dropout; }
 
 }  // namespace gci::GCI_ISA

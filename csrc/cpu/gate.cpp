@@ -1,12 +1,12 @@
-// LoRAMoE's gate (arXiv 2312.09979): softmax over the experts and the product with the projected values, one pass over
-// tokens x (experts * rank) values, and its backward, which computes the softmax again instead of saving it.
+// LoRAMoE's gate (arXiv 2312.09979): the softmax over the experts times the projected values, in one pass over
+// tokens x (experts * rank) values; and its backward, which recomputes the softmax.
 #include "cpu/softmax.h"
 
 namespace gci::GCI_ISA {
 namespace {
 
 // H is the dtype of the projected values and of du, U of u and dprojected. `Piece` divides the rank: an expert's values
-// are worked on in pieces of that many, and the compiler makes one vector of a piece.
+// are processed in pieces of that many, and the compiler makes a vector of each piece.
 template <typename H, typename U, int Piece>
 void forward(const GateArgs& a, void* u_out, void* gates_out, int threads) {
   typedef typename Accumulator<U>::type Acc;
@@ -31,7 +31,7 @@ void forward(const GateArgs& a, void* u_out, void* gates_out, int threads) {
 
 // One token's dprojected and u; gates and dgates (may be null) are this token's.
 // dh = scaling * gate * du;  dgate = dgates + scaling * sum_j du_j h_j;  dlogit = gate * (dgate - sum(gate * dgate)).
-// A gate that top_k left out is 0, so the same line gives its logit no gradient.
+// A gate that top_k dropped is 0, so that its logit gets no gradient.
 template <typename H, typename U, int Piece, typename Acc>
 inline void backward_token(const GateArgs& a, const H* h, const H* du, const Acc* gates, const Acc* dgates, U* u,
                            U* dh) {
@@ -85,8 +85,6 @@ void for_dtypes(const GateArgs& a, Run run) {
   run(bfloat16(), bfloat16());
 }
 
-}  // namespace
-
 void gate_forward(const GateArgs& a, void* u, void* gates, int threads) {
   for_dtypes(a, [&](auto h_like, auto u_like) {
     typedef decltype(h_like) H;
@@ -102,6 +100,13 @@ void gate_backward(const GateArgs& a, const void* du, const void* dgates, void* 
     a.rank % 4 ? backward<H, U, 1>(a, du, dgates, u, dprojected, threads)
                : backward<H, U, 4>(a, du, dgates, u, dprojected, threads);
   });
+}
+
+}  // namespace
+
+[[gnu::cold]] void add_gate(Kernels& table) {
+  table.gate_forward = gate_forward;
+  table.gate_backward = gate_backward;
 }
 
 }  // namespace gci::GCI_ISA

@@ -1,4 +1,4 @@
-// Vectors of floats or doubles, all of one size, and e^x of them.
+// Vectors of floats or of doubles, both as wide as a register, and e^x of them.
 #pragma once
 
 #include <math.h>
@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 namespace gci::GCI_ISA {
 

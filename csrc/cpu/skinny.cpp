@@ -1,37 +1,37 @@
-// float32 products with one small side: the adapter's rank. General libraries spend their packing on a side that has
-// nothing to pack; here the small operand stays in cache and the large one is read once, in order.
+// float32 products with one small dimension: the adapter's rank. General libraries pack the large operand, which does
+// not pay here; here the small operand stays in the cache and the large one is read once, in order.
 //
-// The columns of a product are worked on in strips as wide as a tile. The operand with the columns is packed strip by
-// strip, so that tiles find it in the first-level cache: unpacked, its rows are a page apart and displace one another.
+// The columns of a product are processed in strips as wide as a tile. The operand with the columns is packed strip by
+// strip, so that it stays in the L1 cache: unpacked, its rows are a page apart and evict one another.
 #include <omp.h>
 
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 namespace gci::GCI_ISA {
 namespace {
 
 constexpr int64_t strip = tile_vectors * lanes;
-constexpr int64_t line = 16;  // floats of a line of the cache
+constexpr int64_t line = 16;  // floats in a cache line
 
 // Rows of a tile that is `vectors` wide: enough independent sums to hide the latency of a multiply-add, and few enough
-// to stay in registers. At most 8: rows of x may all fall into one set of the first-level cache, which has 8 places.
+// to stay in registers. At most 8: rows of x may all map to the same set of the L1 cache, which is 8-way.
 constexpr int rows_of(int vectors) { return lanes == 16 ? 8 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8; }
 
-// a[m, k] = data[m * stride_m + k * stride_k]: the operand that gives one number at a time.
+// a[m, k] = data[m * stride_m + k * stride_k]: the operand of which one value at a time is broadcast.
 struct Scalars {
   const float* data;
   int64_t stride_m, stride_k;
 };
 
-// Where sums go: data[m * ld + column], added to what is there or in its place.
+// Where sums go: data[m * ld + column], which they are added to or replace.
 struct Sums {
   float* data;
   int64_t ld;
   bool accumulate;
 };
 
-// c[rows, columns] (+)= whole[rows, width], of which only these columns exist in c. Not inlined, like Ahead::rows_done:
-// one copy for all tiles halves the time to compile this file.
+// c[rows, columns] (+)= whole[rows, width]; c has only the first `columns` columns. Not inlined, like
+// Prefetcher::rows_done: one copy for all tiles halves the time to compile this file.
 __attribute__((noinline)) void add_part(const float* whole, int rows, int width, Sums c, int64_t columns) {
   for (int m = 0; m < rows; ++m)
     for (int64_t j = 0; j < columns; ++j) {
@@ -40,9 +40,9 @@ __attribute__((noinline)) void add_part(const float* whole, int rows, int width,
     }
 }
 
-// c[Rows, columns] (+)= sum over k of a[m, k] * b[k * ld_b + column], accumulators in registers. They start at zero and
-// c is added last: a long sum made of blocks rounds less than one running sum. b has Vectors * lanes columns; with Copy
-// they are also written to copy[k, Vectors * lanes].
+// c[Rows, columns] (+)= sum over k of a[m, k] * b[k * ld_b + column], with accumulators in registers. They start at
+// zero and c is added last: a long sum made of blocks has a smaller rounding error than one running sum. b has Vectors
+// * lanes columns; with Copy they are also written to copy[k, Vectors * lanes].
 template <int Rows, int Vectors, bool Copy>
 inline void tile(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t k, int64_t columns, float* copy = nullptr) {
   Vec sum[Rows][Vectors];
@@ -116,15 +116,15 @@ inline void multiply(Scalars a, const float* b, int64_t ld_b, Sums c, int64_t ro
   rows_by_tiles<1>(a, b, ld_b, c, rows, k, columns, before);
 }
 
-// Fetches y[rows, width] into the second-level cache, some lines with each call of `rows_done`: the pieces of its rows
-// are too short for the processor's own prefetching, and all lines at once would have to be waited for.
-struct Ahead {
+// Prefetches y[rows, width] into the L2 cache, some lines with each call of `rows_done`: the pieces of its rows are too
+// short for the hardware prefetcher, and all lines at once would stall the loads that follow.
+struct Prefetcher {
   const float* y;
   int64_t ld, rows, per_row, share;
   int64_t row = 0, at = 0;
 
-  // `all_rows`: of how many rows_done will be told.
-  Ahead(const float* from, int64_t ld_y, int64_t some, int64_t width, int64_t all_rows)
+  // `all_rows`: the rows that rows_done will be told of in all.
+  Prefetcher(const float* from, int64_t ld_y, int64_t some, int64_t width, int64_t all_rows)
       : y(from),
         ld(ld_y),
         rows(some),
@@ -139,7 +139,7 @@ struct Ahead {
   }
 };
 
-// This thread's part of `count` things: from, and to. Parts are multiples of `unit` and differ by one unit at most.
+// This thread's part of `count` items, [first, end). Parts are multiples of `unit` and differ by at most one unit.
 struct Share {
   int64_t first, end;
   Share(int64_t count, int64_t unit) {
@@ -149,11 +149,11 @@ struct Share {
   }
 };
 
-constexpr int64_t block_tokens = 64;  // tokens that use a strip before the next one is worked on
-constexpr int64_t group = 4 * strip;  // columns of y that are fetched together: longer pieces of its rows
+constexpr int64_t block_tokens = 64;  // tokens that use a strip before the next strip is processed
+constexpr int64_t group = 4 * strip;  // columns of y that are prefetched together: longer pieces of its rows
 
 // panel[rows, width] = from[i * stride_i + j * stride_j] for j < real, else 0; rows <= line. Where stride_i is 1, whole
-// lines of `from` are read at once.
+// cache lines of `from` are read at once.
 inline void pack(const float* from, int64_t stride_i, int64_t stride_j, float* panel, int64_t rows, int64_t width,
                  int64_t real) {
   if (real < width) memset(panel, 0, rows * width * sizeof(float));
@@ -167,14 +167,12 @@ inline void pack(const float* from, int64_t stride_i, int64_t stride_j, float* p
   }
 }
 
-}  // namespace
-
-// The panel has strip after strip, each [k, columns of the strip]; the last one may be narrower.
-// A block of tokens goes through the whole sum before the next one: each page of x is then looked up once.
+// The panel holds strip after strip, each [k, columns of the strip]; the last one may be narrower.
+// A block of tokens is summed completely before the next one: each page of x then costs one TLB miss.
 void project(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int64_t stride_j, float* panel, float* out,
              int64_t ld_out, int64_t tokens, int64_t k, int64_t n, int threads) {
   const int64_t padded = (n + skinny_padding - 1) / skinny_padding * skinny_padding;
-  constexpr int64_t depth = 2048 / lanes;  // rows of a strip of the panel: 24 KB stay in the first-level cache
+  constexpr int64_t depth = 2048 / lanes;  // rows of a strip of the panel: 24 KB stay in the L1 cache
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));
 #pragma omp parallel num_threads(threads)
@@ -198,10 +196,8 @@ void project(const float* x, int64_t ld_x, const float* m, int64_t stride_i, int
   }
 }
 
-namespace {
-
-// out[r, columns] (+)= u.T @ y[rows, columns], at most a strip of columns. The first tile reads y in place; where there
-// are others, it packs y for them on the way.
+// out[r, columns] (+)= u.T @ y[rows, columns], at most a strip of columns. The first tile reads y in place and, where
+// more tiles follow, packs it for them.
 template <typename Before>
 inline void reduce_strip(Scalars u, const float* y, int64_t ld_y, Sums out, int64_t r, int64_t rows, int64_t columns,
                          Before before) {
@@ -219,9 +215,7 @@ inline void reduce_strip(Scalars u, const float* y, int64_t ld_y, Sums out, int6
                               before);
 }
 
-}  // namespace
-
-// Each thread has some of y's columns to itself, so that the bits do not depend on how many threads there are.
+// Each thread has its own columns of y, so that results do not depend on the number of threads.
 void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* out, int64_t tokens, int64_t r,
             int64_t n, int threads) {
   if (tokens == 0) memset(out, 0, r * n * sizeof(float));
@@ -233,17 +227,24 @@ void reduce(const float* u, int64_t ld_u, const float* y, int64_t ld_y, float* o
       for (int64_t start = share.first; start < share.end; start += group) {
         const int64_t width = min_of(group, share.end - start), rest = share.end - start - width;
         const float* here = y + t * ld_y + start;
-        // What comes next: the columns beside these, or the first ones of the next tokens.
+        // The next columns, or the first columns of the next tokens.
         const int64_t all_rows = (width + strip - 1) / strip * r;
-        Ahead ahead = rest > 0 ? Ahead(here + width, ld_y, rows, min_of(group, rest), all_rows)
-                               : Ahead(y + (t + rows) * ld_y + share.first, ld_y, later,
-                                       min_of(group, share.end - share.first), all_rows);
+        Prefetcher next = rest > 0 ? Prefetcher(here + width, ld_y, rows, min_of(group, rest), all_rows)
+                                   : Prefetcher(y + (t + rows) * ld_y + share.first, ld_y, later,
+                                                min_of(group, share.end - share.first), all_rows);
         for (int64_t column = 0; column < width; column += strip)
           reduce_strip(Scalars{u + t * ld_u, 1, ld_u}, here + column, ld_y, Sums{out + start + column, n, t > 0}, r,
-                       rows, min_of(strip, width - column), [&](int64_t count) { ahead.rows_done(count); });
+                       rows, min_of(strip, width - column), [&](int64_t count) { next.rows_done(count); });
       }
     }
   }
+}
+
+}  // namespace
+
+[[gnu::cold]] void add_skinny(Kernels& table) {
+  table.project = project;
+  table.reduce = reduce;
 }
 
 }  // namespace gci::GCI_ISA

@@ -1,15 +1,15 @@
-// The products of skinny.cpp for bfloat16 operands and float32 sums, on the processor's own dot product of pairs
-// (AVX512_BF16), and where there are enough rows on its tiles (AMX). Compiled for these two instruction sets alone: on
-// others the table's entries are null and plans name other implementations.
+// The products of skinny.cpp for bfloat16 operands and float32 sums, with the processor's dot product of pairs
+// (AVX512_BF16) and, for enough rows, its tiles (AMX). Compiled for these two instruction sets only: on others the
+// table's entries are null, and plans name other implementations.
 //
-// A "pair" is two neighbours along the summed dimension in one 32-bit word: along a row two elements are one already.
-// The other operand is packed into pairs if it is small, and two of its rows are interleaved block by block if it is
-// large.
+// A "pair" is two neighbours along the summed dimension in one 32-bit word. Two neighbours in a row of the first
+// operand are a pair in memory. The second operand is packed into pairs if it is small; if it is large, its rows are
+// interleaved two by two, block by block.
 #include <immintrin.h>
 #include <omp.h>
 
 #include "cpu/amx.h"
-#include "cpu/isa.h"
+#include "cpu/vector.h"
 
 namespace gci::GCI_ISA {
 
@@ -18,7 +18,7 @@ namespace {
 inline bfloat16 as_bfloat16(float v) { return narrow<bfloat16>(v); }
 inline bfloat16 as_bfloat16(bfloat16 v) { return v; }
 
-// out[0..count) = the pairs (first[j], second[j]).
+// out[0 .. count) = the pairs (first[j], second[j]).
 template <typename T>
 inline void interleave(const T* first, const T* second, bfloat16* out, int64_t count) {
   for (int64_t j = 0; j < count; ++j) {
@@ -36,7 +36,7 @@ void pack(const T* source, int64_t stride_i, int64_t stride_j, bfloat16* panel, 
     for (int64_t i = 0; i < pairs; ++i)
       interleave(source + 2 * i * stride_i, source + (2 * i + 1) * stride_i, panel + i * padded * 2, n);
   } else {
-    constexpr int64_t strip = 16;  // pairs of a column written together: whole lines of the source are then read
+    constexpr int64_t strip = 16;  // pairs of a column written together: whole cache lines of the source are then read
     for (int64_t start = 0; start < pairs; start += strip)
       for (int64_t j = 0; j < n; ++j)
         for (int64_t i = start; i < min_of(pairs, start + strip); ++i) {
@@ -49,16 +49,12 @@ void pack(const T* source, int64_t stride_i, int64_t stride_j, bfloat16* panel, 
       panel[(pairs * padded + j) * 2] = as_bfloat16(source[(k - 1) * stride_i + j * stride_j]);
 }
 
-}  // namespace
-
 void pack_pairs(const void* source, DType dtype, int64_t stride_i, int64_t stride_j, void* panel, int64_t k,
                 int64_t n) {
   bfloat16* out = static_cast<bfloat16*>(panel);
   if (dtype == DType::float32) return pack(static_cast<const float*>(source), stride_i, stride_j, out, k, n);
   pack(static_cast<const bfloat16*>(source), stride_i, stride_j, out, k, n);
 }
-
-namespace {
 
 constexpr int64_t width = 16, tile_columns = tile_vectors * width;
 
@@ -75,14 +71,14 @@ inline __m512bh broadcast_single(const bfloat16* p) { return (__m512bh)_mm512_se
 
 inline __m512 widen_lanes(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
-// The operand b as pairs; an odd last row is paired with zeros.
+// Operand b as pairs; an odd last row is paired with zeros.
 struct Pairs {
   const bfloat16* data;
   int64_t row;  // elements from one pair of rows to the next
   __m512bh at(int64_t i, int j) const { return (__m512bh)_mm512_loadu_si512(data + i * row + j * width * 2); }
 };
 
-// How a finished tile of sums leaves the registers.
+// How a finished tile of sums is stored.
 struct ToFloat {
   float* data;
   int64_t row;
@@ -135,10 +131,10 @@ inline void tile(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out&
 
 #if defined(__AMX_BF16__)
 using amx::Tiles;
-// Of x that share the panel; tokens whose y is summed before the sums leave the registers. Even.
+// Rows of x that share the panel; tokens whose y is summed before the sums are stored. Both are even.
 constexpr int64_t project_rows = 2 * amx::side, reduce_rows = 256;
 
-// Rows m and on, 16 or 32 at a time as long as there are 16; returns the next one.
+// Rows from 0 on, 32 or 16 at a time while there are 16; returns the first row that is left.
 template <typename Out>
 inline int64_t rows_in_tiles(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t rows,
                              int64_t k, int64_t columns) {
@@ -168,7 +164,7 @@ struct Tiles {};
 constexpr int64_t project_rows = tile_rows, reduce_rows = 64;
 #endif
 
-// Rows m and on.
+// The rows from m on.
 template <int Vectors, typename Out>
 inline void rows_of(const bfloat16* a, int64_t stride_m, const Pairs& b, const Out& out, int64_t m, int64_t rows,
                     int64_t k, int64_t columns) {
@@ -206,13 +202,11 @@ inline void interleave_block(const bfloat16* y, int64_t ld_y, bfloat16* buffer, 
 
 inline int64_t padded_width(int64_t n) { return (n + skinny_padding - 1) / skinny_padding * skinny_padding; }
 
-}  // namespace
-
 void project_bf16(const void* x_in, int64_t ld_x, const void* panel_in, float* out, int64_t ld_out, int64_t tokens,
                   int64_t k, int64_t n, int threads) {
   const bfloat16 *x = static_cast<const bfloat16*>(x_in), *panel = static_cast<const bfloat16*>(panel_in);
   const int64_t row = 2 * padded_width(n), blocks = (tokens + project_rows - 1) / project_rows;
-  constexpr int64_t depth = 1024;  // even; rows of the panel that stay in the second-level cache
+  constexpr int64_t depth = 1024;  // even; rows of the panel that stay in the L2 cache
   if (k == 0)
     for (int64_t t = 0; t < tokens; ++t) memset(out + t * ld_out, 0, n * sizeof(float));
 #pragma omp parallel num_threads(threads)
@@ -236,7 +230,7 @@ void expand_bf16(const void* u_in, int64_t ld_u, const void* panel_in, void* y_i
                  int64_t r, int64_t n, int threads) {
   const bfloat16 *u = static_cast<const bfloat16*>(u_in), *panel = static_cast<const bfloat16*>(panel_in);
   bfloat16* y = static_cast<bfloat16*>(y_in);
-  constexpr int64_t block_rows = 64;  // their u stays in the first-level cache while the panel streams from the second
+  constexpr int64_t block_rows = 64;  // their u stays in the L1 cache while the panel comes from the L2 cache
   const int64_t row = 2 * padded_width(n), blocks = (tokens + block_rows - 1) / block_rows;
 #pragma omp parallel num_threads(threads)
   {
@@ -251,10 +245,10 @@ void expand_bf16(const void* u_in, int64_t ld_u, const void* panel_in, void* y_i
   }
 }
 
-// As reduce in skinny.cpp; u comes transposed, so that two tokens lie side by side.
-void reduce_bf16(const void* turned_in, int64_t ld_turned, const void* y_in, int64_t ld_y, float* out, float* partial,
+// As reduce in skinny.cpp; u comes transposed, so that two tokens are neighbours.
+void reduce_bf16(const void* u_in, int64_t ld_u, const void* y_in, int64_t ld_y, float* out, float* partial,
                  int64_t tokens, int64_t r, int64_t n, int threads) {
-  const bfloat16 *turned = static_cast<const bfloat16*>(turned_in), *y = static_cast<const bfloat16*>(y_in);
+  const bfloat16 *u = static_cast<const bfloat16*>(u_in), *y = static_cast<const bfloat16*>(y_in);
   const int64_t blocks = (tokens + reduce_rows - 1) / reduce_rows;
 #pragma omp parallel num_threads(threads)
   {
@@ -269,8 +263,8 @@ void reduce_bf16(const void* turned_in, int64_t ld_turned, const void* y_in, int
       for (int64_t column = 0; column < n; column += tile_columns) {
         const int64_t columns = min_of(tile_columns, n - column);
         interleave_block(y + t * ld_y + column, ld_y, buffer, rows, columns);
-        column_block(turned + t, ld_turned, Pairs{buffer, 2 * tile_columns}, ToFloat{mine + column, n, block > first},
-                     r, rows, columns);
+        column_block(u + t, ld_u, Pairs{buffer, 2 * tile_columns}, ToFloat{mine + column, n, block > first}, r, rows,
+                     columns);
       }
     }
 #pragma omp barrier
@@ -281,5 +275,14 @@ void reduce_bf16(const void* turned_in, int64_t ld_turned, const void* y_in, int
 }
 
 static_assert(tile_vectors == 3, "column_block names three vectors");
+
+}  // namespace
+
+[[gnu::cold]] void add_skinny_bf16(Kernels& table) {
+  table.pack_pairs = pack_pairs;
+  table.project_bf16 = project_bf16;
+  table.expand_bf16 = expand_bf16;
+  table.reduce_bf16 = reduce_bf16;
+}
 
 }  // namespace gci::GCI_ISA

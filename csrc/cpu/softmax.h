@@ -1,11 +1,10 @@
-// The gates of LoRAMoE's experts (arXiv 2312.09979): a softmax over a few logits, of which top_k may leave some out.
+// The gates of LoRAMoE's experts (arXiv 2312.09979): a softmax over a few logits, or over the top_k largest of them.
 #pragma once
 
+#include "common/limits.h"
 #include "cpu/lanes.h"
 
 namespace gci::GCI_ISA {
-
-constexpr int max_experts = 256;
 
 inline double exponential(double x) { return exp(x); }
 
@@ -27,7 +26,7 @@ inline float exponential(float x) {
   return p * power;
 }
 
-// Whether a sorts before b, largest first; NaN before every number, so that top_k cannot drop it.
+// Whether a comes before b, largest first; NaN comes before every number, so that top_k cannot drop it.
 template <typename Acc>
 inline bool precedes(Acc a, Acc b) {
   return a > b || (a != a && b == b);
@@ -52,7 +51,7 @@ inline void softmax(const H* logits, Acc* gates, int experts, int top_k) {
   if (top_k < experts) choose(gates, keep, experts, top_k);
   Acc largest = gates[0], total = 0;
   for (int n = 1; n < experts; ++n) largest = gates[n] > largest ? gates[n] : largest;
-  // A comparison with NaN is false, so a NaN logit is carried by the subtraction, not by the maximum.
+  // A comparison with NaN is false: a NaN logit reaches the result by the subtraction, not by the maximum.
   for (int n = 0; n < experts; ++n) gates[n] = exponential(Acc(gates[n] - largest));
   if (top_k < experts)
     for (int n = 0; n < experts; ++n) gates[n] = keep[n] ? gates[n] : Acc(0);
@@ -61,8 +60,8 @@ inline void softmax(const H* logits, Acc* gates, int experts, int top_k) {
   for (int n = 0; n < experts; ++n) gates[n] *= inverse;
 }
 
-// The same for `tokens` tokens, at most a vector of them, each in a lane of its own: gates[tokens, experts] from logits
-// whose rows are ld apart. top_k chooses token by token. Not inlined: one copy for all callers compiles sooner.
+// The same for `tokens` tokens, at most one a lane: gates [tokens, experts] from logits whose rows are ld apart. With
+// top_k it goes token by token. Not inlined: one copy for all callers compiles faster.
 template <typename H, typename Acc>
 __attribute__((noinline)) void softmax_rows(const H* logits, int64_t ld, Acc* gates, int64_t tokens, int experts,
                                             int top_k) {
@@ -72,20 +71,20 @@ __attribute__((noinline)) void softmax_rows(const H* logits, int64_t ld, Acc* ga
   }
   typedef Vector<Acc> V;
   constexpr int count = Lanes<Acc>::count;
-  alignas(64) Acc turned[max_experts * count];
+  alignas(64) Acc transposed[max_experts * count];
   for (int n = 0; n < experts; ++n)
-    for (int t = 0; t < count; ++t) turned[n * count + t] = t < tokens ? Acc(widen(logits[t * ld + n])) : Acc(0);
-  V largest = fetch(turned), total = {};
-  for (int n = 1; n < experts; ++n) largest = larger<Acc>(fetch(turned + n * count), largest);
+    for (int t = 0; t < count; ++t) transposed[n * count + t] = t < tokens ? Acc(widen(logits[t * ld + n])) : Acc(0);
+  V largest = fetch(transposed), total = {};
+  for (int n = 1; n < experts; ++n) largest = larger<Acc>(fetch(transposed + n * count), largest);
   for (int n = 0; n < experts; ++n) {
-    const V power = exponential(V(fetch(turned + n * count) - largest));
+    const V power = exponential(V(fetch(transposed + n * count) - largest));
     total += power;
-    put(turned + n * count, power);
+    put(transposed + n * count, power);
   }
   const V inverse = Acc(1) / total;
-  for (int n = 0; n < experts; ++n) put(turned + n * count, V(fetch(turned + n * count) * inverse));
+  for (int n = 0; n < experts; ++n) put(transposed + n * count, V(fetch(transposed + n * count) * inverse));
   for (int64_t t = 0; t < tokens; ++t)
-    for (int n = 0; n < experts; ++n) gates[t * experts + n] = turned[n * count + t];
+    for (int n = 0; n < experts; ++n) gates[t * experts + n] = transposed[n * count + t];
 }
 
 }  // namespace gci::GCI_ISA

@@ -1,10 +1,9 @@
-// The first half of ALoRA's decoding step (arXiv 2405.17830, as ops/attention reads it), a block for each token, which
-// is the new one of a sequence: z = x @ A.T, [q | k | v] = z @ qkv.T, k and v behind the cache, and the attention of q
-// to all that the cache then holds.
+// The first half of ALoRA's decoding step (arXiv 2405.17830), one block for each sequence's new token: z = x @ A.T,
+// [q | k | v] = z @ qkv.T; k and v are appended to the cache, and q attends to all of it.
 //
-// A thread owns four columns of one head, of every so-manieth key, with an online softmax of its own; its neighbours
-// own the rest of the row, so that rows are read whole. But for the sums of a head's columns no thread waits for
-// another until all keys are through.
+// A thread has four columns of one head and a strided share of the keys, with its own online softmax; neighbouring
+// threads have the rest of the row, so that rows are read whole. Until all keys are done, threads exchange only the
+// sums of a head's columns, which make a score.
 #include "cuda/dispatch.h"
 
 namespace gci {
@@ -14,9 +13,9 @@ constexpr int threads = 512, warps = threads / 32;
 constexpr int rows_at_once = 16;      // of A, that a warp multiplies
 constexpr int part = 4;               // columns of a thread
 constexpr int state_size = part + 2;  // largest score, sum of weights, weighted sum of v
-static_assert(32 * part == decode_max_head, "a head's threads exchange its scores within a warp");
+static_assert(32 * part == max_decode_head_size, "a head's threads exchange its scores within a warp");
 
-// Loaded before the first is used.
+// Keys that a thread loads before it uses the first one.
 template <typename X>
 constexpr int keys_at_once = sizeof(X) == 2 ? 8 : 4;
 
@@ -37,7 +36,7 @@ __device__ inline void accumulate(const X* x, const W* A, int first, int rank, i
   }
 }
 
-// z = x @ A.T; `scratch` holds warps * rows_at_once floats. Barriers at its end and within.
+// z = x @ A.T; `scratch` holds warps * rows_at_once floats. Has barriers, the last one at its end.
 template <typename X, typename W>
 __device__ inline void project(const X* x, const W* A, int rank, int64_t in, bool vector, float* scratch, float* z) {
   for (int first = 0; first < rank; first += rows_at_once) {
@@ -58,7 +57,7 @@ __device__ inline void project(const X* x, const W* A, int rank, int64_t in, boo
   }
 }
 
-// q, scaled, into shared memory, and k and v into the new row of the cache. Eight lanes share a row of qkv.
+// Writes the scaled q into shared memory, and k and v into the new row of the cache. Eight lanes share a row of qkv.
 template <typename X, typename W>
 __device__ inline void make_qkv(const float* z, const W* qkv, int rank, float scale, float* q, X* row) {
   constexpr int lanes = 8;
@@ -80,7 +79,7 @@ struct State {  // of a softmax over some keys
   float largest, total, o[part];
 };
 
-// exp(v - largest), where nothing has been seen yet 0.
+// exp(v - largest), or 0 where no key was visible yet.
 __device__ inline float weight(float v, float largest) { return largest == -INFINITY ? 0.0f : expf(v - largest); }
 
 __device__ inline void merge_lanes(State& s, int offset) {
@@ -92,19 +91,19 @@ __device__ inline void merge_lanes(State& s, int offset) {
   for (int i = 0; i < part; ++i) s.o[i] = s.o[i] * own + __shfl_xor_sync(all_lanes, s.o[i], offset) * others;
 }
 
-// Where a thread stands: `lanes` threads of a warp share a key, `parts` of those a head.
-struct Place {
+// The columns of a thread: `lanes` threads of a warp share a key, `parts` of those share a head.
+struct Columns {
   int lanes, parts, head, column, width;  // column: its first, counted over all heads; width: how many, 0 for idle ones
 };
 
-__device__ inline Place place_of(int position, int lanes, int parts, int rank, int heads) {
+__device__ inline Columns columns_of(int position, int lanes, int parts, int rank, int heads) {
   const int size = rank / heads, head = position / parts, within = position % parts * part;
   return {lanes, parts, head, head * size + within, head < heads ? max(min(size - within, part), 0) : 0};
 }
 
-// All keys that are this thread's, in the order of their number.
+// The softmax over this thread's keys, in their order.
 template <typename X>
-__device__ inline State attend(const Place& p, const float* q, const X* kv, int64_t ld_kv, int64_t keys, int rank,
+__device__ inline State attend(const Columns& p, const float* q, const X* kv, int64_t ld_kv, int64_t keys, int rank,
                                const int32_t* segments, int32_t own, bool vector) {
   constexpr int N = keys_at_once<X>;
   const int slots = threads / p.lanes, slot = threadIdx.x / p.lanes;
@@ -112,7 +111,7 @@ __device__ inline State attend(const Place& p, const float* q, const X* kv, int6
   float query[part];
 #pragma unroll
   for (int i = 0; i < part; ++i) query[i] = i < p.width ? q[p.column + i] : 0.0f;
-  for (int64_t first = 0; first < keys; first += N * slots) {  // as often in every thread: they exchange scores
+  for (int64_t first = 0; first < keys; first += N * slots) {  // equally often in every thread: they exchange scores
     Pack<X, part> k[N], v[N];
     bool visible[N];
     float score[N];
@@ -121,7 +120,7 @@ __device__ inline State attend(const Place& p, const float* q, const X* kv, int6
       const int64_t key = first + n * slots + slot;
       visible[n] = key < keys && (!segments || segments[key] == own);
       const X* row = kv + key * ld_kv + p.column;
-      const int width = visible[n] ? p.width : 0;  // what nobody sees may be NaN, and is not read
+      const int width = visible[n] ? p.width : 0;  // keys that are not visible may be NaN, and are not read
       k[n] = load4(row, 0, width, vector);
       v[n] = load4(row + rank, 0, width, vector);
     }
@@ -152,7 +151,7 @@ __device__ inline State attend(const Place& p, const float* q, const X* kv, int6
   return s;
 }
 
-// Column `i` of the state number `index` of each warp, merged in the order of the warps.
+// The output of column `i` of state `index`, merged over all warps in their order.
 __device__ inline float finish(const float* states, int lanes, int index, int i) {
   float largest = -INFINITY, total = 0, o = 0;
   for (int w = 0; w < warps; ++w) largest = fmaxf(largest, states[(w * lanes + index) * state_size]);
@@ -178,7 +177,7 @@ template <typename X, typename W>
 __global__ void __launch_bounds__(threads, 1)
     decode_attend_kernel(const __grid_constant__ DecodeArgs a, const __grid_constant__ AttendArgs t, float* partial,
                          int columns, bool wide, bool quads) {
-  __shared__ float states[warps * 32 * state_size], z[decode_max_columns], q[decode_max_columns];
+  __shared__ float states[warps * 32 * state_size], z[max_decode_columns], q[max_decode_columns];
   let_next_start();
   const int n = group_of(a, blockIdx.x);
   if (n == a.num_groups) return;  // the whole block
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(threads, 1)
   }
   X* kv = static_cast<X*>(t.kv) + sequence * t.stride_kv;
   const W* qkv = static_cast<const W*>(t.groups[n].qkv);
-  // Both are needed once z is known; on their way from memory until then. Rows of kv are as wide as the widest group's.
+  // Both are needed after z: prefetched while z is computed. Rows of kv are as wide as the widest group's.
   constexpr int line = 128;
   for (int64_t i = int64_t(threadIdx.x) * line; i < 3 * rank * rank * int64_t(sizeof(W)); i += threads * line)
     prefetch_to_l2(reinterpret_cast<const char*>(qkv) + i);
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(threads, 1)
   project(static_cast<const X*>(a.x) + sequence * a.ld_x, static_cast<const W*>(g.A), rank, a.in, wide, states, z);
   const int size = rank / heads;
   make_qkv(z, qkv, rank, rsqrtf(float(size)), q, kv + past * t.ld_kv);
-  __syncthreads();  // the new row can be read, by this block
+  __syncthreads();  // from here on this block can read the new row
 
   const int32_t* segments = t.segments ? t.segments + sequence * t.ld_segments : nullptr;
   const int32_t own = segments ? segments[past] : 0;
@@ -211,8 +210,8 @@ __global__ void __launch_bounds__(threads, 1)
   const int parts = round_to_power_of_two((size + part - 1) / part), positions = heads * parts;
   const int lanes = min(round_to_power_of_two(positions), 32);
   for (int first = 0; first < positions; first += lanes) {
-    const Place place = place_of(first + threadIdx.x % lanes, lanes, parts, rank, heads);
-    const State s = attend(place, q, kv, t.ld_kv, keys, rank, segments, own, quads);
+    const Columns own_columns = columns_of(first + threadIdx.x % lanes, lanes, parts, rank, heads);
+    const State s = attend(own_columns, q, kv, t.ld_kv, keys, rank, segments, own, quads);
     if (lane_id() < lanes) {
       float* state = states + (warp_id() * lanes + lane_id()) * state_size;
       state[0] = s.largest;
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(threads, 1)
     __syncthreads();
     const int index = threadIdx.x / part, i = threadIdx.x % part;
     if (index < lanes) {
-      const Place other = place_of(first + index, lanes, parts, rank, heads);
+      const Columns other = columns_of(first + index, lanes, parts, rank, heads);
       const int c = other.column + i;
       if (i < other.width) u[c] = finish(states, lanes, index, i) + (residual ? z[c] : 0.0f);
     }
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(threads, 1)
   }
 }
 
-// Whether every 16 bytes of x and A that the kernel reads at once lie on a multiple of 16.
+// Whether all 16-byte loads of x and A are aligned.
 bool reads_wide(const DecodeArgs& a) {
   const int64_t unit = a.dtype == DType::float32 ? 4 : 8;
   bool result = a.in % unit == 0 && a.ld_x % unit == 0 && aligned(a.x, 16);
@@ -239,7 +238,7 @@ bool reads_wide(const DecodeArgs& a) {
   return result;
 }
 
-// Whether every four values of kv that a thread reads at once are of one head and lie on a multiple of their size.
+// Whether all loads of four values of kv are aligned and stay within one head.
 bool reads_quads(const DecodeArgs& a, const AttendArgs& t) {
   bool result = t.stride_kv % part == 0 && t.ld_kv % part == 0 && aligned(t.kv, a.dtype == DType::float32 ? 16 : 8);
   for (int n = 0; n < a.num_groups; ++n) result &= a.groups[n].rank / t.groups[n].heads % part == 0;
@@ -249,7 +248,7 @@ bool reads_quads(const DecodeArgs& a, const AttendArgs& t) {
 }  // namespace
 
 int decode_attend(const DecodeArgs& a, const AttendArgs& t, float* partial, int columns, void* stream) {
-  if (decode_attend_objection(a, t, partial, columns)) return invalid_argument;
+  if (check_decode_attend(a, t, partial, columns)) return invalid_argument;
   const LaunchShape shape = {unsigned(a.tokens), 1, 1, threads, 0, false};
   return with_dtypes(a.dtype, a.adapter_dtype, [&](auto x, auto w) {
     return launch(decode_attend_kernel<decltype(x), decltype(w)>, shape, stream, a, t, partial, columns, reads_wide(a),

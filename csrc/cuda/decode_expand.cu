@@ -1,16 +1,16 @@
-// The second half of a decoding step: the sums of the first are finished, mixed, multiplied with B and added onto y.
-// Every block finishes all sums of its tokens for itself, a few KB from the L2 cache: cheaper than another launch, and
-// no block waits for another.
+// The second half of a decoding step: adds up the partial sums of the first half, mixes them, multiplies them with B
+// and adds the result to y. Every block adds up all sums of its tokens, a few KB in the L2 cache: that is cheaper than
+// another launch, and no block waits for another.
 #include "cuda/dispatch.h"
 
 namespace gci {
 namespace {
 
 constexpr int threads = 256, row_lanes = 4, block_rows = threads / row_lanes;
-constexpr int early = 4;  // times four values of a row of B that a lane loads before the first half is done
+constexpr int preloads = 4;  // of four values of a row of B each, which a lane loads before the first half is done
 
-// How many experts come before expert n, largest logit first, NaN before every number, equal ones by their number.
-__device__ inline int place(const float* logits, int experts, int n) {
+// The number of experts before expert n: largest logit first, NaN before every number, equal ones by their index.
+__device__ inline int position_of(const float* logits, int experts, int n) {
   const float own = logits[n];
   int before = 0;
   for (int m = 0; m < experts; ++m) {
@@ -22,14 +22,14 @@ __device__ inline int place(const float* logits, int experts, int n) {
   return before;
 }
 
-// One token, by one warp: h becomes scaling * gate * h, and the logits behind it the gates' numerators.
+// One warp's work on one token: h becomes scaling * gate * h, and the logits behind it the numerators of the gates.
 __device__ inline void apply_gate(float* h, int width, const DecodeGroup& g) {
   float* logits = h + width;
   float largest = -INFINITY, total = 0;
   unsigned kept = 0;  // bit i: whether this lane's expert number i is among the top_k
   for (int n = lane_id(), i = 0; n < g.experts; n += 32, ++i) {
-    largest = fmaxf(largest, logits[n]);  // leaves NaN to the subtraction
-    if (g.top_k >= g.experts || place(logits, g.experts, n) < g.top_k) kept |= 1u << i;
+    largest = fmaxf(largest, logits[n]);  // a NaN logit reaches the result by the subtraction
+    if (g.top_k >= g.experts || position_of(logits, g.experts, n) < g.top_k) kept |= 1u << i;
   }
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, offset));
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(threads, 2)
 
   const W* b = static_cast<const W*>(g.B) + min(first_row + threadIdx.x / row_lanes, a.out - 1) * width;
   const int first_column = threadIdx.x % row_lanes * 4;
-  Pack<W, 4> ahead[early];
+  Pack<W, 4> preloaded[preloads];
 #pragma unroll
-  for (int i = 0; i < early; ++i) ahead[i] = load4(b, first_column + i * row_lanes * 4, width, vector);
+  for (int i = 0; i < preloads; ++i) preloaded[i] = load4(b, first_column + i * row_lanes * 4, width, vector);
   wait_for_previous();
 
-  float before[outputs];  // y, read now because the sums take a while
+  float before[outputs];  // y, loaded now to hide the latency
 #pragma unroll
   for (int i = 0; i < outputs; ++i) {
     const int e = threadIdx.x + i * threads, t = e / block_rows;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(threads, 2)
 #pragma unroll 8
       for (int s = 0; s < splits; ++s) sum += source[int64_t(s) * a.tokens * columns];
     }
-    u[e] = g.experts ? sum : g.scaling * sum;  // behind the last column 0: the product may read there
+    u[e] = g.experts ? sum : g.scaling * sum;  // 0 behind the last column: the product may read there
   }
   __syncthreads();
   if (g.experts) {
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(threads, 2)
 
   float sums[T] = {};
 #pragma unroll
-  for (int i = 0; i < early; ++i) {
+  for (int i = 0; i < preloads; ++i) {
     const int c = first_column + i * row_lanes * 4;
-    if (c < width) accumulate(ahead[i], u + c, stride, g.count, sums);
+    if (c < width) accumulate(preloaded[i], u + c, stride, g.count, sums);
   }
-  for (int c = first_column + early * row_lanes * 4; c < width; c += row_lanes * 4)
+  for (int c = first_column + preloads * row_lanes * 4; c < width; c += row_lanes * 4)
     accumulate(load4(b, c, width, vector), u + c, stride, g.count, sums);
   scatter_sums<T, row_lanes>(sums);
   if (first_holder<T, row_lanes>()) {
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(threads, 2)
   }
 }
 
-// Whether every four values of B that the kernel reads at once lie on a multiple of their size.
+// Whether all loads of four values of B are aligned.
 bool reads_vectors(const DecodeArgs& a) {
   const size_t unit = a.adapter_dtype == DType::float32 ? 16 : 8;
   bool result = true;
   for (int i = 0; i < a.num_groups; ++i) {
     const DecodeGroup& g = a.groups[i];
-    result &= (decode_columns(g) - g.experts) % 4 == 0 && aligned(g.B, unit);
+    result &= (all_columns(g) - g.experts) % 4 == 0 && aligned(g.B, unit);
   }
   return result;
 }
@@ -135,7 +135,7 @@ bool reads_vectors(const DecodeArgs& a) {
 }  // namespace
 
 int decode_expand(const DecodeArgs& a, const float* partial, int splits, int columns, void* stream) {
-  if (decode_expand_objection(a, partial, splits, columns)) return invalid_argument;
+  if (check_decode_expand(a, partial, splits, columns)) return invalid_argument;
   const int stride = (columns + 3) / 4 * 4;
   const unsigned blocks = unsigned((a.out + block_rows - 1) / block_rows);
   return with_dtypes(a.dtype, a.adapter_dtype, [&](auto y, auto w) {

@@ -1,5 +1,5 @@
-// The first half of a decoding step: a few rows of x times all rows of A and router. A warp takes one column, a block
-// eight, and the splits of `in` bring all multiprocessors to read the adapter at once.
+// The first half of a decoding step: a few rows of x times all rows of A and router. A warp has one column, a block has
+// eight; `in` is split so that all multiprocessors read the adapter at the same time.
 #include "cuda/dispatch.h"
 
 namespace gci {
@@ -12,7 +12,7 @@ __device__ inline void accumulate(const W* w, const X* const (&x)[T], int64_t be
 #pragma unroll(V > 1 && T == 1 ? 2 : 1)
   for (int64_t k = begin + lane_id() * V; k < end; k += 32 * V) {
     const Pack<W, V> weights = load<V>(w + k);
-    Pack<X, V> values[T];  // all loads come before the first use: their latencies are one
+    Pack<X, V> values[T];  // all loads come before the first use, so that their latencies overlap
 #pragma unroll
     for (int t = 0; t < T; ++t) values[t] = load<V>(x[t] + k);
 #pragma unroll
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(threads, T > 4 ? 1 : 2)
                               : static_cast<const W*>(g.router) + (column - width) * a.in;
   const X* x[T];
 #pragma unroll
-  for (int t = 0; t < T; ++t)  // behind the last token, that token again: no branches, and nothing new is read
+  for (int t = 0; t < T; ++t)  // behind the last token that token again: no branches, and no further reads
     x[t] = static_cast<const X*>(a.x) + a.rows[g.first + min(t, g.count - 1)] * a.ld_x;
   const int64_t begin = blockIdx.x * slice, end = min(begin + slice, a.in);
   float sums[T] = {};
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads, T > 4 ? 1 : 2)
     partial[(int64_t(blockIdx.x) * a.tokens + g.first + t) * columns + column] = sums[0];
 }
 
-// Whether every 16 bytes that the kernel reads at once lie on a multiple of 16.
+// Whether all 16-byte loads are aligned.
 bool reads_vectors(const DecodeArgs& a) {
   const int64_t unit = a.dtype == DType::float32 ? 4 : 8;
   bool result = a.in % unit == 0 && a.ld_x % unit == 0 && aligned(a.x, 16);
@@ -62,7 +62,7 @@ bool reads_vectors(const DecodeArgs& a) {
 }  // namespace
 
 int decode_project(const DecodeArgs& a, float* partial, int splits, int columns, void* stream) {
-  if (decode_project_objection(a, partial, splits, columns)) return invalid_argument;
+  if (check_decode_project(a, partial, splits, columns)) return invalid_argument;
   const int64_t units = (a.in + decode_slice_unit - 1) / decode_slice_unit;
   const int64_t slice = (units + splits - 1) / splits * decode_slice_unit;
   const LaunchShape shape = {unsigned(splits),

@@ -1,4 +1,4 @@
-// What the kernels share: wide loads and sums over lanes.
+// Device functions that the kernels share: vector loads and sums over lanes.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace gci {
 
-// N neighbours, loaded with as few instructions as their alignment to the whole (at most 16 bytes) permits.
+// N neighbouring values, aligned to their size (at most 16 bytes), so that they are loaded with few instructions.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
@@ -18,7 +18,8 @@ __device__ inline Pack<T, N> load(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
-// row[c] to row[c + 3], zeros from `width` on; one load where `vector`: row + c is aligned to the whole and width to 4.
+// row[c] to row[c + 3], zeros from `width` on; one load where `vector`: row + c is aligned to its size and width is a
+// multiple of 4.
 template <typename T>
 __device__ inline Pack<T, 4> load4(const T* row, int c, int width, bool vector) {
   Pack<T, 4> result = {};
@@ -45,8 +46,9 @@ __device__ inline float sum_lanes(float v) {
   return v;
 }
 
-// N sums over groups of `Lanes` lanes at once. Each step sends half of what a lane holds to its partner, so 16 sums
-// over 32 lanes take 16 exchanges and not 80. Afterwards a lane holds in v[0], v[1], ... the sums from first_sum on.
+// N sums over groups of `Lanes` lanes at once. In each step a lane sends half of its values to its partner, so that 16
+// sums over 32 lanes take 16 exchanges instead of 80. Afterwards v[0], v[1], ... of a lane are the sums from first_sum
+// on.
 template <int N, int Lanes>
 __device__ inline void scatter_sums(float (&v)[N]) {
   int held = N;

@@ -1,4 +1,4 @@
-// Choosing a kernel's template arguments, in front of its launch.
+// Chooses a kernel's template arguments, before its launch.
 #pragma once
 
 #include "cuda/decode.h"
@@ -7,7 +7,7 @@
 
 namespace gci {
 
-// work(x, adapter), values of the two types, which were checked before.
+// Calls work(x, adapter) with a value of each of the two types, which are checked already.
 template <typename F>
 int with_dtypes(DType x, DType adapter, F work) {
   const bool wide = adapter == DType::float32;
@@ -16,7 +16,7 @@ int with_dtypes(DType x, DType adapter, F work) {
   return work(float{}, float{});
 }
 
-// For how many tokens a kernel holds sums, at least the largest group's: its template argument T.
+// A kernel's template argument T, the number of tokens that it has registers for: at least the largest group's.
 template <int T>
 struct Tokens {
   static constexpr int value = T;
@@ -25,7 +25,7 @@ template <typename F>
 int with_tokens(const DecodeArgs& a, F work) {
   int most = 1;
   for (int i = 0; i < a.num_groups; ++i) most = a.groups[i].count > most ? a.groups[i].count : most;
-  return most == 1 ? work(Tokens<1>{}) : most <= 4 ? work(Tokens<4>{}) : work(Tokens<decode_max_tokens>{});
+  return most == 1 ? work(Tokens<1>{}) : most <= 4 ? work(Tokens<4>{}) : work(Tokens<max_decode_tokens>{});
 }
 
 inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

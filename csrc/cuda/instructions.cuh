@@ -1,5 +1,5 @@
-// What takes an instruction of its own: number formats, launches that overlap, memory given at the launch.
-// The formats are ours because cuda_fp16.h and cuda_bf16.h take longer to compile than the kernels.
+// Functions that are made of special instructions: 16-bit formats, overlapping launches, dynamic shared memory.
+// The formats are defined here because cuda_fp16.h and cuda_bf16.h take longer to compile than the kernels.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ __device__ inline float16 narrow<float16>(float v) {
   return result;
 }
 
-// Programmatic dependent launch (sm_90 and later; nothing elsewhere): the next kernel may be started now; and waiting,
-// in that next kernel, until all that the one before it wrote can be read.
+// Programmatic dependent launch (from sm_90 on; without effect elsewhere). The first lets the next kernel start; the
+// second, in that next kernel, waits until everything that the kernel before it wrote can be read.
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -55,7 +55,7 @@ __device__ inline void wait_for_previous() {
 
 __device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// The bytes that the launch asked for.
+// The dynamic shared memory, as large as the launch says.
 __device__ inline float* dynamic_shared() {
   extern __shared__ float4 memory[];
   return reinterpret_cast<float*>(memory);

@@ -1,4 +1,4 @@
-// The only calls of the CUDA runtime: launching, and the names of its errors.
+// All calls of the CUDA runtime: launches, and the names of errors.
 #include "cuda/launch.h"
 
 #include <cuda_runtime_api.h>
@@ -10,15 +10,15 @@
 namespace gci {
 namespace {
 
-constexpr int remembered_devices = 64;
+constexpr int cached_devices = 64;
 
-// Whether the kernel's code for the current device waits by itself for what it reads: griddepcontrol, sm_90 and later.
-// The code counts and not the device, which may be running what was compiled for an older one.
+// Whether the kernel's code for the current device waits for the kernel before it (griddepcontrol, from sm_90 on). This
+// is a property of the code, not of the device, which may run code that was compiled for an older one.
 int can_overlap(const void* kernel, bool* answer) {
-  static std::atomic<int> known[remembered_devices];  // 0: not asked, 1: no, 2: yes
+  static std::atomic<int> known[cached_devices];  // 0: not asked, 1: no, 2: yes
   int device;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  int state = device < remembered_devices ? known[device].load(std::memory_order_relaxed) : 0;
+  int state = device < cached_devices ? known[device].load(std::memory_order_relaxed) : 0;
   if (state == 0) {
     int major;
     cudaFuncAttributes attributes;
@@ -26,7 +26,7 @@ int can_overlap(const void* kernel, bool* answer) {
       return error;
     if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     state = major >= 9 && attributes.ptxVersion >= 90 ? 2 : 1;
-    if (device < remembered_devices) known[device].store(state, std::memory_order_relaxed);
+    if (device < cached_devices) known[device].store(state, std::memory_order_relaxed);
   }
   *answer = state == 2;
   return cudaSuccess;

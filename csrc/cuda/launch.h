@@ -1,4 +1,4 @@
-// How a kernel is launched.
+// Launching a kernel by its grid, threads and shared memory.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace gci {
 struct LaunchShape {
   unsigned x, y, z;  // the grid
   int threads;
-  size_t shared;  // bytes, beside what the kernel declares
+  size_t shared;  // bytes of dynamic shared memory
   bool overlaps;  // the kernel calls wait_for_previous, so it may start while the one before it runs
 };
 

@@ -1,4 +1,4 @@
-"""The files of checkpoints: read with every fault named, and written so that a killed run leaves nothing half-made."""
+"""The files of checkpoints: reading names the file and the fault, writing leaves nothing incomplete."""
 
 import contextlib
 import json
@@ -21,10 +21,8 @@ from gci_kernels.progress import bar
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
-# What goes along with the weights, whatever these become.
+# Files that are copied along with the weights.
 _COMPANIONS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*|generation_config\.json"
 )
@@ -38,11 +36,11 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class ConvertError(ValueError):
-    """A checkpoint that is damaged, incomplete, or cannot be converted. Its message names the file and the reason."""
+    """A checkpoint that is damaged, incomplete, or cannot be converted. The message names the file and the reason."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file; ConvertError where the file cannot be read or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -55,11 +53,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as JSON, its names sorted."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, on the CPU; nothing in it is run.
+    """The tensors of a file that torch.save wrote, on the CPU, of any shape; no code in it is run.
 
     Raises:
         ConvertError: it is damaged, or holds anything but floating-point tensors by name.
@@ -73,8 +72,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except ConvertError:
         raise
-    except Exception as error:  # of a dozen kinds, by what the damage hits
-        # Around what it found torch.load says how to load the file all the same.
+    except Exception as error:  # of many types, by what is damaged
+        # torch.load wraps the cause into advice how to load the file nevertheless.
         cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
         reason = str(cause).partition("\n")[0].partition(" Please ")[0] or type(cause).__name__
         raise ConvertError(f"{path} is damaged, or holds other things than tensors: {reason}") from error
@@ -91,11 +90,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 class Checkpoint:
-    """The tensors of a safetensors file or of several with an index, by name. Each is mapped, and read when used.
+    """The tensors of a safetensors file, or of several with an index, by name. They are memory-mapped.
 
     Args:
         folder: holds the file `name`, or else shards and their index.
-        name: of the one file.
+        name: the single file's.
 
     Raises:
         ConvertError: a file is missing or damaged, or the index does not fit the shards.
@@ -107,14 +106,14 @@ class Checkpoint:
         self.path = index if self.sharded else folder / name
         self._where: dict[str, str] = _weight_map(index) if self.sharded else {}
         self._files = {file: _open(folder / file) for file in (sorted(set(self._where.values())) or [name])}
-        held = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
+        present = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
         for tensor, file in self._where.items():
             if tensor not in self._files[file].keys():
                 raise ConvertError(f"{folder / file} lacks {tensor}, which {INDEX} says is there")
-        if self.sharded and held.keys() != self._where.keys():
-            extra = min(held.keys() - self._where.keys())
-            raise ConvertError(f"{folder / held[extra]} holds {extra}, which {INDEX} does not name")
-        self._where = self._where or held
+        if self.sharded and present.keys() != self._where.keys():
+            extra = min(present.keys() - self._where.keys())
+            raise ConvertError(f"{folder / present[extra]} holds {extra}, which {INDEX} does not name")
+        self._where = self._where or present
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._where))
@@ -135,24 +134,27 @@ class Checkpoint:
         return self.folder / self._where[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading its values."""
         return tuple(self._files[self._where[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, without reading its values; ConvertError for one that PyTorch has not."""
         code = self._files[self._where[name]].get_slice(name).get_dtype()
         if code not in _DTYPES:
             raise ConvertError(f"{self.file(name)}: {name} has dtype {code}; known: {', '.join(_DTYPES)}")
         return _DTYPES[code]
 
     def nbytes(self, name: str) -> int:
-        return self.planned(name).nbytes
+        """The size of a tensor's values."""
+        return self.lazy(name).nbytes
 
     def shards(self) -> dict[str, list[str]]:
         """The names of the tensors in each file."""
         return {file: [name for name in self if self._where[name] == file] for file in self._files}
 
-    def planned(self, name: str) -> "Planned":
-        """The tensor as it is, to be written."""
-        return Planned(self.dtype(name), self.shape(name), lambda: self[name])
+    def lazy(self, name: str) -> "LazyTensor":
+        """A tensor, to be written unchanged."""
+        return LazyTensor(self.dtype(name), self.shape(name), lambda: self[name])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -164,7 +166,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Any:  # safetensors has no type for it
     if not path.is_file():
         raise ConvertError(f"{path} does not exist")
     try:
@@ -174,24 +176,31 @@ def _open(path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor of a file that is going to be written; `make` gives it, so that few are in memory at a time."""
+class LazyTensor:
+    """A tensor to be written; `make` computes it on the CPU, so that one is in memory at a time."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        """A tensor that is in memory already."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
     @property
     def nbytes(self) -> int:
+        """The size of its values."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-Plan = Mapping[str, Planned]
+#: The tensors of a file that is going to be written, by name.
+Plan = Mapping[str, LazyTensor]
 
 
 def write_safetensors(path: Path, plan: Plan, advance: Callable[[int], None]) -> None:
-    """Writes a safetensors file, one tensor in memory at a time; `advance` is told the bytes of each."""
-    # The widest first: every tensor then begins at a multiple of its values' size, as readers need it.
+    """Writes a safetensors file, one tensor in memory at a time; `advance` is called with the bytes of each."""
+    # The widest dtypes first: every tensor then begins at a multiple of its dtype's size, as readers need it.
     names = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -214,14 +223,14 @@ def _write_values(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def write_model(folder: Path, source: Checkpoint, replaced: Mapping[str, Plan], text: str, progress: bool) -> None:
-    """A model's weights as `source` has them and in the same shards, some tensors replaced by others (or by none)."""
-    plans: dict[str, dict[str, Planned]] = {}
+    """Writes a model's weights in the shards of `source`, with some tensors replaced by others (or by none)."""
+    plans: dict[str, dict[str, LazyTensor]] = {}
     for file, names in source.shards().items():
-        plan: dict[str, Planned] = {}
+        plan: dict[str, LazyTensor] = {}
         for name in names:
-            plan |= replaced.get(name, {name: source.planned(name)})
+            plan |= replaced.get(name, {name: source.lazy(name)})
         plans[file] = plan
-    total = sum(planned.nbytes for plan in plans.values() for planned in plan.values())
+    total = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
     with progress_bar(text, total, progress) as advance:
         for file, plan in plans.items():
             write_safetensors(folder / file, plan, advance)
@@ -232,10 +241,10 @@ def write_model(folder: Path, source: Checkpoint, replaced: Mapping[str, Plan], 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` when all has gone well, and is gone when not.
+    """A temporary folder to write into, renamed to `target` at the end; after an error it is removed.
 
     Raises:
-        ConvertError: `target` is there and not an empty folder, or has no folder to be made in.
+        ConvertError: `target` exists and is not an empty folder, or its parent does not exist.
     """
     check_target(target)
     target = Path(os.path.abspath(target))
@@ -251,6 +260,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path) -> None:
+    """ConvertError where `target` exists and is not an empty folder, or its parent does not exist."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target} is there already: choose another name, or an empty folder")
     if not target.absolute().parent.is_dir():
@@ -258,7 +268,7 @@ def check_target(target: Path) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """The tokenizer and the like, where `source` has them."""
+    """Copies the tokenizer, the chat template and the like, where `source` has them."""
     for path in source.iterdir():
         if path.is_file() and _COMPANIONS.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
@@ -266,14 +276,6 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, in bytes, which goes when all is done; gives what moves it on."""
+    """A progress bar on stderr, in bytes, removed at the end; yields the function that advances it."""
     with bar(text, total, in_bytes=True, shown=shown) as shown_bar:
         yield shown_bar.advance
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion did: the adapted modules' number, and what its user should know."""
-
-    modules: int
-    notes: tuple[str, ...] = ()

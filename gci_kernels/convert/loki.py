@@ -1,13 +1,12 @@
 """LoKI models of the published repository (Nexround/LoKI, arXiv 2505.22120), to and from GCI_LOKI.
 
-There a model is saved whole. Each adapted down_proj is split into its trained rows and the others, and index_map
-[out] int64 says where each row of the layer stands in the two. The names changed from version to version: now
-active.weight and frozen.weight, before that active_part.weight and fixed_part.weight, or active_weight and
+The published repository saves whole models. Each adapted down_proj is kept as its trained rows and the others, and
+index_map [out] int64 gives the index of each row of the layer in the two together. The names differ between versions:
+now active.weight and frozen.weight, before that active_part.weight and fixed_part.weight, or active_weight and
 fixed_weight; biases are active_bias and frozen_bias or fixed_bias. The model's config lists the rows of each layer, as
-target_pos or target_neurons. Ours keeps the trained rows and their positions, as an adapter beside the base model.
+target_pos or target_neurons. Ours keeps the trained rows and their positions, as an adapter to the base model.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -17,32 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gci_kernels.convert.files import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    Checkpoint,
-    Converted,
-    ConvertError,
-    Plan,
-    Planned,
-    check_target,
-    copy_companions,
-    new_folder,
-    progress_bar,
-    read_json,
-    write_json,
-    write_model,
-    write_safetensors,
-)
-from gci_kernels.convert.published_layers import CONFIG, ROW_FIELDS, Split, is_part, joined, other_rows, read_split
+from gci_kernels.convert import adapters, files, published_layers
+from gci_kernels.convert.adapters import ADAPTER, ADAPTER_CONFIG, PREFIX, Parts
+from gci_kernels.convert.files import Checkpoint, ConvertError, LazyTensor, Plan
+from gci_kernels.convert.formats import PLAIN, Conversion, Converted, Format, adapter_format
+from gci_kernels.convert.published_layers import CONFIG, PublishedLayer
 from gci_kernels.loki import write_positions
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import LoKIConfig
 from gci_kernels.tuners.adapter_file import is_settings
 
-# The published program that merges a model asks for the rows in a file of their own.
+# The published program that merges a model reads the rows from a separate file.
 POSITIONS = "target_pos.json"
-PREFIX = "base_model.model."
 
 _OURS = re.compile(r"(?P<module>.+)\.loki_(?:lora_)?(?P<part>positions|active|A|B|active_bias)")
 _PUBLISHED_LAYER = re.compile(r"(?:.+\.)?layers\.(\d+)\.[^.]+\.down_proj")
@@ -64,32 +49,28 @@ def loki_from_published(
         progress: show a bar on stderr.
 
     Raises:
-        ConvertError: a file is missing or damaged, it holds no split layers or not all of a layer's parts, their shapes
-            or positions don't fit, or more than the rows differs from the base. Nothing is left in `out`.
+        ConvertError: a file is missing or damaged, there are no published layers or not all of a layer's parts, their
+            shapes or positions don't fit, or more than the rows differs from the base. Nothing is left in `out`.
     """
     folder, out = Path(folder), Path(out)
-    check_target(out)
-    checkpoint, config, splits = read_split(folder, positions)
-    adapted = {module: split for module, split in splits.items() if len(split.rows)}
+    files.check_target(out)
+    checkpoint, config, layers = published_layers.read_published(folder, positions)
+    adapted = {module: layer for module, layer in layers.items() if len(layer.rows)}
     if not adapted:
         raise ConvertError(f"{checkpoint.path} has no trained rows")
     if base is not None:
-        _compare(checkpoint, Checkpoint(Path(base)), splits, bool(config.get("tie_word_embeddings")), progress)
-    plan: dict[str, Planned] = {}
-    for module, split in adapted.items():
+        _compare(checkpoint, Checkpoint(Path(base)), layers, bool(config.get("tie_word_embeddings")), progress)
+    plan: dict[str, LazyTensor] = {}
+    for module, layer in adapted.items():
         for part in ("active", "active_bias"):
-            if part in split.keys:
-                plan[f"{PREFIX}{module}.loki_{part}"] = checkpoint.planned(split.keys[part])
-        plan[f"{PREFIX}{module}.loki_positions"] = _planned(split.rows)
+            if part in layer.keys:
+                plan[f"{PREFIX}{module}.loki_{part}"] = checkpoint.lazy(layer.keys[part])
+        plan[f"{PREFIX}{module}.loki_positions"] = LazyTensor.of(layer.rows)
     settings = LoKIConfig(
-        rows={module: len(split.rows) for module, split in adapted.items()}, inference_mode=True,
+        rows={module: len(layer.rows) for module, layer in adapted.items()}, inference_mode=True,
         task_type="CAUSAL_LM", base_model_name_or_path=None if base is None else str(base),
     )  # fmt: skip
-    with new_folder(out) as scratch:
-        settings.save_pretrained(str(scratch))
-        copy_companions(folder, scratch)
-        with progress_bar("writing rows", sum(planned.nbytes for planned in plan.values()), progress) as advance:
-            write_safetensors(scratch / ADAPTER, plan, advance)
+    adapters.write_adapter(folder, out, settings, plan, "writing rows", progress)
     note = "nothing was compared with the base model: it must be the one that was trained"
     return Converted(len(adapted), (note,) if base is None else ())
 
@@ -98,36 +79,42 @@ def loki_merge_published(
     folder: str | os.PathLike, out: str | os.PathLike, *, positions: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Converted:  # fmt: skip
-    """A model of the published LoKI as a plain checkpoint, its layers put together; values, dtypes and shards stay.
+    """A model of the published LoKI as a plain checkpoint with whole layers; values, dtypes and shards stay.
 
-    Args, Raises: as :func:`loki_from_published`.
+    Args:
+        folder, out, positions, progress: as for :func:`loki_from_published`.
+
+    Raises:
+        ConvertError: as :func:`loki_from_published`.
     """
     folder, out = Path(folder), Path(out)
-    check_target(out)
-    checkpoint, config, splits = read_split(folder, positions)
+    files.check_target(out)
+    checkpoint, config, layers = published_layers.read_published(folder, positions)
     replaced: dict[str, Plan] = {}
-    for module, split in splits.items():
-        replaced |= {key: {} for key in split.keys.values()}
+    for module, layer in layers.items():
+        replaced |= {key: {} for key in layer.keys.values()}
         for part, frozen, name in (("active", "frozen", "weight"), ("active_bias", "frozen_bias", "bias")):
-            if part in split.keys:
-                replaced[split.keys[part]] = {f"{module}.{name}": joined(checkpoint, split, part, frozen)}
-    for field in (*ROW_FIELDS, "auto_map"):
+            if part in layer.keys:
+                replaced[layer.keys[part]] = {
+                    f"{module}.{name}": published_layers.merged(checkpoint, layer, part, frozen)
+                }
+    for field in (*published_layers.ROW_FIELDS, "auto_map"):
         config.pop(field, None)
     config["architectures"] = [name.removeprefix("LoKI") for name in _architectures(config, folder)]
-    with new_folder(out) as scratch:
-        write_json(scratch / CONFIG, config)
-        copy_companions(folder, scratch)
-        write_model(scratch, checkpoint, replaced, "putting layers together", progress)
-    return Converted(len(splits))
+    with files.new_folder(out) as scratch:
+        files.write_json(scratch / CONFIG, config)
+        files.copy_companions(folder, scratch)
+        files.write_model(scratch, checkpoint, replaced, "merging rows", progress)
+    return Converted(len(layers))
 
 
 def loki_to_published(
     folder: str | os.PathLike, out: str | os.PathLike, *, base: str | os.PathLike, progress: bool = True
 ) -> Converted:  # fmt: skip
-    """A LoKI adapter of ours and its base model as the published repository saves a model, in its newest layout.
+    """A LoKI adapter of ours and its base model as one model in the published format, in its newest layout.
 
-    The rows are in the base model's dtype there, as the published layer needs it (LoKI*: computed as merging does).
-    The repository's own Python file, by which transformers finds its classes, is not made.
+    The rows get the base model's dtype, which the published layer needs (LoKI*: as merging computes them). The
+    repository's own Python file, by which transformers finds its classes, is not written.
 
     Args:
         folder: holds adapter_model.safetensors and adapter_config.json.
@@ -137,24 +124,24 @@ def loki_to_published(
 
     Raises:
         ConvertError: a file is missing or damaged, parts of the adapter are missing or unknown, it is another model's,
-            or it adapts what the published code has no place for. Nothing is left in `out`.
+            or it adapts layers that the published code cannot. Nothing is left in `out`.
     """
     folder, out, base = Path(folder), Path(out), Path(base)
-    check_target(out)
+    files.check_target(out)
     adapter, settings, parts = _read_adapter(folder)
-    model, config = Checkpoint(base), read_json(base / CONFIG)
-    rows: list[list[int]] = [[] for _ in range(_layers(config, base / CONFIG))]
+    model, config = Checkpoint(base), files.read_json(base / CONFIG)
+    rows: list[list[int]] = [[] for _ in range(_layer_count(config, base / CONFIG))]
     replaced: dict[str, Plan] = {}
     for module, found in parts.items():
         number = _published_number(module, len(rows), adapter.path)
         rows[number] = _check_adapted(module, found, adapter, model, settings)
-        replaced |= _split_plan(module, found, adapter, model, settings)
+        replaced |= _published_parts(module, found, adapter, model, settings)
     config |= {"target_pos": rows, "architectures": [f"LoKI{name}" for name in _architectures(config, base)]}
-    with new_folder(out) as scratch:
-        write_json(scratch / CONFIG, config)
+    with files.new_folder(out) as scratch:
+        files.write_json(scratch / CONFIG, config)
         write_positions(rows, scratch / POSITIONS)
-        copy_companions(base, scratch)
-        write_model(scratch, model, replaced, "splitting layers", progress)
+        files.copy_companions(base, scratch)
+        files.write_model(scratch, model, replaced, "separating rows", progress)
     rounded = settings.r is None and any(
         torch.promote_types(adapter.dtype(found["active"]), dtype) != dtype
         for module, found in parts.items() for dtype in [model.dtype(f"{module}.weight")]
@@ -162,25 +149,35 @@ def loki_to_published(
     return Converted(len(parts), ("the rows were rounded to the base model's dtype",) if rounded else ())
 
 
-def _planned(tensor: Tensor) -> Planned:
-    return Planned(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+OURS = adapter_format(LoKIConfig)
+PUBLISHED = Format("a model of the published LoKI", is_model=published_layers.has_published_layers)
+CONVERSIONS = (
+    Conversion(PUBLISHED, "ours", OURS, loki_from_published),
+    Conversion(PUBLISHED, "plain", PLAIN, loki_merge_published),
+    Conversion(OURS, "published", PUBLISHED, loki_to_published),
+)
 
 
-def _compare(checkpoint: Checkpoint, base: Checkpoint, splits: Mapping[str, Split], tied: bool, progress: bool) -> None:
+def _compare(
+    checkpoint: Checkpoint, base: Checkpoint, layers: Mapping[str, PublishedLayer], tied: bool, progress: bool
+) -> None:
     """ConvertError where anything but the trained rows differs from the base model."""
-    where: dict[str, tuple[str, Split | None]] = {name: (name, None) for name in checkpoint if not is_part(name)}
-    for module, split in splits.items():
-        where[split.keys["frozen"]] = (f"{module}.weight", split)
-        if "frozen_bias" in split.keys:
-            where[split.keys["frozen_bias"]] = (f"{module}.bias", split)
+    where: dict[str, tuple[str, PublishedLayer | None]]
+    where = {name: (name, None) for name in checkpoint if not published_layers.is_part(name)}
+    for module, layer in layers.items():
+        where[layer.keys["frozen"]] = (f"{module}.weight", layer)
+        if "frozen_bias" in layer.keys:
+            where[layer.keys["frozen_bias"]] = (f"{module}.bias", layer)
     own = {name for name, _ in where.values()}
     lone = sorted((own ^ set(base)) - ({_TIED} if tied else set()))
     if lone:
         lacking, having = (base, checkpoint) if lone[0] in own else (checkpoint, base)
         raise ConvertError(f"{lacking.path} lacks {lone[0]}, which {having.path} has: is this the model's base?")
-    with progress_bar("comparing with the base", sum(checkpoint.nbytes(name) for name in where), progress) as advance:
-        for name, (original, layer) in where.items():
-            if original in base and not _same(checkpoint[name], base[original], layer):
+    with files.progress_bar(
+        "comparing with the base", sum(checkpoint.nbytes(name) for name in where), progress
+    ) as advance:
+        for name, (original, published) in where.items():
+            if original in base and not _same(checkpoint[name], base[original], published):
                 raise ConvertError(
                     f"{checkpoint.file(name)}: {name} is not what {base.file(original)} has: that is another model, or "
                     "more than rows was trained"
@@ -188,8 +185,8 @@ def _compare(checkpoint: Checkpoint, base: Checkpoint, splits: Mapping[str, Spli
             advance(checkpoint.nbytes(name))
 
 
-def _same(found: Tensor, base: Tensor, layer: Split | None) -> bool:
-    """Whether a tensor is the base's in its own dtype, or of a split layer its other rows, bit for bit."""
+def _same(found: Tensor, base: Tensor, layer: PublishedLayer | None) -> bool:
+    """Whether a tensor equals the base's in its own dtype, bit for bit; of a published layer, its frozen rows."""
     if layer is not None:
         if base.shape[:1] != (layer.out_features,):
             return False
@@ -203,32 +200,19 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _read_adapter(folder: Path) -> tuple[Checkpoint, LoKIConfig, dict[str, dict[str, str]]]:
-    """An adapter of ours: its tensors, its config, and of each module its tensors' names by part."""
-    path, found = folder / ADAPTER_CONFIG, read_json(folder / ADAPTER_CONFIG)
-    unknown = sorted(found.keys() - {field.name for field in dataclasses.fields(LoKIConfig)})
-    if unknown:
-        raise ConvertError(f"{path} has {', '.join(unknown)}, which this version of GCI_LOKI does not know")
-    rows = found.get("rows")
+def _read_adapter(folder: Path) -> tuple[Checkpoint, LoKIConfig, Parts]:
+    """An adapter of ours: its tensors, its config, and its tensors' names by module and part."""
+    path = folder / ADAPTER_CONFIG
+    fields = adapters.read_fields(path, LoKIConfig)
+    rows = fields.get("rows")
     if not isinstance(rows, dict) or not rows or not all(type(n) is int and n > 0 for n in rows.values()):
         raise ConvertError(f"{path}: rows must be a number of rows for each module, got {rows!r}")
-    if found.get("modules_to_save"):
+    if fields.get("modules_to_save"):
         raise ConvertError(f"{path}: modules_to_save: a published LoKI model has nothing trained but rows")
-    try:
-        settings = LoKIConfig(**found)
-    except (ValueError, TypeError) as error:
-        raise ConvertError(f"{path}: {error}") from error
-    adapter = Checkpoint(folder, ADAPTER)
-    parts: dict[str, dict[str, str]] = {module: {} for module in rows}
-    for key in adapter:
-        if is_settings(key):
-            continue
-        name = key.removeprefix(PREFIX)
-        match = _OURS.fullmatch(name)
-        if key == name or match is None or match["module"] not in rows:
-            raise ConvertError(f"{adapter.path} holds {key}, which is no part of this LoKI adapter")
-        parts[match["module"]][match["part"]] = key
-    return adapter, settings, parts
+    settings, adapter = adapters.make_config(LoKIConfig, path, **fields), Checkpoint(folder, ADAPTER)
+    keys = [key for key in adapter if not is_settings(key)]
+    parts, _ = adapters.group_by_module(keys, _OURS, adapter.path, "LoKI", modules=rows)
+    return adapter, settings, {module: parts.get(module, {}) for module in rows}
 
 
 def _architectures(config: Mapping[str, Any], folder: Path) -> list[str]:
@@ -238,7 +222,7 @@ def _architectures(config: Mapping[str, Any], folder: Path) -> list[str]:
     return names
 
 
-def _layers(config: Mapping[str, Any], path: Path) -> int:
+def _layer_count(config: Mapping[str, Any], path: Path) -> int:
     count = config.get("num_hidden_layers")
     if type(count) is not int or count < 1:
         raise ConvertError(f"{path}: num_hidden_layers must be a number of layers, got {count!r}")
@@ -257,7 +241,7 @@ def _published_number(module: str, layers: int, path: Path) -> int:
 def _check_adapted(
     module: str, found: Mapping[str, str], adapter: Checkpoint, model: Checkpoint, settings: LoKIConfig
 ) -> list[int]:  # fmt: skip
-    """One module's rows, all its parts being there and fitting the base model."""
+    """One module's rows; ConvertError where its parts do not fit the base model."""
     weight, counts = f"{module}.weight", settings.rows or {}
     if weight not in model or len(model.shape(weight)) != 2 or not model.dtype(weight).is_floating_point:
         raise ConvertError(f"{model.path} has no weight {weight} that rows could be of: is it this adapter's base?")
@@ -265,13 +249,8 @@ def _check_adapted(
     allowed = {"positions": (k,)} | ({"active": (k, inner)} if r is None else {"A": (r, inner), "B": (k, r)})
     if f"{module}.bias" in model:
         allowed["active_bias"] = (k,)
-    for part in (*allowed, *found):
-        if part not in found or part not in allowed:
-            state = "lacks" if part not in found else "holds a"
-            raise ConvertError(f"{adapter.path} {state} loki_{part} of {module}: is this another model's adapter?")
-        if adapter.shape(found[part]) != allowed[part]:
-            shapes = f"{list(adapter.shape(found[part]))}, the base model makes it {list(allowed[part])}"
-            raise ConvertError(f"{adapter.path}: {found[part]} has shape {shapes}")
+    shapes = {part: adapter.shape(key) for part, key in found.items()}
+    adapters.check_parts(shapes, allowed, adapter.path, f"{module}.loki_{{}}".format, "the base model")
     positions = adapter[found["positions"]]
     try:
         check_positions(positions, outer)
@@ -283,14 +262,14 @@ def _check_adapted(
     return rows
 
 
-def _split_plan(
+def _published_parts(
     module: str, found: Mapping[str, str], adapter: Checkpoint, model: Checkpoint, settings: LoKIConfig
 ) -> dict[str, Plan]:  # fmt: skip
-    """What takes the place of a module's weight and bias."""
+    """What replaces a module's weight and bias."""
     rows = adapter[found["positions"]]
     weight, bias = f"{module}.weight", f"{module}.bias"
     (outer, inner), dtype, k = model.shape(weight), model.dtype(weight), len(rows)
-    rest = other_rows(rows, outer)
+    rest = published_layers.other_rows(rows, outer)
 
     def active() -> Tensor:
         if settings.r is None:
@@ -302,17 +281,17 @@ def _split_plan(
     index_map = torch.cat([rows, rest]).argsort()
     plans: dict[str, Plan] = {
         weight: {
-            f"{module}.active.weight": Planned(dtype, (k, inner), active),
-            f"{module}.frozen.weight": Planned(
+            f"{module}.active.weight": LazyTensor(dtype, (k, inner), active),
+            f"{module}.frozen.weight": LazyTensor(
                 dtype, (outer - k, inner), lambda: model[weight].index_select(0, rest)
             ),
-            f"{module}.index_map": _planned(index_map),
+            f"{module}.index_map": LazyTensor.of(index_map),
         }
     }  # fmt: skip
     if bias in model:
-        kind = model.dtype(bias)
+        bias_dtype = model.dtype(bias)
         plans[bias] = {
-            f"{module}.active_bias": Planned(kind, (k,), lambda: adapter[found["active_bias"]].to(kind)),
-            f"{module}.frozen_bias": Planned(kind, (outer - k,), lambda: model[bias].index_select(0, rest)),
+            f"{module}.active_bias": LazyTensor(bias_dtype, (k,), lambda: adapter[found["active_bias"]].to(bias_dtype)),
+            f"{module}.frozen_bias": LazyTensor(bias_dtype, (outer - k,), lambda: model[bias].index_select(0, rest)),
         }
     return plans

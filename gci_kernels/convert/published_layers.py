@@ -1,4 +1,4 @@
-"""The layers of a published LoKI model, as its checkpoint has them, and which rows of each are trained."""
+"""The layers of a published LoKI model: their tensors in a checkpoint, and which rows of each are trained."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gci_kernels.convert.files import Checkpoint, ConvertError, Planned, read_json
+from gci_kernels.convert.files import Checkpoint, ConvertError, LazyTensor, read_json
 from gci_kernels.loki import read_positions
 
 CONFIG = "config.json"
@@ -24,8 +24,15 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Split:
-    """One published layer: the names of its tensors, by part, and which rows are whose, ascending [k] and [out - k]."""
+class PublishedLayer:
+    """One layer, whose rows are kept in two parts.
+
+    Attributes:
+        keys: its tensors' names in the checkpoint, by part: "active", "frozen", "active_bias", "frozen_bias" and
+            "index_map".
+        rows: [k] int64, the trained rows, ascending.
+        rest: [out - k] int64, the others, ascending.
+    """
 
     keys: Mapping[str, str]
     rows: Tensor
@@ -33,28 +40,35 @@ class Split:
 
     @property
     def out_features(self) -> int:
+        """The number of all rows."""
         return len(self.rows) + len(self.rest)
 
 
 def is_part(name: str) -> bool:
-    """Whether a tensor of this name belongs to a split layer."""
+    """Whether a tensor of this name is a part of a published layer."""
     return _PART.fullmatch(name) is not None
 
 
 def other_rows(rows: Tensor, out_features: int) -> Tensor:
-    """The rows that are not `rows`, ascending."""
+    """The rows from 0 to `out_features` that are not in `rows` [k] int64: [out - k] int64, ascending."""
     return torch.ones(out_features, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
 
 
-def is_split(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has split layers."""
+def has_published_layers(checkpoint: Checkpoint) -> bool:
+    """Whether a model's checkpoint has published layers."""
     return any(match["part"] == "active" for name in checkpoint if (match := _PART.fullmatch(name)))
 
 
-def read_split(
+def read_published(
     folder: Path, positions: str | os.PathLike | None
-) -> tuple[Checkpoint, dict[str, Any], dict[str, Split]]:
-    """A published model: its tensors, its config and its split layers, all of whose parts fit together."""
+) -> tuple[Checkpoint, dict[str, Any], dict[str, PublishedLayer]]:
+    """A published model: its tensors, its config and its published layers by name.
+
+    `positions` is a positions JSON, compared with what the checkpoint says, or used where it says nothing.
+
+    Raises:
+        ConvertError: a file is missing or damaged, or a layer's parts or positions don't fit together.
+    """
     checkpoint, config = Checkpoint(folder), read_json(folder / CONFIG)
     keys: dict[str, dict[str, str]] = {}
     for name in checkpoint:
@@ -66,19 +80,19 @@ def read_split(
     if not any("active" in found for found in keys.values()):
         raise ConvertError(f"{checkpoint.path} has no layers of the published LoKI; an untrained model has none")
     wanted = _wanted_rows(folder / CONFIG, config, positions)
-    splits = {module: _split(module, found, checkpoint, wanted) for module, found in keys.items()}
-    held = {_number(module) for module, split in splits.items() if len(split.rows)}
+    layers = {module: _layer(module, found, checkpoint, wanted) for module, found in keys.items()}
+    trained = {_number(module) for module, layer in layers.items() if len(layer.rows)}
     for source, rows in wanted.items():
-        missing = [layer for layer, chosen in enumerate(rows) if chosen and layer not in held]
+        missing = [layer for layer, chosen in enumerate(rows) if chosen and layer not in trained]
         if missing:
             raise ConvertError(f"{checkpoint.path} lacks layer {missing[0]}'s rows, which {source} names")
-    return checkpoint, config, splits
+    return checkpoint, config, layers
 
 
 def _wanted_rows(
     path: Path, config: Mapping[str, Any], positions: str | os.PathLike | None
 ) -> dict[str, Sequence[Sequence[int]]]:
-    """What says which rows of each layer are trained, beside the weights: the config and a file, each by its name."""
+    """The rows of each layer that the config and the file `positions` list, each list under its source's name."""
     found: dict[str, Sequence[Sequence[int]]] = {}
     for field in ROW_FIELDS:
         rows = config.get(field)
@@ -106,9 +120,9 @@ def _number(module: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _split(
+def _layer(
     module: str, keys: dict[str, str], checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Sequence[int]]]
-) -> Split:  # fmt: skip
+) -> PublishedLayer:
     for part in ("active", "frozen"):
         if part not in keys:
             raise ConvertError(f"{checkpoint.path} lacks the {part} rows of {module}")
@@ -128,11 +142,11 @@ def _split(
             rows = _named_rows(module, named, counts, source)
     if rows is None:
         raise ConvertError(f"{checkpoint.path} does not say which rows of {module} are trained: give positions")
-    return Split(keys, rows, other_rows(rows, sum(counts)))
+    return PublishedLayer(keys, rows, other_rows(rows, sum(counts)))
 
 
 def _check_parts(module: str, keys: Mapping[str, str], checkpoint: Checkpoint) -> tuple[int, int]:
-    """How many rows are trained, and how many not."""
+    """The numbers of trained and of frozen rows; all parts must have shapes and dtypes that fit together."""
     shapes = {part: checkpoint.shape(key) for part, key in keys.items()}
     active, frozen = shapes["active"], shapes["frozen"]
     if len(active) != 2 or len(frozen) != 2 or active[1] != frozen[1]:
@@ -147,10 +161,8 @@ def _check_parts(module: str, keys: Mapping[str, str], checkpoint: Checkpoint) -
     dtype = checkpoint.dtype(keys["active"])
     for part, key in keys.items():
         if shapes[part] != allowed[part]:
-            raise ConvertError(
-                f"{checkpoint.file(key)}: {key} has shape {list(shapes[part])}, its weights make it "
-                f"{list(allowed[part])}"
-            )
+            shape = f"{list(shapes[part])}, it must be {list(allowed[part])}"
+            raise ConvertError(f"{checkpoint.file(key)}: {key} has shape {shape} to fit the layer's weights")
         wanted = torch.int64 if part == "index_map" else dtype
         if checkpoint.dtype(key) != wanted or not dtype.is_floating_point:
             raise ConvertError(f"{checkpoint.file(key)}: {key} is {checkpoint.dtype(key)}, it must be {wanted}")
@@ -158,7 +170,7 @@ def _check_parts(module: str, keys: Mapping[str, str], checkpoint: Checkpoint) -
 
 
 def _mapped_rows(key: str, active: int, frozen: int, checkpoint: Checkpoint) -> Tensor:
-    """The trained rows, by an index_map; the published code always has both parts ascending."""
+    """The trained rows according to an index_map; in the published code both parts are ascending."""
     index_map = checkpoint[key]
     order = index_map.argsort()
     order = torch.cat([order[:active].sort().values, order[active:].sort().values])
@@ -168,6 +180,7 @@ def _mapped_rows(key: str, active: int, frozen: int, checkpoint: Checkpoint) -> 
 
 
 def _named_rows(module: str, rows: Sequence[int], counts: tuple[int, int], source: str) -> Tensor:
+    """The trained rows that `source` lists, as many as the layer has."""
     found = torch.tensor(rows, dtype=torch.int64)
     if len(rows) != counts[0] or (len(rows) and (len(set(rows)) < len(rows) or rows[-1] >= sum(counts))):
         raise ConvertError(
@@ -176,14 +189,14 @@ def _named_rows(module: str, rows: Sequence[int], counts: tuple[int, int], sourc
     return found
 
 
-def joined(checkpoint: Checkpoint, split: Split, active: str, frozen: str) -> Planned:
-    """A layer's weight or bias with all rows in their places."""
-    shape = (split.out_features, *checkpoint.shape(split.keys[active])[1:])
-    dtype = checkpoint.dtype(split.keys[active])
+def merged(checkpoint: Checkpoint, layer: PublishedLayer, active: str, frozen: str) -> LazyTensor:
+    """A layer's weight [out, in] or bias [out] from its two parts, each row at its index."""
+    shape = (layer.out_features, *checkpoint.shape(layer.keys[active])[1:])
+    dtype = checkpoint.dtype(layer.keys[active])
 
     def make() -> Tensor:
-        whole = torch.empty(shape, dtype=dtype)
-        whole.index_copy_(0, split.rows, checkpoint[split.keys[active]])
-        return whole.index_copy_(0, split.rest, checkpoint[split.keys[frozen]])
+        result = torch.empty(shape, dtype=dtype)
+        result.index_copy_(0, layer.rows, checkpoint[layer.keys[active]])
+        return result.index_copy_(0, layer.rest, checkpoint[layer.keys[frozen]])
 
-    return Planned(dtype, shape, make)
+    return LazyTensor(dtype, shape, make)

@@ -1,18 +1,19 @@
-"""Keys and values of an adapter's own attention, kept beside the model's key-value cache in generation.
+"""Keys and values of an adapter's own attention, stored beside the model's key-value cache in generation.
 
-They ride with the model's `Cache` object itself: :func:`adopt` gives the instance a subclass of its own class, whose
-methods do what the class did and then the same to the adapter's tensors. So whatever generate() or a user does to the
-cache (reorder_cache in beam search, crop in assisted decoding, batch_repeat_interleave, batch_select_indices, reset,
-deepcopy, pickle) is done to both, and dropping the cache drops both. Two other ways were looked at and left: one more
-entry in `cache.layers` is taken for a layer of the model (a DynamicCache without a config appends its layers when
-they first write, and len(), get_max_length() and is_sliding would all count ours), and a table beside the cache
-learns of neither reorder nor deepcopy.
+They are an attribute of the model's `Cache` object: :func:`get_or_create` gives the instance a subclass of its own
+class, whose methods do what the class did and then the same to the adapters' tensors. So whatever generate() or a user
+does to the cache (reorder_cache in beam search, crop in assisted decoding, batch_repeat_interleave,
+batch_select_indices, reset, deepcopy, pickle) is done to both, and freeing the cache frees both. Two alternatives were
+rejected: another entry in `cache.layers` is taken for a layer of the model (a DynamicCache without a config appends its
+layers at their first write, and len(), get_max_length() and is_sliding would count ours), and a dictionary outside of
+the cache is told neither of reorder_cache nor of deepcopy.
 
-The class is changed once for each cache, which torch.compile cannot trace: there the graph breaks. A cache adopted
-before, as in every step of generation but the first, does not break it.
+The class is changed once for each cache. torch.compile cannot trace that, so the graph breaks there; it does not in
+later steps of generation, where the cache already has the class.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,124 +26,127 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from gci_kernels.class_swap import Swapped, subclass
+from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.ops.transforms import transformed
 
-#: For messages: beside which caches adapters can keep what is theirs.
-ALLOWED = "DynamicCache and StaticCache without offloading"
-_STORED_OTHERWISE = ("QuantizedLayer", "BaseQuantizedLayer")  # layers of a QuantizedCache, in versions that have them
+#: For error messages: the caches that adapters can store theirs beside.
+SUPPORTED = "DynamicCache and StaticCache without offloading"
+_QUANTIZED = ("QuantizedLayer", "BaseQuantizedLayer")  # layers of a QuantizedCache, in versions that have them
 
-Form = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
+KVSpec = tuple[int, int, torch.dtype, torch.device]  # of an adapter's keys and values: batch size, width, dtype, device
 
 
 class _Entry:
-    """What one adapter of one layer keeps of past tokens: a buffer [batch, capacity, width], filled up to `length`."""
+    """Past tokens of one adapter of one layer: a buffer [batch, capacity, width], filled up to `length`."""
 
     def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.kv = torch.empty(batch, 0, width, dtype=dtype, device=device)
-        self.length: int | None = 0  # None: as many as the model's cache has, which only the device knows
-        self.owned = False  # whether nothing else may read the buffer's unfilled part
-        self.recorded = False  # whether any of it was made while gradients were recorded
+        self.length: int | None = 0  # None: as long as the model's cache, whose length only the device knows
+        self.exclusive = False  # whether no other tensor shares the buffer, so that its unfilled part may be written
+        self.with_gradients = False  # whether some of it was computed while gradients were recorded
 
-    @property
-    def form(self) -> Form:
-        return _form(self.kv)
-
-    def require(self, form: Form, layer_key: str, adapter: str) -> None:
-        """Raises ValueError where tokens of `form` cannot follow what is here."""
-        kept = self.form
-        if kept == form:
-            return
-        for what, has, given in zip(("batch size", "width", "dtype", "device"), kept, form, strict=True):
-            if has != given:
-                raise ValueError(
-                    f"past_key_values does not fit adapter {adapter!r} of layer {layer_key!r}: its {what} is {has} "
-                    f"there and {given} here"
-                )
-
-    def append(self, kv: Tensor, max_length: int) -> None:
-        """At least `max_length` places are made where places are made."""
-        past, total = self.length, self.length + kv.shape[1]
+    def append(self, kv: Tensor, past: int, max_length: int) -> None:
+        """Stores kv [batch, time, width] behind the first `past` tokens; a new buffer has at least `max_length`."""
+        total = past + kv.shape[1]
         if torch.is_grad_enabled() or transformed():
-            # Autograd may hold on to any of these, so nothing is written into; nor can torch.func's transforms.
+            # Autograd may need any of these tensors, so none is written in place; nor can torch.func's transforms.
             self.kv = torch.cat([self.kv[:, :past], kv], 1) if past else kv
-            self.owned, self.recorded = False, torch.is_grad_enabled()
+            self.exclusive, self.with_gradients = False, torch.is_grad_enabled()
         else:
-            self.grow(kv.shape[1], max_length)[:, past:total] = kv
+            self.reserve(past, total, max_length)[:, past:total] = kv
         self.length = total
 
-    def grow(self, time: int, max_length: int) -> Tensor:
-        """The buffer, with room for `time` more tokens that may be written."""
-        past, total = self.length, self.length + time
-        if total > self.kv.shape[1] or not self._writable():
-            self.kv = _grown(self.kv, past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
-            self.owned = True
+    def reserve(self, past: int, total: int, max_length: int) -> Tensor:
+        """The buffer, with a capacity of at least `total` tokens; those after the first `past` may be written."""
+        writable = self.exclusive and (
+            torch.compiler.is_compiling()  # it cannot trace the rest; where that matters, torch raises
+            or torch.is_inference_mode_enabled()
+            or not self.kv.is_inference()
+        )
+        if total > self.kv.shape[1] or not writable:
+            self._reallocate(past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
             if max_length and not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.kv)  # as transformers does: a graph then may write into it
+                torch._dynamo.mark_static_address(self.kv)  # as transformers does: CUDA graphs may then write to it
         return self.kv
 
-    def _writable(self) -> bool:
-        if torch.compiler.is_compiling():  # the rest cannot be traced; where it matters torch raises
-            return self.owned
-        return self.owned and (torch.is_inference_mode_enabled() or not self.kv.is_inference())
+    def _reallocate(self, length: int, capacity: int) -> None:
+        old = self.kv
+        self.kv = old.new_empty(old.shape[0], capacity, old.shape[2])
+        self.kv[:, :length] = old[:, :length].detach()
+        self.exclusive = True
 
 
-def _form(kv: Tensor) -> Form:
+def _spec(kv: Tensor) -> KVSpec:
     return kv.shape[0], kv.shape[2], kv.dtype, kv.device
 
 
-def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
-    new = old.new_empty(old.shape[0], capacity, old.shape[2])
-    new[:, :length] = old[:, :length].detach()
-    return new
+def _misfit(stored: KVSpec, new: KVSpec, layer_key: str, adapter: str) -> ValueError:
+    pairs = zip(("batch size", "width", "dtype", "device"), stored, new, strict=True)
+    name, has, given = next(each for each in pairs if each[1] != each[2])
+    return ValueError(
+        f"past_key_values does not fit adapter {adapter!r} of layer {layer_key!r}: its {name} is {has} there and "
+        f"{given} here"
+    )
 
 
 class AdapterCache:
-    """What all adapters keep beside one model cache: keys and values, side by side, under (layer, adapter).
+    """What all adapters store beside one model cache: keys and values, concatenated, under (layer, adapter).
 
-    Without gradients they are written into buffers that double when full, or, for a static cache, have its whole length
-    from the start. Where gradients are recorded nothing is written into, and tensors are concatenated; a past that was
-    made so is refused, for no gradient would flow into it. Nothing here waits for the device.
+    Without gradients they are written into buffers that double when full, or that have a static cache's whole length
+    from the start. Where gradients are recorded nothing is written in place and tensors are concatenated; a past that
+    was stored so is refused in training, for it would get no gradient. Nothing here waits for the device.
+
+    Attributes:
+        tokens: how many tokens the model's cache holds, counted here because the length of a static cache is a tensor,
+            and reading it waits for the device. None: unknown here, after decoding steps that may be replayed as a
+            graph without running this code; the cache's own length on the device is right.
+        replayed: whether there have been such steps. From the first one on there may have been replays at any time,
+            and `tokens` has to be read from the device before it is used.
+        counting_layer: the number of the model's layer whose updates are counted. None where no layer of the cache
+            knows how many tokens it has seen, as where all are state spaces: then every forward's tokens are counted.
+        max_length: the capacity of a static cache in tokens, 0 for others.
+        packed: segments of packed sequences that the cache holds, int32 [batch, tokens], or None.
     """
 
-    def __init__(self, tokens: int, max_length: int, counter: int | None = 0) -> None:
-        # The length of a static cache is a tensor; reading it would wait for the device, so it is counted here too. It
-        # is not (None) behind steps that may be replayed without this code: they count on the device alone. From the
-        # first of these on (`replayed`) there may have been replays at any time, and the count is only what is known.
+    def __init__(self, tokens: int, max_length: int, counting_layer: int | None = 0) -> None:
         self.tokens: int | None = tokens
         self.replayed = False
-        # The model's layer whose updates are counted. None: no layer of the cache knows how many tokens it has seen, as
-        # where all are state spaces; then the tokens of every forward are counted, and nothing else.
-        self.counter = counter
+        self.counting_layer = counting_layer
         self.max_length = max_length
         self.packed: Tensor | None = None
         self._entries: dict[tuple[str, str], _Entry] = {}
 
-    def length(self, layer_key: str, adapter: str) -> int:
-        """The number of past tokens kept for one adapter of one layer."""
-        entry = self._entries.get((layer_key, adapter))
-        return 0 if entry is None else entry.length
+    def add_tokens(self, count: int) -> None:
+        """Counts `count` new tokens, unless the tokens are counted on the device."""
+        if self.tokens is not None:
+            self.tokens += count
 
-    def count_forward(self, time: int) -> None:
-        """A forward of `time` tokens begins, whose past has been read."""
-        if self.counter is None:
-            self.tokens += time
+    def begin_forward(self, time: int) -> None:
+        """Counts the `time` tokens of a forward that begins, where no layer does; its past has been read."""
+        if self.counting_layer is None:
+            self.add_tokens(time)
 
-    def leave_count(self) -> None:
+    def stop_counting(self) -> None:
         """From here on the tokens are counted on the device alone."""
         self.tokens, self.replayed = None, True
 
-    def count(self, tokens: int) -> None:
-        """Goes on counting here what was counted on the device alone: of what had as many tokens as was known here."""
+    def resume_counting(self, tokens: int) -> int:
+        """Sets the number of tokens, as read from the device, here and for all entries that missed none; returns it."""
         for entry in self._entries.values():
             if entry.length is None or entry.length == self.tokens:
                 entry.length = tokens
         self.tokens = tokens
+        return tokens
 
-    def check(self, wanted: Iterable[tuple[str, str]], past: int) -> None:
-        """Raises ValueError unless every (layer, adapter) in `wanted` has exactly `past` tokens here."""
-        for layer_key, adapter in wanted:
-            length = self.length(layer_key, adapter)
+    def check(self, entries: Iterable[tuple[str, str]], past: int) -> None:
+        """Checks that every (layer, adapter) in `entries` has exactly `past` tokens here.
+
+        Raises:
+            ValueError: one has not.
+        """
+        for layer_key, adapter in entries:
+            entry = self._entries.get((layer_key, adapter))
+            length = 0 if entry is None else entry.length
             if length != past:
                 raise ValueError(
                     f"past_key_values holds {past} tokens, but {length} tokens of adapter {adapter!r} of layer "
@@ -152,20 +156,21 @@ class AdapterCache:
                 )
 
     def past(self, layer_key: str, adapter: str, past: int, new: Tensor) -> Tensor | None:
-        """What is kept of the `past` tokens before this forward, [batch, past, width], not to be written into; or None.
+        """What is stored of the `past` tokens before this forward, [batch, past, width]; None: nothing. Read-only.
 
         Args:
             layer_key, adapter, past: as in :meth:`keep`.
             new: [batch, any, width] in the dtype and on the device of what :meth:`keep` will be given.
 
         Raises:
-            ValueError: what is kept does not fit, or was kept for a gradient that would be lost.
+            ValueError: what is stored does not fit, or was stored for a gradient that would be lost.
         """
-        entry = self._checked(layer_key, adapter, past)
+        entry = self._entry(layer_key, adapter, past)
         if entry is None:
             return None
-        entry.require(_form(new), layer_key, adapter)
-        if entry.recorded and torch.is_grad_enabled():
+        if (stored := _spec(entry.kv)) != (given := _spec(new)):
+            raise _misfit(stored, given, layer_key, adapter)
+        if entry.with_gradients and torch.is_grad_enabled():
             raise ValueError(
                 "past_key_values was filled while gradients were recorded, and none flow into what adapter "
                 f"{adapter!r} keeps of past tokens: fill it under torch.no_grad(), or train on whole sequences"
@@ -173,30 +178,40 @@ class AdapterCache:
         return entry.kv[:, :past]
 
     def keep(self, layer_key: str, adapter: str, kv: Tensor, *, past: int) -> None:
-        """Keeps the new keys and values of one adapter of one layer.
+        """Stores the new keys and values of one adapter of one layer.
 
         Args:
             layer_key: any name of the layer that is unique in the model.
             adapter: the adapter's name.
-            kv: [batch, time, width] floating point, of the new tokens. Copied, but where gradients are recorded.
+            kv: [batch, time, width] floating point, of the new tokens. Copied, except where gradients are recorded.
             past: the number of tokens in the model's cache before this forward.
 
         Raises:
-            ValueError: what is kept has another length, batch size, rank, dtype or device. Nothing is changed then.
+            ValueError: what is stored has another length, batch size, width, dtype or device. Nothing is changed then.
         """
         if kv.dim() != 3:
             raise ValueError(f"kv must be [batch, time, width], got {list(kv.shape)}")
-        form = _form(kv)
-        entry = self._checked(layer_key, adapter, past)
-        if entry is None or (not past and entry.form != form):
-            entry = _Entry(*form)
-        else:
-            entry.require(form, layer_key, adapter)
-        entry.append(kv, self.max_length)
-        self._entries[layer_key, adapter] = entry
+        self._entry_to_extend(layer_key, adapter, _spec(kv), past).append(kv, past, self.max_length)
 
-    def _checked(self, layer_key: str, adapter: str, past: int) -> _Entry | None:
-        """The entry, holding `past` tokens."""
+    def reserve(self, layer_key: str, adapter: str, spec: KVSpec, *, past: int) -> Tensor:
+        """For a kernel that writes one new token itself: a buffer [batch, capacity, width], filled up to `past`.
+
+        The token counts as stored from now on. Not for use where gradients are recorded.
+
+        Args:
+            layer_key, adapter, past: as in :meth:`keep`.
+            spec: of the new token.
+
+        Raises:
+            ValueError: as :meth:`keep`.
+        """
+        entry = self._entry_to_extend(layer_key, adapter, spec, past)
+        kv = entry.reserve(past, past + 1, self.max_length)
+        entry.length = past + 1
+        return kv
+
+    def _entry(self, layer_key: str, adapter: str, past: int) -> _Entry | None:
+        """The entry; it holds `past` tokens. None where there is none and `past` is 0."""
         entry = self._entries.get((layer_key, adapter))
         if entry is not None and entry.length is None:
             entry.length = past
@@ -204,85 +219,91 @@ class AdapterCache:
             self.check(((layer_key, adapter),), past)
         return entry
 
-    def room(self, layer_key: str, adapter: str, form: Form, *, past: int) -> Tensor:
-        """For a kernel that writes one new token itself: a buffer [batch, capacity, width], filled up to `past`.
+    def _entry_to_extend(self, layer_key: str, adapter: str, spec: KVSpec, past: int) -> _Entry:
+        """The entry, of `past` tokens like `spec`; a new one where there is none, or an empty one of another spec."""
+        entry = self._entry(layer_key, adapter, past)
+        if entry is not None and (stored := _spec(entry.kv)) != spec:
+            if past:
+                raise _misfit(stored, spec, layer_key, adapter)
+            entry = None
+        if entry is None:
+            entry = self._entries[layer_key, adapter] = _Entry(*spec)
+        return entry
 
-        The token counts as kept from now on. Not for where gradients are recorded.
+    def static_dtype(self, entries: Iterable[tuple[str, str]]) -> torch.dtype | None:
+        """The dtype of what :meth:`reserve_static` can give for all of `entries`; None where it cannot for some.
 
-        Args:
-            layer_key, adapter, past: as in :meth:`keep`.
-            form: of the new token.
-
-        Raises:
-            ValueError: as :meth:`keep`.
+        It needs a buffer of the static cache's whole length, and no token may be missing there that the model's cache
+        has. The latter is not looked at in torch.compile, which would compile again once the device counts.
         """
-        entry = self._checked(layer_key, adapter, past)
-        if entry is None or (not past and entry.form != form):
-            entry = self._entries[layer_key, adapter] = _Entry(*form)
-        else:
-            entry.require(form, layer_key, adapter)
-        kv = entry.grow(1, self.max_length)
-        entry.length += 1
-        return kv
-
-    def static_dtype(self, wanted: Iterable[tuple[str, str]]) -> torch.dtype | None:
-        """The dtype of what :meth:`place` can give for all of `wanted`; None where some have no whole buffer.
-
-        Nor where some lack tokens that the model's cache has. A graph of torch.compile does not look, for it would be
-        made again when the count goes over to the device.
-        """
-        entries, tracing = [self._entries.get(key) for key in wanted], torch.compiler.is_compiling()
-        whole = [
-            e is not None and e.owned and e.kv.shape[1] == self.max_length and (tracing or e.length == self.tokens)
-            for e in entries
+        found, tracing = [self._entries.get(key) for key in entries], torch.compiler.is_compiling()
+        complete = [
+            e is not None and e.exclusive and e.kv.shape[1] == self.max_length and (tracing or e.length == self.tokens)
+            for e in found
         ]
-        return entries[0].kv.dtype if whole and all(whole) and self.packed is None else None
+        if not complete or not all(complete) or self.packed is not None or found[0] is None:
+            return None
+        return found[0].kv.dtype
 
-    def place(self, layer_key: str, adapter: str, form: Form) -> Tensor:
-        """As :meth:`room` for a static cache, whose length is read on the device when a kernel runs, and not here."""
+    def reserve_static(self, layer_key: str, adapter: str, spec: KVSpec) -> Tensor:
+        """As :meth:`reserve`, for a static cache whose length the kernel reads on the device when it runs."""
         entry = self._entries[layer_key, adapter]
-        entry.require(form, layer_key, adapter)
+        if (stored := _spec(entry.kv)) != spec:
+            raise _misfit(stored, spec, layer_key, adapter)
         entry.length = None
         return entry.kv
 
-    def map(self, change) -> None:
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every buffer [batch, capacity, width] by `change` of it."""
         for entry in self._entries.values():
             entry.kv = change(entry.kv)
 
     def crop(self, length: int) -> None:
-        """Forgets all but the first `length` tokens; buffers of a static cache stay where they are."""
+        """Drops all but the first `length` tokens; buffers of a static cache keep their addresses."""
         for key, entry in list(self._entries.items()):
             entry.length = length if entry.length is None else min(entry.length, length)
             if entry.length:
                 continue
-            entry.recorded = False
+            entry.with_gradients = False
             if not self.max_length:
                 del self._entries[key]
 
 
-class _Adopted(Swapped):
-    """What a cache does more once it is adopted: the base class first, which raises where it cannot."""
+if TYPE_CHECKING:  # what the mixin is mixed with
+    _Cache = Cache
+else:
+    _Cache = object
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+
+class _CacheWithAdapters(Swapped, _Cache):
+    """Mixin for the class of a model's cache, whose own methods run first, and raise where they cannot."""
+
+    gci_adapters: AdapterCache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == self.gci_adapters.counter and self.gci_adapters.tokens is not None:
-            self.gci_adapters.tokens += key_states.shape[-2]
+        adapters = self.gci_adapters
+        if layer_idx == adapters.counting_layer:
+            adapters.add_tokens(key_states.shape[-2])
         return result
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]  # there a LongTensor
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.gci_adapters.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
-    def crop(self, *args, **kwargs) -> None:
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         # What the argument means has changed between versions of transformers; the length it leaves has not.
         super().crop(*args, **kwargs)
-        kept = self.gci_adapters
-        if kept.counter is None:  # layers that know no length take a number of tokens to remove, which is negative
-            kept.tokens = max(0, kept.tokens - abs(next(iter((*args, *kwargs.values())))))
+        adapters = self.gci_adapters
+        if adapters.counting_layer is None:
+            # Layers that know no length take a number of tokens to remove, which is negative.
+            length = max(0, _counted(adapters) - abs(next(iter((*args, *kwargs.values())))))
         else:
-            kept.tokens = int(self.get_seq_length())
-        kept.crop(kept.tokens)
+            length = int(self.get_seq_length())
+        adapters.tokens = length
+        adapters.crop(length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -299,15 +320,22 @@ class _Adopted(Swapped):
         self.gci_adapters.crop(0)
 
 
+def _counted(adapters: AdapterCache) -> int:
+    """The tokens of a cache without a length of its own, which no step counts on the device."""
+    assert adapters.tokens is not None
+    return adapters.tokens
+
+
 def length(cache: Cache) -> int:
     """The number of tokens in a model's cache; waits for the device only if it is a static one that counts there.
 
     Raises:
-        ValueError: it holds the state of tokens that no attached model has seen, and cannot say of how many.
+        ValueError: it holds the state of tokens that no attached model has seen, and does not know of how many.
     """
-    if isinstance(cache, _Adopted) and cache.gci_adapters.counter is None:
-        return cache.gci_adapters.tokens
-    if _counter(cache) is None:
+    adapters = find(cache)
+    if adapters is not None and adapters.counting_layer is None:
+        return _counted(adapters)
+    if _counting_layer(cache) is None:
         states = [layer.has_previous_state for layer in cache.layers if hasattr(layer, "has_previous_state")]
         if any(any(state.values()) for state in states):
             raise ValueError(
@@ -315,41 +343,41 @@ def length(cache: Cache) -> int:
                 "tokens; give an empty cache"
             )
         return 0
-    tokens = cache.get_seq_length()
+    tokens: int | Tensor = cache.get_seq_length()
     if not isinstance(tokens, Tensor):
         return tokens
-    if not isinstance(cache, _Adopted):
+    if adapters is None:
         return int(tokens)
-    if cache.gci_adapters.tokens is None or cache.gci_adapters.replayed:
-        cache.gci_adapters.count(int(tokens))
-    return cache.gci_adapters.tokens
+    if adapters.tokens is None or adapters.replayed:
+        return adapters.resume_counting(int(tokens))
+    return adapters.tokens
 
 
-def _counter(cache: Cache) -> int | None:
+def _counting_layer(cache: Cache) -> int | None:
     """The layer of a model's cache whose length get_seq_length() gives; None where no layer has one."""
     if not cache.layers or isinstance(cache.layers[0], CacheLayerMixin):
         return 0
     return next((i for i, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), None)
 
 
-def position(cache: Cache) -> Tensor | None:
+def length_on_device(cache: Cache) -> Tensor | None:
     """The number of tokens in a static cache when this runs, int32 [1] on its device; None for other caches."""
     layer = next((layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized), None)
     return None if layer is None else layer.cumulative_length.to(torch.int32).view(1)
 
 
 def obstacle(cache: Cache) -> str | None:
-    """Why no adapter can keep its keys and values beside `cache`, or None."""
-    if isinstance(cache, _Adopted):
+    """Why no adapter can store its keys and values beside `cache`, or None."""
+    if isinstance(cache, _CacheWithAdapters):
         return None
     kind = type(cache)
     # Models may have a class of their own, derived from these, that holds more.
     own = kind.__module__.startswith("transformers.models.") and issubclass(kind, (DynamicCache, StaticCache))
     if kind not in (DynamicCache, StaticCache) and not own:
-        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {ALLOWED}"
+        return f"past_key_values is a {kind.__name__}; adapters can keep theirs beside {SUPPORTED}"
     if cache.offloading:
-        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {ALLOWED}"
-    others = {type(layer).__name__ for layer in cache.layers if not _is_known(type(layer))}
+        return f"past_key_values is a {kind.__name__} with offloading; adapters can keep theirs beside {SUPPORTED}"
+    others = {type(layer).__name__ for layer in cache.layers if not _is_supported(type(layer))}
     if others:
         return (
             f"past_key_values has layers of {sorted(others)}; adapters can keep theirs beside the dynamic and static "
@@ -358,30 +386,36 @@ def obstacle(cache: Cache) -> str | None:
     return None
 
 
-def _is_known(layer: type) -> bool:
+def _is_supported(layer: type) -> bool:
     if not layer.__module__.startswith("transformers."):
         return False
-    return not any(base.__name__ in _STORED_OTHERWISE for base in layer.__mro__)
+    return not any(base.__name__ in _QUANTIZED for base in layer.__mro__)
 
 
-def adopt(cache: Cache) -> AdapterCache:
-    """The :class:`AdapterCache` that rides with `cache`, made at the first call.
+def find(cache: object) -> AdapterCache | None:
+    """The :class:`AdapterCache` of a model's cache, None where it has none yet."""
+    return cache.gci_adapters if isinstance(cache, _CacheWithAdapters) else None
+
+
+def get_or_create(cache: Cache) -> AdapterCache:
+    """The :class:`AdapterCache` of a model's cache, created at the first call.
 
     To be called between two forwards of the model, or at the start of one before its first attention.
 
     Raises:
         TypeError: the cache is of a kind that is not supported; see :func:`obstacle`.
     """
-    if not isinstance(cache, _Adopted):
+    if not isinstance(cache, _CacheWithAdapters):
         if (reason := obstacle(cache)) is not None:
             raise TypeError(reason)
-        _swap(cache)
+        return _create(cache)
     return cache.gci_adapters
 
 
 @torch.compiler.disable
-def _swap(cache: Cache) -> None:
+def _create(cache: Any) -> AdapterCache:
     layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     full = [layer.max_cache_len for layer in layers if not isinstance(layer, StaticSlidingWindowLayer)]
-    cache.gci_adapters = AdapterCache(length(cache), max(full, default=0), _counter(cache))
-    cache.__class__ = subclass(type(cache), _Adopted)
+    adapters = cache.gci_adapters = AdapterCache(length(cache), max(full, default=0), _counting_layer(cache))
+    add_mixin(cache, _CacheWithAdapters)
+    return adapters

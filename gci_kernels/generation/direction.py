@@ -1,9 +1,9 @@
 """Whether a model attends to earlier tokens only, as ALoRA's own attention does.
 
-Models say so in several places: the config (is_causal, use_bidirectional_attention), each attention module (is_causal,
-is_decoder), an argument of the forward (is_causal), and at last the mask that reaches the decoder layers, in which the
-tokens of a prefix or an image may see each other. The first two are read when a model is attached and once a forward,
-for users change them on a model that they have; the mask where a forward starts a sequence.
+It depends on the config (is_causal, use_bidirectional_attention), each attention module (is_causal, is_decoder), an
+argument of the forward (is_causal), and the mask that reaches the decoder layers, in which the tokens of a prefix or an
+image may attend to each other. The first two are read when a model is attached and once a forward, for users may change
+them later; the mask is read where a forward starts a sequence.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.transforms import transformed
 
-# Encoders, many of which say it nowhere else.
+# Encoders; for many of them nothing else shows that they are.
 _MASKED_LM = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
 _WHY = "a causal adapter such as ALoRA cannot follow it: use LoRA or LoRAMoE, or make the model causal"
 #: Why a forward that is given is_causal=False is refused.
@@ -32,7 +32,7 @@ _MASK = (
 
 
 def self_attentions(layers: Iterable[nn.Module]) -> tuple[tuple[nn.Module, str], ...]:
-    """What says in decoder layers whether self-attention is causal: modules, and the name of their attribute."""
+    """The modules in decoder layers that have an attribute for whether self-attention is causal, and its name."""
     found = []
     for layer in layers:
         for path, module in layer.named_modules():
@@ -41,19 +41,24 @@ def self_attentions(layers: Iterable[nn.Module]) -> tuple[tuple[nn.Module, str],
             decodes = getattr(module, "is_decoder", None)
             if decodes is not None:
                 found.append((module, "is_decoder"))
-            # A decoder's module with is_causal=False gets a mask that is made for it, which check_mask sees.
+            # A decoder's module with is_causal=False is given a mask, which check_mask reads.
             if hasattr(module, "is_causal") and not (decodes and not module.is_causal):
                 found.append((module, "is_causal"))
     return tuple(found)
 
 
 def obstacle(backbone: PreTrainedModel, attentions: Iterable[tuple[nn.Module, str]]) -> str | None:
-    """What makes the model look ahead, in one sentence; None where nothing does."""
+    """Why the model attends to later tokens, in one sentence; None where it does not.
+
+    Args:
+        backbone: the model, whose config is read.
+        attentions: :func:`self_attentions`.
+    """
     config, why = backbone.config, None
     if not getattr(config, "is_causal", True):
         why = "its config has is_causal=False"
-    elif (ways := getattr(config, "use_bidirectional_attention", None)) is True or ways == "all":
-        why = f"its config has use_bidirectional_attention={ways!r}"
+    elif (value := getattr(config, "use_bidirectional_attention", None)) is True or value == "all":
+        why = f"its config has use_bidirectional_attention={value!r}"
     elif config.model_type == "xlnet":
         why = "XLNet's tokens attend to each other in the order of a permutation"
     elif config.model_type in _MASKED_LM:
@@ -72,21 +77,25 @@ def is_self_mask(name: str) -> bool:
 
 
 def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> None:
-    """Raises ValueError where a token of a new sequence attends to the one that follows it.
+    """Checks that no token of a new sequence attends to the one that follows it.
 
-    Any block of tokens that attend to each other has such a pair, so no more than one diagonal has to be read.
+    Any block of tokens that attend to each other has such a pair, so one diagonal of the mask is enough.
 
     Args:
-        mask: as attention gets it. What is no tensor [batch or 1, any, time, keys] and no BlockMask of flex attention
-            says nothing about the direction, and is passed over; so does one row of padding for all queries.
+        mask: as attention gets it. Only a tensor [batch or 1, any, time, keys] and a BlockMask of flex attention can
+            let tokens attend to later ones; anything else is skipped, such as one row of padding for all queries.
         segments: int32 [batch, time], negative for padding, which attends to whatever transformers lets it; or None.
+        batch, time: of the forward's tokens.
+
+    Raises:
+        ValueError: one does. In a graph of torch.compile it is a RuntimeError, raised when the graph runs.
     """
-    if transformed():  # no value can be read there, and a graph would hold what was found for any other mask
+    if transformed():  # values cannot be read there, and a graph would take the result for that of any other mask
         return
-    # Some models invert a mask of bools; but a token attends to itself, so what is seen is what its own place says.
+    # Some models invert a boolean mask. A token attends to itself, so its own entry shows the value for "allowed".
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == time and mask.shape[-1] >= time:
         own, following = mask.diagonal(0, -2, -1)[..., : time - 1], mask.diagonal(1, -2, -1)[..., : time - 1]
-        # What is hidden has the dtype's minimum, or, in older models, -10000; a bias between neighbours is small.
+        # Masked entries have the dtype's minimum, or, in older models, -10000; a bias between neighbours is small.
         allowed = (own - following).abs() < 1000 if mask.is_floating_point() else own == following
     elif hasattr(mask, "mask_mod"):
         query = torch.arange(time - 1, device=mask.kv_indices.device)

@@ -11,13 +11,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gci_kernels.hardware.stages import Stage
+
 Language = Literal["triton", "cuda"]
 Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a check: x [tokens, depth], W [width, depth], `rank` adapter columns, `experts` router rows."""
+    """Sizes of a layer: x [tokens, depth], W [width, depth], `rank` adapter columns, `experts` router rows."""
 
     tokens: int
     depth: int
@@ -25,6 +27,7 @@ class Shape:
     rank: int
     experts: int
     top_k: int  # of the experts, kept
+    rows: int = 0  # of W, trained; a layer with such rows has no adapter columns
 
 
 class Comparison(NamedTuple):
@@ -58,6 +61,10 @@ class LaunchConfig:
     candidates: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
+def _no_stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel, as far as code outside its op needs to know it. What is proved, is proved of a whole `Kernel`.
@@ -69,6 +76,7 @@ class Kernel:
         check: makes the inputs of one shape and dtype on a device, for the self check.
         launches: those with a launch configuration; none in CUDA C++.
         language: what it is written in.
+        stages: the stages of a layer by which the kernel is timed, by name; those that such a layer has.
         needs: kernels that run in the same call; tests prove this kernel only where theirs pass too.
     """
 
@@ -77,6 +85,7 @@ class Kernel:
     check: Callable[[Shape, torch.dtype, torch.device], Comparison]
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
+    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = _no_stages
     needs: tuple[str, ...] = ()
 
 

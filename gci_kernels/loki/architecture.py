@@ -1,33 +1,38 @@
-"""Where a Hugging Face causal model can be taken hold of: its decoder layers, their last projections, their caches."""
+"""Hooks into a Hugging Face causal model: around its decoder layers, at their last projections, and in its cache."""
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gci_kernels.models import decoder_layers
+from gci_kernels.models import decoder_layers, model_state
 
-#: What the MLP's last projection is called in the models of transformers; the first that a layer has is taken.
+#: Names of an MLP's last projection in the models of transformers; the first that a layer has is taken.
 PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "fc_out")
-# What computes attention from an explicit mask, which rows that share one sequence's keys need.
+# Implementations of attention that take an explicit mask; streams that share one sequence's keys need one.
 ATTENTIONS = ("sdpa", "eager")
-# Layers whose past is nothing but keys and values.
+# Layers that cache nothing but keys and values.
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
+BeforeLayer = Callable[[int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]] | None]
+OutputHook = Callable[[int, Tensor], Tensor | None]
 
-class Stop(Exception):
-    """Ends a model's forward whose rest would be computed for nothing."""
+
+class StopForward(Exception):
+    """Ends a model's forward early where the rest of it is not needed."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A causal model, its decoder layers, and the projection that each of them ends in."""
+    """A causal model, its decoder layers, and the last projection of each."""
 
-    model: nn.Module
+    model: PreTrainedModel
     layers: tuple[nn.Module, ...]
     projections: tuple[nn.Module, ...]
 
@@ -36,14 +41,16 @@ class Architecture:
         """Find the parts of a transformers model, or of a PeftModel around one.
 
         Args:
+            model: a causal language model.
             projection: the projection's name within a layer; None: the first of :data:`PROJECTIONS` that it has.
 
         Raises:
+            TypeError: not a model from transformers.
             ValueError: no list of decoder layers, a layer without exactly one such projection (a mixture of experts
                 has several or none), layers without attention, or an attention that takes no explicit mask.
         """
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = model.config.get_text_config()
+        base = model_state.base_model(model)
+        config = base.config.get_text_config()
         if config._attn_implementation not in ATTENTIONS:
             raise ValueError(
                 f"attribution needs attn_implementation {' or '.join(map(repr, ATTENTIONS))}, the model has "
@@ -51,21 +58,22 @@ class Architecture:
             )
         other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
         if other:
-            raise ValueError(f"attribution can't walk layers of type {', '.join(sorted(other))}")
-        _, layers = decoder_layers.find(model)
+            raise ValueError(f"attribution does not support layers of type {', '.join(sorted(other))}")
+        _, layers = decoder_layers.find(base)
         found = tuple(_projection(layer, number, projection) for number, layer in enumerate(layers))
-        return cls(model, layers, found)
+        return cls(base, layers, found)
 
     @property
     def last(self) -> int:
+        """The number of the last layer."""
         return len(self.layers) - 1
 
-    def run(self, **inputs: object) -> object:
-        """The model's forward on the inputs that it knows; None where a hook or a cache has stopped it."""
+    def run(self, **inputs: object) -> Any:
+        """The model's output for those inputs that its forward takes; None where a hook or a cache has stopped it."""
         known = inspect.signature(self.model.forward).parameters
         try:
             return self.model(**{name: value for name, value in inputs.items() if name in known})
-        except Stop:
+        except StopForward:
             return None
 
 
@@ -84,82 +92,101 @@ def _projection(layer: nn.Module, number: int, wanted: str | None) -> nn.Module:
     raise ValueError(f"decoder layer {number} ({type(layer).__name__}) has none of these projections: {tried}")
 
 
-class Collector(Cache):
-    """Hands each layer its own keys and values back and keeps them; ends the pass at layer `last`, where it is given.
+class CollectingCache(Cache):
+    """Records each layer's keys and values and returns them unchanged, as an empty cache would.
 
-    Of the last layer, no position but the final one is ever needed beyond its key and value.
+    With `last`, the forward stops in that layer: of the last layer only the final position is needed beyond its key
+    and value, and the decoding step computes that.
     """
 
-    def __init__(self, last: int | None = None):
+    def __init__(self, last: int | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.last = last
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.collected: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        self.kept[layer_idx] = (key_states, value_states)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Records `key_states` and `value_states` [batch, heads, positions, size] and returns them."""
+        self.collected[layer_idx] = (key_states, value_states)
         if layer_idx == self.last:
-            raise Stop
+            raise StopForward
         return key_states, value_states
 
 
 class PrefixLayer(DynamicLayer):
     """The keys and values [batch, heads, positions, size] of all positions but the final one; it never grows."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The prefix with the step's keys and values [batch, heads, streams, size] after it."""
         return torch.cat((self.keys, key_states), dim=-2), torch.cat((self.values, value_states), dim=-2)
 
 
-class WholeLayer(PrefixLayer):
-    """Keys and values [batch, heads, T, size] of all positions, into which the decoding step writes the final one's.
+class FullLengthLayer(PrefixLayer):
+    """Keys and values [batch, heads, T, size] of all positions; the decoding step writes those of the final one.
 
-    Beside many prefixes of their own, a copy with one more position would cost more than the step's attention.
+    Where each row has a prefix of its own, a copy with one more position would cost more than the step's attention.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__(keys[:, :, :-1], values[:, :, :-1])
-        self.whole = (keys, values)
+        self.full = (keys, values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return tuple(_WriteLast.apply(*pair) for pair in zip(self.whole, (key_states, value_states), strict=True))
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """All positions, the final one's keys and values [batch, heads, 1, size] written in place."""
+        keys, values = self.full
+        return _WriteLast.apply(keys, key_states), _WriteLast.apply(values, value_states)
 
 
 class _WriteLast(torch.autograd.Function):
-    """`last` [batch, heads, 1, size] written over the last position of `whole` [batch, heads, T, size], a constant.
+    """`last` [batch, heads, 1, size] written over the last position of `full` [batch, heads, T, size], a constant.
 
-    Autograd's own rule for such an assignment copies the whole gradient to hand on a part of it.
+    Autograd's own rule for such an assignment copies the whole gradient to pass on a part of it.
     """
 
     @staticmethod
-    def forward(ctx, whole: Tensor, last: Tensor) -> Tensor:
-        ctx.mark_dirty(whole)
-        whole[:, :, -1:] = last
-        return whole
+    def forward(ctx: Any, full: Tensor, last: Tensor) -> Tensor:
+        ctx.mark_dirty(full)
+        full[:, :, -1:] = last
+        return full
 
     @staticmethod
-    def backward(ctx, dwhole: Tensor) -> tuple[None, Tensor]:
-        return None, dwhole[:, :, -1:]
+    def backward(ctx: Any, dfull: Tensor) -> tuple[None, Tensor]:
+        return None, dfull[:, :, -1:]
 
 
-def hidden_and_kwargs(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
-    """A layer's hidden states, and everything else it is called with, by name."""
+def hidden_and_kwargs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A layer's hidden states [batch, tokens, hidden], and its other arguments, all by name.
+
+    Raises:
+        ValueError: the layer gets ALiBi's distances, which streams in one sequence cannot have.
+    """
     names = list(inspect.signature(layer.forward).parameters)
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     if kwargs.get("alibi") is not None:
-        raise ValueError("attribution can't walk a model whose attention depends on distances by ALiBi")
+        raise ValueError("attribution does not support ALiBi, an attention that depends on distances in the sequence")
     return kwargs.pop("hidden_states"), kwargs
 
 
-def replaced(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
     """A layer's output with other hidden states."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:
+    """The hidden states in a layer's output, which may be a tuple that begins with them."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -167,48 +194,57 @@ def hidden_of(output: Tensor | tuple) -> Tensor:
 def hooks(
     arch: Architecture,
     *,
-    before: Callable[[int, Tensor, dict], tuple[Tensor, dict] | None] | None = None,
-    projected: Callable[[int, Tensor], Tensor | None] | None = None,
-    after: Callable[[int, Tensor], Tensor | None] | None = None,
+    before: BeforeLayer | None = None,
+    projected: OutputHook | None = None,
+    after: OutputHook | None = None,
 ) -> Iterator[None]:
-    """Call `before` each decoder layer, where its projection has `projected`, and `after` it; each may replace."""
-    handles = []
+    """Calls functions while the model runs; what one returns, other than None, replaces what it was given.
 
-    def watch(number: int, layer: nn.Module, projection: nn.Module) -> None:
-        def enter(module: nn.Module, args: tuple, kwargs: dict):
-            changed = before(number, *hidden_and_kwargs(module, args, kwargs))
-            return changed and ((changed[0],), changed[1])
-
-        def leave(_: nn.Module, args: tuple, output: Tensor | tuple):
-            changed = after(number, hidden_of(output))
-            return None if changed is None else replaced(output, changed)
-
-        if before:
-            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        if projected:
-            handles.append(projection.register_forward_hook(lambda _, args, output: projected(number, output)))
-        if after:
-            handles.append(layer.register_forward_hook(leave))
-
-    try:
+    Args:
+        arch: the model.
+        before: called before each layer with its number, its hidden states and its other arguments.
+        projected: called after each layer's last projection with the layer's number and the projection's output.
+        after: called after each layer with its number and the hidden states that it returns.
+    """
+    with contextlib.ExitStack() as stack:
         for number, (layer, projection) in enumerate(zip(arch.layers, arch.projections, strict=True)):
-            watch(number, layer, projection)
+            if before:
+                handle = layer.register_forward_pre_hook(_before_hook(number, before), with_kwargs=True)
+                stack.callback(handle.remove)
+            if projected:
+                stack.callback(projection.register_forward_hook(_output_hook(number, projected)).remove)
+            if after:
+                stack.callback(layer.register_forward_hook(_output_hook(number, after)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _before_hook(number: int, before: BeforeLayer) -> Callable:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        changed = before(number, *hidden_and_kwargs(layer, args, kwargs))
+        return None if changed is None else ((changed[0],), changed[1])
+
+    return hook
+
+
+def _output_hook(number: int, function: OutputHook) -> Callable:
+    def hook(_: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        changed = function(number, hidden_of(output))
+        return None if changed is None else with_hidden(output, changed)
+
+    return hook
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and in its own dtype, no parameter asking for a gradient; afterwards as it was."""
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, without autocast, no parameter requiring a gradient; all as before afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
-        # A caller's no_grad or inference mode would leave nothing to differentiate; autocast ends where a thread does.
+        # A caller's no_grad or inference mode would leave nothing to differentiate; autocast is per thread, and parts
+        # of the work run in threads of their own.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:

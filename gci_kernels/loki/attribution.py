@@ -1,8 +1,8 @@
-"""Scores of a model's knowledge vectors (LoKI, arXiv 2505.22120): one walk for all layers instead of a pass for each.
+"""Scores of a model's knowledge vectors (LoKI, arXiv 2505.22120), all layers in one decoding step and one backward.
 
-Attention is causal, so what a layer puts out at the last position is all that a gradient has to come back to, and the
-last position is one decoding step. Each scaled copy of an output is a stream of that step: layer l adds its own to
-those of the layers before it, and one backward gives the gradients of all.
+The published procedure runs a whole pass for each layer. But attention is causal, so gradients are needed only for the
+outputs at the last position, and the last position is one decoding step. Each scaled copy of an output is a stream of
+that step: layer l adds its own copies to those of the layers before it, and one backward gives the gradients of all.
 """
 
 from typing import Any
@@ -31,14 +31,14 @@ def attribute(
 
     A knowledge vector is a row of the projection that a layer's MLP ends in; its score belongs to the output it makes.
 
-    "last_position": the last position's output alone is scaled by 0/steps .. (steps-1)/steps; the score is that output
-    times the mean of the gradients. This is what the published positions were made with. "all_positions": every
+    "last_position": only the last position's output is scaled, by 0/steps .. (steps-1)/steps; the score is that output
+    times the mean of the gradients. The published positions were made with this path. "all_positions": every
     position's output moves on a line from its value for all-zero token ids, under the same mask, to its own; the score
     is the last position's distance times the gradients there, by the trapezoid rule with weights 1/steps, halved at
-    both ends, as captum's LayerIntegratedGradients has it.
+    both ends, as in captum's LayerIntegratedGradients.
 
-    A sample's scores are what it would get alone. Gradients are computed in the model's dtype. The model comes back as
-    it was: nothing in it is changed but flags, and those are put back.
+    A sample's scores do not depend on the other samples. Gradients are computed in the model's dtype. The model's mode
+    and its parameters' requires_grad are changed meanwhile, and restored.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one, with attention "sdpa" or "eager".
@@ -54,7 +54,7 @@ def attribute(
 
     Raises:
         TypeError: input_ids or attention_mask is no tensor.
-        ValueError: arguments of the wrong shape or values, or a model that cannot be walked this way.
+        ValueError: arguments of the wrong shape or values, or a model that is not supported.
         FloatingPointError: a score that is not finite.
     """
     arch = Architecture.of(model, projection)
@@ -63,14 +63,14 @@ def attribute(
     vocabulary = config.get_text_config().vocab_size
     _check_ids("input_ids", input_ids[mask == 1], vocabulary)
     targets = _targets(target, input_ids, vocabulary)
-    walk = last_position if path == "last_position" else all_positions
-    together = samples_together(arch, path, steps)
+    score = last_position if path == "last_position" else all_positions
+    size = samples_together(arch, path, steps)
     scores = []
     with frozen(arch.model):
-        for first in range(0, len(input_ids), together):
-            batch = slice(first, first + together)
+        for first in range(0, len(input_ids), size):
+            batch = slice(first, first + size)
             ids, lengths = right_padded(input_ids[batch], mask[batch])
-            scores.append(walk(arch, ids, lengths, steps, None if targets is None else targets[batch]).float())
+            scores.append(score(arch, ids, lengths, steps, None if targets is None else targets[batch]).float())
             bad = (~torch.isfinite(scores[-1])).nonzero()[:1].tolist()
             for sample, layer, _ in bad:
                 raise FloatingPointError(f"sample {first + sample}: the scores of layer {layer} are not finite")
@@ -78,7 +78,7 @@ def attribute(
 
 
 def samples_together(arch: Architecture, path: str, steps: int) -> int:
-    """How many samples walk at a time. The second path moves whole prompts: one sample is work enough."""
+    """How many samples are scored at a time. "all_positions" moves whole prompts: one sample is work enough."""
     return max(1, MAX_STREAMS // (len(arch.layers) * steps)) if path == "last_position" else 1
 
 

@@ -1,4 +1,4 @@
-"""Scores of many samples into a file, a few at a time, so that a killed run goes on where it was."""
+"""Scores of many samples written to a file in batches, so that a killed run resumes."""
 
 import contextlib
 import os
@@ -11,7 +11,8 @@ from torch import nn
 
 from gci_kernels.loki.architecture import Architecture
 from gci_kernels.loki.attribution import attribute, samples_together
-from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, fingerprint, is_finished_hdf5, write_hdf5
+from gci_kernels.loki.scores import HDF5_SUFFIXES, ScoresFile, digest, is_finished_hdf5, write_hdf5
+from gci_kernels.models.model_state import fingerprint
 from gci_kernels.progress import bar as progress_bar
 
 
@@ -30,12 +31,14 @@ def attribute_file(
     """:func:`attribute` for each of `samples` into the file `out`; samples that it holds already are left out.
 
     Args:
+        model: as for :func:`attribute`.
         samples: token ids, a sequence for each sample.
-        out: the file. ".h5" or ".hdf5" gives the published layout (with the package h5py), made when all is done from
+        out: the file. ".h5" or ".hdf5" gives the published layout (with the package h5py), written at the end from
             a file beside it that ends in ".partial"; every other name gives safetensors (see :mod:`.scores`).
-        batch: samples at a time, which is what a killed run repeats at most; default: as many as walk together.
-        after: called with the number of finished samples, after every batch.
-        progress: show a bar on stderr, which goes when all is done.
+        path, steps, projection: as for :func:`attribute`.
+        batch: samples at a time, which is what a killed run repeats at most; default: as many as are scored together.
+        after: called after every batch with the number of finished samples.
+        progress: show a progress bar on stderr, removed at the end.
 
     Raises:
         ScoresError: `out` is there and is damaged or another run's (model, samples or settings). It stays as it is.

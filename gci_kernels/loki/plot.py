@@ -1,4 +1,4 @@
-"""A picture of the chosen rows."""
+"""A heat map of the selected rows."""
 
 import os
 from collections.abc import Sequence

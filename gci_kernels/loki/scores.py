@@ -2,8 +2,8 @@
 
 Our layout holds `scores` [samples, layers, out] float32, and for each sample `texts`, a digest of its tokens, and
 `checksums`, the CRC-32 of its scores, or -1 while they are missing. The file has its full size from the start, with NaN
-for what is missing. A sample's checksum is written after its scores, so a killed run leaves whole samples and missing
-ones, and nothing between.
+for what is missing. A sample's checksum is written after its scores, so after a kill each sample is either complete
+or missing.
 """
 
 import hashlib
@@ -13,11 +13,12 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 FORMAT = "gci_kernels.loki.scores 1"
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -34,32 +35,20 @@ def digest(tokens: Sequence[int]) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Tells one model's weights from another's without reading all: 256 values of every tensor, its name and shape."""
-    known = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        count = min(flat.numel(), 256)  # evenly spread, in integers: float32 can't count the values of an embedding
-        some = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)]
-        known.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        known.update(some.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return known.hexdigest()
-
-
 class ScoresFile:
-    """Scores on their way into a file in our layout. Use as a context manager.
+    """A scores file in our layout, open for writing. Use as a context manager.
 
     Args:
         path: the file; continued where it is there and was made by the same run, else created.
         texts: a digest for each sample.
         shape: layers, out.
-        settings: what the scores depend on beside the texts; a file made with others is refused.
+        settings: what else the scores depend on; a file made with other settings is refused.
 
     Raises:
         ScoresError: the file is there and is no scores file, is damaged, or is another run's. It stays as it is.
     """
 
-    def __init__(self, path: Path, texts: Sequence[int], shape: tuple[int, int], settings: dict[str, str]):
+    def __init__(self, path: Path, texts: Sequence[int], shape: tuple[int, int], settings: dict[str, str]) -> None:
         self.path, self.shape = path, (len(texts), *shape)
         if path.exists():
             self.checksums = _check_same(path, texts, self.shape, settings)
@@ -77,6 +66,7 @@ class ScoresFile:
 
     @property
     def missing(self) -> list[int]:
+        """The numbers of the samples that have no scores yet."""
         return np.flatnonzero(self.checksums == MISSING).tolist()
 
     def write(self, sample: int, scores: Tensor) -> None:
@@ -118,7 +108,7 @@ def _create(path: Path, texts: Sequence[int], shape: tuple[int, int, int], setti
 
 
 def _read(path: Path) -> tuple[dict[str, str], np.ndarray, np.ndarray, Tensor]:
-    """Settings, checksums, texts and scores of a file in our layout, whose finished samples match their checksums."""
+    """Settings, checksums, digests and scores of a file in our layout; every finished sample matches its checksum."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -171,7 +161,7 @@ def load_scores(path: str | os.PathLike) -> Tensor:
     return scores
 
 
-def _h5py():
+def _h5py() -> ModuleType:
     try:
         import h5py
     except ImportError as error:
@@ -180,7 +170,11 @@ def _h5py():
 
 
 def write_hdf5(path: Path, source: Path) -> None:
-    """Write a finished file in our layout as HDF5: the published `dataset`, in float32, its settings as attributes."""
+    """Write a finished file in our layout as HDF5: the published `dataset`, in float32, its settings as attributes.
+
+    Raises:
+        ScoresError: `source` is unfinished or damaged, or there is no h5py.
+    """
     h5py = _h5py()
     scores, (settings, _, texts, _) = load_scores(source), _read(source)
     scratch = path.with_name(path.name + ".tmp")
@@ -194,7 +188,11 @@ def write_hdf5(path: Path, source: Path) -> None:
 
 
 def read_hdf5(path: Path) -> tuple[Tensor, dict[str, str], np.ndarray | None]:
-    """Scores, settings and digests of an HDF5 file, published (float16, no digests) or ours."""
+    """Scores [samples, layers, out] float32, settings and digests of an HDF5 file, published (no digests) or ours.
+
+    Raises:
+        ScoresError: the file is damaged or of another layout, or there is no h5py.
+    """
     h5py = _h5py()
     try:
         with h5py.File(path, "r") as file:
@@ -208,7 +206,7 @@ def read_hdf5(path: Path) -> tuple[Tensor, dict[str, str], np.ndarray | None]:
 
 
 def is_finished_hdf5(path: Path, texts: Sequence[int], settings: dict[str, str]) -> bool:
-    """Whether `path` holds this run's scores already.
+    """Whether `path` already holds the scores of this run.
 
     Raises:
         ScoresError: it is there and is another run's.

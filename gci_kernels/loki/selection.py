@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gci_kernels.files import write_whole
+
 STRATEGIES = ("layer_balanced", "global_lowest", "global_highest")
-# Scores that are ranked at a time; what ranking needs beside them is a few times as much.
+# Scores that are ranked at a time; ranking needs a few times their memory.
 CHUNK = 1 << 22
 
 
@@ -33,7 +35,8 @@ def select(scores: Tensor, quota: float, strategy: str = "layer_balanced") -> li
 
     Raises:
         TypeError: scores is no tensor.
-        ValueError: scores of another shape or kind or with NaN, a quota outside (0, 100] or too small for one row.
+        ValueError: an unknown strategy, scores of another shape or dtype or with NaN, a quota
+            outside (0, 100] or too small for one row.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; allowed: {', '.join(map(repr, STRATEGIES))}")
@@ -63,25 +66,25 @@ def _most_named(scores: Tensor, k: int, quota: float, *, highest: bool = False) 
 
 
 def _lowest(scores: Tensor, k: int) -> Tensor:
-    """[samples, n] bool, k of each row: its lowest scores; of those equal to the highest chosen, the first."""
+    """A mask [samples, n] bool of the k lowest scores in each row; of equal scores the first are taken."""
     if torch.isnan(scores).any():
         raise ValueError("scores hold NaN: the samples that gave them can't be ranked")
     limit = scores.kthvalue(k, dim=-1, keepdim=True).values
     chosen, equal = scores < limit, scores == limit
-    room = k - chosen.sum(-1, keepdim=True, dtype=torch.int32)
-    return chosen | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    remaining = k - chosen.sum(-1, keepdim=True, dtype=torch.int32)
+    return chosen | (equal & (equal.cumsum(-1, dtype=torch.int32) <= remaining))
 
 
 def write_positions(positions: Sequence[Sequence[int]], path: str | os.PathLike) -> None:
     """Write positions as the published JSON: a list of row indices for each layer, here ascending.
 
-    A file that is there already is replaced in one step, or left as it is.
+    An existing file is replaced atomically.
+
+    Raises:
+        ValueError: positions that are not lists of different row indices, or no index at all.
     """
-    path = Path(path)
     lines = ",\n".join(json.dumps(sorted(rows)) for rows in _checked(positions, "positions"))
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(f"[\n{lines}\n]\n")
-    scratch.replace(path)
+    write_whole(Path(path), f"[\n{lines}\n]\n")
 
 
 def read_positions(path: str | os.PathLike) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Experts of a mixture that are no layers but slices of one parameter, which adapters of linear layers do not reach."""
+"""Experts of a mixture that are not layers but slices of one parameter, so that adapters of linear layers miss them."""
 
 import re
 import warnings
@@ -13,47 +13,58 @@ from torch import nn
 
 from gci_kernels.models.targets import is_all_linear
 
-_FLAT = {"w1", "v1", "w2"}
-# Names by which a config means (part of) an MLP.
+_FLAT = {"w1", "v1", "w2"}  # DBRX's, which stack the experts along the first of two dimensions
+# In a config's target_modules: names of (parts of) an MLP.
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|gate|up_proj|down_proj|fc_?\d|fc_|^w\d|dense_h|c_fc|_to_h|_linear")
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """The stacks of experts in one module of the model: parameters' names and shapes, and how many weights they are."""
+    """The stacks of experts in one module of a model.
+
+    Attributes:
+        name: of the module.
+        parameters: the stacks, by their names in the module.
+    """
 
     name: str
     parameters: dict[str, nn.Parameter]
 
     @property
-    def weights(self) -> int:
+    def weight_count(self) -> int:
+        """How many weights the stacks have in all."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
 def find(model: nn.Module) -> list[Stacks]:
-    """Parameters of three dimensions (DBRX's: of two) in a module that is called experts, by its name or its class."""
+    """Parameters of three dimensions (DBRX's: of two) in modules whose name or class is called expert."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or type(module).__module__.startswith("torch.nn"):
             continue
         if "expert" not in name.lower() and "expert" not in type(module).__name__.lower():
             continue
-        own = {key: p for key, p in module._parameters.items() if p is not None and (p.dim() == 3 or key in _FLAT)}
-        if own:
-            found.append(Stacks(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name), own))
+        stacks = {key: p for key, p in module._parameters.items() if p is not None and (p.dim() == 3 or key in _FLAT)}
+        if stacks:
+            found.append(Stacks(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name), stacks))
     return found
 
 
 def left_out(model: nn.Module, config: Any) -> list[Stacks]:
-    """The stacks that an adapter with this config leaves frozen although it is for the MLPs."""
+    """The stacks that an adapter leaves frozen although its config targets the MLPs.
+
+    Args:
+        model: with the adapter.
+        config: the adapter's.
+    """
     if not _is_for_mlps(config):
         return []
     reached = {id(module.get_param()) for module in model.modules() if isinstance(module, ParamWrapper)}
-    whole = set(getattr(config, "modules_to_save", None) or ())
+    saved = set(getattr(config, "modules_to_save", None) or ())  # trained as a whole
     return [
         Stacks(stacks.name, rest)
         for stacks in find(model)
-        if not whole & set(stacks.name.split("."))
+        if not saved & set(stacks.name.split("."))
         and (rest := {key: p for key, p in stacks.parameters.items() if id(p) not in reached})
     ]
 
@@ -69,7 +80,7 @@ def _is_for_mlps(config: Any) -> bool:
 
 
 def describe(stacks: list[Stacks]) -> str:
-    """Their names, equal ones of the layers together, and how many of the weights they are."""
+    """Their names; those that differ in a layer's number alone are written once, with an asterisk for the number."""
     groups: dict[str, None] = {}
     for each in stacks:
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", each.name)
@@ -78,9 +89,14 @@ def describe(stacks: list[Stacks]) -> str:
 
 
 def warn(model: nn.Module, config: Any, method: str) -> None:
-    """One warning that names what stays frozen."""
+    """Warns once, with the names of the stacks that stay frozen, if :func:`left_out` finds any.
+
+    Args:
+        model, config: as there.
+        method: the adapter's, for the message.
+    """
     if stacks := left_out(model, config):
-        count, total = sum(each.weights for each in stacks), sum(p.numel() for p in _base_parameters(model))
+        count, total = sum(each.weight_count for each in stacks), sum(p.numel() for p in _base_parameters(model))
         warnings.warn(
             f"{method} leaves this mixture's experts frozen: they are stacks, parameters of three dimensions that "
             f"no layer holds, {describe(stacks)}, {count:,} of the model's {total:,} weights. "
@@ -95,7 +111,7 @@ def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def hint(model: nn.Module) -> str:
-    """What to add to an error that says that no layer matches; empty for models without stacks."""
+    """The end of an error message that says that no layer matches; empty for models without stacks."""
     stacks = find(model)
     if not stacks:
         return ""
@@ -107,9 +123,14 @@ def hint(model: nn.Module) -> str:
 
 
 def refuse_part(model: nn.Module, names: Iterable[str]) -> None:
-    """
+    """Refuses positions by decoder layer, which mean a layer's whole MLP, where the MLP contains stacks.
+
+    Args:
+        model: without the adapter.
+        names: of the layers to be adapted.
+
     Raises:
-        ValueError: one of the layers is only a part of a decoder layer's MLP, whose rest are stacks.
+        ValueError: one of them lies in a decoder layer that has stacks.
     """
     layers = {match[0]: stacks for stacks in find(model) if (match := re.match(r".*?\.\d+\.", stacks.name))}
     for name in names:

@@ -1,4 +1,4 @@
-"""Modules that compute with the weight of a layer within them and never call it: an adapter there has no effect."""
+"""Modules that read the weight of a layer within them and never call the layer: an adapter there has no effect."""
 
 import warnings
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from torch import nn
 
 from gci_kernels.models.weight_reads import weights_read
 
-_FAST = "_gci_fast_path"
+_SWITCH = "_gci_fast_path"  # the attribute that keeps what disable_fast_paths has changed
 
 
 def readers(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose weight is used without calling them: name -> name and class of the module that uses it."""
+    """Linear layers whose weight is read without calling them: name -> name and class of the module that reads it."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
     wrapped = {id(module.base_layer) for module in model.modules() if isinstance(module, BaseTunerLayer)}
@@ -43,44 +43,58 @@ def _features(module: Any) -> Any:
     return getattr(module, "in_features", getattr(module, "nf", None))
 
 
-def sentence(reader: str) -> str:
-    """Why an adapter on a layer has no effect."""
+def reason(reader: str) -> str:
+    """Why an adapter has no effect on a layer; `reader`: a value of :func:`readers`."""
     return f"{reader} can compute with its weight without calling it, and an adapter has no effect then"
 
 
 def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) -> None:
-    """Excludes such layers from a config that has not named them, with one warning."""
+    """Excludes :func:`readers` from the targets, with one warning, for a config that does not name them itself.
+
+    Args:
+        model: without the adapter.
+        config: the adapter's; its exclude_modules are extended.
+        method: the adapter's, for the warning.
+        names: of the layers that the config targets.
+    """
     found = readers(model)
-    out = {name: found[name] for name in names if name in found}
-    if not out:
+    excluded = {name: found[name] for name in names if name in found}
+    if not excluded:
         return
-    config.exclude_modules = _joined(config.exclude_modules, out)
-    warnings.warn(f"{method} leaves {_first(out)} out: {sentence(next(iter(out.values())))}", stacklevel=2)
+    config.exclude_modules = _exclude(config.exclude_modules, excluded)
+    warnings.warn(f"{method} leaves {_first(excluded)} out: {reason(next(iter(excluded.values())))}", stacklevel=2)
 
 
-def _joined(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:
+def _exclude(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:
     if isinstance(excluded, str):  # a regular expression
         return "|".join([f"(?:{excluded})", *(name.replace(".", r"\.") for name in more)])
     return set(excluded or ()) | set(more)
 
 
 def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) -> None:
-    """
+    """Refuses :func:`readers` among the layers that a config asks for by name.
+
+    Args:
+        model: without the adapter.
+        method: the adapter's, for the message.
+        names: of the layers.
+        way_out: the end of the message, what to do.
+
     Raises:
-        ValueError: one of the layers that are asked for by name is not called where its weight is used.
+        ValueError: one of the layers is not called where its weight is used.
     """
     found = readers(model)
     if (name := next((name for name in names if name in found), None)) is not None:
-        raise ValueError(f"{method} cannot adapt {name}: {sentence(found[name])}; {way_out}")
+        raise ValueError(f"{method} cannot adapt {name}: {reason(found[name])}; {way_out}")
 
 
 def warn(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
-    """PEFT's own methods take such layers; then one warning."""
+    """One warning where a method of PEFT's own, which adapts :func:`readers` as well, has any among `names`."""
     found = readers(model)
-    out = {name: found[name] for name in names if name in found}
-    if out:
+    adapted = {name: found[name] for name in names if name in found}
+    if adapted:
         kind = getattr(config.peft_type, "value", config.peft_type)
-        warnings.warn(f"{kind} adapts {_first(out)}: {sentence(next(iter(out.values())))}", stacklevel=2)
+        warnings.warn(f"{kind} adapts {_first(adapted)}: {reason(next(iter(adapted.values())))}", stacklevel=2)
 
 
 def _first(names: dict[str, str]) -> str:
@@ -88,17 +102,15 @@ def _first(names: dict[str, str]) -> str:
     return first if not rest else f"{first} and {len(rest)} more"
 
 
-def _has_fast_path(module: nn.Module) -> bool:
-    """Whether it is torch's encoder layer, whose kernel for evaluation reads its layers' weights."""
-    return isinstance(module, nn.TransformerEncoderLayer)
+def disable_fast_paths(model: nn.Module) -> None:
+    """Makes torch's encoder layers that have adapters within call their layers.
 
-
-def call_layers(model: nn.Module) -> None:
-    """Turns that kernel off in encoder layers that have adapters within; in training they never take it."""
+    In evaluation their fused kernel, the "fast path", would read the layers' weights; in training it is never used.
+    """
     for module in model.modules():
-        if _has_fast_path(module) and _is_adapted(module):
+        if isinstance(module, nn.TransformerEncoderLayer) and _is_adapted(module):
             _turn_off(module, "activation_relu_or_gelu")
-        # Its layers would be given nested tensors, which only the kernel takes.
+        # It would give its layers nested tensors, which only the kernel takes.
         if isinstance(module, nn.TransformerEncoder) and _is_adapted(module):
             _turn_off(module, "use_nested_tensor")
 
@@ -108,13 +120,13 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _turn_off(module: nn.Module, switch: str) -> None:
-    if _FAST not in vars(module):
-        vars(module)[_FAST] = (switch, getattr(module, switch, False))
+    if _SWITCH not in vars(module):
+        vars(module)[_SWITCH] = (switch, getattr(module, switch, False))
         setattr(module, switch, type(getattr(module, switch, False))(0))
 
 
-def call_layers_no_more(model: nn.Module) -> None:
-    """Undoes :func:`call_layers`."""
+def restore_fast_paths(model: nn.Module) -> None:
+    """Undoes :func:`disable_fast_paths`."""
     for module in model.modules():
-        if (kept := vars(module).pop(_FAST, None)) is not None:
-            setattr(module, *kept)
+        if (changed := vars(module).pop(_SWITCH, None)) is not None:
+            setattr(module, *changed)

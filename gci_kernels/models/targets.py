@@ -1,4 +1,4 @@
-"""Which modules an adapter's config means, before PEFT makes layers of them."""
+"""Which modules an adapter's config targets, before PEFT replaces them by layers."""
 
 import copy
 from typing import Any
@@ -11,22 +11,25 @@ from torch import nn
 
 
 def is_all_linear(target_modules: object) -> bool:
-    """Whether it is PEFT's word for all linear layers."""
+    """Whether target_modules is PEFT's shorthand for all linear layers, "all-linear"."""
     return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def matched(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
-    """Name -> plain module of all that `config` targets; of adapted modules the one within."""
-    own: Any = copy.copy(config)
-    if getattr(own, "target_modules", None) is None:
-        kind = getattr(getattr(model, "config", None), "model_type", "")
-        own.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if own.target_modules is None:  # PEFT will say so, or it has target_parameters alone
+    """Name -> plain module of all that `config` targets; of an adapted layer, its base layer.
+
+    Without target_modules in the config, PEFT's defaults for the model's type are taken.
+    """
+    complete: Any = copy.copy(config)
+    if getattr(complete, "target_modules", None) is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        complete.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if complete.target_modules is None:  # PEFT will raise, or the config has target_parameters alone
         return {}
-    own = _maybe_include_all_linear_layers(own, model)
+    complete = _maybe_include_all_linear_layers(complete, model)
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return {
         name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, module in model.named_modules()
-        if name and not name.startswith(adapted) and check_target_module_exists(own, name)
+        if name and not name.startswith(adapted) and check_target_module_exists(complete, name)
     }

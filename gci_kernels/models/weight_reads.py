@@ -1,9 +1,9 @@
-"""Finds, in the source of modules' classes, where they take the weight of a layer within them instead of calling it.
+"""Finds, in the source of modules' classes, where they read the weight of a layer within them instead of calling it.
 
-`F.linear(x, self.out_proj.weight)` runs without the layer, and so without an adapter in its place. What a class does is
-read from its forward and the functions that this calls, with the layer in a variable, in a list, or handed on as an
-argument. `weight.dtype` and the like are no use of the weight. A branch whose condition is known from the module's
-attributes (`if self.pretraining_tp > 1`) counts only where it is taken.
+`F.linear(x, self.out_proj.weight)` runs without the layer, and so without an adapter in its place. The syntax trees of
+a class's forward and of the functions that it calls are searched; the layer may be in a variable, in a list, or passed
+as an argument. `weight.dtype` and the like do not count. A branch whose condition is known from the module's attributes
+(`if self.pretraining_tp > 1`) counts only if it is taken.
 """
 
 import ast
@@ -21,20 +21,25 @@ from typing import Any, cast
 
 from torch import nn
 
-# What is asked of a weight without computing with it.
+# Attributes, methods and functions of a weight that do not compute with its values.
 _PROPERTIES = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "grad", "__class__"}
-_QUESTIONS = {"size", "dim", "numel", "element_size", "is_floating_point", "data_ptr", "get_device", "stride"}
+_METHODS = {"size", "dim", "numel", "element_size", "is_floating_point", "data_ptr", "get_device", "stride"}
 _FUNCTIONS = {"isinstance", "hasattr", "type", "id", "zeros_like", "ones_like", "empty_like", "is_tensor", "len"}
-_DEPTH = 6  # of calls that are followed
+_DEPTH = 6  # of nested calls that are followed
 
-# The way from a module to one within it: names of attributes, None for any element of a list.
+# From a module to one within it: names of attributes, None for any element of a list.
 Path = tuple[str | None, ...]
-Condition = tuple[ast.expr, str, bool]
+Condition = tuple[ast.expr, str, bool]  # an expression, the name in it that means self, the value that it must have
 
 
 @dataclass(frozen=True)
 class Read:
-    """`path`: the layer whose weight is read; `conditions`: what has to hold, (test, the name of self, its value)."""
+    """One place in a class's code that reads a weight.
+
+    Attributes:
+        path: to the layer whose weight is read.
+        conditions: those of the branches around it.
+    """
 
     path: Path
     conditions: tuple[Condition, ...]
@@ -48,14 +53,14 @@ def weights_read(module: nn.Module) -> list[nn.Module]:
     forward = own.__func__ if isinstance(own, MethodType) and own.__self__ is module else type(module).forward
     found: dict[int, nn.Module] = {}
     for read in reads_of(cast(Any, type(module)), inspect.unwrap(forward)):
-        if all(_value(test, name, module) in (None, wanted) for test, name, wanted in read.conditions):
+        if all(_value(test, name, module) in (None, value) for test, name, value in read.conditions):
             found |= {id(each): each for each in _resolve(module, read.path)}
     return list(found.values())
 
 
 @functools.lru_cache(maxsize=2048)
 def reads_of(cls: type, forward: Any) -> tuple[Read, ...]:
-    """What `forward`, a function of `cls`, and the functions that it calls read."""
+    """The reads in `forward`, a function of the class `cls`, and in the functions that it calls."""
     if not isinstance(forward, FunctionType):
         return ()
     search = _Search(cls)
@@ -73,11 +78,11 @@ def _resolve(module: Any, path: Path) -> Iterator[nn.Module]:
 
 
 def _value(test: ast.expr, name: str, module: nn.Module) -> bool | None:
-    """Whether the condition holds for `module`; None where that is not known, or not for good."""
+    """Whether the condition holds for `module`; None where that is not known, or may change."""
     if isinstance(test, ast.BoolOp):
         values = [_value(each, name, module) for each in test.values]
-        decisive = isinstance(test.op, ast.Or)
-        return decisive if decisive in values else None if None in values else not decisive
+        dominant = isinstance(test.op, ast.Or)
+        return dominant if dominant in values else None if None in values else not dominant
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         value = _value(test.operand, name, module)
         return None if value is None else not value
@@ -90,12 +95,12 @@ def _value(test: ast.expr, name: str, module: nn.Module) -> bool | None:
     try:
         return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}, {name: module}))
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        return None  # the function would have failed there too, or set the attribute before
+        return None  # the function itself would fail there too, or sets the attribute before
 
 
 @functools.lru_cache(maxsize=2048)
 def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """None: there is no source to read, as of functions that exec or a Python prompt made."""
+    """The function's syntax tree; None where there is no source, as of functions that exec or a Python prompt made."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)[max(code.co_firstlineno - 1, 0) :]
     try:
@@ -106,7 +111,16 @@ def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | No
 
 
 class _Search:
-    """One walk through a class's functions; `found` has what they read."""
+    """One search through a class's functions.
+
+    Attributes:
+        found: the reads.
+        seen: the calls that were followed.
+        variables: in the present function, those that hold the module (an empty path) or something within it.
+        conditions: of the branches around the present statement.
+        name: of self in the present function, empty where it has none.
+        current, depth: the present function, and how many calls lead to it.
+    """
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -114,17 +128,22 @@ class _Search:
         self.seen: set = set()
         self.variables: dict[str, Path] = {}
         self.conditions: tuple[Condition, ...] = ()
-        self.name = ""  # of self
+        self.name = ""
         self.current: Any = None
         self.depth = 0
 
     def function(self, function: Any, paths: tuple[Path | None, ...], named: tuple[tuple[str, Path], ...] = ()) -> None:
-        """Walks through a function that is called with what lies at `paths`, None for other arguments."""
+        """Searches a function that is called.
+
+        Args:
+            paths: of its positional arguments, None for what is not within the module.
+            named: those of its keyword arguments that are within the module.
+        """
         key = (function, paths, named)
         if self.depth > _DEPTH or key in self.seen or not isinstance(function, FunctionType):
             return
         if function.__module__ == "torch.nn.modules.transformer":
-            return  # parents.call_layers takes care of those
+            return  # parents.disable_fast_paths covers those
         self.seen.add(key)
         if (tree := _tree(function)) is None:
             return self.code(function)
@@ -139,7 +158,7 @@ class _Search:
         self.depth -= 1
 
     def code(self, function: FunctionType) -> None:
-        """For a function without source: what its instructions read of self's attributes, on any condition."""
+        """Searches the instructions of a function without source for reads of self's attributes, on any condition."""
         own, instructions = function.__code__.co_varnames[:1], list(dis.get_instructions(function))
         path: Path | None = None
         for n, each in enumerate(instructions):
@@ -150,10 +169,9 @@ class _Search:
                 path = None
             else:
                 following = instructions[n + 1] if n + 1 < len(instructions) else each
-                asked = (
-                    following.opname in ("LOAD_ATTR", "LOAD_METHOD") and following.argval in _PROPERTIES | _QUESTIONS
-                )
-                if each.argval == "weight" and path and not asked:
+                loads = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                property_only = loads and following.argval in _PROPERTIES | _METHODS
+                if each.argval == "weight" and path and not property_only:
                     self.found.append(Read(path, self.conditions))
                 called = inspect.getattr_static(self.cls, each.argval, None) if path == () else None
                 if callable(called):
@@ -174,14 +192,16 @@ class _Search:
                 for target in statement.targets:
                     self.assignment(target, statement.value)
             else:
-                for _, value in ast.iter_fields(statement):
-                    for each in value if isinstance(value, list) else [value]:
-                        if isinstance(each, ast.stmt):
-                            self.statements([each])
-                        elif isinstance(each, ast.ExceptHandler):
-                            self.statements(each.body)
-                        elif isinstance(each, ast.AST):
-                            self.expression(each)
+                self.parts(statement)
+
+    def parts(self, statement: ast.stmt) -> None:
+        for child in ast.iter_child_nodes(statement):
+            if isinstance(child, ast.stmt):
+                self.statements([child])
+            elif isinstance(child, ast.ExceptHandler):
+                self.statements(child.body)
+            else:
+                self.expression(child)
 
     def branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt]) -> None:
         for statements, value in ((body, True), (orelse, False)):
@@ -191,7 +211,7 @@ class _Search:
     @contextlib.contextmanager
     def condition(self, test: ast.expr, value: bool) -> Iterator[None]:
         before = self.conditions
-        if self.name:  # else it says nothing of the module's attributes
+        if self.name:  # else the condition cannot be about the module's attributes
             self.conditions = (*before, (test, self.name, value))
         yield
         self.conditions = before
@@ -220,7 +240,7 @@ class _Search:
                 self.variables[target.id] = path
 
     def path(self, node: ast.expr) -> Path | None:
-        """Where, seen from the module, the value of an expression lies."""
+        """The path of an expression's value; None where it is not within the module."""
         if isinstance(node, ast.Name):
             return self.variables.get(node.id)
         step: str | None = None
@@ -240,37 +260,37 @@ class _Search:
         path = self.path(within)
         return None if path is None else (*path, step)
 
-    def expression(self, node: ast.AST, asked: bool = False) -> None:
-        """`asked`: only a question about the value, such as its dtype."""
+    def expression(self, node: ast.AST, property_only: bool = False) -> None:
+        """Searches an expression; `property_only`: of its value nothing is used but a property such as its dtype."""
         if isinstance(node, ast.Attribute):
-            path = self.path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
-            if path and not asked:
-                self.found.append(Read(path, self.conditions))
-            return self.expression(node.value, node.attr in _PROPERTIES)
-        if isinstance(node, ast.Call):
-            return self.call(node)
-        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-            for generator in node.generators:
-                self.loop(generator.target, generator.iter)
-        if isinstance(node, ast.IfExp):
+            self.attribute(node, property_only)
+        elif isinstance(node, ast.Call):
+            self.call(node)
+        elif isinstance(node, ast.IfExp):
             self.expression(node.test)
             for part, value in ((node.body, True), (node.orelse, False)):
                 with self.condition(node.test, value):
                     self.expression(part)
-            return None
-        if isinstance(node, ast.Compare):
-            asked = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+        elif isinstance(node, ast.Compare):
+            identity = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
             for operand in (node.left, *node.comparators):
-                self.expression(operand, asked)
-            return None
-        for child in ast.iter_child_nodes(node):
-            self.expression(child, asked and isinstance(node, ast.Subscript))
-        return None
+                self.expression(operand, identity)
+        else:
+            for generator in getattr(node, "generators", ()):  # of a comprehension
+                self.loop(generator.target, generator.iter)
+            for child in ast.iter_child_nodes(node):
+                self.expression(child, property_only and isinstance(node, ast.Subscript))
+
+    def attribute(self, node: ast.Attribute, property_only: bool) -> None:
+        path = self.path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
+        if path and not property_only:
+            self.found.append(Read(path, self.conditions))
+        self.expression(node.value, node.attr in _PROPERTIES)
 
     def call(self, node: ast.Call) -> None:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if isinstance(node.func, ast.Attribute):
-            self.expression(node.func.value, name in _QUESTIONS)
+            self.expression(node.func.value, name in _METHODS)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
             self.expression(argument, name in _FUNCTIONS)
         called, first = self.callee(node.func)
@@ -281,7 +301,7 @@ class _Search:
             self.function(inspect.unwrap(called), paths, given)
 
     def callee(self, function: ast.expr) -> tuple[Any, tuple[Path, ...]]:
-        """The function that is called, and self where it is a method."""
+        """The function that is called, and the path of self, (), as its first argument where it is a method."""
         if isinstance(function, ast.Name):
             return self.current.__globals__.get(function.id), ()
         if not isinstance(function, ast.Attribute):

@@ -1,8 +1,8 @@
-"""What the ops on linear layers do with their arguments first: autocast, checks, rows."""
+"""What the ops on linear layers do with their arguments first: autocast, checks, flattening to rows."""
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,18 +11,23 @@ _Out = TypeVar("_Out")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of a linear layer's operands; None where it leaves them: it is off, or x is float64."""
+    """The dtype to which autocast converts a linear layer's operands; None if it does not: it is off, or x is float64.
+
+    Raises:
+        TypeError: x is no tensor.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.device.type == "meta":  # torch knows of no autocast there, and raises when asked
+    device_type = x.device.type  # looked up once: it takes as long as everything else here
+    if device_type == "meta":  # torch has no autocast there, and raises when asked
         return None
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device_type)
 
 
 def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The operands of a linear layer as autocast casts them."""
+    """x, weight and bias of a linear layer, converted as autocast converts them; unchanged where it is off."""
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, weight, bias
@@ -30,16 +35,16 @@ def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Ten
 
 
 def without_autocast(op: Callable[..., _Out]) -> Callable[..., _Out]:
-    """`op` with autocast off: its arguments are cast already, and what it makes of them is meant to stay so."""
+    """`op`, whose first argument is a tensor, with autocast off: its arguments have the dtypes it is to compute in."""
 
     @functools.wraps(op)
-    def exact(x: Tensor, *args, **kwargs) -> _Out:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> _Out:
         if autocast_dtype(x) is None:
             return op(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return op(x, *args, **kwargs)
 
-    return exact
+    return run
 
 
 #: torch.index_copy, which under autocast refuses tensors of the 16-bit type that is not autocast's.
@@ -47,7 +52,7 @@ index_copy = without_autocast(torch.index_copy)
 
 
 def check_x(x: Tensor) -> None:
-    """x [..., in], floating point."""
+    """Raise TypeError or ValueError unless x is a floating point [..., in] with in >= 1."""
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -55,7 +60,13 @@ def check_x(x: Tensor) -> None:
 
 
 def check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor, same_dtype: bool) -> None:
-    """That `value` is a floating point tensor of `shape`, None standing for any size, beside x."""
+    """Raise TypeError or ValueError unless `value` is a floating point tensor of `shape` on x's device.
+
+    Args:
+        name: the argument's name, for the message.
+        shape: None stands for any size.
+        same_dtype: whether it must have x's dtype.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     fits = value.dim() == len(shape) and all(
@@ -73,15 +84,15 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Ten
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as [tokens, features] with contiguous rows; a copy only where the strides allow no such view."""
+    """x [..., features] as [tokens, features] with contiguous rows; a copy only where no view is possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def from_rows(y: Tensor, x: Tensor) -> Tensor:
-    """y [tokens, out], of which nothing else knows, as [..., out] beside x [..., in].
+    """y [tokens, out] as [..., out], for x [..., in]; nothing else may hold y.
 
-    To autograd it is no view: of a Function's output that would forbid what models do to a linear layer's, to write
-    into it (OLMo's clamp_), and FSDP loses its hook there.
+    For autograd the result is not a view. Models write in place into a linear layer's output (OLMo's clamp_), which is
+    forbidden for a view that a Function returns, and FSDP's hooks get lost on views.
     """
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])

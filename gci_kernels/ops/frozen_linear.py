@@ -1,19 +1,21 @@
 """A frozen linear layer through float32 products, for CPUs without a fast product of its dtype (ops/upcast.py)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gci_kernels import native
 from gci_kernels.ops.arguments import check_tensor, check_x, from_rows, rows, without_autocast
-from gci_kernels.ops.transforms import differentiated_again, transformed
+from gci_kernels.ops.transforms import differentiated_again, no_derivative, transformed
 from gci_kernels.ops.upcast import large_product, upcast_from, upcast_obstacle
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x @ W.T + b, rounded once, and dX by the same means; W and b get no gradient.
+    """y = x @ W.T + b through float32 products, rounded once, and dX in the same way.
 
-    Differentiable in x. Nothing is saved for backward but W, which is alive anyway. Deterministic for a given
-    number of threads.
+    Differentiable in x; W and b get no gradient. Only W is saved for backward. Deterministic for a given number of
+    threads.
 
     Args:
         x: [..., in], bfloat16 or float16, on a CPU. Rows that are not contiguous are copied once.
@@ -40,7 +42,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether :func:`frozen_linear` can take these operands of a linear layer, and is faster than the library."""
+    """Whether :func:`frozen_linear` accepts x [..., in], weight and bias, and is faster than the library's product."""
     start = upcast_from(x.dtype, native.ISA) if x.device.type == "cpu" else None
     if start is None or transformed() or x.dtype != weight.dtype:
         return False
@@ -65,15 +67,16 @@ def _dx(dy: Tensor, weight: Tensor) -> Tensor:
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
-def _backward(ctx, dy):
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    """Gradients of gci_kernels::frozen_linear."""
     (weight,) = ctx.saved_tensors
     if differentiated_again(dy):
         return dy @ weight, None, None
     return torch.ops.gci_kernels.frozen_linear_dx(dy, weight) if ctx.needs_input_grad[0] else None, None, None
-
-
-def _no_double_backward(ctx, *gradients):
-    raise RuntimeError("gci_kernels::frozen_linear_dx has no derivative; use dy @ weight where one is needed")
 
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
@@ -87,8 +90,8 @@ torch.library.register_fake(
 torch.library.register_fake(
     "gci_kernels::frozen_linear_dx", lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]), lib=_library
 )
+torch.library.register_autograd("gci_kernels::frozen_linear", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(
-    "gci_kernels::frozen_linear", _backward, lib=_library,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+    "gci_kernels::frozen_linear_dx", no_derivative("frozen_linear_dx", "use dy @ weight where one is needed"),
+    lib=_library,
 )  # fmt: skip
-torch.library.register_autograd("gci_kernels::frozen_linear_dx", _no_double_backward, lib=_library)

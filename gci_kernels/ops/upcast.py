@@ -1,9 +1,8 @@
 """Products of 16-bit tensors through float32, for CPUs on which the library has no fast 16-bit product.
 
-There PyTorch multiplies bfloat16 and float16 one element at a time in at least one of forward and dX, 10 to 70 times as
-slowly as float32. Here blocks of both operands are converted to float32 and multiplied by the library's float32
-product; a sum is rounded once, when it is complete. The scratch memory is three blocks of at most 16 MiB, whatever the
-sizes of the operands.
+There PyTorch multiplies bfloat16 and float16 one element at a time in forward, dX or both, 10 to 70 times slower than
+float32. Here blocks of both operands are converted to float32 and multiplied by the library's float32 product; each sum
+is rounded once, at its end. Temporary memory is three blocks of at most 16 MiB, whatever the sizes of the operands.
 """
 
 from collections.abc import Callable
@@ -14,25 +13,25 @@ from torch import Tensor
 HALVES = (torch.bfloat16, torch.float16)
 
 _BLOCK = 1 << 22  # float32 numbers in a block
-_ROWS = 1024  # of x in a block at most: from here on converting the weight again costs next to nothing
-#: Whether PyTorch has a fast product of these on this CPU, in its own words. Constants, so that torch.compile traces
-#: through plans.
+_ROWS = 1024  # of x in a block at most: for so many, converting the weight once a block costs next to nothing
+#: Whether PyTorch says that it has a fast product of this dtype on this CPU. Constants, so that torch.compile can trace
+#: the functions that choose a plan.
 LIBRARY_MULTIPLIES = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 # Tokens from which two conversions and a float32 product take less time than the library's 16-bit product and dX;
-# measured with 2 threads at 576x1536. Without AVX-512 dX is one element at a time. With it, and without AVX512_BF16,
-# oneDNN converts too, at 0.4 of float32's speed.
+# measured with 2 threads at 576x1536. Without AVX-512 the library computes dX one element at a time. With AVX-512 and
+# without AVX512_BF16 oneDNN converts to float32 too, and reaches 0.4 of float32's speed.
 _FROM, _FROM_AVX512 = 4, 16
 
 
 def upcast_from(dtype: torch.dtype, isa: str, library: bool | None = None) -> int | None:
-    """The least number of tokens from which "auto" takes these products on a CPU; None: never.
+    """The number of tokens from which "auto" takes these products on a CPU; None: never.
 
     Args:
         isa: the CPU's instruction set, one of native.ISAS.
-        library: whether the library has a fast product of `dtype`; None: as on this CPU.
+        library: whether PyTorch has a fast product of `dtype`; None: as on this CPU.
     """
     if dtype not in HALVES:
         return None
@@ -69,11 +68,12 @@ def reduced(u: Tensor, y: Tensor) -> Tensor:
 def large_product(
     x: Tensor, y: Tensor, block: Callable[[slice], Tensor], finish: Callable[[Tensor, slice, slice], Tensor]
 ) -> Tensor:
-    """y [tokens, width], written over with finish(x @ w) block by block, for x [tokens, depth] and a w [depth, width].
+    """y = finish(x @ w), computed block by block and written into y [tokens, width], which is returned.
 
     Args:
-        block: given columns of w, those in float32.
-        finish: given x @ w of some rows and columns in float32, and which they are, what is rounded and stored.
+        x: [tokens, depth], bfloat16 or float16, on a CPU.
+        block: takes a slice of columns; returns these columns of w [depth, width] in float32.
+        finish: takes a block of x @ w in float32, its rows and its columns; returns what is rounded and stored.
     """
     (tokens, depth), width = x.shape, y.shape[1]
     height = min(_ROWS, max(_BLOCK // max(depth, 1), 1))

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -13,10 +14,18 @@ from torch import nn
 from gci_kernels.impl import check_impl
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
-from gci_kernels.patching.report import LayerReport, Report, obstacle, report
-from gci_kernels.patching.undo import Snapshot, Undo, keep_plain, rewritten_in_place, trained_beside, unmerge
-from gci_kernels.tuners import AdaptedLinear, BottleneckConfig, LoKIConfig, frozen, published_loki
-from gci_kernels.tuners.base import AdaptedModel, check_modules_to_save
+from gci_kernels.patching.peft_layers import obstacle
+from gci_kernels.patching.report import LayerReport, Report, report
+from gci_kernels.patching.undo import (
+    Snapshot,
+    Undo,
+    make_undoable,
+    rewritten_in_place,
+    trained_base_parameters,
+    unmerge,
+)
+from gci_kernels.tuners import frozen, published_loki
+from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
 
@@ -27,22 +36,23 @@ def patch(
     model: nn.Module, config: PeftConfig | None = None, *, adapter_name: str = "default", upcast_frozen: bool = False,
     impl: str = "auto",
 ) -> nn.Module:  # fmt: skip
-    """Fuses a model's adapters, in place; with a config, adds the adapter first. All or nothing.
+    """Fuses a model's adapters, in place; with a config, adds the adapter first. An error leaves the model as it was.
 
     Args:
         model: with a config, a plain model, most often from transformers; without, one that has PEFT's LoRA layers or
             the published LoKI repository's layers.
-        config: LoRAMoEConfig, ALoRAConfig, LoKIConfig or peft.LoraConfig. The caller's object is not changed.
+        config: of one of the package's methods (gci_kernels.tuners), or peft.LoraConfig. The caller's object is not
+            changed.
         adapter_name: the new adapter's name in PEFT.
         upcast_frozen: let the model's frozen torch.nn.Linear layers, the head among them, take float32 products too
             where they are faster: in bfloat16 and float16, on a CPU without instructions for them. They are then more
-            exact than PyTorch's and do not give its bits. Off, these layers stay PyTorch's, whatever they cost.
-        impl: what all adapted layers give to their op as `impl`: "auto", "reference", "aten", "upcast", "native" (C++)
-            or "triton". "reference" is plain PyTorch; of the others but "auto", one that cannot run raises in forward.
+            exact than PyTorch's and their bits differ. Off, these layers stay PyTorch's, however slow.
+        impl: what all adapted layers pass to their op as `impl`: "auto", "reference" (plain PyTorch), "aten", "upcast",
+            "native" (C++) or "triton". One of the last four that cannot run raises in forward.
 
     Returns:
         With a config a PeftModel around `model`; without one `model` itself. A layer whose adapter cannot be fused
-        keeps PEFT's own computation and stands in :func:`report` with the reason. Patching twice changes nothing.
+        keeps PEFT's own computation; :func:`report` gives the reason. Patching twice changes nothing.
 
     Raises:
         ValueError, TypeError: the model has nothing to patch, or an argument does not fit. The model is then as it was.
@@ -52,16 +62,16 @@ def patch(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     snapshot = Snapshot(model, in_place=rewritten_in_place(model, config))
     try:
-        trained = trained_beside(model, config)
+        trained = trained_base_parameters(model, config)
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
             _take_over(model)
-        parents.call_layers(peft_model)
+        parents.disable_fast_paths(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
         _set_impl(peft_model, impl)
         if config is not None:
-            keep_plain(peft_model.base_model, Undo(snapshot, trained))
+            make_undoable(peft_model.base_model, Undo(snapshot, trained))
     except BaseException:
         Undo(snapshot).apply()
         raise
@@ -69,9 +79,9 @@ def patch(
 
 
 def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    if not isinstance(config, (BottleneckConfig, LoKIConfig, LoraConfig)):
-        allowed = "LoRAMoEConfig, ALoRAConfig, LoKIConfig or peft.LoraConfig"
-        raise TypeError(f"config must be a {allowed}, got {type(config).__name__}")
+    if not isinstance(config, (AdaptedConfig, LoraConfig)):
+        own = {c.__name__: c for c in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(c, AdaptedConfig)}
+        raise TypeError(f"config must be a {', '.join(own)} or peft.LoraConfig, got {type(config).__name__}")
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
     _check_targets(model, config)
@@ -86,8 +96,8 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     return peft_model
 
 
-def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | LoraConfig) -> None:
-    """PEFT passes over a name that matches nothing as long as another one does; a typing error should not train."""
+def _check_targets(model: nn.Module, config: AdaptedConfig | LoraConfig) -> None:
+    """ValueError where a name or pattern matches no module: PEFT ignores a misspelt one as long as another matches."""
     names = [name for name, _ in model.named_modules()]
     check_modules_to_save(config, names)
     adaptable = [*names, *(name for name, _ in model.named_parameters())]  # PEFT adds ranks of target_parameters
@@ -107,19 +117,19 @@ def _check_targets(model: nn.Module, config: BottleneckConfig | LoKIConfig | Lor
 
 
 def _take_over(model: nn.Module) -> None:
-    """Swaps every layer that has a fused form."""
-    published = [module for module in model.modules() if published_loki.is_split(module)]
+    """Gives every layer of PEFT or of a published repository that has a fused form its class."""
+    published = [module for module in model.modules() if published_loki.is_published_layer(module)]
     for module in published:
         published_loki.swap(module)
     _fuse_lora(model, needed=not published)
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
-    left = inside_attention(model)
+    merged_by_peft = inside_attention(model)
     adapted: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and id(module) not in left
+        if isinstance(module, BaseTunerLayer) and id(module) not in merged_by_peft
     ]
     obstacles = {name: obstacle(module) for name, module in adapted}
     if needed and all(obstacles.values()):
@@ -135,10 +145,10 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
 
 
 def _set_impl(model: nn.Module, impl: str) -> bool:
-    """Gives every adapted layer its `impl`; returns whether one had another than "auto" before."""
+    """Sets `impl` on everything in the model that has one; returns whether one had another than "auto" before."""
     changed = False
     for module in model.modules():
-        if isinstance(module, (AdaptedLinear, AdaptedModel, FusedLora, published_loki.FusedSplit)):
+        if hasattr(type(module), "gci_impl"):
             changed |= vars(module).pop("gci_impl", None) is not None
             if impl != "auto":
                 vars(module)["gci_impl"] = impl
@@ -148,14 +158,14 @@ def _set_impl(model: nn.Module, impl: str) -> bool:
 def unpatch(model: nn.Module) -> nn.Module:
     """Undoes :func:`patch`, and returns what was there before.
 
-    For patch(model, config) that is the plain model, bit for bit, its adapters gone (save them first), those that were
-    added later too; requires_grad, training mode and the config's fields that an adapter changes are as they were.
-    What others have added since, hooks above all, stays. For patch(peft_model) it is the PeftModel with PEFT's own
-    layers, trained values kept; the published LoKI layers too.
+    For patch(model, config) that is the plain model, bit for bit, without its adapters (save them first), those that
+    were added later included; requires_grad, training mode and the config's fields that an adapter changes are as they
+    were. Whatever others have added since, such as hooks, stays. For patch(peft_model) it is the PeftModel with PEFT's
+    own layers and their trained values; the same for the published LoKI layers.
 
     Raises:
-        ValueError: the model was not patched, or something stands in the way, which the message names; nothing has been
-            changed then.
+        ValueError: the model was not patched, or cannot be restored for a reason that the message names; nothing has
+            been changed then.
     """
     tuner: Any = model.base_model if isinstance(model, PeftModel) else None
     undo: Undo | None = getattr(tuner, "_gci_undo", None)
@@ -171,7 +181,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
     fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, published_loki.FusedSplit)]
+    published = [module for module in model.modules() if isinstance(module, published_loki.FusedPublishedLayer)]
     if not _set_impl(model, "auto") and not fused and not published:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
@@ -181,6 +191,6 @@ def unpatch(model: nn.Module) -> nn.Module:
         swap_back(layer)
     for module in published:
         published_loki.swap_back(module)
-    parents.call_layers_no_more(model)
+    parents.restore_fast_paths(model)
     frozen.swap_back(model)
     return model

@@ -1,4 +1,4 @@
-"""What patch changes in a model, and the way back to the plain model, bit for bit."""
+"""Records what patch changes in a model, and restores the plain model bit for bit."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,6 @@ from transformers import GenerationConfig, PretrainedConfig
 from gci_kernels.class_swap import Swapped, from_parts, give_class, parts_of, subclass
 from gci_kernels.models import parents
 from gci_kernels.models.targets import matched
-from gci_kernels.tuners import LoKILinear
 from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,14 +25,14 @@ _PLAIN_VALUES = (bool, int, float, str, list, tuple, dict, set, type(None))
 
 
 class _Absent:
-    """Stands for an attribute or key that was not there."""
+    """Stands for an attribute or key that does not exist."""
 
 
 class Snapshot:
     """The state of a module tree before something changes it.
 
-    Of tensors it holds what they are made of, which costs no memory: whoever gives a parameter other values by way of
-    `.data` leaves the old ones here. Only the parameters in `in_place` are copied.
+    It holds the parameters' `data`, which costs no memory: where a parameter's `data` is replaced, the old values are
+    still here. Only the parameters in `in_place`, whose memory will be written to, are copied.
     """
 
     def __init__(self, model: nn.Module, in_place: Iterable[nn.Parameter] = ()) -> None:
@@ -48,7 +47,7 @@ class Snapshot:
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
 
     def changes(self) -> list[tuple[nn.Module, str, Any, Any, Any]]:
-        """(module, attribute, key or None, old value, present value) of all that is another now."""
+        """(module, attribute, key or None, old value, present value) of all that is not the same object now."""
         changes: list[tuple] = []
         for module, cls, before in self.states:
             if type(module) is not cls:
@@ -67,31 +66,31 @@ class Snapshot:
         return changes
 
     def rewritten(self) -> Iterator["Weight"]:
-        """Parameters that are made of other memory now, or are not equal to their copies."""
+        """The parameters whose memory is another now, or that are not equal to their copies."""
         for module, _, before in self.states:
             for name, parameter in before["_parameters"].items():
                 old = self.values.get(id(parameter))
                 if old is None:
                     continue
-                kept = self.copies.get(id(parameter))
-                if kept is not None and not torch.equal(parameter.data, kept):
-                    yield Weight(module, name, parameter, kept, copied=True)
+                copied = self.copies.get(id(parameter))
+                if copied is not None and not torch.equal(parameter.data, copied):
+                    yield Weight(module, name, parameter, copied, copied=True)
                 elif not _same_memory(parameter.data, old):
                     yield Weight(module, name, parameter, old, copied=False)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter with values that it had before; `copied`: they are a copy, the parameter's memory was written to."""
+    """A parameter of a module, and the values that it had before."""
 
     module: nn.Module
     name: str
     parameter: nn.Parameter
     old: Tensor
-    copied: bool
+    copied: bool  # the old values are a copy, for the parameter's memory was written to
 
-    def give_back(self) -> None:
-        """The values as they would be had the plain model gone wherever the patched one has: to a device, a dtype."""
+    def restore(self) -> None:
+        """Restores the old values, on the device and in the dtype to which the patched model has been moved since."""
         now = getattr(self.module, self.name, self.parameter)
         vars(self.module).pop(self.name, None)  # PEFT puts a plain tensor there for the time of a merge
         parameter = self.module._parameters[self.name] = self.parameter
@@ -104,10 +103,14 @@ class Weight:
 
 
 class Undo:
-    """The way back from what has been changed since a snapshot: at once, or when the model is wanted back."""
+    """Undoes what has been changed since a snapshot: at once, or when unpatch is called.
+
+    Args:
+        before: the snapshot.
+        trained: parameters of the plain model that training will change; they are copied here.
+    """
 
     def __init__(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
-        """`trained`: parameters that the adapter's training will change, and which are copied here."""
         self.plain = [(module, dict(state["_modules"]), state["training"]) for module, _, state in before.states]
         self.flags = before.flags
         self.shapes = [(m, name, tuple(p.shape)) for m, name, p in _owned(before) if _is_plain_tensor(p)]
@@ -119,7 +122,7 @@ class Undo:
         self.extend(before, trained)
 
     def extend(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
-        """Adds what has been changed since another, later snapshot."""
+        """Adds what has been changed since another, later snapshot; the arguments are the constructor's."""
         known = {id(module) for module, _, _ in self.plain}
         self.changes += [change for change in before.changes() if id(change[0]) in known]
         for config, values in before.configs:
@@ -129,20 +132,20 @@ class Undo:
                 for key in values.keys() | now.keys()
                 if not _equal(values.get(key, _Absent), now.get(key, _Absent))
             ]
-        wanted = {id(parameter) for parameter in trained}
+        to_copy = {id(parameter) for parameter in trained}
         copies = (
             Weight(module, name, parameter, parameter.detach().clone(), copied=True)
             for module, name, parameter in _owned(before)
-            if id(parameter) in wanted
+            if id(parameter) in to_copy
         )
-        kept = {(id(weight.module), weight.name) for weight in self.weights}
+        recorded = {(id(weight.module), weight.name) for weight in self.weights}
         for weight in (*before.rewritten(), *copies):
-            if id(weight.module) in known and (key := (id(weight.module), weight.name)) not in kept:
-                kept.add(key)
+            if id(weight.module) in known and (key := (id(weight.module), weight.name)) not in recorded:
+                recorded.add(key)
                 self.weights.append(weight)
 
     def apply(self) -> None:
-        """Puts everything back. What was added since beside it, hooks of other owners above all, stays."""
+        """Restores everything. What others have added since, such as hooks, stays."""
         for module, attribute, key, old, _ in reversed(self.changes):
             if attribute == "__class__":
                 give_class(module, from_parts(*old))
@@ -157,7 +160,7 @@ class Undo:
             module._modules.update(children)
             module.training = training
         for weight in self.weights:
-            weight.give_back()
+            weight.restore()
         for module, name, flag in self.flags:
             if isinstance(parameter := module._parameters.get(name), nn.Parameter):
                 parameter.requires_grad_(flag)
@@ -168,22 +171,22 @@ class Undo:
                 vars(config)[key] = old
 
     def obstacle(self, model: nn.Module) -> str | None:
-        """Why :meth:`apply` would not give the plain model back, or None; `model` is what the tuner holds."""
+        """Why :meth:`apply` would not restore the plain model, or None; `model` is what the tuner holds."""
         names = {id(module): name for name, module in model.named_modules()}
         return self.blocked or self._resized(names) or self._replaced(names) or _lost_hooks(model) or _rounded(model)
 
     def _replaced(self, names: dict[int, str]) -> str | None:
-        left = {(id(module), key): new for module, attribute, key, _, new in self.changes if attribute == "_modules"}
-        wrapped = [new for new in left.values() if _is_wrapper(new)]
-        gone = 0
+        patched = {(id(module), key): new for module, attribute, key, _, new in self.changes if attribute == "_modules"}
+        wrapped = sum(map(_is_wrapper, patched.values()))
+        unwrapped = 0
         for module, children, _ in self.plain:
             for name, old in children.items():
-                now, by_patch = module._modules.get(name, _Absent), left.get((id(module), name))
-                gone += now is old and _is_wrapper(by_patch)
+                now, by_patch = module._modules.get(name, _Absent), patched.get((id(module), name))
+                unwrapped += now is old and _is_wrapper(by_patch)
                 if now is not old and now is not by_patch and not _wraps(now, old) and not _equal_modules(now, old):
                     path = f"{names.get(id(module), '')}.{name}".lstrip(".")
                     return f"{path} is another module than patch() left there: put that back first"
-        if wrapped and gone == len(wrapped):
+        if wrapped and unwrapped == wrapped:
             return (
                 "its adapters have been taken out already: what unload() or merge_and_unload() returned is the model, "
                 "and after merging its weights are no longer the plain model's"
@@ -214,27 +217,28 @@ class Undo:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Takes merged adapters out of base weights again, where that gives the weights their own bits back."""
+    """Unmerges all adapters of the model."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
-            with onload_layer(module):  # where accelerate keeps its weights elsewhere
+            with onload_layer(module):  # where accelerate has offloaded its weights
                 module.unmerge()
 
 
-class KeepsPlain(Swapped):
+class UndoableTuner(Swapped):
     """Mixin for the tuner of a model that patch made from a plain one: adapters added later are undone as well."""
 
     _gci_undo: Undo
     peft_config: dict[str, PeftConfig]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; what it changes is recorded too."""
         config = self.peft_config[adapter_name]
         merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules())
         before = Snapshot(model, in_place=rewritten_in_place(model, config))
-        trained = trained_beside(model, config)
+        trained = trained_base_parameters(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
-            parents.call_layers(model)
+            parents.disable_fast_paths(model)
         finally:
             if merged and next(before.rewritten(), None) is not None:
                 self._gci_undo.blocked = (
@@ -243,14 +247,14 @@ class KeepsPlain(Swapped):
             self._gci_undo.extend(before, trained)
 
 
-def keep_plain(tuner: Any, undo: Undo) -> None:
-    """Makes `tuner` remember how its plain model was, and its layers merge in a way that can be undone exactly."""
+def make_undoable(tuner: Any, undo: Undo) -> None:
+    """Attaches `undo` to PEFT's `tuner`, and makes its LoRA layers merge in a way that can be undone exactly."""
     tuner._gci_undo = undo
-    tuner.__class__ = subclass(cast(Any, type(tuner)), KeepsPlain)
-    left = inside_attention(tuner.model)
+    tuner.__class__ = subclass(cast(Any, type(tuner)), UndoableTuner)
+    merged_by_peft = inside_attention(tuner.model)
     for module in tuner.model.modules():
-        mine = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
-        if mine and id(module) not in left:
+        inexact = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
+        if inexact and id(module) not in merged_by_peft:
             module.__class__ = subclass(cast(Any, type(module)), _ExactLayer)
 
 
@@ -259,14 +263,14 @@ class _ExactLayer(ExactMerge, Swapped):
 
 
 def rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
-    """The base weights whose memory the start of an adapter writes over; other starts replace them."""
+    """The base weights that initialising an adapter overwrites in place; other initialisations replace them."""
     if not isinstance(config, lora.LoraConfig) or str(config.init_lora_weights).lower() != "olora":
         return []
     return [p for base in matched(model, config).values() if (p := base._parameters.get("weight")) is not None]
 
 
-def trained_beside(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
-    """The plain model's parameters that change in training, or with every call, although they are no adapter's."""
+def trained_base_parameters(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
+    """The plain model's own parameters that training an adapter of `config`, or a call, changes."""
     if not isinstance(config, lora.LoraConfig):
         return []
     targets = matched(model, config)
@@ -274,7 +278,7 @@ def trained_beside(model: nn.Module, config: PeftConfig | None) -> list[nn.Param
     changing = [
         p for module in found for name, p in module._parameters.items() if p is not None and name.endswith("bias")
     ]
-    for module in targets.values():  # PEFT merges into these for the time of each call, and takes out again by rounding
+    for module in targets.values():  # PEFT merges into these for each call, and unmerging rounds
         if isinstance(module, nn.MultiheadAttention):
             changing += [p for part in (module, module.out_proj) for p in part._parameters.values() if p is not None]
     return changing
@@ -292,7 +296,7 @@ def _lost_hooks(model: nn.Module) -> str | None:
 
 def _rounded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
-        exact = isinstance(module, (ExactMerge, LoKILinear, TrainableTokensLayer))
+        exact = getattr(module, "unmerges_exactly", False) or isinstance(module, TrainableTokensLayer)
         if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(cast(Any, module))):
             return (
                 f"an adapter was merged into the base layer of {name}, which unmerging gives back rounded: load the "
@@ -306,7 +310,7 @@ def _is_wrapper(module: Any) -> bool:
 
 
 def _wraps(module: Any, plain: Any) -> bool:
-    """Whether `module` is layers of PEFT around `plain`."""
+    """Whether `module` is one or several layers of PEFT around `plain`."""
     while _is_wrapper(module):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
         if module is plain:
@@ -315,7 +319,7 @@ def _wraps(module: Any, plain: Any) -> bool:
 
 
 def _equal_modules(now: Any, old: nn.Module) -> bool:
-    """Whether one may stand for the other: resizing an output layer to and fro leaves another of the same values."""
+    """Whether one may replace the other: an output layer resized twice is another module with the same values."""
     if type(now) is not type(old):
         return False
     tensors, others = now.state_dict(), old.state_dict()
@@ -333,7 +337,7 @@ def _owned(before: Snapshot) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _is_plain_tensor(parameter: Any) -> bool:
-    """Not quantised, in shards or without values: then its memory tells whether it was rewritten."""
+    """Whether a parameter is not quantised, sharded or on the meta device: only then rewriting shows in its memory."""
     return type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
 
 

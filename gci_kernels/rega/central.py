@@ -1,4 +1,4 @@
-"""The central prompt, which precedes every request, computed once: its keys and values are given to each generate()."""
+"""The central prompt, which precedes every request, computed once: each generate() gets its keys and values."""
 
 import copy
 import inspect
@@ -9,57 +9,57 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from gci_kernels.rega import model_state
+from gci_kernels.models import model_state
 from gci_kernels.rega.prompts import RegaError, Roles, messages, require_text, supports_system, tokens
 
-# User turns that begin in different ways, since a token may take in the prompt's end and a turn's first characters.
-# The empty one: where a vocabulary knows none of the others, all of them are the same unknown token.
+# User turns that begin in different ways, as one token may contain the prompt's end and a turn's first characters.
+# The empty one is for vocabularies in which all the others are the same unknown token.
 _BEGINNINGS = ("", "a", "Z", "0", " x", "\nx", "\tx", ".", "'s", "-", "é", "中", "🙂")
 
 
 class CentralPrompt:
-    """What :func:`central_prompt_cache` gives: the central prompt's tokens, and what the model keeps of them.
+    """The central prompt's tokens and their keys and values, made by :func:`central_prompt_cache`.
 
     Attributes:
         prompt: the central prompt.
-        prefix: the tokens that every request begins with, whose keys and values are kept.
+        prefix: the tokens that every request begins with, whose keys and values are cached.
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompt: str, system: bool, prefix: list[int], cache: Cache) -> None:
         self.prompt, self.prefix = prompt, prefix
         self._model, self._tokenizer, self._system, self._cache = model, tokenizer, system, cache
-        self._adapters, self._weights = model_state.adapters(model), model_state.weights(model)
+        self._adapters, self._weights = model_state.adapter_states(model), model_state.parameter_versions(model)
 
     def request(self, instructions: str | Sequence[str], *, copies: int = 1) -> dict[str, Any]:
         """Arguments for generate(): `model.generate(**central.request("..."), max_new_tokens=64)`.
 
-        In a batch, padding lies between the prefix and the shorter requests, masked, so that the prefix is in the same
-        place in all. Generate with the model, and the adapters, that the prefix was made with; `adapter_names` would
-        have others go on where these began.
+        In a batch, shorter requests have masked padding between the prefix and themselves, so that the prefix is at
+        the same positions in all. Generate with the model and the adapters that computed the prefix: `adapter_names`
+        would continue it with others.
 
         Args:
             instructions: the user's turn, or several for a batch.
-            copies: what generate() will be given as num_beams or num_return_sequences, whichever is more. It multiplies
-                tokens by that and leaves a cache as it is, so the cache has to be made so.
+            copies: the larger of num_beams and num_return_sequences in the call of generate(), which repeats the tokens
+                that often but not the cache.
 
         Returns:
             input_ids and attention_mask [batch, time], on the model's device, prefix included; past_key_values, a copy
-            of the kept cache for this batch and its copies.
+            of the cache for this batch and its copies.
 
         Raises:
-            RegaError: weights or active adapters have changed since the prefix was run, or the model is in training
-                mode. Writes through `.data` are not noticed: make a new cache after them.
+            RegaError: weights or active adapters have changed since the prefix was computed, or the model is in
+                training mode. Writes through `.data` are not noticed: make a new cache after them.
             ValueError: an instruction is no text or doesn't continue the prefix; or the batch needs padding, and the
-                model has sliding windows or counts positions itself, so that padding would be counted too.
+                model has sliding windows or takes no position_ids, so that it would count padding as tokens.
         """
         self._check_state()
-        asked = [instructions] if isinstance(instructions, str) else list(instructions)
-        if not asked:
+        texts = [instructions] if isinstance(instructions, str) else list(instructions)
+        if not texts:
             raise ValueError("instructions must be a string or a sequence of at least one")
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}")
         length = len(self.prefix)
-        rests = [self._tokens(index, text)[length:] for index, text in enumerate(asked)]
+        rests = [self._tokens(index, text)[length:] for index, text in enumerate(texts)]
         width = max(map(len, rests))
         if any(len(rest) < width for rest in rests):
             self._check_padding()
@@ -67,8 +67,8 @@ class CentralPrompt:
         ids = [self.prefix + [self._pad] * pad + rest for pad, rest in zip(pads, rests, strict=True)]
         mask = [[1] * length + [0] * pad + [1] * len(rest) for pad, rest in zip(pads, rests, strict=True)]
         cache: Any = copy.deepcopy(self._cache)
-        if len(asked) * copies > 1:
-            cache.batch_repeat_interleave(len(asked) * copies)
+        if len(texts) * copies > 1:
+            cache.batch_repeat_interleave(len(texts) * copies)
         device = self._model.device
         return {
             "input_ids": torch.tensor(ids, device=device),
@@ -78,7 +78,7 @@ class CentralPrompt:
 
     @property
     def _pad(self) -> int:
-        """Any token at all: it is masked."""
+        """Any token will do: padding is masked."""
         known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, self.prefix[0])
         return next(token for token in known if token is not None)
 
@@ -96,9 +96,9 @@ class CentralPrompt:
         changed = None
         if self._model.training:
             changed = "the model is in training mode: call model.eval()"
-        elif model_state.adapters(self._model) != self._adapters:
+        elif model_state.adapter_states(self._model) != self._adapters:
             changed = "other adapters are active, or with other weight: set them as they were, or make a new cache"
-        elif model_state.weights(self._model) != self._weights:
+        elif model_state.parameter_versions(self._model) != self._weights:
             changed = "the model's parameters have changed: make a new cache with central_prompt_cache"
         if changed:
             raise RegaError(f"the kept central prompt doesn't fit the model any more: {changed}")
@@ -106,7 +106,7 @@ class CentralPrompt:
     def _check_padding(self) -> None:
         if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
             why = "it has sliding windows, in which padding takes the place of tokens"
-        elif "position_ids" not in inspect.signature(model_state.inner(self._model).forward).parameters:
+        elif "position_ids" not in inspect.signature(model_state.base_model(self._model).forward).parameters:
             why = "it takes no position_ids, so padding inside would move what follows"
         else:
             return
@@ -114,10 +114,10 @@ class CentralPrompt:
 
 
 def central_prompt_cache(model: nn.Module, tokenizer: Any, roles: Roles) -> CentralPrompt:
-    """Run the central prompt once, for all requests: REGA's inference has no other (arXiv 2403.02756).
+    """Computes the central prompt once for all requests; REGA's inference has no other (arXiv 2403.02756).
 
-    Kept is what all requests have in common: all up to the user's turn, or, where the chat template has no system turn,
-    up to the instruction in it.
+    The cached prefix is what all requests have in common: all up to the user's turn, or, where the chat template has no
+    system turn, up to the instruction in it.
 
     Args:
         model: a causal language model in evaluation mode, or a PeftModel around one.
@@ -126,8 +126,8 @@ def central_prompt_cache(model: nn.Module, tokenizer: Any, roles: Roles) -> Cent
 
     Raises:
         RegaError: the model is in training mode.
-        ValueError: no chat template; it begins with the instruction, so requests share no token; or the model keeps
-            something other than the keys and values of past tokens.
+        ValueError: there is no chat template; it begins with the instruction, so that requests share no token; or the
+            model caches something other than keys and values.
     """
     if model.training:
         raise RegaError("the model is in training mode, in which dropout changes what is kept: call model.eval()")

@@ -1,4 +1,4 @@
-"""Self-distillation: the untouched model's own answers to general instructions, to be replayed in training."""
+"""Self-distillation: the original model's own answers to general instructions, to be replayed in training."""
 
 import contextlib
 import hashlib
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from gci_kernels.loki.scores import fingerprint
+from gci_kernels.models import model_state
 from gci_kernels.progress import bar as progress_bar
-from gci_kernels.rega import model_state
 from gci_kernels.rega.distilled import DistilledFile, kept
 from gci_kernels.rega.instructions import Pair
 from gci_kernels.rega.prompts import messages, render, require_text, supports_system, template_of
 
-LOOP_WORDS, LOOP_TIMES = 8, 3
+LOOP_WORDS, LOOP_TIMES = 8, 3  # so many words, repeated so often, make an answer a loop
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class _Sampling:
     max_new_tokens: int
 
     def options(self) -> dict[str, Any]:
-        """For generate(); top_k=0, because transformers keeps 50 tokens where nothing is said."""
+        """Arguments of generate(); top_k=0, as the default of transformers is 50."""
         if not self.temperature:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         return {
@@ -56,38 +55,38 @@ def distill(
 ) -> list[Pair]:
     """The model's own answers to `instructions`: REGA's general training data (arXiv 2403.02756).
 
-    Give the model as it is before training; one with adapters answers with those that are active. Answers are left out
-    that are empty, or repeated: equal to one that was kept before, but for case and whitespace, or looping, with the
-    same eight words in a row at three places or more (words are what whitespace divides). An answer that
-    `max_new_tokens` cut is kept, and its record says that it is not finished. Batches are fixed by position, and each
-    draws from a seed of its own, so a resumed run writes the bytes of an unbroken one.
+    Give the model as it is before training; a model with adapters answers with the active ones. Dropped are answers
+    that are empty, or repeated: equal to an earlier one except for case and whitespace, or a loop, in which the same
+    eight whitespace-separated words occur three times or more. An answer cut off by `max_new_tokens` is kept, and its
+    record says that it is not finished. Batches depend on the position only, and each has its own seed, so a resumed
+    run writes the same bytes as an uninterrupted one.
 
     Args:
-        model: a causal language model with generate(). It answers in evaluation mode, and then is as it was.
+        model: a causal language model with generate(). It answers in evaluation mode; its mode is restored.
         tokenizer: its tokenizer, with a chat template.
         instructions: the general instructions, none of them empty.
-        out: a .jsonl file for all answers with their seeds, dropped ones with the reason. Where it is there, the run
-            goes on with it; default: no file.
+        out: a .jsonl file for all answers with their seeds, dropped ones with the reason. An existing file is resumed;
+            default: no file.
         prompt: the central prompt; default: whatever the template writes without one.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the fewest tokens that have this probability together. The model's own generation_config
-            (top_k, penalties and all) has no say.
-        max_new_tokens: of an answer.
-        batch_size: instructions at a time, which is what a killed run repeats at most.
-        seed: of all that is drawn. PyTorch's own generators stay as they were.
-        after: called with the number of answered instructions, after every batch.
-        progress: show a bar on stderr, which goes when all is done.
+        temperature: 0 for greedy decoding.
+        top_p: sample from the smallest set of tokens with at least this probability. The rest of the model's
+            generation_config (top_k, penalties) is not used.
+        max_new_tokens: the longest answer.
+        batch_size: instructions at a time; a killed run repeats one batch at most.
+        seed: of the sampling. PyTorch's global generators are restored.
+        after: called after every batch with the number of answered instructions.
+        progress: show a progress bar on stderr, removed at the end.
 
     Returns:
-        The pairs that were not left out, in order.
+        The pairs that were not dropped, in order.
 
     Raises:
-        RegaError: `out` is there and is damaged, or another run's (model, tokenizer, instructions, settings or seed).
-            It stays as it is.
+        RegaError: `out` exists and is damaged, or another run's (model, tokenizer, instructions, settings or seed).
+            It is not changed.
         ValueError: an argument is out of range, or the tokenizer has no chat template.
     """
     _check(instructions, prompt, temperature, top_p, {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, seed)
-    _special_tokens(model, tokenizer)  # raises, before there is a file
+    _special_tokens(model, tokenizer)  # raises before the file is created
     system = supports_system(tokenizer)
     texts = [render(tokenizer, messages(prompt, text, system=system), generation=True) for text in instructions]
     sampling = _Sampling(float(temperature), float(top_p), max_new_tokens)
@@ -101,19 +100,19 @@ def distill(
             }  # fmt: skip
             file = stack.enter_context(DistilledFile(Path(out), header, instructions, seeds, batch_size))
             records = list(file.records)
-        stack.enter_context(_quiet(model))
+        stack.enter_context(_evaluation(model))
         bar = stack.enter_context(progress_bar("distillation", len(texts), completed=len(records), shown=progress))
         seen = {_normal(pair.answer) for pair in kept(records)}
         for first in range(len(records), len(texts), batch_size):
             answers = _answers(model, tokenizer, texts[first : first + batch_size], sampling, seeds[first])
-            made = [
-                _record(first + place, instructions[first + place], seeds[first], *answer, seen)
-                for place, answer in enumerate(answers)
+            new = [
+                _record(index, instructions[index], seeds[first], *answer, seen)
+                for index, answer in enumerate(answers, first)
             ]
             if file is not None:
-                file.write(made)
-            records += made
-            bar.advance(len(made))
+                file.write(new)
+            records += new
+            bar.advance(len(new))
             if after:
                 after(len(records))
     return kept(records)
@@ -145,9 +144,9 @@ def check_seed(seed: object) -> None:
 
 
 def _identity(model: nn.Module, tokenizer: Any, instructions: Sequence[str]) -> dict[str, Any]:
-    """Who answers what. The device belongs to it, for each kind draws other numbers from a seed."""
+    """What the answers depend on. The device type is part of it: each type draws other numbers from a seed."""
     return {
-        "model": _digest([fingerprint(model), model_state.adapters(model)]),
+        "model": _digest([model_state.fingerprint(model), model_state.adapter_states(model)]),
         "device": _device(model).type,
         "tokenizer": _digest([template_of(tokenizer), sorted(tokenizer.get_vocab().items())]),
         "instructions": _digest(list(instructions)),
@@ -160,7 +159,7 @@ def _digest(value: object) -> str:
 
 
 def _batch_seed(seed: int, batch: int) -> int:
-    """53 bits, which every reader of JSON keeps."""
+    """53 bits, which every JSON parser keeps exactly."""
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "little") >> 11
 
 
@@ -169,10 +168,10 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and a generation config that says nothing but the special tokens; then all as before."""
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and a generation config of the special tokens alone; both are restored."""
     modes = [(module, module.training) for module in model.modules()]
-    inner = model_state.inner(model)
+    inner = model_state.base_model(model)
     config = inner.generation_config
     ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -195,24 +194,24 @@ def _seeded(seed: int) -> Iterator[None]:
 def _answers(
     model: Any, tokenizer: Any, texts: Sequence[str], sampling: _Sampling, seed: int
 ) -> Iterator[tuple[str, int, bool]]:
-    """Of each text the answer, the number of its tokens, and whether it came to its end."""
+    """For each text the answer, the number of its tokens, and whether it is finished."""
     ends, pad = _special_tokens(model, tokenizer)
     ids, mask = _padded([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], pad)
     device = _device(model)
     with torch.no_grad(), _seeded(seed):
-        made = model.generate(
+        output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=pad,
             **sampling.options(),
         )  # fmt: skip
-    for row in made[:, ids.shape[1] :].tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), None)
+    for row in output[:, ids.shape[1] :].tolist():
+        stop = next((index for index, token in enumerate(row) if token in ends), None)
         count = len(row) if stop is None else stop + 1
         yield tokenizer.decode(row[:count], skip_special_tokens=True).strip(), count, stop is not None
 
 
 def _special_tokens(model: Any, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that end an answer, and the one that pads: any at all, for it is masked, and comes after the end."""
-    known = model_state.inner(model).generation_config.eos_token_id
+    """The tokens that end an answer, and one for padding: any token will do, as padding is masked."""
+    known = model_state.base_model(model).generation_config.eos_token_id
     ends = [known] if isinstance(known, int) else list(known or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)

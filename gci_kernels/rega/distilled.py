@@ -1,7 +1,7 @@
-"""Files of distilled answers: JSON lines that grow batch by batch, and that a killed run goes on with.
+"""Files of distilled answers: JSON lines, appended batch by batch, from which a killed run resumes.
 
-The first line says whose run it is. Each line after it is one instruction's record, in order. A batch is written at
-once and synced, so a kill leaves whole batches, and of the next one a beginning, which is made again.
+The first line has the run's settings. Each line after it is one instruction's record, in order. A batch is written at
+once and synced; where a kill leaves an incomplete batch, a resumed run computes that batch again.
 """
 
 import json
@@ -18,37 +18,37 @@ REASONS = (None, "empty", "repeated")
 _FIELDS = {"index": int, "instruction": str, "answer": str, "seed": int, "tokens": int, "finished": bool}
 
 
-def line(value: dict) -> bytes:
+def _line(value: dict) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
 
 
 class DistilledFile:
-    """A file on its way, held open. Use as a context manager.
+    """A file open for writing. Use as a context manager.
 
     Args:
-        path: the file; continued where it is there and of the same run, else made.
-        header: what the answers depend on.
-        instructions: all of the run's.
-        seeds: each instruction's.
-        batch: instructions are answered so many at a time.
+        path: the file; continued if it exists and belongs to the same run, else created.
+        header: the settings that the answers depend on.
+        instructions: all instructions of the run.
+        seeds: the seed of each instruction.
+        batch: how many instructions are answered at a time.
 
     Attributes:
-        records: those of finished batches.
+        records: the records of finished batches.
 
     Raises:
-        RegaError: the file is there and is another run's, damaged, or of another kind. It stays as it is.
+        RegaError: the file exists and is another run's, damaged, or of another format. It is not changed.
     """
 
-    def __init__(self, path: Path, header: dict, instructions: Sequence[str], seeds: Sequence[int], batch: int):
+    def __init__(self, path: Path, header: dict, instructions: Sequence[str], seeds: Sequence[int], batch: int) -> None:
         self.records: list[dict] = []
-        first, size = line({"format": FORMAT, **header}), 0
+        first, size = _line({"format": FORMAT, **header}), 0
         data = path.read_bytes() if path.exists() else b""
-        if not first.startswith(data):  # else a run was killed before its first line was whole
+        if not first.startswith(data):  # else a run was killed before its first line was complete
             found, records = _parse(path, data)
             _check_header(path, found, json.loads(first))
             _check_records(path, records, instructions, seeds)
-            whole = len(records) if len(records) == len(instructions) else len(records) // batch * batch
-            self.records, size = records[:whole], sum(len(line(r)) for r in records[:whole]) + len(first)
+            complete = len(records) if len(records) == len(instructions) else len(records) // batch * batch
+            self.records, size = records[:complete], sum(len(_line(r)) for r in records[:complete]) + len(first)
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._file.truncate(size)
         self._file.seek(size)
@@ -63,7 +63,7 @@ class DistilledFile:
 
     def write(self, records: list[dict]) -> None:
         """Append a batch's records."""
-        self._write(b"".join(map(line, records)))
+        self._write(b"".join(map(_line, records)))
         self.records += records
 
     def _write(self, data: bytes) -> None:
@@ -73,15 +73,15 @@ class DistilledFile:
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict, list[dict]]:
-    """The header and the records; a last line that was cut is left out."""
+    """The header and the records; an incomplete last line is left out."""
     values = []
     for number, text in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             value = json.loads(text)
         except ValueError as error:
             raise _damaged(path, number) from error
-        # As it was written, to the byte: so the records' places in the file are known, too.
-        if not isinstance(value, dict) or line(value) != text + b"\n":
+        # Byte for byte as it was written, so that the records' offsets in the file are known, too.
+        if not isinstance(value, dict) or _line(value) != text + b"\n":
             raise _damaged(path, number)
         values.append(value)
     if not values or values[0].get("format") != FORMAT:
@@ -119,10 +119,10 @@ def _check_records(path: Path, records: list[dict], instructions: Sequence[str],
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a finished file, dropped ones too.
+    """All records of a finished file, including the dropped ones.
 
     Raises:
-        RegaError: the file is missing, unfinished, damaged or of another kind.
+        RegaError: the file is missing, unfinished, damaged or of another format.
     """
     path = Path(path)
     if not path.exists():
@@ -134,11 +134,12 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def kept(records: Sequence[dict]) -> list[Pair]:
+    """The pairs of the records that were not dropped, in order."""
     return [Pair(record["instruction"], record["answer"]) for record in records if record["dropped"] is None]
 
 
 def read_distilled(path: str | os.PathLike) -> list[Pair]:
-    """The pairs that :func:`.distill` has written to a file and kept.
+    """The pairs in a file that :func:`.distill` has written, without those that were dropped.
 
     Raises:
         RegaError: as :func:`read_records`.

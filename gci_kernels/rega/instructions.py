@@ -1,4 +1,4 @@
-"""Instructions and pairs from files of people, in which a line may be broken."""
+"""Instructions and pairs from files that users write, in which single lines may be invalid."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from gci_kernels.rega.prompts import require_text
 
 INSTRUCTION = ("instruction", "prompt")
 ANSWER = ("answer", "completion", "response")
-DISTILLED = "gci_kernels.rega.distilled"  # how the format named in the first line of distill's files begins
+DISTILLED = "gci_kernels.rega.distilled"  # the beginning of the format in the first line of distill's files
 T = TypeVar("T")
 
 
@@ -24,21 +24,21 @@ class Pair:
 
 
 class Problem(NamedTuple):
-    """A line that was left out, counted from 1, and why."""
+    """The number of a line that was skipped, from 1, and the reason."""
 
     line: int
     message: str
 
 
 def read_instructions(path: str | os.PathLike) -> tuple[list[str], list[Problem]]:
-    """The instructions in a file, a line each, and the lines that hold none. Empty lines are neither.
+    """The instructions in a file, one a line, and the invalid lines. Empty lines are ignored.
 
     Args:
         path: .jsonl: a JSON string a line, or an object with "instruction", "prompt", or "messages", whose first user
-            turn is taken. Any other name: text, a line being an instruction.
+            turn is taken. Any other name: a text file, an instruction a line.
 
     Raises:
-        ValueError: no line can be used.
+        ValueError: no line is valid.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -46,14 +46,14 @@ def read_instructions(path: str | os.PathLike) -> tuple[list[str], list[Problem]
 
 
 def read_pairs(path: str | os.PathLike) -> tuple[list[Pair], list[Problem]]:
-    """The pairs in a .jsonl file, and the lines that hold none. Empty lines are neither.
+    """The pairs in a .jsonl file, and the invalid lines. Empty lines are ignored.
 
     Args:
         path: an object a line: "instruction" or "prompt" beside "answer", "completion" or "response", all strings; or
             "messages", of which the first user turn and the assistant's next one are taken.
 
     Raises:
-        ValueError: no line can be used, or distill has written the file: :func:`.read_distilled` reads that.
+        ValueError: no line is valid, or distill has written the file: :func:`.read_distilled` reads it.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -84,7 +84,7 @@ def _read(path: Path, parse: Callable[[str], T]) -> tuple[list[T], list[Problem]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Those with something in them. Cut at line feeds alone: other line breaks may stand in a text."""
+    """The lines that are not empty, by number. Only line feeds end a line: a text may contain other line breaks."""
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -112,8 +112,8 @@ def _pair(line: str) -> Pair:
         raise ValueError("must be an object")
     if "messages" not in value:
         return Pair(_field(value, INSTRUCTION), _field(value, ANSWER))
-    place, instruction = _turn(value["messages"], "user", 0)
-    return Pair(instruction, _turn(value["messages"], "assistant", place + 1)[1])
+    index, instruction = _turn(value["messages"], "user", 0)
+    return Pair(instruction, _turn(value["messages"], "assistant", index + 1)[1])
 
 
 def _utf8(line: str) -> str:
@@ -145,10 +145,10 @@ def _field(value: dict, names: tuple[str, ...]) -> str:
 
 
 def _turn(turns: object, role: str, start: int) -> tuple[int, str]:
-    """The place and text of the first turn of `role` at `start` or later."""
+    """The index and text of the first turn of `role` at `start` or later."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("messages must be a list of objects with role and content")
-    for place, turn in enumerate(turns[start:], start):
+    for index, turn in enumerate(turns[start:], start):
         if turn.get("role") == role:
-            return place, _text(f"the {role}'s content", turn.get("content"))
+            return index, _text(f"the {role}'s content", turn.get("content"))
     raise ValueError(f"messages has no {role}'s turn{' after the user' if start else ''}")

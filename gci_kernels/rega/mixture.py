@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gci_kernels.files import write_whole
 from gci_kernels.rega.distill import check_seed
 from gci_kernels.rega.instructions import Pair
 from gci_kernels.rega.prompts import GENERAL, Roles, messages, require_text, supports_system
@@ -27,14 +28,14 @@ class Counts:
 
     @property
     def total(self) -> int:
+        """All examples."""
         return self.general + sum(self.domains.values()) + sum(self.integrated.values())
 
 
 class Mixture(NamedTuple):
     """The examples, shuffled, and how many there are of each part.
 
-    An example has "messages", "part" ("general", "domain" or "integration") and "domain", its name or, of general
-    ones, "".
+    An example has "messages", "part" ("general", "domain" or "integration") and "domain", which is "" for general ones.
     """
 
     examples: list[dict[str, Any]]
@@ -52,8 +53,8 @@ def mixture(
 ) -> Mixture:
     """Mix general and domain pairs as REGA trains on them (arXiv 2403.02756).
 
-    General pairs have the central prompt. A domain's have its role prompt, and a share of them, drawn without
-    replacement, is there again under the central prompt, which alone is used in inference.
+    General pairs get the central prompt. A domain's pairs get its role prompt; a share of them, drawn without
+    replacement, is added a second time under the central prompt, the only one in inference.
 
     Args:
         general: pairs, such as :func:`.distill` gives.
@@ -121,17 +122,10 @@ def _pairs(what: str, pairs: Pairs) -> Iterator[Pair]:
 
 
 def write_mixture(mixture: Mixture, path: str | os.PathLike) -> None:
-    """Write the examples as JSON lines, which datasets and TRL read. The file is there whole or not at all.
+    """Write the examples as JSON lines, which datasets and TRL read. An existing file is replaced atomically.
 
     Raises:
         OSError: it can't be written.
     """
-    path = Path(path)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            for example in mixture.examples:
-                file.write(json.dumps(example, ensure_ascii=False) + "\n")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in mixture.examples)
+    write_whole(Path(path), "".join(lines))

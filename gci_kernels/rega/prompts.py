@@ -10,12 +10,12 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 GENERAL = "general"  # the general domain's name in counts; its prompt is the central one
-IGNORED = -100  # the label that losses leave out
-_PROBE = "Gci7Kernels"  # a prompt that no template has in it already
+IGNORED = -100  # the label that losses ignore
+_PROBE = "Gci7Kernels"  # a text that occurs in no template
 
 
 class RegaError(ValueError):
-    """A file or a kept state that doesn't fit the run it is given to. Its message names it and what to do."""
+    """A file or a cache that doesn't belong to this run or state. The message names it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Roles:
 
     Args:
         central: the central prompt.
-        domains: a role prompt for each domain, by the domain's name. "general" is no special domain's name.
+        domains: a role prompt for each domain, by the domain's name. "general" is no domain's name.
 
     Raises:
         ValueError: a prompt or a name is not a string with text in it, or there is no domain.
@@ -78,8 +78,8 @@ def messages(prompt: str | None, instruction: str, answer: str | None = None, *,
         prompt: the central or a role prompt; None leaves it out.
         instruction: the user's turn.
         answer: the assistant's turn; None leaves it out.
-        system: whether the template has a system turn (see :func:`supports_system`). Without one the prompt stands in
-            front of the user's turn, an empty line between them.
+        system: whether the template has a system turn (see :func:`supports_system`). Without one the prompt precedes
+            the instruction in the user's turn, separated by an empty line.
     """
     turns = []
     if prompt is not None and system:
@@ -107,7 +107,7 @@ def template_of(tokenizer: Any) -> str:
 
 
 def render(tokenizer: Any, turns: Sequence[Mapping], *, generation: bool) -> str:
-    """The turns as the template writes them; `generation`: followed by what an answer begins with.
+    """The turns as the template writes them; with `generation`, followed by the beginning of an answer.
 
     Raises:
         ValueError: there is no template, or it can't render them.
@@ -121,7 +121,7 @@ def render(tokenizer: Any, turns: Sequence[Mapping], *, generation: bool) -> str
 
 
 def supports_system(tokenizer: Any) -> bool:
-    """Whether the chat template renders a system turn. Some raise there, some leave its text out without a word.
+    """Whether the chat template renders a system turn. Some templates raise an error, some drop its text silently.
 
     Raises:
         ValueError: there is no template, or it can't even render a user's turn.
@@ -139,16 +139,16 @@ def tokens(tokenizer: Any, turns: Sequence[Mapping], *, generation: bool) -> lis
 
 
 def encode(tokenizer: Any, messages: Sequence[Mapping], *, max_length: int | None = None) -> dict[str, list[int]]:
-    """A training example: the tokens of a chat, and labels for its last answer alone.
+    """A training example: the tokens of a chat, and labels for its last answer only.
 
     Args:
         tokenizer: with a chat template; the template needs no {% generation %} markers.
         messages: a chat that ends with the assistant's turn.
-        max_length: tokens beyond are cut off on the right; default: none are.
+        max_length: longer chats are cut off on the right; default: no limit.
 
     Returns:
-        "input_ids", and "labels": -100 but on the last answer and what the template writes after it, its end-of-turn
-        tokens, so that a model learns to stop.
+        "input_ids", and "labels": -100 except for the last answer and the end-of-turn tokens after it, so that a model
+        learns to stop.
 
     Raises:
         ValueError: no chat template; the chat doesn't end with an answer; its tokens don't begin with those of the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels.generation import sequence
-from gci_kernels.generation.forward_context import Context
+from gci_kernels.generation.forward_context import LayerContext
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops import Sequence
 from gci_kernels.ops.arguments import autocast_dtype
@@ -29,6 +29,7 @@ from gci_kernels.tuners.bottleneck import (
     zeros_or_uniform,
 )
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.replay import may_replay
 
 
 @dataclass
@@ -92,7 +93,7 @@ class _Layer(BottleneckLayer):
         key = self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
         return f"{key}, run {run}" if run else key
 
-    def _rows(self, x: Tensor, context: Context) -> Tensor:
+    def _rows(self, x: Tensor, context: LayerContext) -> Tensor:
         """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
         leading = tuple(x.shape[:-1])
         if leading == context.shape:
@@ -120,7 +121,7 @@ class _Layer(BottleneckLayer):
         segments = check_sequence(tokens, x.shape[0], x.shape[1], 0 if past is None else past.shape[1], x.device)
         return self._compute(x, name, weight, bias, segments, past)
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
         context, key = sequence.required(), mixed_key(mix.names)
         rows, layer_key = self._rows(x, context), self.key_in(context.layer, context.run)
@@ -130,12 +131,12 @@ class _Layer(BottleneckLayer):
         kept: list[Any] = []
 
         def step(rows, weight, bias, y, tokens) -> Tensor | None:
-            groups: Any = tokens.groups(self._group)  # held, for a step knows addresses alone
-            if context.shape[1] != 1 or any(group is None for group in groups):
+            groups = tokens.groups(self._group)  # held, for a step knows addresses alone
+            if context.shape[1] != 1 or groups is None:
                 return None
             found: Any = find_step(rows, weight, bias, groups, tokens.rows)
-            place = None if found is None else context.room(layer_key, key, width, rows.dtype, rows.device)
-            return None if place is None else found.attend(rows, y, *place)
+            reserved = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
+            return None if reserved is None else found.attend(rows, y, *reserved)
 
         def add(y, rows, name, samples) -> Tensor:
             if not kept:
@@ -162,7 +163,7 @@ class _Layer(BottleneckLayer):
         step: Any = find_step(x, weight, bias, (group,))
         kept = None
         if step is not None:
-            kept = context.room(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
+            kept = context.reserve(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
@@ -198,7 +199,7 @@ class _Model(BottleneckModel):
             if not any(adapter_name in layer.r for layer in self.adapted):
                 raise ValueError(f"target_modules: {what}; nothing is left to adapt")
             warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
-        self.attached = sequence.attach(model, self.wanted)
+        self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -216,7 +217,7 @@ class _Model(BottleneckModel):
         self.adapted.append(ALoRALinear(target, name, config, key))
         return self.adapted[-1]
 
-    def wanted(self) -> Iterator[tuple[str, str]]:
+    def expected_entries(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""
         depth = self.attached.depth()
         for layer in self.adapted:

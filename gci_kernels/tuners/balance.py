@@ -5,9 +5,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gci_kernels.ops import balance_loss
 from gci_kernels.tuners.token_grid import Grid, TokenGrids
@@ -25,32 +27,35 @@ UNUSED = (
 
 
 @dataclass
-class _Recorded:
-    """One layer's gates [batch, time, num_experts], which tokens count, and the settings of its adapter."""
+class _LayerGates:
+    """What one layer recorded, with the settings of its adapter."""
 
-    gates: Tensor
-    mask: Tensor | None
+    gates: Tensor  # [batch, time, num_experts]
+    mask: Tensor | None  # [batch, time], of the tokens that count; None: all
     weight: float
     delta: float
 
 
 @dataclass
-class _Pass:
+class _ForwardPass:
     """One forward pass of the model in training with `task_types` in its batch."""
 
     task_types: Tensor
     grids: dict[str, Grid]
     has_labels: bool
     grad_enabled: bool
-    share: Tensor | float  # of the optimizer step's loss that this batch makes
+    fraction: Tensor | float  # this batch's part of the optimizer step's targets
     check_values: Callable[[], None]
-    recorded: list[_Recorded] = field(default_factory=list)
+    recorded: list[_LayerGates] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    output: Tensor | None = None  # of a layer that has been recorded
+    output: Tensor | None = None  # of the last layer that was recorded
 
     def total(self) -> Tensor:
-        """The sum over layers of weight * balance_loss. Computed after the layers: under gradient checkpointing their
-        forward runs again without a pass, and must do the same operations."""
+        """The sum over layers of weight * balance_loss, a scalar on the first layer's device.
+
+        Computed after the layers: under gradient checkpointing their forward runs again without a pass, and must do the
+        same operations.
+        """
         device = self.recorded[0].gates.device
         losses = [
             layer.weight
@@ -67,12 +72,13 @@ class _Pass:
 
 
 class BalanceCollector:
-    """One for each model; its layers hand in their gates, its two hooks on the model begin and end a pass.
+    """Collects the gates of a model's layers in a forward pass, which its two hooks on the model begin and end.
 
-    `task_types` is always taken out of the batch, for the model does not know it. Outside of training nothing else
-    happens. In training the sum over layers of weight * balance_loss is added to the output's loss, and also given as
-    output["balance_loss"], for loops that compute their loss themselves. With Trainer's `num_items_in_batch`
-    the loss is a part of a sum over the batches of an optimizer step, and what is added is the same part.
+    There is one for each model. `task_types` is always taken out of the batch, for the model does not know it. Outside
+    of training nothing else happens. In training the sum over layers of weight * balance_loss is added to the output's
+    loss, and also given as output["balance_loss"], for loops that compute their loss themselves. With Trainer's
+    `num_items_in_batch` the loss is a part of a sum over the batches of an optimizer step, and what is added is the
+    same part.
 
     Where a constraint is asked for and cannot act (no task_types, a loss without it, layers that see other tokens than
     the text's), a warning says so, once for each model and reason.
@@ -80,17 +86,17 @@ class BalanceCollector:
 
     def __init__(self) -> None:
         # By thread, for DataParallel's replicas share their collector. None: a pass whose batch has no task_types.
-        self._passes: dict[int, _Pass | None] = {}
-        self._told: set[str] = set()
+        self._passes: dict[int, _ForwardPass | None] = {}
+        self._warned: set[str] = set()
         self._used = False  # a loss with the constraint in it has been differentiated
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
 
     @property
     def active(self) -> bool:
-        """Whether gates are wanted now."""
+        """Whether a forward pass collects gates now."""
         return bool(self._passes) and (torch.compiler.is_compiling() or threading.get_ident() in self._passes)
 
-    def _current(self) -> _Pass | None:
+    def _current(self) -> _ForwardPass | None:
         if torch.compiler.is_compiling():  # which cannot ask for the thread; replicas are not compiled
             return next(iter(self._passes.values()))
         return self._passes[threading.get_ident()]
@@ -104,98 +110,110 @@ class BalanceCollector:
         Args:
             key: the layer's name in the model.
             gates: [batch, time, num_experts], or [batch * time, num_experts] where the model gives the layer that.
-            output: what the layer makes of the same tokens.
+            output: of the layer for the same tokens.
+            weight, delta, include_padding: the adapter's balance_weight, balance_delta and balance_include_padding.
             trained: whether the gates should carry a gradient.
+
+        Raises:
+            RuntimeError: the gates of a trained adapter carry none.
         """
-        now = self._current()
-        if now is None:
+        forward_pass = self._current()
+        if forward_pass is None:
             if trained:
-                self._tell(NO_TASKS)
+                self._warn(NO_TASKS)
             return
-        if trained and now.grad_enabled and not gates.requires_grad:
+        if trained and forward_pass.grad_enabled and not gates.requires_grad:
             raise RuntimeError(
                 "the balance loss would get no gradient: reentrant gradient checkpointing runs this layer without one; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        grid = self._grids.of_layer(key, now.grids, gates)
+        grid = self._grids.of_layer(key, forward_pass.grids, gates)
         if grid is None:
-            now.left_out.append(key)
+            forward_pass.left_out.append(key)
             return
         mask = None if include_padding else grid.mask
-        now.recorded.append(_Recorded(gates.reshape(*grid.shape, -1), mask, weight, delta))
-        now.output = output
+        forward_pass.recorded.append(_LayerGates(gates.reshape(*grid.shape, -1), mask, weight, delta))
+        forward_pass.output = output
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook of the model."""
+        """Forward pre-hook of the model; ValueError or TypeError where task_types are no 0 or 1 for each sample."""
         task_types = kwargs.pop("task_types", None)
         if not model.training:
             return args, kwargs
         if task_types is not None:
             self._passes[_thread()] = self._begin(model, torch.as_tensor(task_types), args, kwargs)
-        elif NO_TASKS not in self._told and torch.is_grad_enabled():
+        elif NO_TASKS not in self._warned and torch.is_grad_enabled():
             self._passes[_thread()] = None
         return args, kwargs
 
-    def _begin(self, model: nn.Module, task_types: Tensor, args: tuple, kwargs: dict) -> _Pass:
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        grids = self._grids.of_batch(given)
-        return _Pass(
+    def _begin(self, model: nn.Module, task_types: Tensor, args: tuple, kwargs: dict) -> _ForwardPass:
+        arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        grids = self._grids.of_batch(arguments)
+        return _ForwardPass(
             task_types,
             grids,
-            has_labels=given.get("labels") is not None,
+            has_labels=arguments.get("labels") is not None,
             grad_enabled=torch.is_grad_enabled(),
-            share=_share(given.get("labels"), kwargs),
+            fraction=_loss_fraction(arguments.get("labels"), kwargs),
             check_values=_value_check(task_types, grids.get("text")),
         )
 
-    def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output):
-        """Forward hook of the model; called with output None where the forward raised."""
-        done = self._passes.pop(_thread(), None)
-        if done is None or output is None:
+    def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook of the model; called with output None where the forward raised.
+
+        Returns:
+            The output with the constraint in it; None where it stays as it is.
+
+        Raises:
+            TypeError: a tuple, whose first entry is no loss.
+            ValueError: a task type is neither 0 nor 1.
+        """
+        forward_pass = self._passes.pop(_thread(), None)
+        if forward_pass is None or output is None:
             return None
-        if done.left_out:
-            self._tell(
+        if forward_pass.left_out:
+            self._warn(
                 "balance_weight: these layers see other tokens than the text's, and are left out of the balancing "
-                f"constraint: {', '.join(dict.fromkeys(done.left_out))}"
+                f"constraint: {', '.join(dict.fromkeys(forward_pass.left_out))}"
             )
-        if not done.recorded:
+        if not forward_pass.recorded:
             return None
-        if isinstance(output, tuple) and not done.has_labels:
+        if isinstance(output, tuple) and not forward_pass.has_labels:
             raise TypeError("task_types needs the model's dict output, or labels in the batch (return_dict=False)")
-        done.check_values()
-        total = done.total()
-        self._watch(total, done.output)
+        forward_pass.check_values()
+        total = forward_pass.total()
+        self._warn_if_unused(total, forward_pass.output)
         if isinstance(output, tuple):
-            return (output[0] + (done.share * total).to(output[0]), *output[1:])
+            return (output[0] + (forward_pass.fraction * total).to(output[0]), *output[1:])
         if output.get("loss") is not None:
-            output["loss"] = output["loss"] + (done.share * total).to(output["loss"])
+            output["loss"] = output["loss"] + (forward_pass.fraction * total).to(output["loss"])
         output["balance_loss"] = total
         return output
 
-    def _watch(self, total: Tensor, output: Tensor) -> None:
-        """Tells where a backward pass comes to the layers and not to the constraint."""
-        if self._used or UNUSED in self._told or torch.compiler.is_compiling():
+    def _warn_if_unused(self, total: Tensor, output: Tensor | None) -> None:
+        """Warns where a backward pass reaches `output`, of a layer, and not `total`, the constraint."""
+        if self._used or UNUSED in self._warned or torch.compiler.is_compiling():
             return
-        if not (total.requires_grad and output.requires_grad):
+        if output is None or not (total.requires_grad and output.requires_grad):
             return
         reached: list[bool] = []
 
         def decide() -> None:
             self._used = bool(reached)
             if not reached:
-                self._tell(UNUSED)
+                self._warn(UNUSED)
 
         total.register_hook(lambda grad: reached.append(True))
         # At the end of the whole backward pass: on several devices either of the two may be first.
         output.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(decide))
 
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
     def attach(self, model: nn.Module, keys: Iterable[str]) -> None:
-        """Puts the two hooks on `model`, once; `keys`: the names of its layers."""
+        """Registers the two hooks on `model`, once; `keys`: the names of its layers."""
         self._grids = TokenGrids(model, keys)
         if not self._handles:
             self._handles = [
@@ -204,7 +222,7 @@ class BalanceCollector:
             ]
 
     def detach(self) -> None:
-        """Takes them back."""
+        """Removes the hooks."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -214,13 +232,13 @@ def _thread() -> int:
 
 
 def _value_check(task_types: Tensor, text: Grid | None) -> Callable[[], None]:
-    """Raises what can be seen at once; what it returns raises where a value is neither 0 nor 1.
+    """Checks shape and dtype of task_types [batch]; the function that it returns checks that all values are 0 or 1.
 
-    On a GPU the answer is on its way meanwhile: waiting for it only after the forward has been launched costs nothing.
+    On a GPU the values are copied asynchronously: called after the forward was launched, it has nothing to wait for.
     """
     if task_types.dim() != 1 or (text is not None and task_types.shape[0] != text.shape[0]):
-        wanted = "[batch]" if text is None else f"[batch={text.shape[0]}]"
-        raise ValueError(f"task_types must be {wanted}, got {list(task_types.shape)}")
+        expected = "[batch]" if text is None else f"[batch={text.shape[0]}]"
+        raise ValueError(f"task_types must be {expected}, got {list(task_types.shape)}")
     if task_types.is_floating_point():
         raise TypeError(f"task_types must be integer or bool (0 or 1), got {task_types.dtype}")
     if task_types.dtype == torch.bool or torch.compiler.is_compiling():
@@ -239,10 +257,11 @@ def _value_check(task_types: Tensor, text: Grid | None) -> Callable[[], None]:
     return check
 
 
-def _share(labels: Tensor | None, kwargs: dict) -> Tensor | float:
-    """Of the targets of an optimizer step those in this batch; 1 where nobody counted them."""
+def _loss_fraction(labels: Tensor | None, kwargs: dict) -> Tensor | float:
+    """This batch's part of the targets of an optimizer step; 1 where they are not counted."""
     items, targets = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
-    if items is None or (labels is None and targets is None):
+    if targets is None and labels is not None:
+        targets = labels[..., 1:]  # as Trainer counts
+    if items is None or targets is None:
         return 1.0
-    targets = labels[..., 1:] if targets is None else targets  # as Trainer counts
     return targets.ne(-100).sum() / torch.as_tensor(items, device=targets.device)

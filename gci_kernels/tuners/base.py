@@ -149,7 +149,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
-        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
             return self._adapted(x, among(self._active_adapter, self.r))
         if args or kwargs:
@@ -160,7 +160,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return self._base_alone(x, mix)
         return self._mixed(x, mix)
 
-    def _base_alone(self, x: Tensor, mix: mixed.Mix | None) -> Tensor:
+    def _base_alone(self, x: Tensor, mix: mixed.MixedBatch | None) -> Tensor:
         """The base layer's output, while the adapters are merged into it or disabled."""
         if self.merged and mix is not None:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
@@ -260,12 +260,12 @@ class AdaptedModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        parents.call_layers(model)
+        parents.disable_fast_paths(model)
         experts.warn(model, config, self.tuner_layer_cls.method_name)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        parents.call_layers_no_more(model)
+        parents.restore_fast_paths(model)
         return model
 
     def _check_parents(self, model: nn.Module, config: Any) -> None:
@@ -291,5 +291,5 @@ class AdaptedModel(BaseTuner):
             return
         known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.r}
         names = mixed.checked_names(self, kwargs["adapter_names"], known)
-        with mixed.given(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
+        with mixed.enabled(self, names, args, kwargs, (AdaptedLinear,), (AuxiliaryTrainingWrapper,)):
             yield

@@ -75,6 +75,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     Under each adapter's name: its parameters, by the method's prefix and their names; its config in `configs`.
     """
 
+    unmerges_exactly = True
     method: ClassVar[Method]
     settings: dict[str, tuple[int, ...]]  # the mixer's numbers
     dropout_p: dict[str, float]
@@ -125,7 +126,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
 
     _adapted = FusedLayer._run
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
         return self._run_mixed(x, mix.names, self.r)
 

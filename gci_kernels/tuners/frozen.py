@@ -1,4 +1,4 @@
-"""The frozen linear layers of a patched model, whose instances change their class to run `ops.frozen_linear`."""
+"""Gives the frozen linear layers of a patched model another class, which runs `ops.frozen_linear`."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,18 +15,19 @@ else:
 
 
 class UpcastLinear(Swapped, _Layer):
-    """Mixin for a torch.nn.Linear: float32 products where they are faster than the library's, else its own forward."""
+    """Mixin for a torch.nn.Linear that computes in float32 where that is faster than the library's 16-bit product."""
 
     def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
         self, own_forward: Callable[..., Tensor], input: Tensor
     ) -> Tensor:
+        """x [..., in] -> [..., out] in the same dtype; the layer's own forward where the op does not take x."""
         if takes(input, self.weight, self.bias):
             return frozen_linear(input, self.weight, self.bias)
         return own_forward(self, input)
 
 
 def swap_all(model: nn.Module) -> None:
-    """Every layer that is a plain torch.nn.Linear without a gradient; others are left as they are."""
+    """Gives every plain torch.nn.Linear of `model` whose parameters are frozen the class :class:`UpcastLinear`."""
     for module in model.modules():
         if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
             give_class(module, subclass(nn.Linear, UpcastLinear))

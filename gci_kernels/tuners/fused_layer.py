@@ -50,8 +50,8 @@ class FusedLayer:
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
     ) -> Tensor | None:
         """mixed.MixedStep."""
-        groups: Any = tokens.groups(self._group)
-        step = None if any(g is None for g in groups) else find_step(x, weight, bias, groups, tokens.rows)
+        groups = tokens.groups(self._group)
+        step = None if groups is None else find_step(x, weight, bias, groups, tokens.rows)
         return None if step is None else step.run(x, y)
 
     def _add_update(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:

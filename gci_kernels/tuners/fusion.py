@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.class_swap import parts_of
-from gci_kernels.ops.decode import MAX_TOKENS, has_kernels
+from gci_kernels.limits import MAX_DECODE_TOKENS
+from gci_kernels.ops.decode import has_kernels
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import hooks
 from gci_kernels.tuners.frozen import UpcastLinear
@@ -73,7 +74,7 @@ def base_operands(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | N
 def takes_steps(impl: str, x: Tensor) -> bool:
     """Whether a layer that gives its op `impl` may take a decoding step for x: a few tokens, and no gradients."""
     # A subclass (a fake tensor, one in shards) need not have an address for a kernel.
-    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+    if torch.is_grad_enabled() or type(x) is not Tensor or not 0 < x.numel() <= MAX_DECODE_TOKENS * x.shape[-1]:
         return False
     device = x.device.type
     if impl != "auto" and not (impl == "native" and device == "cpu"):

@@ -1,9 +1,9 @@
-"""accelerate's hooks, for layers that read the tensors of other modules where those modules are not called.
+"""accelerate's hooks, for layers that read the tensors of other modules without calling those modules.
 
 accelerate (cpu_offload, disk_offload, dispatch_model, device_map) replaces the forward of a module's instance. Before
-that runs, its AlignDevicesHook brings the module's tensors to the execution device and moves the input there; behind
-it, it puts the tensors that it offloads back onto the meta device. A container of parameters has such a hook too, but
-no forward that anybody calls.
+that runs, its AlignDevicesHook brings the module's tensors to the execution device and moves the input there; after it,
+the tensors that it offloads go back to the meta device. A container of parameters has such a hook too, but no forward
+that anybody calls.
 """
 
 import contextlib
@@ -15,24 +15,26 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
 
-#: Where a module keeps its hook.
+#: The attribute in which accelerate keeps a module's hook.
 HOOK = "_hf_hook"
 
 
 def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
-    """What the forward on an instance does beside that of its class, or None where it is nothing.
+    """What the forward that is set on an instance does beside its class's, or None where that is nothing.
 
     Args:
         module: a layer with a weight, and with `forward` in its __dict__.
-        x: what it would be called with; None: something on the device of its weight.
+        x: its input [..., in]; None: one on the device of its weight.
     """
     forward = vars(module)["forward"]
-    if is_own(module, forward):  # what accelerate leaves where it takes its hook away
+    if is_class_forward(module, forward):  # what accelerate leaves where it takes its hook away
         return None
     hook, old = vars(module).get(HOOK), vars(module).get("_old_forward")
-    if torch.compiler.is_compiling() or not (hook is not None and _is_of_accelerate(forward) and is_own(module, old)):
+    if torch.compiler.is_compiling() or not (
+        hook is not None and _is_of_accelerate(forward) and is_class_forward(module, old)
+    ):
         return "its forward is replaced on the instance"
-    for each in _each(hook):
+    for each in _single_hooks(hook):
         if type(each) not in (ModelHook, AlignDevicesHook) or each.no_grad:
             return f"a {type(each).__name__} of accelerate runs around its forward"
         if type(each) is ModelHook:
@@ -45,8 +47,8 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
     return None
 
 
-def is_own(module: nn.Module, forward: object) -> bool:
-    """Whether `forward` is that of the module's class, bound to the module."""
+def is_class_forward(module: nn.Module, forward: object) -> bool:
+    """Whether `forward` is the method of the module's class, bound to the module."""
     return getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
 
 
@@ -54,25 +56,30 @@ def _is_of_accelerate(forward: object) -> bool:
     return isinstance(forward, functools.partial) and forward.func.__module__ == ModelHook.__module__
 
 
-def _each(hook: ModelHook) -> Iterator[Any]:
+def _single_hooks(hook: ModelHook) -> Iterator[Any]:
+    """The hooks that a sequence of hooks consists of."""
     if isinstance(hook, SequentialHook):
         for part in hook.hooks:
-            yield from _each(part)
+            yield from _single_hooks(part)
     else:
         yield hook
 
 
-def _is_on(device: torch.device, wanted: int | str | torch.device | None) -> bool:
-    if wanted is None:
+def _is_on(device: torch.device, expected: int | str | torch.device | None) -> bool:
+    if expected is None:
         return True
-    wanted = torch.device(wanted)
-    return device.type == wanted.type and wanted.index in (None, device.index)
+    expected = torch.device(expected)
+    return device.type == expected.type and expected.index in (None, device.index)
 
 
 def onload(container: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a container that has a hook, as a call of the container would find it.
+    """A tensor of a container that has a hook, brought to the device where the container's hook would bring it.
 
-    The tensor alone is brought, and not those of other adapters beside it. What the container holds stays as it is.
+    Only this tensor is copied, and not those of other adapters in the container, which itself stays as it is.
+
+    Args:
+        name: of the tensor in the container.
+        tensor: a parameter or buffer of the container, on the meta device.
     """
     hook = vars(container)[HOOK]
     alone = nn.Module()
@@ -86,7 +93,7 @@ def onload(container: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Meanwhile the tensors of an offloaded module are where it computes. What is written to them is lost."""
+    """While this context is active, an offloaded module's tensors are where it computes; writes to them are lost."""
     if not is_offloaded(module):
         yield
         return
@@ -106,8 +113,10 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module, present: torch.device) -> torch.device:
-    """Where the module computes; `present`: where its weight is now."""
+    """The device on which the module computes; `present`: the one where its weight is now."""
     if present.type != "meta" or HOOK not in vars(module):
         return present
-    devices = [each.execution_device for each in _each(vars(module)[HOOK]) if isinstance(each, AlignDevicesHook)]
+    devices = [
+        each.execution_device for each in _single_hooks(vars(module)[HOOK]) if isinstance(each, AlignDevicesHook)
+    ]
     return next((torch.device(device) for device in devices if device is not None), present)

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
-from gci_kernels.tuners.loki_positions import Positions, RowPositions, resolve
+from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
 
@@ -74,6 +74,14 @@ class LoKIConfig(AdaptedConfig):
         return super().to_dict() | {"positions": None, "quota": None}
 
 
+class _Merged(NamedTuple):
+    """What merging an adapter did to the base layer: its k rows before and after, and their bias before."""
+
+    base_rows: Tensor  # [k, in] in the weight's dtype
+    base_bias: Tensor | None  # [k]
+    merged_rows: Tensor  # [k, in]
+
+
 class LoKILinear(AdaptedLinear):
     """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
@@ -86,6 +94,7 @@ class LoKILinear(AdaptedLinear):
     settings_name = "loki_settings"
     former_names = {"loki_B": "loki_lora_B"}
     method_name = "LoKI"
+    unmerges_exactly = True
     loki_active: nn.ParameterDict
     loki_A: nn.ParameterDict
     loki_lora_B: nn.ParameterDict
@@ -96,26 +105,29 @@ class LoKILinear(AdaptedLinear):
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
         self.merged_rows = MergedRows() if config.keep_merged else None
-        self.apart: set[frozenset[str]] = set()  # adapters that were seen to share no row
-        self.replaced: list[tuple[Tensor, Tensor | None]] = []  # what merging wrote over
-        self.written: list[Tensor] = []  # and what it wrote
+        self.disjoint: set[frozenset[str]] = set()  # sets of adapters that were found to share no row
+        self.merges: list[_Merged] = []  # one for each of merged_adapters
         self.update_layer(name, config, positions)
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
-        """Adds the adapter `name`, or makes it anew; positions [k], -1 where loading will bring them."""
+        """Adds the adapter `name`, or makes it anew.
+
+        Args:
+            positions: [k] int64, -1 where a file that is loaded later has them.
+        """
         base: Any = self.get_base_layer()
-        own, k, r = self._base_rows(), positions.shape[0], config.r
-        device = own.device
+        base_rows, k, r = self._base_rows(), positions.shape[0], config.r
+        device = base_rows.device
         self.r[name], self.scaling[name] = r or 0, config.lora_alpha / (r or 1)
         self.loki_positions[name] = positions.to(device)
         rows = positions.clamp(min=0).to(device)
         if r is None:
-            active = own.index_select(0, rows)
+            active = base_rows.index_select(0, rows)
             self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
         else:
             self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
-            up = torch.zeros(k, r)
-            self.loki_lora_B[name] = nn.Parameter(up if config.init_weights else _random(up))
+            B = torch.zeros(k, r)
+            self.loki_lora_B[name] = nn.Parameter(B if config.init_weights else _random(B))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -125,7 +137,7 @@ class LoKILinear(AdaptedLinear):
         """The base layer's weight, dequantised, as [out, in]."""
         base: Any = self.get_base_layer()
         with hooks.onloaded(base):
-            weight = _dequantised(base).detach()
+            weight = dequantised_weight(base).detach()
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _base_bias(self) -> Tensor:
@@ -134,48 +146,50 @@ class LoKILinear(AdaptedLinear):
             return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        self._check_apart(names)
-        y = None
-        plain = fusion.obstacle(self.base_layer, x) is None
-        step = (
-            plain and self.gci_impl == "auto" and fusion.takes_steps("auto", x)
-        )  # then replacing the outputs costs least
-        for name in names:
-            if y is None and (self.r[name] or not step) and plain:
-                y = self._fused(x, name)
-            else:
-                y = self._replace(fusion.product(self.base_layer, x) if y is None else y, x, name, in_place=step)
-        return self.base_layer(x) if y is None else y
+        if not names:
+            return self.base_layer(x)
+        self._check_disjoint(names)
+        weight, bias, y = fusion.base_operands(self.base_layer, x)
+        # In a decoding step the cheapest way is to overwrite columns of the base product, which no one else holds.
+        in_place = y is None and self.gci_impl == "auto" and fusion.takes_steps("auto", x)
+        first, *others = names
+        if weight is not None and (self.r[first] or not in_place):
+            y = self._fused(x, weight, bias, first)
+        else:
+            y = self._replace_columns(self.base_layer(x) if y is None else y, x, first, in_place)
+        for name in others:
+            y = self._replace_columns(y, x, name, in_place)
+        return y
 
-    def _mixed(self, x: Tensor, mix: mixed.Mix) -> Tensor:
+    def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
-        return mixed.combine(self.base_layer, x, mixed.Tokens(x, mix.names, self.r), self._replace_some, None)
+        return mixed.combine(self.base_layer, x, mixed.Tokens(x, mix.names, self.r), self._replace_samples, None)
 
-    def _replace_some(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
-        some = self._replace(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
-        return index_copy(y, 0, samples, some)
+    def _replace_samples(self, y: Tensor, x: Tensor, name: str, samples: Tensor) -> Tensor:
+        """y [inputs, tokens, out] with the adapter's columns in the rows `samples`."""
+        changed = self._replace_columns(y.index_select(0, samples), x.index_select(0, samples), name, in_place=False)
+        return index_copy(y, 0, samples, changed)
 
-    def _fused(self, x: Tensor, name: str) -> Tensor:
-        """The adapted layer in one op, which reads the base weight."""
-        base: Any = self.base_layer
-        weight, bias, positions = base.weight, base.bias, self.loki_positions.require(name)
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        """The adapted layer in one op, which reads the base layer's weight [out, in] and bias [out]."""
+        positions = self.loki_positions.require(name)
         active_bias = self.parameter("loki_active_bias", name) if bias is not None else None
         if not self.r[name]:
             active = self.parameter("loki_active", name)
             return loki_linear(
                 x, weight, bias, active, positions, active_bias, merged=self.merged_rows, impl=self.gci_impl
             )
-        if active_bias is not None:
+        if bias is not None and active_bias is not None:
             bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
         return self._low_rank(x, weight, bias, name)
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        scaling, up = applied(self.scaling[name], self._up(name))
-        return lora_linear(x, weight, bias, self.parameter("loki_A", name), up, scaling=scaling, impl=self.gci_impl)
+        scaling, B = applied(self.scaling[name], self._full_B(name))
+        return lora_linear(x, weight, bias, self.parameter("loki_A", name), B, scaling=scaling, impl=self.gci_impl)
 
-    def _replace(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
-        """y [..., out] with the adapter's columns in it."""
+    def _replace_columns(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
+        """y [..., out], the base product, with the adapter's columns in place of its own."""
         positions = self.loki_positions.require(name)
         active_bias = self.parameter("loki_active_bias", name).to(y.dtype) if name in self.loki_active_bias else None
         if not self.r[name]:
@@ -188,67 +202,73 @@ class LoKILinear(AdaptedLinear):
         change = active_bias - self._base_bias().index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
 
-    def _up(self, name: str) -> Tensor:
-        """B as [out, r], zeros where nothing is trained."""
-        up = self.parameter("loki_lora_B", name)
-        return index_copy(up.new_zeros(self.out_features, up.shape[1]), 0, self.loki_positions.require(name), up)
+    def _full_B(self, name: str) -> Tensor:
+        """LoKI*'s B as [out, r], zeros in the rows that are not trained."""
+        B = self.parameter("loki_lora_B", name)
+        return index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
 
-    def _check_apart(self, names: Sequence[str]) -> None:
+    def _check_disjoint(self, names: Sequence[str]) -> None:
+        """ValueError where two of the adapters train the same row."""
         if len(names) < 2:
             return
         if torch.compiler.is_exporting():  # the rows have no values there
-            if frozenset(names) not in self.apart:
+            if frozenset(names) not in self.disjoint:
                 raise ValueError(f"adapters {names} are active together: run the model once before its graph is made")
             return
         rows = torch.cat([self.loki_positions.require(name) for name in names])
         if rows.unique().numel() < rows.numel():
-            self.apart.discard(frozenset(names))
+            self.disjoint.discard(frozenset(names))
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
-        self.apart.add(frozenset(names))
+        self.disjoint.add(frozenset(names))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the rows into the base weight; its other rows keep their bits."""
+        """Writes the rows into the base weight; its other rows keep their bits.
+
+        Args:
+            safe_merge: first see that the rows are finite.
+            adapter_names: those to be merged; None: the active ones.
+
+        Raises:
+            ValueError: the base weight is quantised, adapters share a row, or `safe_merge` found a NaN.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         base: Any = self.get_base_layer()
         kind = type(getattr(base, "weight", None))
         if names and kind not in (nn.Parameter, Tensor):
             name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
             raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
-        self._check_apart([*self.merged_adapters, *names])
-        with self._base_to_be_written():
+        self._check_disjoint([*self.merged_adapters, *names])
+        with self._onloaded_to_write(), torch.no_grad():
             for name in names:
-                rows, positions = self._merged(name), self.loki_positions.require(name)
+                rows = self._rows_to_merge(name)
                 if safe_merge and not torch.isfinite(rows).all():
-                    # in PEFT's words
+                    # PEFT's message
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                with torch.no_grad():
-                    bias = None if base.bias is None else base.bias.index_select(0, positions)
-                    self.replaced.append((self._base_rows().index_select(0, positions), bias))
-                    self._write(positions, rows, None if bias is None else self.parameter("loki_active_bias", name))
-                    self.written.append(self._base_rows().index_select(0, positions))
+                positions = self.loki_positions.require(name)
+                base_rows = self._base_rows().index_select(0, positions)
+                base_bias = None if base.bias is None else base.bias.index_select(0, positions)
+                self._write(positions, rows, None if base_bias is None else self.parameter("loki_active_bias", name))
+                merged_rows = self._base_rows().index_select(0, positions)
+                self.merges.append(_Merged(base_rows, base_bias, merged_rows))
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Gives the base weight its own rows back, bit for bit; what was added to them meanwhile is added to those."""
-        with self._base_to_be_written(), torch.no_grad():
+        """Restores the base weight's own rows bit for bit; what was added to them while merged is added to those."""
+        with self._onloaded_to_write(), torch.no_grad():
             while self.merged_adapters:
-                name = self.merged_adapters.pop()
-                positions, (own, bias), merged = (
-                    self.loki_positions.require(name),
-                    self.replaced.pop(),
-                    self.written.pop(),
-                )
-                now = self._base_rows().index_select(0, positions)
-                same = (now == merged) | (now.isnan() & merged.isnan())
-                self._write(positions, torch.where(same, own, own + (now - merged)), bias)
+                positions = self.loki_positions.require(self.merged_adapters.pop())
+                base_rows, base_bias, merged_rows = self.merges.pop()
+                present = self._base_rows().index_select(0, positions)
+                unchanged = (present == merged_rows) | (present.isnan() & merged_rows.isnan())
+                rows = torch.where(unchanged, base_rows, base_rows + (present - merged_rows))
+                self._write(positions, rows, base_bias)
 
-    def _base_to_be_written(self) -> contextlib.AbstractContextManager:
-        """Meanwhile the base layer's weight can be written to, an offloaded one too."""
+    def _onloaded_to_write(self) -> contextlib.AbstractContextManager:
+        """While this context is active, the base layer's weight can be written to, an offloaded one too."""
         base: Any = self.get_base_layer()
         return onload_layer(self) if hooks.is_offloaded(base) else contextlib.nullcontext()
 
-    @torch.no_grad()
-    def _merged(self, name: str) -> Tensor:
+    def _rows_to_merge(self, name: str) -> Tensor:
         """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
         base: Any = self.get_base_layer()
         dtype = base.weight.dtype
@@ -256,8 +276,8 @@ class LoKILinear(AdaptedLinear):
             return self.parameter("loki_active", name).to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         change = self.parameter("loki_lora_B", name).to(wide) @ self.parameter("loki_A", name).to(wide)
-        own = self._base_rows().index_select(0, self.loki_positions.require(name))
-        return (own.to(wide) + self.scaling[name] * change).to(dtype)
+        base_rows = self._base_rows().index_select(0, self.loki_positions.require(name))
+        return (base_rows.to(wide) + self.scaling[name] * change).to(dtype)
 
     def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
         base: Any = self.get_base_layer()
@@ -265,20 +285,23 @@ class LoKILinear(AdaptedLinear):
         if bias is not None:
             base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoKILinear":
         if self.merged_rows is not None:
             self.merged_rows.drop()  # before, so that a move does not hold two copies
         return super()._apply(fn, recurse)
 
     def settings_of(self, config: LoKIConfig) -> dict[str, float]:
+        """What an adapter of `config` computes with here and its tensors' shapes do not show."""
         # Positions of a narrower model fit into a wider one.
         return {"out_features": self.out_features} | ({"lora_alpha": config.lora_alpha} if config.r else {})
 
     def describe(self, name: str) -> str:
+        """How many rows adapter `name` trains, and LoKI*'s rank."""
         rank = f", r={self.r[name]}" if self.r[name] else ""
         return f"{self.loki_positions[name].shape[0]} of {self.out_features} rows{rank}"
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
             impl = self.gci_impl
@@ -291,7 +314,8 @@ class LoKILinear(AdaptedLinear):
         return f"rows={form}"
 
 
-def _dequantised(base: Any) -> Tensor:
+def dequantised_weight(base: Any) -> Tensor:
+    """The weight of a linear layer as PEFT's dequantize_module_weight gives it; it works on a CPU too."""
     kind = type(getattr(base, "weight", None)).__name__
     if kind == "Int8Params":
         # dequantize_module_weight would then put the weight on its device anew, which loses its scales on a CPU.
@@ -306,16 +330,11 @@ def _random(like: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
 
 
-def _num_layers(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
-
-
-def _choice(config: LoKIConfig, targets: set[str], name: str) -> Any:
-    """What PEFT makes of the module `name` by the config's exclude_modules, layers_to_transform and layers_pattern."""
-    choice = copy.copy(config)
-    choice.target_modules = targets
-    return check_target_module_exists(choice, name)
+def _match(config: LoKIConfig, targets: set[str], name: str) -> Any:
+    """PEFT's answer whether `targets`, and the config's other fields that choose modules, match the module `name`."""
+    config = copy.copy(config)
+    config.target_modules = targets
+    return check_target_module_exists(config, name)
 
 
 class LoKIModel(AdaptedModel):
@@ -340,28 +359,28 @@ class LoKIModel(AdaptedModel):
         if peft_config.positions is not None:
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
             leaves = {name: name.rpartition(".")[2] for name in found}
-            self.rows = {name: rows for name, rows in found.items() if _choice(peft_config, {leaves[name]}, name)}
+            self.rows = {name: rows for name, rows in found.items() if _match(peft_config, {leaves[name]}, name)}
             if not self.rows:
                 raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
             peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
-            peft_config.num_layers = _num_layers(model)
+            peft_config.num_layers = num_decoder_layers(model)
             return
         if peft_config.rows is None:
             raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
         if unknown:
             raise ValueError(f"this adapter is of another model: here are no modules {', '.join(sorted(unknown))}")
-        if peft_config.num_layers not in (None, _num_layers(model)):
+        if peft_config.num_layers not in (None, num_decoder_layers(model)):
             raise ValueError(
                 f"this adapter is of another model: of {peft_config.num_layers} decoder layers, here are "
-                f"{_num_layers(model)}"
+                f"{num_decoder_layers(model)}"
             )
         self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # Of all others it says whether they are excluded: PEFT warns where nothing is.
-        return key in peft_config.rows or _choice(peft_config, set(), key)
+        return key in peft_config.rows or _match(peft_config, set(), key)
 
     def _new_layer(self, target: nn.Module, name: str, config: LoKIConfig, key: str) -> LoKILinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,15 @@ from gci_kernels.tuners import fusion, hooks
 
 Rows = Sequence[int] | Set[int] | np.ndarray | Tensor
 Positions = str | os.PathLike | Mapping[str | int, Rows] | Sequence[Rows] | np.ndarray | Tensor
+# One module's rows in some order, and those of all modules by what the caller calls them.
+_ModuleRows = Sequence[int] | Tensor
+_Given = Mapping[Any, _ModuleRows] | Sequence[_ModuleRows]
 
 
 def resolve(
     positions: Positions, quota: float | None, target_modules: set[str] | str | None, model: nn.Module
 ) -> dict[str, Tensor]:
-    """Module name -> ascending rows [k] int64, of the modules that have any.
+    """Module name -> ascending rows [k] int64 on the CPU, of the modules that have any.
 
     Args:
         positions: a positions JSON, a scores file, a list of rows for each decoder layer, or a mapping from layer
@@ -39,46 +42,55 @@ def resolve(
     Raises:
         ValueError: naming what does not fit the model, or is no row.
     """
-    positions = _read(positions, quota)
-    modules = dict(_linears(model))
-    if isinstance(positions, Mapping) and not all(isinstance(key, int) for key in positions):
-        found = {_named(name, modules): rows for name, rows in positions.items()}
-        if len(found) < len(positions):
-            raise ValueError(f"positions name a module twice: {', '.join(map(str, positions))}")
+    given = _read(positions, quota)
+    modules = dict(_linear_layers(model))
+    found: dict[str, _ModuleRows]
+    if isinstance(given, Mapping) and not all(isinstance(key, int) for key in given):
+        found = {_full_name(name, modules): rows for name, rows in given.items()}
+        if len(found) < len(given):
+            raise ValueError(f"positions name a module twice: {', '.join(map(str, given))}")
     else:
-        found = _by_layer(positions, target_modules, model, modules)
-    rows = {name: _rows(name, modules[name], rows) for name, rows in found.items() if len(rows)}
+        found = _by_decoder_layer(given, target_modules, model, modules)
+    rows = {name: _checked_rows(name, modules[name], rows) for name, rows in found.items() if len(rows)}
     if not rows:
         raise ValueError("positions must name at least one row")
     return rows
 
 
-def _read(positions: Positions, quota: float | None) -> Mapping | Sequence:
-    is_file = isinstance(positions, (str, os.PathLike))
-    has_scores = is_file and Path(positions).suffix in (".safetensors", *HDF5_SUFFIXES)
+def _read(positions: Positions, quota: float | None) -> _Given:
+    """The positions in memory; scores are turned into positions by `quota`."""
+    if isinstance(positions, (str, os.PathLike)):
+        return _read_file(positions, quota)
+    _check_quota(False, quota, type(positions).__name__)
+    given: Any = positions.tolist() if isinstance(positions, (np.ndarray, Tensor)) else positions
+    if isinstance(given, Mapping):
+        # numpy's integers are layer numbers too.
+        return {key if isinstance(key, str) else _integer(key): _listed(rows) for key, rows in given.items()}
+    if not isinstance(given, Sequence):
+        raise ValueError(f"positions must be a file, a list or a mapping, got {type(given).__name__}")
+    return [_listed(rows) for rows in given]
+
+
+def _read_file(path: str | os.PathLike, quota: float | None) -> list[list[int]]:
+    has_scores = Path(path).suffix in (".safetensors", *HDF5_SUFFIXES)
+    _check_quota(has_scores, quota, path)
+    return read_positions(path) if quota is None else select(load_scores(path), quota)
+
+
+def _check_quota(has_scores: bool, quota: float | None, source: object) -> None:
     if has_scores != (quota is not None):
         raise ValueError(
             "quota selects rows from a scores file (.safetensors, .h5), and is needed for one; other positions say "
-            f"themselves which rows: got quota={quota} with {positions if is_file else type(positions).__name__}"
+            f"themselves which rows: got quota={quota} with {source}"
         )
-    if has_scores:
-        return select(load_scores(positions), quota)
-    if is_file:
-        return read_positions(positions)
-    if isinstance(positions, (np.ndarray, Tensor)):
-        positions = positions.tolist()
-    if isinstance(positions, Mapping):
-        # Numbers of numpy are numbers too.
-        return {key if isinstance(key, str) else _integer(key): _listed(rows) for key, rows in positions.items()}
-    return [_listed(rows) for rows in positions] if isinstance(positions, Sequence) else positions
 
 
 def _integer(key: object) -> object:
     return key.__index__() if hasattr(key, "__index__") else key
 
 
-def _listed(rows: Rows) -> Sequence[int] | Tensor:
-    """One module's rows in some order."""
+def _listed(rows: Rows) -> _ModuleRows:
+    """One module's rows, sets and arrays as lists."""
     if isinstance(rows, Tensor) and rows.dim():
         return rows
     if isinstance(rows, (str, bytes, Tensor)) or not isinstance(rows, Iterable):
@@ -86,8 +98,8 @@ def _listed(rows: Rows) -> Sequence[int] | Tensor:
     return list(rows)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers by name, an adapted one once."""
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers by name; of an adapted one its base layer, under the adapted layer's name."""
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -95,50 +107,44 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, base
 
 
-def _named(wanted: str | int, modules: dict[str, nn.Module]) -> str:
-    if not isinstance(wanted, str):
-        raise ValueError(f"positions must have layer numbers or module names as keys, not both: got {wanted!r}")
-    found = [name for name in modules if name == wanted or name.endswith("." + wanted)]
+def _full_name(key: object, modules: Mapping[str, nn.Module]) -> str:
+    """The name of the one module whose name is or ends with `key`."""
+    if not isinstance(key, str):
+        raise ValueError(f"positions must have layer numbers or module names as keys, not both: got {key!r}")
+    found = [name for name in modules if name == key or name.endswith("." + key)]
     if len(found) != 1:
-        raise ValueError(f"positions: {len(found)} linear layers of this model are named {wanted!r}, one is needed")
+        raise ValueError(f"positions: {len(found)} linear layers of this model are named {key!r}, one is needed")
     return found[0]
 
 
-def _by_layer(
-    positions: Mapping[int, Sequence[int]] | Sequence[Sequence[int]], target_modules: set[str] | str | None,
-    model: nn.Module, modules: dict[str, nn.Module],
-) -> dict[str, Sequence[int]]:  # fmt: skip
+def _by_decoder_layer(
+    positions: _Given, target_modules: set[str] | str | None, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> dict[str, _ModuleRows]:
     """The rows of each decoder layer's one module."""
-    if isinstance(positions, Mapping):
-        rows = dict(positions)
-    elif isinstance(positions, Sequence):
-        rows = dict(enumerate(positions))
-    else:
-        raise ValueError(f"positions must be a file, a list or a mapping, got {type(positions).__name__}")
-    numbers, count = _numbers(model, modules)
-    layers: dict[int, list[str]] = {}
+    numbers, count = _layer_numbers(model, modules)
+    candidates: dict[int, list[str]] = {}
     for name, number in numbers.items():
         if _is_target(name, target_modules):
-            layers.setdefault(number, []).append(name)
-    count = len(layers) if count is None else count
+            candidates.setdefault(number, []).append(name)
+    count = len(candidates) if count is None else count
     if not isinstance(positions, Mapping) and len(positions) != count:
         raise ValueError(f"positions are for {len(positions)} decoder layers, this model has {count}")
-    found = {}
-    for layer, chosen in rows.items():
-        names = _first(layers.get(layer, []), target_modules)
-        if len(chosen) and len(names) != 1:
+    found: dict[str, _ModuleRows] = {}
+    for layer, rows in positions.items() if isinstance(positions, Mapping) else enumerate(positions):
+        names = _preferred(candidates.get(layer, []), target_modules)
+        if len(rows) and len(names) != 1:
             raise ValueError(
                 f"positions: decoder layer {layer} has {len(names)} modules that they could mean "
                 f"({', '.join(names) or 'none'}), one is needed: choose target_modules, or name the modules"
                 f"{'' if names else experts.hint(model)}"
             )
-        found |= {name: chosen for name in names if len(chosen)}
+        found |= {name: rows for name in names if len(rows)}
     if target_modules is None:
         experts.refuse_part(model, found)
     return found
 
 
-def _numbers(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[dict[str, int], int | None]:
+def _layer_numbers(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], int | None]:
     """The number of the decoder layer that each module lies in, by name, and how many there are, where that is known.
 
     A vision tower's layers have numbers too. What is no decoder-only model of transformers is taken by the first number
@@ -149,20 +155,22 @@ def _numbers(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[dict[str,
         inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
         return {name: inside[module] for name, module in modules.items() if module in inside}, len(layers)
     found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in modules}
-    numbers = {name: int(number[1]) for name, number in found.items() if number}
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        return numbers, config.get_text_config().num_hidden_layers
-    return numbers, None
+    return {name: int(number[1]) for name, number in found.items() if number}, num_decoder_layers(model)
+
+
+def num_decoder_layers(model: nn.Module) -> int | None:
+    """How many decoder layers the model's config names; None where it has no config of transformers."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
 
 
 def _is_target(name: str, target_modules: set[str] | str | None) -> bool:
     if target_modules is None:
         return name.rpartition(".")[2] in PROJECTIONS and "attn" not in name and "attention" not in name
-    return bool(check_target_module_exists(_Targets(target_modules), name))
+    return bool(check_target_module_exists(_TargetModules(target_modules), name))
 
 
-class _Targets:
+class _TargetModules:
     """What PEFT's matching reads of a config."""
 
     exclude_modules = layers_to_transform = layers_pattern = None
@@ -171,7 +179,7 @@ class _Targets:
         self.target_modules = target_modules
 
 
-def _first(names: list[str], target_modules: set[str] | str | None) -> list[str]:
+def _preferred(names: list[str], target_modules: set[str] | str | None) -> list[str]:
     """Of a layer's candidates those called by the first of PROJECTIONS that any is; all where names were given."""
     if target_modules is not None:
         return names
@@ -180,17 +188,18 @@ def _first(names: list[str], target_modules: set[str] | str | None) -> list[str]
     return [name for name, leaf in leaves.items() if leaf == first]
 
 
-def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> Tensor:
+def _checked_rows(name: str, module: nn.Module, rows: _ModuleRows) -> Tensor:
+    """The rows of the module `name`, ascending [k] int64 on the CPU."""
     try:
         found = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
-    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    if not whole or found.dim() != 1:
+    is_integer = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not is_integer or found.dim() != 1:
         raise ValueError(f"positions of {name} must be row indices, got {rows!r}"[:200])
     found = found.to("cpu", torch.int64).sort().values
     try:
-        check_positions(found, module.nf if isinstance(module, Conv1D) else module.out_features)
+        check_positions(found, cast(int, module.nf if isinstance(module, Conv1D) else module.out_features))
     except ValueError as error:
         raise ValueError(f"positions of {name}: {error}") from error
     return found
@@ -215,14 +224,14 @@ class RowPositions(BufferDict):
         self.known.discard(name)
 
     def require(self, name: str) -> Tensor:
-        """The rows of adapter `name`, or ValueError."""
+        """The rows [k] int64 of adapter `name`; ValueError where its file has not been loaded."""
         if name not in self.known:
             raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
         positions = self[name]
         return hooks.onload(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """transformers loads a tensor by setting it as an attribute."""
+        """Sets a tensor of adapter `name` as transformers does when it loads one."""
         if isinstance(value, Tensor) and name in self:
             self._check(value, f"loki_positions.{name}")
             self.known.add(name)
@@ -234,7 +243,7 @@ class RowPositions(BufferDict):
         except ValueError as error:
             raise ValueError(f"{key}: {error}; is this an adapter of another model?") from error
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         for name in self:
             if prefix + name in state_dict:
                 self._check(state_dict[prefix + name], prefix + name)

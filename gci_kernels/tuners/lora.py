@@ -4,13 +4,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
-from gci_kernels.ops.bottleneck import adapted_linear
+from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion, hooks, mixed
@@ -86,7 +87,7 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """As PEFT's: x [..., in] -> [..., out]."""
-        mix = mixed.current(self) if adapter_names is None else mixed.Mix(adapter_names)
+        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if mix is not None:
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
@@ -97,7 +98,7 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
                 return own_forward(self, x)
         return self._run(x, names)
 
-    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.Mix, *args, **kwargs) -> Tensor:
+    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args, **kwargs) -> Tensor:
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
@@ -130,6 +131,10 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         y = adapted_linear((x, weight, bias, A, B, *_NOTHING), IDENTITY, (), scaling, p, self.gci_impl)[0]
         return y if extra is None else y + extra.to(y.dtype)
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
+        return str(choose_plan(self.gci_impl, tokens, dtype, device_type, IDENTITY.name))
 
     def _group(self, name: str, count: int, first: int = 0) -> Group | None:
         modules: dict[str, Any] = self._modules
@@ -177,7 +182,7 @@ class FusedLoraModel(Swapped, _Tuner):
             return
         taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            with mixed.given(self, names, args, kwargs, (FusedLora,), taking):
+            with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
                 yield
 
     def _takes(self, names: object) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from gci_kernels.limits import MAX_EXPERTS
 from gci_kernels.ops.bottleneck.mixers import GATE
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
@@ -54,7 +55,7 @@ class LoRAMoEConfig(BottleneckConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("num_experts", self.num_experts, 1, 256)
+        check_integer("num_experts", self.num_experts, 1, MAX_EXPERTS)
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 1, self.num_experts)
         check_number("balance_weight", self.balance_weight, "at least 0", 0)

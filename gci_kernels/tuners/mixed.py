@@ -7,7 +7,7 @@ import contextlib
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,33 +24,35 @@ BASE = "__base__"
 # step(x, weight, bias, y, tokens): as fusion.Step, for the adapters of all tokens at once.
 MixedStep = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, "Tokens"], Tensor | None]
 
-_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-# What configs call the token that stands for a part of an image, a film or a sound.
+_TEXT_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+# What configs call the token that stands for a part of an image, a video or a sound.
 _PLACEHOLDER = re.compile(r"^(image|video|audio|speech)_token_(id|index)$")
 
 
-class Mix:
-    """The adapters of a mixed batch.
+class MixedBatch:
+    """The adapters of a mixed batch, and which rows of a layer's input belong to which of them.
 
     Attributes:
         names: one for each input of the call.
-        layers: ids of the modules that it is for, and of each whether it is an expert's, or one that sees no text.
+        layers: by the id of each adapted module: "expert" for one expert of a mixture, "tower" for a layer outside of
+            the text model (a vision tower's), None for all others.
         repeats: how many rows generate() may make of each input.
-        shape: batch, and lengths of the sequences, of the model's forward that runs; None before the first.
-        even: whether that forward has as much of images or sounds in every row; None: it has none, as far as is known.
+        shape: batch size, and lengths of the sequences, of the model's current forward; None before the first.
+        equal_media: whether every row of that forward has as much of images or sounds as the others; None: it has none,
+            as far as is known.
     """
 
     def __init__(self, names: Sequence[str], repeats: frozenset[int] = frozenset((1,))) -> None:
         self.names, self.repeats = list(names), repeats
         self.layers: dict[int, str | None] = {}
         self.shape: tuple[int, set[int]] | None = None
-        self.even: bool | None = None
+        self.equal_media: bool | None = None
         self._expanded: dict[int, list[str]] = {len(self.names): self.names}
 
     def fits(self, x: Tensor, layer: nn.Module) -> bool:
-        """Whether the rows of x [..., in] are known to be those of the inputs in turn, as many of each."""
+        """Whether the rows of x [..., in] are known to be those of the inputs in order, equally many for each."""
         count, rows, kind = len(self.names), x.shape[0], self.layers.get(id(layer))
-        if not count or (kind == "expert" and x.dim() == 2) or (kind == "tower" and self.even is False):
+        if not count or (kind == "expert" and x.dim() == 2) or (kind == "tower" and self.equal_media is False):
             return False
         if self.shape is None:
             return rows == count
@@ -59,10 +61,10 @@ class Mix:
             return False
         if rows == batch or (x.dim() == 2 and any(rows == batch * length for length in lengths)):
             return True
-        return kind == "tower" and self.even is True and rows % batch == 0
+        return kind == "tower" and self.equal_media is True and rows % batch == 0
 
     def check(self, x: Tensor, layer: nn.Module) -> None:
-        """ValueError unless x :meth:`fits`."""
+        """ValueError unless x [..., in] :meth:`fits`."""
         if self.fits(x, layer):
             return
         if self.layers.get(id(layer)) == "expert":
@@ -70,39 +72,42 @@ class Mix:
                 "adapter_names: a layer of one expert of a mixture gets tokens in an order of its own, so nobody knows "
                 "whose they are; leave the experts out of target_modules, or run each adapter by itself"
             )
-        if self.layers.get(id(layer)) == "tower" and self.even is False:
+        if self.layers.get(id(layer)) == "tower" and self.equal_media is False:
             raise ValueError(
                 "adapter_names: the inputs have different numbers of images or sounds, so nobody knows whose rows a "
                 "layer of their tower sees; leave the tower out by exclude_modules, or run each adapter by itself"
             )
-        found = f"each of the {x.shape[0]} inputs"
-        raise ValueError(f"adapter_names must name an adapter for {found}, got {len(self.names)}{self._place(x)}")
-
-    def _place(self, x: Tensor) -> str:
-        if self.shape is None or self.shape[0] == x.shape[0]:
-            return ""
-        return (
-            f"; in a forward of batch {self.shape[0]} it is not known which inputs {list(x.shape)} of a layer are whose"
-        )
+        message = f"adapter_names must name an adapter for each of the {x.shape[0]} inputs, got {len(self.names)}"
+        if self.shape is not None and self.shape[0] != x.shape[0]:
+            message += (
+                f"; in a forward of batch {self.shape[0]} it is not known which inputs {list(x.shape)} of a layer are "
+                "whose"
+            )
+        raise ValueError(message)
 
     def expanded(self, rows: int) -> list[str]:
-        """The names for `rows` rows, as many for each input."""
+        """The names for `rows` rows, equally many for each input."""
         if rows not in self._expanded:
             self._expanded[rows] = [name for name in self.names for _ in range(rows // len(self.names))]
         return self._expanded[rows]
 
-    def note(self, model: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        """Forward pre-hook of the model: reads its batch. Without kwargs another thread is just adding or removing."""
-        if _thread.state.mix is not self or kwargs is None:
-            return
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
-        texts = [t for name in _TEXTS if any((t := kwargs.get(name)) is each for each in given)] or given
-        self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
-        self.even = _is_even(model, kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)))
+    def read_forward(self, model: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Forward pre-hook of the model: reads the shape of its batch.
 
-    def give(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of a module that takes adapter_names; as :meth:`note`."""
-        if _thread.state.mix is not self or kwargs is None:
+        Without kwargs another thread is just registering or removing the hook.
+        """
+        if _thread.state.batch is not self or kwargs is None:
+            return
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
+        named = (kwargs.get(name) for name in _TEXT_INPUTS)
+        texts = [t for t in named if isinstance(t, Tensor) and t.dim() > 1] or tensors
+        self.shape = (texts[0].shape[0], {t.shape[1] for t in texts}) if texts else None
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self.equal_media = _has_equal_media(model, ids)
+
+    def pass_names(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of a module that takes adapter_names as an argument; kwargs as in :meth:`read_forward`."""
+        if _thread.state.batch is not self or kwargs is None:
             return None
         names = self.names
         if args and isinstance(args[0], Tensor) and self.fits(args[0], module):
@@ -111,10 +116,10 @@ class Mix:
 
 
 class _State:
-    """What is set in one thread."""
+    """The mixed batch of one thread."""
 
     def __init__(self) -> None:
-        self.mix: Mix | None = None
+        self.batch: MixedBatch | None = None
 
 
 class _Thread(threading.local):
@@ -127,14 +132,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def current(layer: nn.Module) -> Mix | None:
+def current(layer: nn.Module) -> MixedBatch | None:
     """The mixed batch that `layer` is called in; None in the ordinary case."""
-    mix = _thread.state.mix
-    return mix if mix is not None and id(layer) in mix.layers else None
+    batch = _thread.state.batch
+    return batch if batch is not None and id(layer) in batch.layers else None
 
 
-def _is_even(model: nn.Module, ids: Any) -> bool | None:
-    """Whether all rows of input_ids have as many tokens that stand for something else; None: there are none."""
+def _has_equal_media(model: nn.Module, ids: Any) -> bool | None:
+    """Whether all rows of input_ids have equally many tokens that stand for images or sounds; None: there are none."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2 or ids.shape[1] == 1:
         return None
     settings = vars(model.config) if hasattr(model, "config") else {}
@@ -147,45 +152,51 @@ def _is_even(model: nn.Module, ids: Any) -> bool | None:
 
 
 class Tokens:
-    """Which tokens of x [batch, ..., in], seen as [tokens, in], have which adapter.
+    """Which tokens of x [batch, ..., in], viewed as [tokens, in], have which adapter.
 
     Attributes:
-        samples: an adapter's rows of the batch, by its name; adapters that the layer lacks are left out.
-        rows: the tokens, those of each adapter in turn, and behind them those of none.
+        samples: an adapter's rows of the batch, by its name; adapters that the layer does not have are left out.
+        rows: the tokens in the order of their adapters, those without an adapter last.
         counts: how many tokens each adapter has.
-        inputs: the number of names; x may have more rows, as many for each.
+        inputs: the number of names; x may have more rows, equally many for each.
     """
 
-    def __init__(self, x: Tensor, names: Sequence[str], present) -> None:
+    def __init__(self, x: Tensor, names: Sequence[str], present: Container[str]) -> None:
         self.samples: dict[str, list[int]] = {}
         for sample, name in enumerate(names):
             if name in present:
                 self.samples.setdefault(name, []).append(sample)
         self.inputs = len(names)
         each = x.numel() // x.shape[-1] // len(names)
-        alone = [sample for sample, name in enumerate(names) if name not in self.samples]
-        order = [*(sample for samples in self.samples.values() for sample in samples), *alone]
+        without = [sample for sample, name in enumerate(names) if name not in self.samples]
+        order = [*(sample for samples in self.samples.values() for sample in samples), *without]
         self.rows = tuple(sample * each + t for sample in order for t in range(each))
         self.counts = {name: len(samples) * each for name, samples in self.samples.items()}
 
-    def groups(self, group: Callable[[str, int, int], Group]) -> tuple[Group, ...]:
-        """One for each adapter; `group` makes it from its name, how many tokens it has, and the first of them."""
-        made, first = [], 0
+    def groups(self, group: Callable[[str, int, int], Group | None]) -> tuple[Group, ...] | None:
+        """One for each adapter; None where a decoding step cannot compute one of them.
+
+        Args:
+            group: makes it from the adapter's name, how many tokens it has, and the first of them.
+        """
+        groups, first = [], 0
         for name, count in self.counts.items():
-            made.append(group(name, count, first))
+            if (made := group(name, count, first)) is None:
+                return None
+            groups.append(made)
             first += count
-        return tuple(made)
+        return tuple(groups)
 
 
 def indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 on `device`, made once: to bring them there a GPU would be waited for."""
+    """[samples] int64 on `device`, cached: copying them to a GPU in each call would wait for it."""
     # What is made while operations are recorded, or under FakeTensorMode, belongs to what records them.
-    own = transforms.transformed() or (not torch.compiler.is_compiling() and transforms.under_dispatch_mode())
-    return torch.tensor(samples, device=device) if own else _kept_indices(samples, device)
+    recorded = transforms.transformed() or (not torch.compiler.is_compiling() and transforms.dispatch_mode_depth() > 0)
+    return torch.tensor(samples, device=device) if recorded else _cached_indices(samples, device)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
+def _cached_indices(samples: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later call may need them for its gradients
         return torch.tensor(samples, device=device)
 
@@ -194,21 +205,22 @@ def combine(
     base: nn.Module, x: Tensor, tokens: Tokens, add: Callable[[Tensor, Tensor, str, Tensor], Tensor],
     step: MixedStep | None,
 ) -> Tensor:  # fmt: skip
-    """base(x) with what each sequence's own adapter makes of it.
+    """base(x) [batch, ..., out] with the update of each sequence's own adapter.
 
     Args:
+        x: [batch, ..., in].
         add: of y and x, both [inputs, tokens of each, features], an adapter's name and its inputs, int64 on x's device,
             returns y with its update.
         step: takes all of a decoding step at once where a kernel can; None where it is none.
     """
-    plain, y = fusion.obstacle(base, x) is None, None
+    y: Tensor | None = None
     if step is not None and tokens.samples:
-        weight, bias = fusion.operands(base) if plain else (None, None)
-        y = None if plain else fusion.product(base, x)
-        if plain or y.dtype == x.dtype:
-            own = None if plain else y.clone(memory_format=torch.contiguous_format)
-            if (made := step(x, weight, bias, own, tokens)) is not None:
-                return made
+        weight, bias, y = fusion.base_operands(base, x)
+        if y is None or y.dtype == x.dtype:
+            # What the base layer returned may have been kept by others, so a step writes into a copy.
+            own = None if y is None else y.clone(memory_format=torch.contiguous_format)
+            if (updated := step(x, weight, bias, own, tokens)) is not None:
+                return updated
     y = fusion.product(base, x) if y is None else y
     shape, rows = y.shape, x.reshape(tokens.inputs, -1, x.shape[-1])
     for name, samples in tokens.samples.items():
@@ -217,7 +229,15 @@ def combine(
 
 
 def checked_names(model: nn.Module, names: object, known: set[str]) -> list[str]:
-    """`names`, or what is wrong with them."""
+    """`names`, the adapter_names of a call, as a list.
+
+    Args:
+        known: the names of the model's adapters.
+
+    Raises:
+        TypeError: they are no list of strings.
+        ValueError: the model is in training, there are none, or one is no adapter's.
+    """
     if model.training:
         raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first")
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -233,47 +253,48 @@ def checked_names(model: nn.Module, names: object, known: set[str]) -> list[str]
 
 
 @contextlib.contextmanager
-def given(
-    tuner: Any, names: list[str], args: tuple, kwargs: dict, reading: tuple[type, ...], taking: tuple[type, ...]
-) -> Iterator[None]:
-    """Meanwhile calls of the tuner's model in this thread are mixed batches.
+def enabled(
+    tuner: Any, names: list[str], args: tuple, kwargs: dict[str, Any], adapted: tuple[type[nn.Module], ...],
+    with_names: tuple[type[nn.Module], ...],
+) -> Iterator[None]:  # fmt: skip
+    """While this context is active, calls of the tuner's model in this thread are mixed batches.
 
     Args:
         args, kwargs: of the forward or generate() that begins.
-        reading: the kinds of layers that ask :func:`current`.
-        taking: other kinds of modules, which take the names as an argument.
+        adapted: the types of layers that ask :func:`current`.
+        with_names: types of other modules, which take the names as an argument.
     """
-    model, mix = tuner.model, Mix(names, _repeats(tuner.model, args, kwargs))
+    model, batch = tuner.model, MixedBatch(names, _repeats(tuner.model, args, kwargs))
     text = model.get_decoder() if hasattr(model, "get_decoder") else None
-    inner = set() if text is None or text is model else {id(module) for module in text.modules()}
-    handles = [model.register_forward_pre_hook(mix.note, with_kwargs=True)]
+    in_text = set() if text is None or text is model else {id(module) for module in text.modules()}
+    handles = [model.register_forward_pre_hook(batch.read_forward, with_kwargs=True)]
     for name, module in tuner.named_modules():
-        if isinstance(module, reading):
+        if isinstance(module, adapted):
             # Heads are children of the model itself.
-            outside = bool(inner) and id(module) not in inner and name.count(".") > 1
-            mix.layers[id(module)] = "expert" if decoder_layers.EXPERT.search(name) else "tower" if outside else None
-        elif isinstance(module, taking):
-            handles.append(module.register_forward_pre_hook(mix.give, with_kwargs=True))
+            outside = bool(in_text) and id(module) not in in_text and name.count(".") > 1
+            batch.layers[id(module)] = "expert" if decoder_layers.EXPERT.search(name) else "tower" if outside else None
+        elif isinstance(module, with_names):
+            handles.append(module.register_forward_pre_hook(batch.pass_names, with_kwargs=True))
     state = _thread.state
-    before, state.mix = state.mix, mix
-    mix.note(model, args, kwargs)  # generate() may run a tower before it calls the model
+    before, state.batch = state.batch, batch
+    batch.read_forward(model, args, kwargs)  # generate() may run a tower before it calls the model
     try:
         yield
     finally:
-        state.mix = before
+        state.batch = before
         for handle in handles:
             handle.remove()
 
 
-def _repeats(model: nn.Module, args: tuple, kwargs: dict) -> frozenset[int]:
+def _repeats(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> frozenset[int]:
     """How many rows generate() may make of each input, by all that it looks at; a forward makes one."""
-    configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-    configs = [config for config in configs if isinstance(config, GenerationConfig)]
+    candidates = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    configs = [config for config in candidates if isinstance(config, GenerationConfig)]
 
-    def asked(name: str) -> set[int]:
+    def requested(name: str) -> set[int]:
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return {1, *(value for value in values if isinstance(value, int))}
 
     return frozenset(
-        max(beams, sequences) for beams in asked("num_beams") for sequences in asked("num_return_sequences")
+        max(beams, sequences) for beams in requested("num_beams") for sequences in requested("num_return_sequences")
     )

@@ -1,34 +1,46 @@
 """The published LoKI layer, which keeps trained and frozen rows in two linear layers, with a fused forward."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
-from gci_kernels.ops.row_linear import MergedRows, identity, split_linear
+from gci_kernels.ops.row_linear import MergedRows, identity, partitioned_loki_linear
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import fusion
 
-_STATE = "_gci_split"
+_STATE = "_gci_published"
 # What the published versions call the frozen part.
-_FROZEN = ("frozen", "fixed")
+_FROZEN_NAMES = ("frozen", "fixed")
+
+if TYPE_CHECKING:  # what the mixin is mixed with
+    _Layer = nn.Module
+else:
+    _Layer = object
 
 
 class _State:
-    """What a swapped layer has beside its own: the merged weight, and its rows' indices."""
+    """What a layer with the fused forward keeps beside its own attributes; copies and pickles of it are empty.
+
+    Attributes:
+        merged: the merged weight.
+    """
 
     def __init__(self) -> None:
         self.merged = MergedRows()
-        self.made_of: tuple | None = None  # identity of the layer's index_map
-        self.rows: Tensor | None = None
+        self._order: tuple[tuple, Tensor] | None = None  # identity of an index_map, and its argsort
 
-    def split(self, index_map: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The rows that are trained [k] and those that are not, in the order of their weights."""
+    def rows(self, index_map: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The rows that are trained [k] and those that are frozen [out - k], int64, in the order of their weights."""
         if torch.compiler.is_compiling():
-            rows = index_map.argsort()
-            return rows[:k], rows[k:]
-        if self.made_of != identity(index_map):
-            self.made_of, self.rows = identity(index_map), index_map.argsort()
-        return self.rows[:k], self.rows[k:]
+            order = index_map.argsort()
+        else:
+            if self._order is None or self._order[0] != identity(index_map):
+                self._order = identity(index_map), index_map.argsort()
+            order = self._order[1]
+        return order[:k], order[k:]
 
     def __deepcopy__(self, memo: dict) -> "_State":
         return _State()
@@ -37,7 +49,7 @@ class _State:
         return _State, ()
 
 
-class FusedSplit(Swapped):
+class FusedPublishedLayer(Swapped, _Layer):
     """Mixin for the published layer: its forward becomes one product with the rows put together.
 
     Where one of the parts is no plain linear layer any more, or the frozen one is trained, the layer's own forward
@@ -45,28 +57,46 @@ class FusedSplit(Swapped):
     """
 
     gci_impl = "auto"  # gci_kernels.patch sets another on the instance
+    active: nn.Linear
+    active_bias: Tensor | None
+    index_map: Tensor
 
-    def forward(self, own_forward, x: Tensor) -> Tensor:
-        if split_obstacle(self) is not None or self.gci_impl == "reference" or transformed():
+    def forward(self, own_forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; ValueError where `gci_impl` cannot run."""
+        if published_obstacle(self) is not None or self.gci_impl == "reference" or transformed():
             return own_forward(self, x)
-        plan(self)
+        self._check_impl()
         state: _State = vars(self)[_STATE]
-        frozen, active = _frozen(self), self.active.weight
-        positions, rest = state.split(self.index_map, active.shape[0])
-        bias = frozen_bias = getattr(self, f"{_frozen_name(self)}_bias")
+        frozen, frozen_bias = _frozen(self)
+        positions, rest = state.rows(self.index_map, self.active.weight.shape[0])
+        bias = active_bias = None
         if frozen_bias is not None:
             bias = frozen_bias.new_zeros(self.index_map.shape[0]).index_copy_(0, rest, frozen_bias.detach())
-        return split_linear(
-            x, frozen.weight, bias, active, positions, rest, self.active_bias if bias is not None else None,
-            merged=state.merged,
-        )  # fmt: skip
+            active_bias = self.active_bias
+        return partitioned_loki_linear(
+            x, frozen.weight, bias, self.active.weight, positions, rest, active_bias, merged=state.merged
+        )
 
-    def _apply(self, fn, recurse=True):
+    def _check_impl(self) -> None:
+        if self.gci_impl not in ("auto", "aten", "reference"):
+            raise ValueError(
+                f"impl={self.gci_impl!r} cannot run here: the products of a published LoKI layer are the library's"
+            )
+
+    def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
+        """What the layer runs, for reports; ValueError where its `gci_impl` cannot."""
+        self._check_impl()
+        return "rows=reference" if self.gci_impl == "reference" else "rows=kept"
+
+    def decode_plan(self, dtype: torch.dtype, device_type: str) -> None:
+        """None: a decoding step has no kernel of its own."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedPublishedLayer":
         vars(self)[_STATE].merged.drop()
         return super()._apply(fn, recurse)
 
 
-def is_split(module: nn.Module) -> bool:
+def is_published_layer(module: nn.Module) -> bool:
     """Whether `module` is the published LoKI repository's layer, of any of its versions, swapped or not."""
     return (
         type(module).__name__ == "LoKILinear"
@@ -78,51 +108,45 @@ def is_split(module: nn.Module) -> bool:
 
 def swap(module: nn.Module) -> None:
     """Gives a published layer the fused forward, in place."""
-    if not isinstance(module, FusedSplit):
+    if not isinstance(module, FusedPublishedLayer):
         setattr(module, _STATE, _State())
-        give_class(module, subclass(type(module), FusedSplit))
+        kind: Any = type(module)
+        give_class(module, subclass(kind, FusedPublishedLayer))
 
 
-def swap_back(module: nn.Module) -> None:
+def swap_back(module: FusedPublishedLayer) -> None:
     """Undoes :func:`swap`."""
     vars(module).pop("gci_impl", None)
     give_class(module, module._gci_parts[0])
     delattr(module, _STATE)
 
 
-def split_obstacle(module: nn.Module) -> str | None:
-    """Why the layer's own forward runs, or None."""
-    for name in ("active", _frozen_name(module)):
-        part = getattr(module, name)
+def published_obstacle(module: Any) -> str | None:
+    """Why a published layer's own forward has to run, or None where the fused one may."""
+    frozen, frozen_bias = _frozen(module)
+    for name, part in (("active", module.active), (_frozen_name(module), frozen)):
         reason = fusion.obstacle(part)
         if reason is None and part.bias is not None:
             reason = "it has a bias of its own"
         if reason is not None:
             return f"{name}: {reason}"
-    frozen_bias = getattr(module, f"{_frozen_name(module)}_bias")
-    if _frozen(module).weight.requires_grad or (frozen_bias is not None and frozen_bias.requires_grad):
+    if frozen.weight.requires_grad or (frozen_bias is not None and frozen_bias.requires_grad):
         return "its frozen rows are trained"
     return None
 
 
-def plan(module: nn.Module) -> str:
-    """What runs, for reports; ValueError where the implementation asked for cannot."""
-    impl = module.gci_impl
-    if impl not in ("auto", "aten", "reference"):
-        raise ValueError(f"impl={impl!r} cannot run here: the products of a published LoKI layer are the library's")
-    return "rows=reference" if impl == "reference" else "rows=kept"
-
-
 def _frozen_name(module: nn.Module) -> str | None:
-    return next((name for name in _FROZEN if isinstance(getattr(module, name, None), nn.Module)), None)
+    return next((name for name in _FROZEN_NAMES if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def _frozen(module: nn.Module) -> nn.Linear:
-    return getattr(module, _frozen_name(module))
+def _frozen(module: nn.Module) -> tuple[Any, Tensor | None]:
+    """The layer that has the frozen rows [out - k, in], and their bias [out - k]."""
+    name = str(_frozen_name(module))
+    return getattr(module, name), getattr(module, f"{name}_bias")
 
 
-def describe(module: nn.Module) -> tuple[str, str, torch.dtype]:
-    """Method and shape, for reports, and the weights' dtype."""
+def describe(module: Any) -> tuple[str, str, torch.dtype | None]:
+    """Method, shape and the weights' dtype, for reports."""
     k, width = module.active.weight.shape
     out = module.index_map.shape[0]
     return f"LoKI (published layer) {k} of {out} rows", f"{width} -> {out}", module.active.weight.dtype

@@ -12,21 +12,22 @@ from gci_kernels.models import decoder_layers
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens in rows: shape (batch, time), and the mask [batch, time] of those that are no padding, None: all."""
+    """The tokens of a batch, [batch, time]."""
 
     shape: tuple[int, int]
-    mask: Tensor | None
+    mask: Tensor | None  # [batch, time], 0 for padding; None: there is none
 
     @property
     def tokens(self) -> int:
+        """How many there are, padding included."""
         return self.shape[0] * self.shape[1]
 
 
 class TokenGrids:
-    """Where a model's layers, called `keys`, are, and what they see of a batch. Made once for a model."""
+    """Which tokens of a batch the layers named `keys` of a model see. Made once for a model."""
 
     def __init__(self, model: nn.Module, keys: Iterable[str]) -> None:
-        # (beginning of the names of its layers, the grid that they see) of the parts of the model that see text.
+        # Of the parts of the model that see text: (prefix of their layers' names, name of the grid that they see).
         self._parts: list[tuple[str, str]] = [("", "text")]
         if isinstance(model, PreTrainedModel):
             decoder = _prefix(model, model.get_decoder())
@@ -35,20 +36,23 @@ class TokenGrids:
                 self._parts = [(decoder, "target"), (_prefix(model, model.get_encoder()), "text")]
         self._found: dict[str, str | None] = {key: self._find(key) for key in keys}
 
-    def of_batch(self, given: Mapping[str, Any]) -> dict[str, Grid]:
-        """The grids of a batch, by name; `given`: what the model's forward was called with, by name."""
+    def of_batch(self, arguments: Mapping[str, Any]) -> dict[str, Grid]:
+        """The grids of a batch, "text" and "target"; `arguments`: of the model's forward, by name."""
         targets = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
         found = {
-            "text": _grid(given, "input_ids", "inputs_embeds", mask="attention_mask"),
-            "target": _grid(given, *targets, mask="decoder_attention_mask"),
+            "text": _grid(arguments, "input_ids", "inputs_embeds", mask="attention_mask"),
+            "target": _grid(arguments, *targets, mask="decoder_attention_mask"),
         }
         return {name: grid for name, grid in found.items() if grid is not None}
 
     def of_layer(self, key: str, grids: Mapping[str, Grid], seen: Tensor) -> Grid | None:
-        """The tokens that the layer named `key` sees, told by where it is and by the shape of `seen` [..., features].
+        """The tokens that the layer named `key` sees.
 
-        None: none of the text's, or nobody can tell which. Without a text in the batch, every layer that gets
-        [batch, time, features] sees the same tokens.
+        It follows from where the layer lies and from the shape of `seen` [..., features], one row for each token.
+
+        Returns:
+            None where these are no tokens of the text, or it is not known which. Without a text in the batch, every
+            layer that gets [batch, time, features] sees the same tokens.
         """
         if key not in self._found:  # added later
             self._found[key] = self._find(key)
@@ -73,12 +77,12 @@ def _prefix(model: nn.Module, part: nn.Module) -> str:
     return name + "." if name else ""
 
 
-def _grid(given: Mapping[str, Any], *names: str, mask: str) -> Grid | None:
-    tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+def _grid(arguments: Mapping[str, Any], *names: str, mask: str) -> Grid | None:
+    tokens = next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
     if tokens is None or tokens.dim() < 2:
         return None
     batch, time = tokens.shape[:2]
-    found = given.get(mask)
+    found = arguments.get(mask)
     if isinstance(found, Tensor) and found.dim() == 2:
         found = found[:, -time:]  # a cache's tokens stand before those of the batch
     return Grid((batch, time), found)

@@ -1,5 +1,6 @@
-// Runs a kernel's blocks on a CPU. Between barriers the threads of a block run in an order drawn anew each time, so that
-// a missing barrier changes results; shared memory holds NaN at first; a barrier that not all threads reach is an error.
+// Runs a kernel's blocks on a CPU. Between barriers the threads of a block run in an order drawn anew each time, so
+// that a missing barrier changes results; shared memory holds NaN at first; a barrier that not all threads reach is an
+// error.
 #include <pybind11/pybind11.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -144,7 +145,9 @@ int run_grid(const LaunchShape& shape, const std::function<void()>& kernel) {
 }
 
 const char* cuda_error_name(int error) {
-  return error == 1000 ? "a barrier was not reached" : error == 1001 ? "waiting is not as declared" : "cudaErrorInvalidValue";
+  return error == 1000   ? "a barrier was not reached"
+         : error == 1001 ? "waiting is not as declared"
+                         : "cudaErrorInvalidValue";
 }
 const char* cuda_error_text(int) { return "on a CPU"; }
 

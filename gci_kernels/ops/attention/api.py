@@ -1,15 +1,15 @@
-"""The public attention: what it takes, what it checks, and the one place that picks an implementation."""
+"""The public attention and the checks of its arguments."""
 
 import torch
 from torch import Tensor
 
-from gci_kernels.impl import check_impl, native_obstacle, triton_obstacle
+from gci_kernels.impl import check_impl
+from gci_kernels.limits import MAX_HEAD_SIZE, MAX_RANK
 from gci_kernels.ops.attention import reference
 from gci_kernels.ops.attention.autograd import attention
+from gci_kernels.ops.attention.plan import choose_attention
 from gci_kernels.ops.attention.sequence import Sequence
 from gci_kernels.ops.transforms import transformed
-
-_MAX_RANK, _MAX_HEAD = 256, 64
 
 
 def low_rank_attention(
@@ -21,10 +21,10 @@ def low_rank_attention(
     up to its own position. The queries are the last `time` of the keys. A position with nothing to attend (padding)
     gives exactly 0 and gradients of 0, whatever it holds.
 
-    Differentiable in q, k and v; second derivatives are those of the formula, which keeps all scores. What
-    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too. Sums in float32,
-    for float64 in float64.
-    Memory grows with time + keys, except with "reference". Deterministic for a given number of threads.
+    Differentiable in q, k and v. Sums are kept in float32, for float64 in float64. Memory grows with time + keys,
+    except with "reference". Deterministic for a given number of threads. Second derivatives are computed from the
+    formula, with all scores in memory; torch.jit.trace, torch.export, torch.func and forward-mode differentiation run
+    the formula too, whatever `impl` says.
 
     Args:
         q: [batch, time, r], any floating dtype and device; r at most 256, r / num_heads at most 64. q, k and v may be
@@ -34,7 +34,8 @@ def low_rank_attention(
         v: as k.
         num_heads: a divisor of r.
         sequence: what the rows are, on q's device, with past = keys - time; None: each row is one sequence.
-        impl: "auto", "reference", "aten", "native" (C++) or "triton"; an explicit one that cannot run raises.
+        impl: "auto" (see choose_attention), "reference", "aten", "native" (C++) or "triton"; an explicit one that
+            cannot run raises.
 
     Returns:
         [batch, time, r], q's dtype.
@@ -46,28 +47,11 @@ def low_rank_attention(
     _check_tensors(q, k, v)
     check_heads(q.shape[2], num_heads)
     segments = check_sequence(sequence, q.shape[0], q.shape[1], k.shape[1] - q.shape[1], q.device)
-    impl = "reference" if transformed() else _choose(impl, q)
-    if impl == "reference":
+    if impl == "reference" or transformed():
         return reference.forward(q, k, v, num_heads, segments)[0]
-    return attention(q, k, v, num_heads, segments, impl)[0]
-
-
-def _choose(impl: str, q: Tensor) -> str:
-    """The implementation that runs; ValueError where the one asked for cannot.
-
-    The Triton kernels have not run on real hardware yet: "auto" leaves them out until they have.
-    """
-    if impl == "upcast":
-        raise ValueError("impl='upcast' cannot run here: it is of the products of linear layers; attention has none")
-    if impl == "triton":
-        obstacle = triton_obstacle(q.device.type, q.dtype)
-    else:
-        obstacle = native_obstacle(q.device.type, q.dtype)
-    if impl in ("native", "triton") and obstacle:
-        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
-    if impl == "auto":
-        return "aten" if obstacle else "native"
-    return impl
+    tokens = q.shape[0] * q.shape[1]
+    chosen = choose_attention(impl, tokens=tokens, dtype=q.dtype, device_type=q.device.type)
+    return attention(q, k, v, num_heads, segments, chosen)[0]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -76,8 +60,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not q.dtype.is_floating_point:
         raise TypeError(f"q must be floating point, got {q.dtype}")
-    if q.dim() != 3 or not 1 <= q.shape[2] <= _MAX_RANK:
-        raise ValueError(f"q must be [batch, time, r] with r from 1 to {_MAX_RANK}, got {list(q.shape)}")
+    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_RANK:
+        raise ValueError(f"q must be [batch, time, r] with r from 1 to {MAX_RANK}, got {list(q.shape)}")
     batch, time, r = q.shape
     if k.dim() != 3 or k.shape[0] != batch or k.shape[1] < time or k.shape[2] != r:
         raise ValueError(f"k must be [{batch}, keys, {r}] with keys >= time={time}, got {list(k.shape)}")
@@ -91,21 +75,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_heads(r: int, num_heads: int) -> None:
-    """That a rank of `r` can be cut into `num_heads` heads."""
+    """Raise ValueError or TypeError unless a rank of `r` can be divided into `num_heads` heads."""
     if not isinstance(num_heads, int):
         raise TypeError(f"num_heads must be an integer, got {type(num_heads).__name__}")
-    if r > _MAX_RANK:
-        raise ValueError(f"r must be at most {_MAX_RANK}, got {r}")
+    if r > MAX_RANK:
+        raise ValueError(f"r must be at most {MAX_RANK}, got {r}")
     if num_heads < 1 or r % num_heads:
         raise ValueError(f"num_heads must divide r={r}, got {num_heads}")
-    if r // num_heads > _MAX_HEAD:
-        raise ValueError(f"num_heads must be at least {-(-r // _MAX_HEAD)} for r={r}, got {num_heads}")
+    if r // num_heads > MAX_HEAD_SIZE:
+        raise ValueError(f"num_heads must be at least {-(-r // MAX_HEAD_SIZE)} for r={r}, got {num_heads}")
 
 
 def check_sequence(
     sequence: Sequence | None, batch: int, time: int, past: int, device: torch.device
 ) -> Tensor | None:  # fmt: skip
-    """The segments of `sequence`, which must describe [batch, past + time] positions on `device`."""
+    """The segments of `sequence`: int32 [batch, past + time] on `device`, or None for one sequence a row.
+
+    Raises:
+        ValueError, TypeError: `sequence` describes other positions, or is no Sequence.
+    """
     if sequence is None:
         return None
     if not isinstance(sequence, Sequence):

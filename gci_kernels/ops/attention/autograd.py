@@ -1,18 +1,17 @@
 """The registered operators gci_kernels::low_rank_attention and ::low_rank_attention_backward.
 
-Saved for backward: q, k, v, o and lse, none of them written to; the probabilities are made again from lse.
+Saved for backward: q, k, v, o and lse, none of them written to; the probabilities are recomputed from lse.
 """
 
-import functools
-import importlib
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gci_kernels.impl import implementation
 from gci_kernels.ops.arguments import without_autocast
 from gci_kernels.ops.attention import reference
-from gci_kernels.ops.transforms import differentiated_again, plain_gradients
+from gci_kernels.ops.transforms import differentiated_again, no_derivative, plain_gradients
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
 _library.define(
@@ -25,20 +24,16 @@ _library.define(
 )
 
 
-@functools.cache
-def _module(impl: str) -> ModuleType:
-    """The module aten.py, native.py or triton.py beside this one; loaded when it is first named."""
-    return importlib.import_module(f"gci_kernels.ops.attention.{impl}")
-
-
 @without_autocast
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return _module(impl).forward(q, k, v, num_heads, segments)
+    return implementation("attention", impl).forward(q, k, v, num_heads, segments)
 
 
-def _forward_fake(q, k, v, num_heads, segments, impl):
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=lse_dtype)
 
@@ -48,14 +43,17 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _module(impl).backward(do, q, k, v, o, lse, num_heads, segments)
+    return implementation("attention", impl).backward(do, q, k, v, o, lse, num_heads, segments)
 
 
-def _backward_fake(do, q, k, v, o, lse, num_heads, segments, impl):
+def _backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.num_heads, segments, ctx.impl = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
@@ -63,7 +61,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, o, lse, segments)
 
 
-def _derivative(ctx, do, dlse):
+def _derivative(ctx: Any, do: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
     """Gradients of gci_kernels::low_rank_attention."""
     q, k, v, o, lse, segments = ctx.saved_tensors
     if differentiated_again(do):
@@ -82,12 +80,6 @@ def _formula_backward(
     return plain_gradients(lambda q, k, v: reference.forward(q, k, v, num_heads, segments)[:1], (q, k, v), (do,))
 
 
-def _no_double_backward(ctx, *gradients):
-    raise RuntimeError(
-        "gci_kernels::low_rank_attention_backward has no derivative; use impl='reference' where one is needed"
-    )
-
-
 _library.impl("low_rank_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("low_rank_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gci_kernels::low_rank_attention", _forward_fake, lib=_library)
@@ -95,5 +87,7 @@ torch.library.register_fake("gci_kernels::low_rank_attention_backward", _backwar
 torch.library.register_autograd(
     "gci_kernels::low_rank_attention", _derivative, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("gci_kernels::low_rank_attention_backward", _no_double_backward, lib=_library)
+torch.library.register_autograd(
+    "gci_kernels::low_rank_attention_backward", no_derivative("low_rank_attention_backward"), lib=_library
+)
 attention = torch.ops.gci_kernels.low_rank_attention.default

@@ -5,6 +5,17 @@ from torch import Tensor
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The attention's output and the logarithm of each query's softmax sum; all scores are in memory at once.
+
+    Args:
+        q: [batch, time, r], any floating dtype, device and strides.
+        k, v: [batch, keys, r] with keys >= time, like q.
+        num_heads: a divisor of r.
+        segments: int32 [batch, keys], negative for padding; None: each row is one sequence without padding.
+
+    Returns:
+        o [batch, time, r], contiguous, in q's dtype; lse [batch, num_heads, time] in float32, float64 where q is.
+    """
     dtype, past = q.dtype, k.shape[1] - q.shape[1]
     q, k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
     visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(past)
@@ -14,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
         padding = (own < 0).unsqueeze(-1)
         q = q.masked_fill(padding, 0)
         k, v = (t.masked_fill((segments < 0).unsqueeze(-1), 0) for t in (k, v))
-        # Padding of one id attends itself here, which keeps NaN out of the softmax, and is blanked below.
+        # Padding attends padding of the same id here, which keeps NaN out of the softmax; its o is set to 0 below.
         visible = (visible & (own.unsqueeze(2) == segments.unsqueeze(1))).unsqueeze(1)
     q, k, v = (t.unflatten(2, (num_heads, t.shape[2] // num_heads)).transpose(1, 2) for t in (q, k, v))
     scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~visible, float("-inf"))
@@ -28,8 +39,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous, in q's dtype, by autograd through :func:`forward`; `o` and `lse` are not used.
+
+    Args:
+        do: [batch, time, r], o's gradient.
+        q, k, v, num_heads, segments: what :func:`forward` was given.
+    """
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again, _ = forward(*leaves, num_heads, segments)
-    dq, dk, dv = torch.autograd.grad(again, leaves, do)
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        recomputed, _ = forward(q, k, v, num_heads, segments)
+    dq, dk, dv = torch.autograd.grad(recomputed, (q, k, v), do)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -1,6 +1,7 @@
-"""What the rows of a batch are: which positions belong together, which are padding, how many came before."""
+"""The sequences in a batch: which positions belong together, which are padding, and how many were cached before."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,16 +11,17 @@ from gci_kernels.ops.transforms import transformed
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """What attention must know of a batch. Each row holds `keys` positions, the last `keys - past` being queries.
+    """The sequences in a batch. Each row holds `keys` positions, of which the last `keys - past` are queries.
 
-    The classmethods read their tensors' values to check them, which on a GPU waits for it: make one Sequence for a
-    batch, not one for a layer. They leave `segments` out where every row is one sequence without padding. Where
-    torch.jit.trace, torch.func and the like see the call, nothing is read and segments stay: a graph serves other
-    values too.
+    The classmethods read their tensors' values to check them, which waits for a GPU: make one Sequence for each batch,
+    not for each layer. Their `segments` is None if every row is one sequence without padding. Under torch.jit.trace,
+    torch.export, torch.func and forward-mode differentiation they read no values and keep `segments`: a traced graph
+    has to work for other values too.
 
     Attributes:
         segments: int32 [batch, keys], any device: the id of the packed sequence that a position belongs to, negative
-            for padding. A position attends earlier ones, and itself, of its own id. None: each row is one sequence.
+            for padding. A position attends itself and the earlier positions of the same id. None: each row is one
+            sequence.
         past: the number of keys before the first query.
 
     Raises:
@@ -46,12 +48,12 @@ class Sequence:
             raise ValueError(f"past must be at most keys={self.segments.shape[1]}, got {self.past}")
 
     def select(self, rows: Tensor) -> "Sequence":
-        """The sequences of some rows; rows: int64 [any], on the device of segments."""
+        """The sequences of some batch rows; `rows`: int64 [any], on the device of segments."""
         return self if self.segments is None else Sequence(self.segments.index_select(0, rows), self.past)
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, past: int = 0) -> "Sequence":
-        """One sequence a row, padded anywhere.
+        """One sequence a row, with padding anywhere.
 
         Args:
             attention_mask: [batch, keys], bool, integer or floating, any device: 1 for a position, 0 for padding.
@@ -63,13 +65,13 @@ class Sequence:
     def from_position_ids(
         cls, position_ids: Tensor, past: int = 0, attention_mask: Tensor | None = None
     ) -> "Sequence":  # fmt: skip
-        """Sequences packed into rows: a position that is not one more than that before it starts a new one.
+        """Sequences packed into rows: a position that is not one more than the previous position starts a new one.
 
         Args:
             position_ids: [batch, keys], an integer dtype, any device; of all keys, past ones too.
             past: the number of keys before the first query.
-            attention_mask: as in :meth:`from_mask`, or None. Padding's position ids are not looked at; over padding
-                inside a sequence they may stand still or run on.
+            attention_mask: as in :meth:`from_mask`, or None. The position ids of padding are ignored; after padding
+                inside a sequence the ids may go on from before it, or have counted the padding.
         """
         _check_matrix("position_ids", position_ids)
         if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
@@ -79,24 +81,24 @@ class Sequence:
         if attention_mask is None:
             starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
             return _make(torch.nn.functional.pad(starts, (1, 0)).cumsum(1, dtype=torch.int32), past)
-        real = _check_mask(attention_mask)
-        if real.shape != position_ids.shape:
-            wanted = list(position_ids.shape)
-            raise ValueError(f"attention_mask must be {wanted} like position_ids, got {list(real.shape)}")
-        column = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last = torch.where(real, column, -1).cummax(1).values.roll(1, 1)  # the last real position before this one
+        mask = _check_mask(attention_mask)
+        if mask.shape != position_ids.shape:
+            expected = list(position_ids.shape)
+            raise ValueError(f"attention_mask must be {expected} like position_ids, got {list(mask.shape)}")
+        column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        last = torch.where(mask, column, -1).cummax(1).values.roll(1, 1)  # the column of the last token before this one
         last[:, 0] = -1
-        before = position_ids.gather(1, last.clamp(min=0))
-        continues = (position_ids == before + 1) | (position_ids == before + (column - last))
-        starts = real & ~continues & (last >= 0)
-        return _make(torch.where(real, starts.cumsum(1), -1).int(), past)
+        last_id = position_ids.gather(1, last.clamp(min=0))
+        continues = (position_ids == last_id + 1) | (position_ids == last_id + (column - last))
+        starts = mask & ~continues & (last >= 0)
+        return _make(torch.where(mask, starts.cumsum(1), -1).int(), past)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> "Sequence":
         """Sequences packed into one row.
 
         Args:
-            cu_seqlens: [n + 1], an integer dtype, any device: where each sequence starts, and at last `tokens`.
+            cu_seqlens: [n + 1], an integer dtype, any device: the start of each sequence, and `tokens` at the end.
             tokens: the length of the row.
         """
         if not isinstance(cu_seqlens, Tensor):
@@ -106,24 +108,25 @@ class Sequence:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must be [n + 1] with n >= 1, got {list(cu_seqlens.shape)}")
         if not transformed():
-            _check_edges(cu_seqlens.tolist(), tokens)
+            _check_starts(cu_seqlens.tolist(), tokens)
         lengths = cu_seqlens.diff()
         ids = torch.arange(lengths.shape[0], dtype=torch.int32, device=cu_seqlens.device)
         return _make(ids.repeat_interleave(lengths, output_size=tokens).unsqueeze(0), 0)
 
 
-def _check_edges(edges: list[int], tokens: int) -> None:
-    if edges[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {edges[0]}")
-    if edges[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at tokens={tokens}, got {edges[-1]}")
-    fall = next((i for i in range(1, len(edges)) if edges[i] <= edges[i - 1]), None)
-    if fall is not None:
-        raise ValueError(f"cu_seqlens must rise, got {edges[fall]} after {edges[fall - 1]}")
+def _check_starts(starts: list[int], tokens: int) -> None:
+    """Raise ValueError unless the values of cu_seqlens rise from 0 to `tokens`."""
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}")
+    if starts[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at tokens={tokens}, got {starts[-1]}")
+    for previous, start in pairwise(starts):
+        if start <= previous:
+            raise ValueError(f"cu_seqlens must rise, got {start} after {previous}")
 
 
 def _make(segments: Tensor, past: int) -> Sequence:
-    """A Sequence, without segments where they say nothing."""
+    """A Sequence, without `segments` if they are all 0: then every row is one sequence without padding."""
     sequence = Sequence(segments, past)
     return sequence if transformed() or segments.any() else Sequence(None, past)
 
@@ -136,14 +139,14 @@ def _check_matrix(name: str, value: Tensor) -> None:
 
 
 def _check_mask(attention_mask: Tensor) -> Tensor:
-    """The mask as bool."""
+    """The mask as bool; ValueError where it holds anything but 0 and 1."""
     _check_matrix("attention_mask", attention_mask)
     if attention_mask.dtype == torch.bool:
         return attention_mask
     if transformed():
         return attention_mask != 0
-    real = attention_mask == 1
-    wrong = ~real & (attention_mask != 0)
-    if wrong.any():
-        raise ValueError(f"attention_mask must hold 0 and 1 only, got {attention_mask[wrong][0].item()}")
-    return real
+    mask = attention_mask == 1
+    invalid = ~mask & (attention_mask != 0)
+    if invalid.any():
+        raise ValueError(f"attention_mask must hold 0 and 1 only, got {attention_mask[invalid][0].item()}")
+    return mask

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gci_kernels.hardware import gpus
+from gci_kernels.limits import MAX_HEAD_SIZE
 from gci_kernels.ops.attention import config
 from gci_kernels.ops.launching import check_tensors
 
-_MAX_HEAD = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -328,8 +328,8 @@ def _check(num_heads: int, segments: Tensor | None, q: Tensor, **others: Tensor)
     check_tensors(q=q)
     check_tensors(dtypes=(q.dtype,), **others)
     check_tensors(dtypes=(torch.int32,), segments=segments)
-    if q.shape[2] > _MAX_HEAD * num_heads:
+    if q.shape[2] > MAX_HEAD_SIZE * num_heads:
         raise ValueError(
-            f"num_heads must leave heads of at most {_MAX_HEAD} columns for the Triton attention, got {num_heads} "
+            f"num_heads must leave heads of at most {MAX_HEAD_SIZE} columns for the Triton attention, got {num_heads} "
             f"heads of {q.shape[2] // num_heads}"
         )

@@ -20,11 +20,11 @@ from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
 from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
-from gci_kernels.ops.transforms import differentiated_again, plain_gradients, under_dispatch_mode
+from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth, plain_gradients
 
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
-_dispatch_depth = torch._C._len_torch_dispatch_stack
+
 _record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -111,7 +111,7 @@ def _gradients(
     joins = MIXERS[s.mixer].joins
     needs_stack = needs_A or joins and needs_weights
     formed = [needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights and not joins]
-    if torch.compiler.is_compiling() or under_dispatch_mode():
+    if torch.compiler.is_compiling() or dispatch_mode_depth() > 0:
         plain = (s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
         tensors = (t.x, t.weight, *t[3:], *kept)
         found = torch.ops.gci_kernels.bottleneck_backward(dy, doutput, *tensors, *plain, formed)
@@ -190,7 +190,7 @@ def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
     A subclass of Tensor, fake or in shards, need not have an address for a kernel: its operator is asked.
     """
     device = t.x.device.type
-    if _dispatch_depth() > 0 or type(t.x) not in _PLAIN:
+    if dispatch_mode_depth() > 0 or type(t.x) not in _PLAIN:
         return run_operator(t, s)
     if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
         with torch.autocast(device, enabled=False):

@@ -19,8 +19,8 @@ def balance_loss(
         gates: [batch, time, num_experts], float32 or float64, any device.
         task_types: [batch], 0 or 1, integer or bool, gates' device.
         delta: in [0, 1].
-        attention_mask: [batch, time], 1 for tokens that count and 0 for padding; None counts every token, which is
-            what the published code does.
+        attention_mask: [batch, time], 1 for tokens that count and 0 for padding; None counts every token, as the
+            published code does.
         num_experts: even, gates' last size.
 
     Returns:
@@ -44,8 +44,8 @@ def balance_loss(
         raise TypeError(f"task_types must be integer or bool (0 or 1), got {task_types.dtype}")
     if attention_mask is not None:
         if attention_mask.shape != gates.shape[:2]:
-            wanted, given = list(gates.shape[:2]), list(attention_mask.shape)
-            raise ValueError(f"attention_mask must be [batch, time] = {wanted} like gates, got {given}")
+            expected, actual = list(gates.shape[:2]), list(attention_mask.shape)
+            raise ValueError(f"attention_mask must be [batch, time] = {expected} like gates, got {actual}")
         gates = gates * attention_mask.to(gates.dtype).unsqueeze(-1)
     first_half = torch.arange(num_experts, device=gates.device) < num_experts // 2
     favoured = first_half == task_types.bool().unsqueeze(1)

@@ -1,10 +1,11 @@
 """The bottleneck's GPU kernels, as the registry knows them."""
 
+from dataclasses import replace
 from functools import partial
 
 from gci_kernels.hardware import Kernel, LaunchConfig, register
 from gci_kernels.ops import launching
-from gci_kernels.ops.bottleneck import checks, config
+from gci_kernels.ops.bottleneck import checks, config, timed
 
 _FOLDER = "ops/bottleneck/triton/"
 _DROPOUT = (_FOLDER + "dropout.py", "ops/bottleneck/philox.py", "ops/bottleneck/config.py", *launching.FILES)
@@ -43,4 +44,4 @@ for _kernel in (
     ),
     Kernel("dropout", _DROPOUT, partial(checks.check, checks.dropout), (_DROPOUT_LAUNCH,)),
 ):  # fmt: skip
-    register(_kernel)
+    register(replace(_kernel, stages=partial(timed.stages, _kernel.name)))

@@ -1,7 +1,7 @@
-"""The counter-based generator behind dropout, in torch operations: the definition that every kernel reproduces.
+"""Dropout's counter-based random numbers in torch operations: the definition that every kernel reproduces.
 
-Element [row, col] looks at word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high)
-and the counter (col // 4, row low, row high, 0), and is kept where that word is at least p * 2^32.
+Element [row, col] uses word col % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the key (seed low, seed high) and
+the counter (col // 4, row low, row high, 0), and is kept if that word is at least p * 2^32.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,13 @@ _WORD = 0xFFFFFFFF
 
 
 class Dropout(NamedTuple):
-    """Dropout with probability `p` of an operand [tokens, width], seen by a product's first `columns` vectors."""
+    """Dropout of an operand [tokens, width] of a product, seen by the first `columns` of what it is multiplied with.
+
+    Attributes:
+        p: the probability in [0, 1) with which an element is dropped.
+        seed: of the generator; 64 bits.
+        columns: how many columns of the product see the operand after dropout; the others see it before.
+    """
 
     p: float
     seed: int
@@ -21,27 +27,28 @@ class Dropout(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        """An element is kept where its word is at least this."""
+        """An element is kept if its 32-bit word is at least this."""
         return int(self.p * 2**32)
 
     @property
     def scale(self) -> float:
+        """The factor of elements that are kept."""
         return 1 / (1 - self.p)
 
     @staticmethod
     def arguments(drop: "Dropout | None") -> tuple[int, int, int, float]:
-        """(columns, threshold, seed, scale), what a kernel takes; zeros where there is no dropout."""
+        """(columns, threshold, seed, scale) as kernels take them; (0, 0, 0, 1) where there is no dropout."""
         return (0, 0, 0, 1.0) if drop is None else (drop.columns, drop.threshold, drop.seed, drop.scale)
 
 
 def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and this seed keeps."""
+    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps."""
     row = torch.arange(rows, device=device).unsqueeze(1)
     c0 = torch.arange((cols + 3) // 4, device=device).expand(rows, -1)
     c1, c2, c3 = (row & _WORD).expand_as(c0), (row >> 32).expand_as(c0), torch.zeros_like(c0)
     key0, key1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
-        # A product of two 32-bit words can pass 2^63 and wrap to a negative int64; the masks undo the sign extension.
+        # A product of two 32-bit words can exceed 2^63 and wrap to a negative int64; the masks undo the sign extension.
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ key0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ key1, a & _WORD
         key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
@@ -50,8 +57,8 @@ def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -
 
 
 def draw_seed() -> Tensor:
-    """An int64 scalar from torch's default generator, so that torch.manual_seed and gradient checkpointing govern it.
+    """A seed, int64 [], from torch's default generator, so that torch.manual_seed and checkpointing reproduce it.
 
-    On the CPU for every device: reading it then waits for nothing.
+    It is on the CPU for every device: reading it then never waits for a GPU.
     """
     return torch.randint(2**62, (), dtype=torch.int64)

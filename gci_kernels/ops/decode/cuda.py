@@ -63,6 +63,8 @@ class Step:
         """x as [tokens, in], and y, made with the base product where there is none."""
         if y is None:
             weight, bias = (None if t is None else t() for t in self._base)
+            if weight is None:
+                raise ValueError("y must be given: the step was made without a weight")
             y = F.linear(x, weight, bias)
         x = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1]).contiguous()
         return x, y

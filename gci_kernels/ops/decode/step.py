@@ -1,95 +1,116 @@
-"""Steps that are made once for some adapters and used as long as their tensors are the same ones."""
+"""Decoding steps, each made once for some adapters and cached for as long as their tensors live."""
 
+import functools
 import threading
 import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from gci_kernels.ops import transforms
 from gci_kernels.ops.decode import cuda, native
+from gci_kernels.ops.decode.graph import GraphStep
 from gci_kernels.ops.decode.group import Group
 from gci_kernels.ops.decode.plan import DecodePlan, choose_decode
 
 AnyStep = native.Step | cuda.Step
-# What a step belongs to -> what it was made of, and the step; None: there is no kernel for it. The key is made of the
-# tensors' ids and of which tokens they are for; an entry goes when one of its tensors does, before its id can be
-# another's. What else a step holds, addresses, sizes and settings, is compared in every call, for all of it may change
-# while the tensors stay. Nothing is put on the tensors or their modules, and nothing keeps them alive.
+# Key -> the state that the step was made for, and the step; None: no kernel takes it. The key consists of the tensors'
+# ids and the tokens of each adapter. An entry is removed when one of its tensors is deleted, before another object can
+# get its id. The state is everything else that the step depends on: addresses, sizes and settings. Every call compares
+# it, for it may change while the tensors stay. Nothing is stored on the tensors or modules, nothing keeps them alive.
 _steps: dict[tuple, tuple[list, AnyStep | None]] = {}
-_keys: dict[int, tuple[weakref.ref, set[tuple]]] = {}  # by the id of a tensor
-# Threads may share the tensors. Reentrant, because a tensor can be collected while its thread keeps a step.
+_keys: dict[int, tuple[weakref.ref, set[tuple]]] = {}  # by the id of a tensor: the keys that contain it
+# Threads may share tensors. Reentrant, because a tensor may be garbage-collected while its thread stores a step.
 _lock = threading.RLock()
 
 
-def _forget(tensor_id: int) -> None:
+def find_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: tuple[int, ...] | None = None
+) -> AnyStep | GraphStep | None:
+    """The step for x, which the caller then runs; None if no kernel takes it.
+
+    `step.run(x, y)` returns the adapted layer's output [..., out] in x's dtype: with y None a new tensor that includes
+    the base product; else y, which holds the base product and is added to in place (not so in a graph of
+    torch.compile). `step.attend(x, y, kv, past, segments)` is the same for ALoRA: see native.Step and cuda.Step. No
+    gradients flow.
+
+    Every layer calls this in every decoding step, so a cached step is found within this function, without another
+    Python call, and only what the choice depends on is checked.
+
+    Args:
+        x: [..., in], float32, bfloat16 or float16, on a CPU or a GPU; at most MAX_DECODE_TOKENS rows.
+        weight, bias: the base layer's, [out, in] and [out] or None, in x's dtype; weight None: the caller has y.
+        groups: the adapters and their tokens; the tokens count from 0 and follow one another.
+        rows: of x, seen as [tokens, in]: those of the groups' tokens, in order, and then those of no group; None: all
+            rows, of the only group.
+    """
+    if is_dynamo_compiling():
+        return None if plan_step(x, weight, bias, groups) is None else GraphStep(weight, bias, groups, rows)
+    if transforms.dispatch_mode_depth():
+        return None  # the mode would not see what a step does
+    parts: list = [x.dtype, id(weight), id(bias), rows]
+    state: list = [x.shape[-1], groups[0].A.dtype]
+    if weight is not None:
+        state.append(weight.data_ptr())
+    if bias is not None:
+        state.append(bias.data_ptr())
+    for A, B, scaling, first, count, router, top_k, qkv, num_heads, residual in groups:
+        parts += id(A), id(B), first, count, id(router), id(qkv)
+        state += scaling, A.data_ptr(), A.nbytes, B.data_ptr()  # the sizes of B and of qkv follow from that of A
+        if router is not None:
+            state += router.data_ptr(), router.nbytes, top_k
+        if qkv is not None:
+            state += qkv.data_ptr(), num_heads, residual
+    key = tuple(parts)
+    cached = _steps.get(key)
+    if cached is not None and cached[0] == state:
+        return cached[1]
+    step = _make_step(x, weight, bias, groups, rows)
+    if step is not None or x.device.type == "cpu":  # on a GPU None may be temporary: a graph is being captured
+        tensors = [t for t in (weight, bias) if t is not None]
+        _store(key, (state, step), tensors + [t for group in groups for t in group.tensors])
+    return step
+
+
+def _store(key: tuple, entry: tuple[list, AnyStep | None], tensors: list[Tensor]) -> None:
+    """Cache `entry` until one of `tensors` is deleted."""
     with _lock:
-        for key in _keys.pop(tensor_id, (None, ()))[1]:
+        _steps[key] = entry
+        for tensor in tensors:
+            tensor_id = id(tensor)
+            if tensor_id not in _keys:
+                _keys[tensor_id] = weakref.ref(tensor, functools.partial(_evict, tensor_id)), set()
+            _keys[tensor_id][1].add(key)
+
+
+def _evict(tensor_id: int, _: weakref.ref) -> None:
+    """Remove the entries of a tensor that is being deleted."""
+    with _lock:
+        for key in _keys.pop(tensor_id)[1]:
             _steps.pop(key, None)
 
 
-def find_step(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: Sequence[int] | None
-) -> AnyStep | None:
-    """The step for x [..., in]; None where there is no kernel for it.
-
-    Made for calls of a microsecond: nothing is checked but what the choice needs.
-
-    Args:
-        weight, bias: [out, in] and [out] or None; None: y comes with the base product.
-        groups: as csrc takes them, every tensor of the shape that its name says.
-        rows: which rows of x, seen as [tokens, in], the groups' tokens are; None: all, in order.
-    """
-    key: list = [x.dtype, id(weight), id(bias), rows]
-    made_of: list = [groups[0].A.dtype]
-    if weight is not None:
-        made_of.append(weight.data_ptr())
-    if bias is not None:
-        made_of.append(bias.data_ptr())
-    for A, B, scaling, first, count, router, top_k, qkv, num_heads, residual in groups:
-        key += id(A), id(B), first, count, id(router), id(qkv)
-        made_of += scaling, A.data_ptr(), A.nbytes, B.data_ptr()  # the size of A says that of B and of qkv
-        if router is not None:
-            made_of += router.data_ptr(), router.nbytes, top_k
-        if qkv is not None:
-            made_of += qkv.data_ptr(), num_heads, residual
-    found = _steps.get(key := tuple(key))
-    if found is None or found[0] != made_of:
-        found = made_of, _make(x, weight, bias, groups, rows)
-        if found[1] is not None or x.device.type == "cpu":  # on a GPU "no" may be for now: a graph is being captured
-            _keep(key, found, [t for t in (weight, bias) if t is not None], groups)
-    return found[1]
-
-
-def _keep(key: tuple, found: tuple, base: list[Tensor], groups: Sequence[Group]) -> None:
-    with _lock:
-        _steps[key] = found
-        for tensor in (*base, *(t for g in groups for t in g.tensors)):
-            number = id(tensor)
-            if number not in _keys:
-                _keys[number] = weakref.ref(tensor, lambda _, number=number: _forget(number)), set()
-            _keys[number][1].add(key)
-
-
 def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> DecodePlan | None:
-    """The plan for x and groups as :func:`find_step` takes them; None where there is no kernel for them."""
-    adapters = (t for g in groups for t in g.tensors)
-    base = (t for t in (weight, bias) if t is not None)
-    adapter_dtype = groups[0].A.dtype
-    if not all(_is_plain(t, adapter_dtype, x.device) for t in adapters):
+    """The plan for x, weight, bias and groups as :func:`find_step` takes them; None if no kernel takes them."""
+    dtype = groups[0].A.dtype
+    if x.shape[-1] != groups[0].A.shape[1]:
+        return None  # the library's own product raises the error
+    if not all(_is_plain(t, dtype, x.device) for group in groups for t in group.tensors):
         return None
-    if not all(_is_plain(t, x.dtype, x.device) for t in base):
+    if not all(t is None or _is_plain(t, x.dtype, x.device) for t in (weight, bias)):
         return None
     return plan_groups(groups, x.numel() // x.shape[-1], x.dtype, x.device.type)
 
 
 def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an address says all of it; that of a subclass, sharded or quantised, may not."""
+    """Whether the kernels may read `t` by its address alone: not a subclass, which may be sharded or quantised."""
     return type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.dtype == dtype and t.device == device
 
 
 def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
-    """:func:`choose_decode` for adapters whose tensors are as csrc takes them, and x [tokens, in] in `dtype`."""
+    """:func:`choose_decode` for x [tokens, in] in `dtype` and adapters of which each tensor is plain and contiguous."""
     return choose_decode(
         tokens=tokens, columns=max(g.columns for g in groups), experts=max(g.experts for g in groups),
         dtype=dtype, adapter_dtype=groups[0].A.dtype, device_type=device_type,
@@ -97,8 +118,8 @@ def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device
     )  # fmt: skip
 
 
-def _fit(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> bool:
-    """Whether all shapes are what they should be: a kernel would read on behind a tensor that is too small."""
+def _shapes_match(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) -> bool:
+    """Whether all shapes fit one another: a kernel would read past the end of a tensor that is too small."""
     width, out = groups[0].A.shape[1], groups[0].B.shape[0]
     for g in groups:
         columns = g.A.shape[0]
@@ -111,12 +132,13 @@ def _fit(weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group]) ->
     return (weight is None or weight.shape == (out, width)) and (bias is None or bias.shape == (out,))
 
 
-def _make(
+def _make_step(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Sequence[Group], rows: Sequence[int] | None
 ) -> AnyStep | None:
-    if plan_step(x, weight, bias, groups) is None or not _fit(weight, bias, groups):
+    """A new step, None if no kernel takes it."""
+    if plan_step(x, weight, bias, groups) is None or not _shapes_match(weight, bias, groups):
         return None
     if rows is None:
         rows = range(x.numel() // x.shape[-1])
-    made = cuda.Step if x.device.type == "cuda" else native.Step
-    return made(groups, rows, x.dtype, weight, bias)
+    step_class = cuda.Step if x.device.type == "cuda" else native.Step
+    return step_class(groups, rows, x.dtype, weight, bias)

@@ -1,4 +1,4 @@
-"""The gate in C++ (csrc/cpu/gate.cpp), one pass each way, for CPU tensors (signatures: the package's docstring)."""
+"""The gate in C++ (csrc/cpu/gate.cpp) for CPU tensors in float32, bfloat16 or float64; one pass over them each way."""
 
 import torch
 from torch import Tensor
@@ -9,6 +9,18 @@ from gci_kernels.native import DTYPE_CODES, extension
 def forward(
     projected: Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """u = scaling * gates * h, and the gates.
+
+    Args:
+        projected: [tokens, num_experts*r + num_experts], rows contiguous.
+        num_experts: at least 1.
+        top_k: how many gates of a token are kept, at most num_experts.
+        scaling: the adapter's factor.
+        dtype: of u.
+
+    Returns:
+        u [tokens, num_experts*r] in `dtype`; gates [tokens, num_experts] in float32, float64 where `dtype` is.
+    """
     tokens, width = projected.shape[0], projected.shape[1] - num_experts
     u = torch.empty(tokens, width, dtype=dtype)
     gates = torch.empty(tokens, num_experts, dtype=torch.promote_types(dtype, torch.float32))
@@ -24,6 +36,13 @@ def backward(
     du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of `projected`, in `dtype`, and u recomputed.
+
+    Args:
+        du: [tokens, num_experts*r], u's gradient.
+        dgates: [tokens, num_experts] in the gates' dtype, or None for zeros.
+        projected, num_experts, top_k, scaling, dtype: what :func:`forward` was given.
+    """
     tokens, width = du.shape
     du, dgates = du.to(projected.dtype).contiguous(), None if dgates is None else dgates.contiguous()
     u = torch.empty(tokens, width, dtype=dtype)

@@ -7,7 +7,10 @@ from gci_kernels.ops.transforms import captured
 
 
 def gates(logits: Tensor, top_k: int) -> Tensor:
-    """softmax over the experts (last dimension) in float32, or float64 for float64 logits; over the top_k largest."""
+    """The softmax of logits [..., experts] over the experts; over the top_k largest alone where top_k is less.
+
+    In float32, or float64 for float64 logits; the gates of experts that are not kept are 0.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if top_k < logits.shape[-1]:
         if captured():
@@ -19,14 +22,23 @@ def gates(logits: Tensor, top_k: int) -> Tensor:
 
 
 def _rank(logits: Tensor) -> Tensor:
-    """Each expert's place in a stable descending sort, which is not in ONNX: how many come before it."""
+    """Each expert's index in a stable descending sort, which ONNX does not have: how many experts come before it."""
     other, own = logits.unsqueeze(-2), logits.unsqueeze(-1)
     lower = torch.ones(logits.shape[-1], logits.shape[-1], dtype=torch.bool, device=logits.device).tril(-1)
     return ((other > own) | ((other == own) & lower)).sum(-1)
 
 
 def gate(h: Tensor, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """u = gates, repeated over each expert's r values, times h [..., num_experts*r]; and the gates [..., experts]."""
+    """u = h with each expert's r values multiplied by its gate, and the gates.
+
+    Args:
+        h: [..., experts*r], any floating dtype.
+        logits: [..., experts], any floating dtype.
+        top_k: how many gates of a token are kept, at most experts.
+
+    Returns:
+        u [..., experts*r] in h's dtype, and the gates [..., experts] as :func:`gates` returns them.
+    """
     weights = gates(logits, top_k)
     experts = weights.shape[-1]
     u = h.unflatten(-1, (experts, h.shape[-1] // experts)) * weights.to(h.dtype).unsqueeze(-1)

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gci_kernels.limits import MAX_EXPERTS
 from gci_kernels.ops.gate import config
 from gci_kernels.ops.launching import DTYPES, check_tensors
-
-_MAX_EXPERTS = 256
 
 
 @triton.jit
@@ -133,5 +132,5 @@ def _check(num_experts: int, dtype: torch.dtype, **tensors: Tensor | None) -> No
     check_tensors(**tensors)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}")
-    if num_experts > _MAX_EXPERTS:
-        raise ValueError(f"num_experts must be at most {_MAX_EXPERTS} for the Triton gate, got {num_experts}")
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS} for the Triton gate, got {num_experts}")

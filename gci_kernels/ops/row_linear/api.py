@@ -1,4 +1,4 @@
-"""The public operation: what it takes, what it checks, and the one place that picks an implementation."""
+"""The public linear layers with trained rows, and the checks of their arguments."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from gci_kernels.impl import check_impl
 from gci_kernels.ops.arguments import autocast_dtype, check_tensor, check_x, without_autocast
 from gci_kernels.ops.row_linear import reference
 from gci_kernels.ops.row_linear.autograd import row_linear
-from gci_kernels.ops.row_linear.merged import MergedRows, put_together
+from gci_kernels.ops.row_linear.merged import MergedRows, merge_rows
 from gci_kernels.ops.row_linear.plan import choose_form
 from gci_kernels.ops.transforms import transformed
 
@@ -16,14 +16,13 @@ def loki_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor,
     active_bias: Tensor | None = None, *, merged: MergedRows | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """A linear layer of whose rows some are trained: y = x @ W'.T + b' (LoKI, arXiv 2505.22120).
+    """A linear layer in which some rows of the weight are trained: y = x @ W'.T + b' (LoKI, arXiv 2505.22120).
 
-    W' and b' are W and b with the rows at `positions` replaced by the active ones. One product gives y, one dX, and one
-    the active rows' gradient, from their columns of dY. Differentiable in x, active_weight and active_bias; W and b are
-    frozen. Saved for backward: x alone. Second derivatives are those of the formula, computed anew; what
-    torch.jit.trace, torch.export, torch.func or forward-mode differentiation sees is the formula too, whatever `impl`
-    says. Under autocast the operands are cast as torch.nn.functional.linear casts them. Deterministic for a given
-    number of threads.
+    W' and b' are W and b with the rows at `positions` replaced by the active ones. y takes one product, dX one, and the
+    active rows' gradient one, with their columns of dY. Differentiable in x, active_weight and active_bias; W and b are
+    frozen. Saved for backward: x alone. Second derivatives are computed from the formula; torch.jit.trace,
+    torch.export, torch.func and forward-mode differentiation run the formula too, whatever `impl` says. Under autocast
+    the operands are cast as torch.nn.functional.linear casts them. Deterministic for a given number of threads.
 
     Args:
         x: [..., in], any floating dtype and device. Rows that are not contiguous are copied once.
@@ -31,13 +30,13 @@ def loki_linear(
         bias: [out] in x's dtype, without a gradient, or None.
         active_weight: [k, in], any floating dtype; used in x's.
         positions: [k] int64 on x's device, k >= 1: the rows of weight that the active ones replace, in any order.
-            :func:`check_positions` says whether they are distinct and in range. Here that is checked on a CPU alone:
-            on a GPU it would be waited for.
-        active_bias: [k], any floating dtype; used in x's; or None, where b is used as it is. It needs a bias.
-        merged: a MergedRows that the caller keeps for this layer: W' is then not made in each call. It has to be the
-            same one each time. Not used by "reference" and "triton", nor under torch.compile.
-        impl: "auto", "reference", "aten" or "triton"; an explicit one that cannot run raises, "native" too: on a CPU
-            these are the library's products.
+            :func:`check_positions` checks that they are distinct and in range. This function does so on a CPU only:
+            on a GPU it would have to wait for the values.
+        active_bias: [k], any floating dtype; used in x's; None: b is used as it is. It needs a bias.
+        merged: a MergedRows that the caller keeps for this layer, always the same one: W' is then not made in each
+            call. Not used by "reference" and "triton", nor under torch.compile.
+        impl: "auto", "reference", "aten", "upcast" or "triton"; an explicit one that cannot run raises. "native" always
+            does: on a CPU these products are the library's.
 
     Returns:
         [..., out], x's dtype.
@@ -55,7 +54,7 @@ def loki_linear(
         return without_autocast(reference.loki_linear)(x, weight, bias, active_weight, positions, active_bias)
     form = choose_form(
         impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
-        device_type=x.device.type, keep=_keeps(merged, x, active_weight),
+        device_type=x.device.type, keep=_keeps_copy(merged, x, active_weight),
     )  # fmt: skip
     if form == "kept" and merged is not None:
         weight = merged.renewed(weight, active_weight, positions, x.dtype)
@@ -64,33 +63,35 @@ def loki_linear(
     return row_linear(x, weight, bias, active_weight, positions, active_bias, form)
 
 
-def split_linear(
-    x: Tensor, frozen: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor, rest: Tensor,
+def partitioned_loki_linear(
+    x: Tensor, frozen: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor, frozen_positions: Tensor,
     active_bias: Tensor | None, *, merged: MergedRows,
 ) -> Tensor:  # fmt: skip
-    """:func:`loki_linear` for a weight whose frozen rows stand alone, as the published layer keeps them.
+    """:func:`loki_linear` for a weight stored in two parts, frozen and active rows, as the published layer stores it.
 
     Args:
         x, active_weight, positions, active_bias, merged: as there.
         frozen: [out - k, in], without a gradient.
-        bias: [out], without a gradient, or None; what it holds at `positions` does not matter.
-        rest: [out - k] int64: the rows that `frozen` gives; with positions, every row once. Not checked.
+        bias: [out], without a gradient, or None; with an active_bias, its values at `positions` are not used.
+        frozen_positions: [out - k] int64: the rows of the weight that `frozen` holds; with `positions`, every row once.
+            Not checked.
 
     Returns:
         [..., out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: x is not a floating point [..., in].
     """
     dtype = autocast_dtype(x) or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     check_x(x)
-    if torch.compiler.is_compiling():
-        weight = put_together(frozen, active_weight, positions, dtype, rest)
-    else:
-        weight = merged.renewed(frozen, active_weight, positions, dtype, rest)
+    make_weight = merge_rows if torch.compiler.is_compiling() else merged.renewed
+    weight = make_weight(frozen, active_weight, positions, dtype, frozen_positions)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, "kept")
 
 
-def _keeps(merged: MergedRows | None, x: Tensor, active_weight: Tensor) -> bool:
-    """Whether there is a kept copy, or there should be: one is made for training, and then used wherever it is."""
+def _keeps_copy(merged: MergedRows | None, x: Tensor, active_weight: Tensor) -> bool:
+    """Whether a copy of W' is kept: calls with gradients make one, and all later calls use it."""
     if merged is None or torch.compiler.is_compiling():
         return False
     return merged.has(x.device) or (torch.is_grad_enabled() and (x.requires_grad or active_weight.requires_grad))
@@ -105,7 +106,8 @@ def _check(
     check_tensor("active_weight", active_weight, (None, x.shape[-1]), x, same_dtype=False)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=not any_dtype)
-    for name, frozen in () if transformed() else (("weight", weight), ("bias", bias)):  # the formula has all gradients
+    # The formula, which runs under transforms, has all gradients.
+    for name, frozen in () if transformed() else (("weight", weight), ("bias", bias)):
         if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen: loki_linear forms no gradient of it; call requires_grad_(False)")
     _check_rows(positions, active_weight, weight)
@@ -133,7 +135,7 @@ def _check_rows(positions: Tensor, active_weight: Tensor, weight: Tensor) -> Non
 
 
 def check_positions(positions: Tensor, out: int) -> None:
-    """ValueError unless `positions` [k] int64 are distinct rows of a weight with `out` rows; waits for a GPU."""
+    """Raise ValueError unless `positions` [k] int64 are distinct rows of a weight of `out` rows; waits for a GPU."""
     ordered = positions.sort().values
     if ordered[0] < 0 or ordered[-1] >= out:
         bad = ordered[0] if ordered[0] < 0 else ordered[-1]

@@ -1,8 +1,8 @@
-"""The products of a linear layer with trained rows as library products; any device, any floating dtype.
+"""The linear layer with trained rows in library products; any device, any floating dtype.
 
-Three forms, by where the active rows are: "kept", weight holds them already; "merge", they are copied into a copy of
-weight for this product alone; "overwrite", weight's own rows are used, and what they gave is replaced. Tensors are
-[tokens, features]; `active` [k, in] comes in any floating dtype and is used in the other operand's.
+It has three forms: with "kept", the weight that is given holds the active rows already; with "merge", the weight is
+copied and the active rows are written into the copy, for one product; with "overwrite", the frozen weight is used, and
+the outputs of its rows at the active positions are replaced.
 """
 
 import torch
@@ -11,13 +11,22 @@ from torch import Tensor
 
 
 def merge(weight: Tensor, active: Tensor, positions: Tensor) -> Tensor:
-    """A copy of weight, contiguous, with the active rows at their positions."""
+    """A contiguous copy of `weight` [out, in] with the rows at `positions` [k] replaced by `active` [k, in]."""
     copy = weight.clone(memory_format=torch.contiguous_format)
     return copy.index_copy_(0, positions, active.to(copy.dtype))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, form: str) -> Tensor:
-    """x @ W'.T + bias."""
+    """x @ W'.T + bias, [tokens, out] in x's dtype.
+
+    Args:
+        x: [tokens, in], any floating dtype and device.
+        weight: [out, in] in x's dtype.
+        bias: [out] in x's dtype, or None.
+        active: [k, in], any floating dtype; used in x's.
+        positions: [k] int64, the rows of W' that `active` holds.
+        form: "kept", "merge" or "overwrite".
+    """
     if form != "overwrite":
         return F.linear(x, weight if form == "kept" else merge(weight, active, positions), bias)
     y = F.linear(x, weight, bias)
@@ -25,8 +34,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, posi
     return y.index_copy_(1, positions, F.linear(x, active.to(x.dtype), own_bias))
 
 
-def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, chosen: Tensor, form: str) -> Tensor:
-    """dy @ W'; `chosen` [tokens, k]: dy's columns at `positions`."""
+def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, dy_active: Tensor, form: str) -> Tensor:
+    """dy @ W', [tokens, in] in dy's dtype.
+
+    Args:
+        dy: [tokens, out], the output's gradient.
+        weight, active, positions, form: what :func:`forward` was given.
+        dy_active: [tokens, k], dy's columns at `positions`.
+    """
     if form != "overwrite":
         return torch.mm(dy, weight if form == "kept" else merge(weight, active, positions))
-    return torch.mm(dy.index_fill(1, positions, 0), weight).addmm_(chosen, active.to(dy.dtype))
+    return torch.mm(dy.index_fill(1, positions, 0), weight).addmm_(dy_active, active.to(dy.dtype))

@@ -2,7 +2,7 @@
 
 from gci_kernels.hardware import Kernel, LaunchConfig, register
 from gci_kernels.ops import launching
-from gci_kernels.ops.row_linear import checks
+from gci_kernels.ops.row_linear import checks, timed
 from gci_kernels.ops.row_linear.config import RowLinearConfig, choose_row_linear_config
 
 register(
@@ -19,5 +19,6 @@ register(
                 ),
             ),
         ),
+        stages=timed.stages,
     )
 )  # fmt: skip

@@ -1,75 +1,80 @@
-"""A copy of a frozen weight with the active rows in the place of its own, kept from call to call and never stale."""
+"""A cached copy of a frozen weight in which the active rows replace its own, updated whenever they have changed."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_SAMPLES = 16  # rows and columns of the frozen weight that are looked at again in every call, on a CPU
+_SAMPLES = 16  # rows and columns of the frozen weight that every call compares, on a CPU
 
 
 @dataclass
 class _Copy:
-    """One device's copy, and what it was made of."""
+    """One device's copy, and what it was made from."""
 
     weight: Tensor  # [out, in], the frozen rows and the active ones
     frozen: tuple  # identity of the frozen rows' tensor
-    sample: Tensor  # a few of its numbers
+    sample: Tensor  # some of its numbers
     positions: Tensor  # [k], a copy
-    where: tuple  # identity of the positions' tensor
-    active: tuple  # identity of the active rows' tensor at their last renewal
+    positions_identity: tuple
+    active: tuple  # identity of the active rows' tensor when they were last written into the copy
 
 
 class MergedRows:
-    """W' [out, in] for :func:`gci_kernels.ops.loki_linear`: W with the active rows, made once and then renewed.
+    """W' [out, in] for :func:`gci_kernels.ops.loki_linear`: W with the active rows, made once and then updated.
 
-    A layer keeps one and hands it to every call. The copy costs the memory of another W. Its active rows are renewed
-    when the active weight has changed, whoever changed it and however: on a CPU all their numbers are compared, which
-    takes a few thousandths of the product's time; on a GPU, where an answer would have to be waited for, they are
-    written each time. The whole copy is made anew when W or the positions are other tensors, or were written to. Writes
-    that torch counts are all seen; of those that it does not count (`weight.data.add_`), on a CPU what changes most of
-    W, and on a GPU none: call :meth:`drop` after them.
+    A layer keeps one and passes it to every call. The copy costs the memory of another W. Its active rows are updated
+    whenever the active weight has changed, by whatever means: on a CPU all their numbers are compared, which takes a
+    few thousandths of the product's time; on a GPU, where a comparison would have to be waited for, they are written in
+    each call. The whole copy is made again when W or the positions are other tensors or were written to. All writes
+    that torch counts are detected. Of those that it does not count (`weight.data.add_`), a CPU detects those that
+    change most of W, a GPU none: call :meth:`drop` after them.
 
-    A renewal for a change that torch counts is itself counted, so a backward whose forward used the rows before it
-    raises, as after any other write to a tensor that was saved. A deep copy or a pickle of this object is an empty one.
+    An update for a change that torch counts is itself counted, so a backward whose forward used the previous rows
+    raises, as after any other write to a saved tensor. A deep copy or a pickle of this object is empty.
     """
 
     def __init__(self) -> None:
-        # By device: torch.nn.DataParallel gives its replicas, one a device and a thread, the same object.
+        # By device: the replicas of torch.nn.DataParallel, one for each device and thread, share this object.
         self._copies: dict[torch.device, _Copy] = {}
 
     def has(self, device: torch.device) -> bool:
-        """Whether there is a copy on `device` already."""
+        """Whether there is a copy on `device`."""
         return device in self._copies
 
     def copies(self) -> list[Tensor]:
-        """The copies that there are, [out, in], one for each device; to be counted, not written to."""
+        """The copies, [out, in], one for each device; for counting memory, not to be written to."""
         return [copy.weight for copy in self._copies.values()]
 
     def drop(self) -> None:
-        """Forget the copies; the next call makes a new one."""
+        """Delete the copies; the next call makes a new one."""
         self._copies.clear()
 
     def renewed(
-        self, frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, rest: Tensor | None = None
+        self,
+        frozen: Tensor,
+        active: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        frozen_positions: Tensor | None = None,
     ) -> Tensor:
-        """The copy as it has to be now; not to be written to.
+        """The up-to-date copy, W' [out, in] in `dtype` on frozen's device; not to be written to.
 
-        Args:
-            frozen: [out, in]; with `rest` [out - k, in].
-            active: [k, in], any floating dtype.
-            positions: [k] int64, distinct rows of the result.
-            dtype: of the copy.
-            rest: [out - k] int64, the rows of the result that `frozen` gives; None: all that are not active, its own.
+        The arguments are those of :func:`merge_rows`.
         """
         with torch.inference_mode(False), torch.no_grad():
             copy = self._copies.get(frozen.device)
-            if copy is None or copy.weight.dtype != dtype or not _made_of(copy, frozen, positions):
-                weight = put_together(frozen, active, positions, dtype, rest)
-                made_of = identity(frozen), _sample(frozen).clone(), positions.clone(), identity(positions)
-                copy = self._copies[frozen.device] = _Copy(weight, *made_of, identity(active))
+            if copy is None or copy.weight.dtype != dtype or not _is_current(copy, frozen, positions):
+                copy = self._copies[frozen.device] = _Copy(
+                    weight=merge_rows(frozen, active, positions, dtype, frozen_positions),
+                    frozen=identity(frozen),
+                    sample=_sample(frozen).clone(),
+                    positions=positions.clone(),
+                    positions_identity=identity(positions),
+                    active=identity(active),
+                )
             else:
-                _renew(copy, active)
+                _update(copy, active)
         return copy.weight
 
     def __deepcopy__(self, memo: dict) -> "MergedRows":
@@ -80,44 +85,56 @@ class MergedRows:
 
 
 def identity(tensor: Tensor) -> tuple:
-    """Equal for two looks at a tensor, unless it was replaced, moved, or written to in a way that torch counts."""
+    """A value that changes when `tensor` is replaced, moved, or written to in a way that torch counts."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
+def merge_rows(
+    frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, frozen_positions: Tensor | None
+) -> Tensor:
+    """W' [out, in] in `dtype`, a new tensor without a gradient, on frozen's device.
+
+    Args:
+        frozen: [out, in], any floating dtype; with `frozen_positions` [out - k, in].
+        active: [k, in], any floating dtype.
+        positions: [k] int64, distinct: the rows of W' that `active` holds.
+        frozen_positions: [out - k] int64: the rows of W' that `frozen` holds; None: `frozen` has a row for each of W'.
+    """
+    out = frozen.shape[0] + (0 if frozen_positions is None else active.shape[0])
+    weight = torch.empty(out, frozen.shape[1], dtype=dtype, device=frozen.device)
+    if frozen_positions is None:
+        weight.copy_(frozen.detach())
+    else:
+        weight.index_copy_(0, frozen_positions, frozen.detach().to(dtype))
+    return weight.index_copy_(0, positions, active.detach().to(dtype))
+
+
 def _sample(frozen: Tensor) -> Tensor:
+    """A view of up to about 16 x 16 of frozen's numbers, spread over all of it."""
     steps = (max(size // _SAMPLES, 1) for size in frozen.shape)
     return frozen.detach()[tuple(slice(None, None, step) for step in steps)]
 
 
-def _made_of(copy: _Copy, frozen: Tensor, positions: Tensor) -> bool:
-    if identity(frozen) != copy.frozen or identity(positions) != copy.where:
+def _is_current(copy: _Copy, frozen: Tensor, positions: Tensor) -> bool:
+    """Whether the copy's frozen rows and positions are those of today."""
+    if identity(frozen) != copy.frozen or identity(positions) != copy.positions_identity:
         return False
     return frozen.device.type != "cpu" or (
         torch.equal(_sample(frozen), copy.sample) and torch.equal(positions, copy.positions)
     )
 
 
-def put_together(frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, rest: Tensor | None) -> Tensor:
-    """W' [out, in] in `dtype`, without a gradient; the arguments are those of :meth:`MergedRows.renewed`."""
-    out = frozen.shape[0] + (0 if rest is None else active.shape[0])
-    weight = torch.empty(out, frozen.shape[1], dtype=dtype, device=frozen.device)
-    if rest is None:
-        weight.copy_(frozen.detach())
-    else:
-        weight.index_copy_(0, rest, frozen.detach().to(dtype))
-    return weight.index_copy_(0, positions, active.detach().to(dtype))
-
-
-def _renew(copy: _Copy, active: Tensor) -> None:
-    rows, present = active.to(copy.weight.dtype), identity(active)
+def _update(copy: _Copy, active: Tensor) -> None:
+    """Write the active rows into the copy, on a CPU only if their numbers differ."""
+    rows, active_identity = active.to(copy.weight.dtype), identity(active)
     if copy.weight.device.type == "cpu":
         if not torch.equal(copy.weight.index_select(0, copy.positions), rows):
             copy.weight.index_copy_(0, copy.positions, rows)
-    elif present != copy.active:
+    elif active_identity != copy.active:
         copy.weight.index_copy_(0, copy.positions, rows)
     else:
-        # The same numbers, or ones that changed unseen. `data` has a count of writes of its own: a backward that
-        # still needs the copy is not told of a change that was none.
+        # The same numbers, or ones that changed without torch counting it. Writes through `data` are not counted for
+        # the copy: a backward that still needs it must not fail because of a write that changed nothing.
         copy.weight.data.index_copy_(0, copy.positions, rows)
-    copy.active = present
+    copy.active = active_identity

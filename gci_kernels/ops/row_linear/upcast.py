@@ -1,7 +1,6 @@
-"""The products of a linear layer with trained rows for bfloat16 and float16 on CPUs without a fast product of them.
+"""The linear layer with trained rows for bfloat16 and float16 on CPUs without a fast product of them (ops/upcast.py).
 
-W' is never made: the active rows, in x's dtype as in the other forms, are put into each block of W that is converted to
-float32 (ops/upcast.py).
+W' is never made: the active rows are written into each block of W that is converted to float32.
 """
 
 from torch import Tensor
@@ -10,13 +9,22 @@ from gci_kernels.ops.upcast import large_product
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, form: str) -> Tensor:
-    """x @ W'.T + bias."""
+    """x @ W'.T + bias, [tokens, out] in x's dtype.
+
+    Args:
+        x: [tokens, in], bfloat16 or float16, on a CPU.
+        weight: [out, in] in x's dtype.
+        bias: [out] in x's dtype, or None.
+        active: [k, in], any floating dtype; used in x's.
+        positions: [k] int64, the rows of W' that `active` holds.
+        form: "upcast".
+    """
     active = active.to(x.dtype)
 
     def block(columns: slice) -> Tensor:
         rows = weight[columns].float()
-        chosen = ((positions >= columns.start) & (positions < columns.stop)).nonzero().squeeze(1)
-        rows.index_copy_(0, positions[chosen] - columns.start, active[chosen].float())
+        inside = ((positions >= columns.start) & (positions < columns.stop)).nonzero().squeeze(1)
+        rows.index_copy_(0, positions[inside] - columns.start, active[inside].float())
         return rows.t()
 
     def finish(sums: Tensor, _: slice, columns: slice) -> Tensor:
@@ -25,8 +33,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, posi
     return large_product(x, x.new_empty(x.shape[0], weight.shape[0]), block, finish)
 
 
-def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, chosen: Tensor, form: str) -> Tensor:
-    """dy @ W'."""
+def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, dy_active: Tensor, form: str) -> Tensor:
+    """dy @ W', [tokens, in] in dy's dtype.
+
+    Args:
+        dy: [tokens, out], the output's gradient.
+        weight, active, positions, form: what :func:`forward` was given.
+        dy_active: [tokens, k], dy's columns at `positions`; not used.
+    """
     active = active.to(dy.dtype)
 
     def block(columns: slice) -> Tensor:

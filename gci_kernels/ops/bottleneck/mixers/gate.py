@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import implementation
+from gci_kernels.limits import MAX_EXPERTS
 from gci_kernels.ops.arguments import check_tensor
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Output, Shape
 from gci_kernels.ops.bottleneck.registry import register
 from gci_kernels.ops.gate import reference
-
-MAX_EXPERTS = 256
 
 
 def formula(h: Tensor, logits: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from gci_kernels.cli.options import add_model, fail, load_model
 from gci_kernels.files import check_output
 from gci_kernels.rega.distill import distill
 from gci_kernels.rega.distilled import read_distilled, read_records
@@ -15,22 +15,23 @@ from gci_kernels.rega.instructions import Pair, Problem, is_distilled, read_inst
 from gci_kernels.rega.mixture import Mixture, mixture, write_mixture
 from gci_kernels.rega.prompts import GENERAL, Roles
 
-DTYPES = ("float32", "bfloat16", "float64")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two commands of `gci-kernels rega`, and their options."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_distill(commands.add_parser("distill", help="the untouched model's answers to general instructions"))
     _add_mix(commands.add_parser("mix", help="general pairs and domains' pairs under their prompts, as JSON lines"))
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2", help="smollm2 (default), a local folder, or a hub id")
+    add_model(parser)
     parser.add_argument(
         "--instructions", type=Path, required=True, metavar="FILE",
         help=".jsonl: an object a line, with instruction, prompt or messages; else: an instruction a line",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="the answers; goes on with it")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help="the answers; an unfinished file is resumed"
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--roles", type=Path, metavar="FILE.json", help="answer under its central prompt")
     prompt.add_argument("--prompt", metavar="TEXT", help="answer under this prompt (default: under the template's own)")
@@ -40,8 +41,6 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="instructions at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="take the file's first instructions only")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the model's (default: %(default)s)")
     parser.set_defaults(run=run_distill)
 
 
@@ -67,32 +66,27 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def run_distill(args: argparse.Namespace) -> int:
-    """Answer a file's instructions. A killed run goes on when it is given the same command."""
-    from gci_kernels.bench.models import ModelError, load_model
-
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Answer a file's instructions. The same command resumes a killed run."""
     try:
         check_output(args.out)
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {args.limit}")
         prompt = Roles.load(args.roles).central if args.roles else args.prompt
         instructions, problems = read_instructions(args.instructions)
-        _tell(args.instructions, problems)
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype), device)
-        if tokenizer is None:
-            raise ValueError(f"--model {args.model} has no tokenizer, so it can't be asked anything")
+        _print_problems(args.instructions, problems)
+        model, tokenizer = load_model(args)
         distill(
             model, tokenizer, instructions[: args.limit], out=args.out, prompt=prompt, temperature=args.temperature,
             top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.batch, seed=args.seed,
         )  # fmt: skip
         _show_answers(args.out)
-    except (ValueError, OSError, ModelError) as error:
-        return _fail(error)
+    except (ValueError, OSError) as error:
+        return fail(error)
     return 0
 
 
 def run_mix(args: argparse.Namespace) -> int:
-    """Pairs and roles -> the mixture."""
+    """Mix pairs under the roles' prompts into training data."""
     from gci_kernels.bench.models import ModelError, load_tokenizer
 
     try:
@@ -106,21 +100,21 @@ def run_mix(args: argparse.Namespace) -> int:
         tokenizer = None
         if args.model and (tokenizer := load_tokenizer(args.model)) is None:
             raise ValueError(f"--model {args.model} has no tokenizer, and so no chat template")
-        made = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
-        write_mixture(made, args.out)
+        result = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
+        write_mixture(result, args.out)
     except (ValueError, OSError, ModelError) as error:
-        return _fail(error)
-    _show_mixture(made, args.out)
+        return fail(error)
+    _show_mixture(result, args.out)
     return 0
 
 
 def _pairs(path: Path) -> list[Pair]:
     pairs, problems = read_pairs(path)
-    _tell(path, problems)
+    _print_problems(path, problems)
     return pairs
 
 
-def _tell(path: Path, problems: list[Problem]) -> None:
+def _print_problems(path: Path, problems: list[Problem]) -> None:
     for problem in problems:
         print(f"{path}:{problem.line}: {problem.message}", file=sys.stderr)
 
@@ -135,8 +129,8 @@ def _show_answers(path: Path) -> None:
     Console().print(table)
 
 
-def _show_mixture(made: Mixture, path: Path) -> None:
-    counts = made.counts
+def _show_mixture(result: Mixture, path: Path) -> None:
+    counts = result.counts
     table = Table("examples", "own prompt", "central prompt", title=str(path))
     table.add_row(GENERAL, "", str(counts.general))
     for name, count in counts.domains.items():
@@ -144,8 +138,3 @@ def _show_mixture(made: Mixture, path: Path) -> None:
     central = counts.general + sum(counts.integrated.values())
     table.add_row("all", str(counts.total - central), str(central))
     Console().print(table)
-
-
-def _fail(error: Exception) -> int:
-    print(" ".join(str(error).split()), file=sys.stderr)
-    return 1

@@ -1,5 +1,5 @@
-// One new token of a sequence through ALoRA's bottleneck (arXiv 2405.17830): projected, appended to the cache, and
-// attending to all of it; see common/decode.h.
+// ALoRA's attention (arXiv 2405.17830) in a decoding step: projects a sequence's new token, appends its key and value
+// to the cache, and attends to all of it; see common/decode.h.
 #pragma once
 
 #include "common/decode.h"
@@ -8,26 +8,26 @@
 
 namespace gci::GCI_ISA {
 
-// u = softmax(q . k) v for one head of D columns (0: `columns`, known when it runs), over the keys that are seen.
-// scores holds `keys` floats; rows of kv are `row` numbers apart, v lies `rank` numbers behind k.
+// u = softmax(q . k) v for one head of D columns (0: `columns`, known at run time), over the keys of the query's
+// segment. `scores` holds `keys` floats; rows of kv are `row` elements apart, v lies `rank` elements behind k.
 template <int D, typename X>
 void attend_head(const float* q, const X* kv, int64_t row, int64_t rank, int64_t keys, int columns,
                  const int32_t* segments, int32_t own, float* scores, float* u) {
   const int d = D ? D : columns;
-  const auto seen = [&](int64_t key) { return !segments || segments[key] == own; };
+  const auto visible = [&](int64_t key) { return !segments || segments[key] == own; };
   float largest = -__builtin_inff();
   for (int64_t key = 0; key < keys; ++key) {
     float s = 0;
     for (int c = 0; c < d; ++c) s += q[c] * widen(kv[key * row + c]);
-    scores[key] = seen(key) ? s : -__builtin_inff();
+    scores[key] = visible(key) ? s : -__builtin_inff();
     largest = scores[key] > largest ? scores[key] : largest;
   }
-  // A score of NaN is not the largest, and stays what it is.
+  // A NaN score is never the largest, and the subtraction keeps it.
   for (int64_t key = 0; key < keys; ++key) scores[key] = exponential(scores[key] - largest);
   float sum = 0;
   for (int c = 0; c < d; ++c) u[c] = 0;
   for (int64_t key = 0; key < keys; ++key) {
-    if (!seen(key)) continue;  // what lies there may be anything
+    if (!visible(key)) continue;  // that memory may hold anything
     sum += scores[key];
     for (int c = 0; c < d; ++c) u[c] += scores[key] * widen(kv[key * row + rank + c]);
   }
@@ -46,9 +46,7 @@ void attend_all(int heads, int rank, const float* q, const X* kv, int64_t row, i
   for (int h = 0; h < heads; ++h) head(q + h * d, kv + h * d, row, rank, keys, d, segments, own, scores, u + h * d);
 }
 
-inline int64_t attend_floats(int rank, int32_t past) { return 4 * int64_t(rank) + past + 1; }
-
-// u [rank] for x [in], the new token of sequence `row`; the workspace holds attend_floats.
+// u [rank] for x [in], the new token of sequence `row`; the workspace holds attend_floats floats.
 template <typename X, typename W>
 void attend(const DecodeGroup& g, const AttendGroup& n, const AttendArgs& a, int64_t in, int row, const X* x,
             float* workspace, float* u) {

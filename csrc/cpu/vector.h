@@ -1,6 +1,8 @@
-// What a kernel source needs to be compiled once per instruction set: its namespace, a vector of floats, number
-// formats. Only builtins and libm in here: an inline function of the standard library would be emitted for every
-// instruction set under one name, and the linker would keep any of them.
+// A vector of floats as wide as the instruction set's registers, and conversions from and to 16-bit formats.
+//
+// Kernel sources are compiled once per instruction set, each time into the namespace GCI_ISA. They use builtins and
+// libm only: an inline function of the standard library would be compiled for every instruction set under the same
+// name, and the linker would keep an arbitrary one of them.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,7 @@ constexpr int lanes = 8, tile_rows = 4;
 #else
 constexpr int lanes = 4, tile_rows = 4;
 #endif
-constexpr int tile_vectors = 3;  // tile_rows * tile_vectors accumulators and tile_vectors operands fit the registers
+constexpr int tile_vectors = 3;  // tile_rows * tile_vectors accumulators and tile_vectors operands fit in the registers
 
 typedef float Vec __attribute__((vector_size(lanes * sizeof(float))));
 
@@ -100,7 +102,7 @@ inline float16 narrow<float16, float>(float v) {
   return {uint16_t(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13)};
 }
 
-// `lanes` values, widened.
+// Loads `lanes` values and converts them to float.
 inline Vec load_wide(const float* p) { return load(p); }
 inline Vec load_wide(const bfloat16* p) {
   typedef uint16_t Halves __attribute__((vector_size(lanes * sizeof(uint16_t))));
@@ -121,7 +123,7 @@ inline Vec load_wide(const float16* p) {
 #endif
 }
 
-// `lanes` values, rounded.
+// Rounds `lanes` values and stores them.
 inline void store_narrow(float* p, Vec v) { store(p, v); }
 inline void store_narrow(bfloat16* p, Vec v) {
   typedef uint16_t Halves __attribute__((vector_size(lanes * sizeof(uint16_t))));
@@ -154,7 +156,7 @@ inline void narrow_row(const float* x, int64_t n, X* out) {
   for (; i < n; ++i) out[i] = narrow<X>(x[i]);
 }
 
-// The type sums are kept in.
+// The type of sums over values of type T.
 template <typename T>
 struct Accumulator {
   typedef float type;

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from gci_kernels.cli.options import fail
+from gci_kernels.convert.conversions import TO, convert, recognise
 from gci_kernels.convert.files import ConvertError
-from gci_kernels.convert.formats import TO, convert, recognise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gci-kernels convert`."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder to read")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the folder to make: not there yet, or empty")
     parser.add_argument(
@@ -26,12 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Convert a checkpoint; exit status 1 and one line on stderr where that is not possible."""
     try:
-        print(f"{args.source}: {recognise(args.source).value}")
+        print(f"{args.source}: {recognise(args.source).description}")
         done = convert(args.source, args.target, to=args.to, base=args.base, positions=args.positions)
-        print(f"{args.target}: {recognise(args.target).value}, {done.modules} modules")
+        print(f"{args.target}: {recognise(args.target).description}, {done.modules} modules")
     except (ConvertError, OSError) as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return fail(error)
     for note in done.notes:
         print(f"note: {note}")
     return 0

@@ -5,10 +5,10 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import torch
-from rich.console import Console
-
+from gci_kernels.bench.settings import positive
+from gci_kernels.cli.options import add_model, fail, load_model
 from gci_kernels.files import check_output
 from gci_kernels.loki.attribution import PATHS
 from gci_kernels.loki.files import attribute_file
@@ -16,11 +16,10 @@ from gci_kernels.loki.plot import draw_positions
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import STRATEGIES, select, write_positions
 
-DTYPES = ("float32", "bfloat16", "float64")
-
 
 def add_attribute_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2", help="smollm2 (default), a local folder, or a hub id")
+    """The options of `gci-kernels attribute`."""
+    add_model(parser)
     parser.add_argument(
         "--text",
         type=Path,
@@ -30,15 +29,14 @@ def add_attribute_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors, or FILE.h5 in the published layout")
     parser.add_argument("--path", choices=PATHS, default=PATHS[0], help="default: %(default)s, the faster one")
-    parser.add_argument("--steps", type=_positive, default=7, help="points on the path (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=_positive, default=512, help="a sample's first tokens (default: 512)")
-    parser.add_argument("--limit", type=_positive, help="take the file's first samples only")
-    parser.add_argument("--batch", type=_positive, help="samples at a time (default: as many as walk together)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the model's (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=7, help="points on the path (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=positive, default=512, help="a sample's first tokens (default: 512)")
+    parser.add_argument("--limit", type=positive, help="take the file's first samples only")
+    parser.add_argument("--batch", type=positive, help="samples at a time (default: as many as are scored together)")
 
 
 def add_select_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gci-kernels select`."""
     parser.add_argument("scores", type=Path, help="what attribute has written, or a published HDF5 file")
     parser.add_argument("--quota", type=float, required=True, help="percent of the rows to train")
     parser.add_argument("--strategy", choices=STRATEGIES, default=STRATEGIES[0], help="default: %(default)s")
@@ -46,30 +44,18 @@ def add_select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the chosen rows by layer")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def attribute(args: argparse.Namespace) -> int:
-    """Score a model's knowledge vectors on a text file. A killed run goes on when it is given the same command."""
-    from gci_kernels.bench.models import ModelError, load_model
-
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Score a model's knowledge vectors on a text file. The same command resumes a killed run."""
     try:
         check_output(args.out)
         if args.out.suffix in HDF5_SUFFIXES and importlib.util.find_spec("h5py") is None:
             raise ValueError("HDF5 files need the package h5py: pip install 'gci_kernels[loki]'")
         texts = read_texts(args.text, args.limit)
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype), device)
-        if tokenizer is None:
-            raise ValueError(f"--model {args.model} has no tokenizer, so no text can be scored with it")
+        model, tokenizer = load_model(args)
         samples = [_tokens(tokenizer, text)[: args.max_tokens] for text in texts]
         attribute_file(model, samples, args.out, path=args.path, steps=args.steps, batch=args.batch)
-    except (ValueError, FloatingPointError, OSError, ModelError) as error:
-        return _fail(error)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return fail(error)
     print(f"{args.out}: scores of {len(samples)} samples")
     return 0
 
@@ -88,15 +74,10 @@ def choose(args: argparse.Namespace) -> int:
             title = f"{args.strategy.replace('_', ' ')}, {args.quota:g} percent of {len(scores)} samples' scores"
             draw_positions(positions, scores.shape[2], args.plot, title)
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return fail(error)
     chosen, rows = sum(map(len, positions)), scores.shape[1] * scores.shape[2]
     print(f"{args.out}: {chosen} of {rows} rows in {len(positions)} layers, from {len(scores)} samples")
     return 0
-
-
-def _fail(error: Exception) -> int:
-    Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
-    return 1
 
 
 def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str | list[dict]]:
@@ -126,7 +107,7 @@ def _sample(line: str, where: str) -> str | list[dict]:
     return found
 
 
-def _tokens(tokenizer, text: str | list[dict]) -> list[int]:
+def _tokens(tokenizer: Any, text: str | list[dict]) -> list[int]:
     if isinstance(text, str):
         return tokenizer(text)["input_ids"]
     return tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)["input_ids"]

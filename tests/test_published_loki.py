@@ -11,7 +11,7 @@ from torch import nn
 from gci_kernels import patch, report, unpatch
 from gci_kernels.accuracy import relative_error
 from gci_kernels.ops import MergedRows
-from gci_kernels.tuners.published_loki import FusedSplit
+from gci_kernels.tuners.published_loki import FusedPublishedLayer
 
 
 class LoKILinear(nn.Module):
@@ -100,7 +100,7 @@ def renewals(monkeypatch):
 @pytest.mark.parametrize("bias", (True, False))
 def test_same_numbers_in_every_step_of_a_training(cls, bias, renewals):
     model, expected = Model(cls, bias), Model(cls, bias)
-    assert patch(model) is model and isinstance(model.down, FusedSplit) and isinstance(model.down, cls)
+    assert patch(model) is model and isinstance(model.down, FusedPublishedLayer) and isinstance(model.down, cls)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (model, expected)]
     for x in (X, X[0], X[:, :1], X[:0]):
         assert_same(model, expected, x)

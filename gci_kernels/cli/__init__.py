@@ -90,9 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     from gci_kernels.bench import command as bench
     from gci_kernels.bench import tune
-    from gci_kernels.convert import cli as convert
-    from gci_kernels.loki import cli as loki
-    from gci_kernels.rega import cli as rega
+    from gci_kernels.cli import convert, loki, rega
 
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -145,7 +143,3 @@ def register_files(argv: list[str]) -> None:
             raise SystemExit(f"--register {path}: this is no Python file")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
