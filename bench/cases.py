@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gci_kernels import ops
+from gci_kernels.hardware import Shape
 
 from . import costs
 from .baselines import EagerALoRALinear, EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
@@ -74,6 +75,15 @@ class RowCase(LayerCase):
 def trained_rows(out_features: int, quota: int = QUOTA) -> int:
     """`quota` percent of the rows, rounded down as gci_kernels.loki.select does; at least one."""
     return max(1, out_features * quota // 100)
+
+
+def layer_shape(method: str, tokens: int, in_features: int, out_features: int) -> Shape:
+    """The sizes of a layer whose adapter is of the size that is measured everywhere."""
+    if method == "loki":
+        return Shape(tokens, in_features, out_features, 0, 0, 0, trained_rows(out_features))
+    rank, number = RANKS[method]
+    experts = number if number > 1 else 0
+    return Shape(tokens, in_features, out_features, rank * number, experts, experts)
 
 
 def make_case(

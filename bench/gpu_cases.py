@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gci_kernels.hardware import Shape
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.proof.verify import obstacle
@@ -21,7 +20,6 @@ from . import gpu_decode
 from .baselines import shared_copy
 from .cases import (
     METHODS,
-    RANKS,
     LayerCase,
     LayerVariant,
     RowCase,
@@ -29,9 +27,9 @@ from .cases import (
     floor_of,
     frozen_variant,
     gci_variant,
+    layer_shape,
     make_case,
     make_inputs,
-    trained_rows,
 )
 from .correctness import check_layer, check_model
 from .gpu_stages import Entry, guarded, stage_entries
@@ -80,14 +78,9 @@ QUICK = Sizes(
 
 def stages(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Every stage by itself in bfloat16, Triton against the library."""
-    shape = Shape(sizes.stage_tokens, sizes.features, sizes.features, rank=0, experts=0, top_k=0)
-    for method in MAIN_METHODS:
-        rank, number = RANKS[method]
-        experts = number if method == "loramoe" else 0
-        layer = replace(shape, rank=rank * number, experts=experts, top_k=experts)
-        yield from stage_entries(method, layer, torch.bfloat16, device, sizes.rounds)
-    layer = replace(shape, rows=trained_rows(sizes.features))
-    yield from stage_entries("loki", layer, torch.bfloat16, device, sizes.rounds)
+    for method in (*MAIN_METHODS, "loki"):
+        shape = layer_shape(method, sizes.stage_tokens, sizes.features, sizes.features)
+        yield from stage_entries(method, shape, torch.bfloat16, device, sizes.rounds)
 
 
 def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:

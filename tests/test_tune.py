@@ -33,9 +33,10 @@ def target(answer=lambda config: X @ M):
     """A launch that asks for its configuration, as a launcher does, and computes `answer` of it."""
 
     def run():
-        return answer(tuned.config("project", torch.device("cpu"), *ARGUMENTS))
+        return (answer(tuned.config("project", torch.device("cpu"), *ARGUMENTS)),)
 
-    return tune.Target("project", torch.bfloat16, run, lambda widen: widen(X) @ widen(M))
+    launch = kernels.get_launch("project")[1]
+    return tune.Target(launch, ARGUMENTS, run, (X.double() @ M.double(),), (1e-2,))
 
 
 def seconds_of(cost):

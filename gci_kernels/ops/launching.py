@@ -18,7 +18,7 @@ MAX_SIZE = 2**31 - 2**16
 FILES = ("ops/launching.py", "hardware/chips.py", "hardware/gpus.py")
 
 
-def check_tensors(dtypes: tuple[torch.dtype, ...] = DTYPES, **tensors: Tensor | None) -> None:
+def check_tensors(dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: Tensor | None) -> None:
     """ValueError, with the argument's name, for a tensor that the kernels cannot take; None is passed over."""
     for name, tensor in tensors.items():
         if tensor is None:

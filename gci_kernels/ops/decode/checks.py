@@ -62,7 +62,7 @@ def check_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Compar
     """In the layer's direction and, for a longer sum, in the other; with nine tokens an adapter, four and one."""
 
     def outputs(t: Tensors, kernel: bool) -> Outputs:
-        results = {}
+        results: Outputs = {}
         layer = (t["x"], t["y"], t["A"], t["router"], t["B"])
         reverse = (t["y"], t["x"], t["B"].t(), t["router of y"], t["A"].t())
         for direction, (x, y, *adapter) in (("", layer), (", reverse", reverse)):
@@ -102,7 +102,7 @@ def check_attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comp
     past_on_device = torch.tensor(past, dtype=torch.int32, device=device)
 
     def outputs(t: Tensors, kernel: bool) -> Outputs:
-        x, results = t["x"], {}
+        x, results = t["x"], Outputs()
         for precision, (A, B, qkv) in _adapters(x.dtype, t["A"], t["B"], x / 4):
             groups = [
                 Group(
@@ -134,6 +134,7 @@ def _attend_reference(
     """Writes the new keys and values into kv, adds to y, and returns u [tokens, rank]."""
     rank = group.A.shape[0]
     z = F.linear(_wide(x[rows]), _wide(group.A))
+    assert group.qkv is not None
     q, new = F.linear(z, _wide(group.qkv)).split((rank, 2 * rank), 1)
     kv[rows, past, : 2 * rank] = new.to(kv.dtype)
     k, v = _wide(kv[rows, : past + 1, : 2 * rank]).chunk(2, 2)

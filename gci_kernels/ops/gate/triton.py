@@ -59,6 +59,12 @@ def _gate_fwd_kernel(
 def forward(
     projected: Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """projected [tokens, num_experts*r + num_experts] -> u [tokens, num_experts*r] in `dtype`, gates in float32.
+
+    Raises:
+        ValueError: a tensor is not on a GPU, or of another dtype than bfloat16, float16 and float32; or there are more
+            than 256 experts.
+    """
     _check(num_experts, dtype, projected=projected)
     tokens, width = projected.shape[0], projected.shape[1] - num_experts
     u = projected.new_empty(tokens, width, dtype=dtype)
@@ -110,18 +116,21 @@ def backward(
     du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dprojected and u in `dtype` for du [tokens, num_experts*r] and dgates [tokens, num_experts] or None.
+
+    Errors are those of :func:`forward`.
+    """
     _check(num_experts, dtype, du=du, dgates=dgates, projected=projected)
     tokens, width = du.shape
     u = projected.new_empty(tokens, width, dtype=dtype)
     dprojected = projected.new_empty(tokens, width + num_experts, dtype=dtype)
     if tokens:
         c = config.choose_gate_config(tokens, num_experts, width // num_experts)
-        has_dgates = dgates is not None
-        dgates = dgates if has_dgates else du  # never loaded
+        loaded = du if dgates is None else dgates  # never loaded where there is none, but a pointer has to be given
         with torch.cuda.device_of(projected):
             _gate_bwd_kernel[(triton.cdiv(tokens, c.block_t),)](
-                du, dgates, projected, dprojected, u, tokens,
-                *du.stride(), *dgates.stride(), *projected.stride(), scaling, HAS_DGATES=has_dgates,
+                du, loaded, projected, dprojected, u, tokens,
+                *du.stride(), *loaded.stride(), *projected.stride(), scaling, HAS_DGATES=dgates is not None,
                 EXPERTS=num_experts, R=width // num_experts, TOP_K=top_k,
                 BLOCK_T=c.block_t, BLOCK_E=c.block_e, BLOCK_R=c.block_r, num_warps=c.num_warps,
             )  # fmt: skip

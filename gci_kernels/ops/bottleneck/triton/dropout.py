@@ -53,8 +53,10 @@ def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
 
 
 def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Drops elements of x [tokens, columns] in place, scales the others by 1 / (1 - p), and returns x."""
     return _dropout(x, x, p, seed)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """The same on a copy of x [tokens, columns], which is contiguous."""
     return _dropout(x, torch.empty_like(x, memory_format=torch.contiguous_format), p, seed)

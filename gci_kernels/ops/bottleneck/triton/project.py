@@ -52,6 +52,7 @@ def _project_fwd_kernel(
 
 
 def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
+    """x [tokens, depth] @ m [depth, width], float32 sums; `drop` masks x for the first columns of m."""
     check_tensors(x=x, m=m)
     (tokens, depth), width = x.shape, m.shape[1]
     capability = gpus.device_capability(x.device)

@@ -61,7 +61,7 @@ def one_reading(y: Tensor, rank: int) -> bool:
 def project_reduce(y: Tensor, m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(y @ m [tokens, rank], u.T @ y [rank, width]), both float32; only where :func:`one_reading` holds."""
     check_tensors(y=y, m=m)
-    check_tensors(dtypes=(y.dtype,), u=u)
+    check_tensors((y.dtype,), u=u)
     (tokens, width), rank = y.shape, m.shape[1]
     c = _config(y, rank)
     if c is None:

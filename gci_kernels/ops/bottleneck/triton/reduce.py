@@ -53,8 +53,12 @@ def _reduce_fwd_kernel(
 
 
 def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
+    """u.T @ y [rank, width] for u [tokens, rank] and y [tokens, width] of one dtype, float32 sums.
+
+    `drop` masks y for the first columns of u.
+    """
     check_tensors(y=y)
-    check_tensors(dtypes=(y.dtype,), u=u)
+    check_tensors((y.dtype,), u=u)
     (tokens, rank), width = u.shape, y.shape[1]
     capability = gpus.device_capability(y.device)
     c = tuned.config("reduce", y.device, tokens, rank, width, y.dtype, capability, drop is not None)
