@@ -1,4 +1,4 @@
-"""A run that ends in time on any machine: its seconds, shared out among its steps, and the sizes that fit into them."""
+"""A run that ends in time on any machine: its seconds, divided among its steps, and the sizes that fit into them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ LEAST_ROUNDS = 2
 class Budget:
     """The seconds of a whole run. Each step gets its share of what is left, by the weights of the steps still to come.
 
-    A step that ends early thus leaves more to the others, and one that takes too long takes from all of them alike.
+    A step that ends early leaves its time to the others, and one that takes too long takes from all of them.
 
     Args:
         seconds: for all steps together, from now on.
-        weights: of every step, in their order; those of a quick machine's times.
+        weights: of every step, in order: how long each takes on a fast machine.
     """
 
-    def __init__(self, seconds: float, weights: Sequence[float]):
+    def __init__(self, seconds: float, weights: Sequence[float]) -> None:
         self._end = time.monotonic() + seconds
         self._weights = list(weights)
         self._until = self._end
@@ -30,7 +30,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def begin_step(self) -> None:
-        """The next step begins."""
+        """Begin the next step."""
         share = self._weights[0] / sum(self._weights)
         del self._weights[0]
         self._until = time.monotonic() + max(0.0, self.left()) * share
@@ -46,9 +46,9 @@ def largest_fitting(
 ) -> Size:  # fmt: skip
     """The largest of `sizes` for which a whole step can be done in the seconds that are `left`.
 
-    It runs the smallest first, and larger ones only as far as their times foretell that the next one fits: however slow
-    the machine is, little is lost. A small size is slower for its work than a large one, so what seems to fit does. The
-    smallest is taken where none fits.
+    It runs the smallest first, and a larger one only where the times so far say that it fits, so that little time is
+    lost on a slow machine. A small size takes more time for its work than a large one does, so a size that seems to fit
+    does fit. The smallest is returned where none fits.
 
     Args:
         sizes: from the smallest to the largest.
@@ -68,7 +68,7 @@ def largest_fitting(
     for size, larger in zip(sizes, sizes[1:], strict=False):
         taken = seconds(size)
         if not fits(larger, size, taken):
-            taken = min(taken, seconds(size))  # what is done only once, or other work, may have slowed the first run
+            taken = min(taken, seconds(size))  # work that is done once may have slowed the first run
         if fits(sizes[-1], size, taken):
             break
         if not fits(larger, size, taken):

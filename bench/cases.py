@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gci_kernels import METHODS as REGISTERED
 from gci_kernels import ALoRAConfig, LoRAMoEConfig, Method, ops
+from gci_kernels.hardware import Shape
 
-from . import roofline
+from . import costs
 from .baselines import EagerLoKILinear, adapter_leaves, eager_layer, stack
 
 LORA_ALPHA = 32
@@ -110,6 +111,15 @@ def trained_rows(out_features: int, quota: int = QUOTA) -> int:
     return max(1, out_features * quota // 100)
 
 
+def layer_shape(method: str, tokens: int, in_features: int, out_features: int) -> Shape:
+    """The sizes of a layer whose adapter is of the size that is measured everywhere."""
+    if method == "loki":
+        return Shape(tokens, in_features, out_features, 0, 0, 0, trained_rows(out_features))
+    rank, number = ranks(method)
+    experts = number if number > 1 else 0
+    return Shape(tokens, in_features, out_features, rank * number, experts, experts)
+
+
 def make_case(
     method: str, tokens: int, in_features: int, out_features: int, dtype: torch.dtype,
     adapter_dtype: torch.dtype | None = None,
@@ -136,11 +146,11 @@ def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
         return None
     shape = (case.tokens, case.in_features, case.out_features)
     if isinstance(case, RowCase):
-        layer: roofline.Case | roofline.Rows = roofline.Rows(*shape, case.rows)
+        layer: costs.BottleneckShape | costs.RowShape = costs.RowShape(*shape, case.rows)
     else:
         experts = case.num_experts if case.method == "loramoe" else 0
-        layer = roofline.Case(*shape, case.rank * case.num_experts, experts)
-    return roofline.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
+        layer = costs.BottleneckShape(*shape, case.rank * case.num_experts, experts)
+    return costs.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
 
 
 @dataclass(frozen=True)

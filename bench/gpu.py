@@ -3,8 +3,9 @@
     python -m bench.gpu [--out FOLDER] [--limit-s 540] [--device cuda|cpu] [--quick]
 
 Runs in a checkout with nothing installed and no network; needs torch, triton, transformers, peft, rich and pytest. Each
-step is a process of its own with a time limit, so that none takes the others along; what was found is written after
-each. The commit comes from git, or from GCI_COMMIT where there is no git. `--device cpu --quick` rehearses it all.
+step is a process of its own with a time limit, so that a crash or a hang ends that step alone; the result is written
+after each. The commit comes from git, or from GCI_COMMIT where there is no git. `--device cpu --quick` runs all of it
+on a CPU with tiny shapes, to test the command itself.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -37,21 +39,21 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "stages": gpu_cases.stages, "decode": gpu_cases.decode, "layers": gpu_cases.layers, "slices": gpu_cases.slices,
 }  # fmt: skip
-# Seconds that a step may take at most, beside the whole's limit: what comes later gets what is left.
+# Seconds that a step may take at most, within the limit of the whole run.
 LIMITS = {"prove": 190, "build": 60, "prove decode": 120, "stages": 90, "decode": 150, "layers": 150, "slices": 540}
-# A step stops between cases when its time is up; this much later its process is ended.
+# A step stops between two cases when its time is up; its process is ended so many seconds later.
 GRACE = 15
 
 
 class Run:
-    """The result, written after each step, and the clock."""
+    """The result, which is written after each step, and the time that is left."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.deadline = time.monotonic() + args.limit_s
         self.console = Console(stderr=True)
         no_triton = obstacle("triton", args.device, torch.bfloat16)
-        self.result: dict = {
+        self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": machine(self.device) | gpu_software(),
             "versions": versions(),
@@ -66,7 +68,7 @@ class Run:
         self.path = args.out / f"{slug}-{self.result['commit']['sha'][:10]}.json"
 
     def step(self, name: str, work: Callable[[float], None]) -> None:
-        """Run `work` with the seconds it may take; what goes wrong is part of the result, and the next step runs."""
+        """Run `work` with the seconds it may take; what it raises becomes part of the result."""
         start, limit = time.monotonic(), min(LIMITS[name], self.deadline - time.monotonic() - GRACE)
         if limit <= 0:
             self.result["errors"][name] = "left out: the time was up"
@@ -74,71 +76,76 @@ class Run:
             self.console.print(f"{name}: at most {limit:.0f} s")
             try:
                 work(limit)
-            except Exception as error:  # reported, and the other steps still count
+            except Exception as error:  # reported, and the next step runs
                 self.result["errors"][name] = f"{type(error).__name__}: {error}"
         self.result["steps"][name] = round(time.monotonic() - start, 1)
         self.write()
 
     def write(self) -> None:
+        """Write the result as it is now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.result)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: whoever reads it, or ends this process, never gets half a file."""
+    """Write `content` as JSON, whole or not at all: a reader never gets half a file."""
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(scratch, path)
 
 
-def start_build(log: TextIO) -> subprocess.Popen | None:
-    """Begin to build csrc/ in place, where it is not built: for the step "prove decode", and what comes after it."""
+def start_build(log: TextIO) -> subprocess.Popen[bytes] | None:
+    """Start to build csrc/ in place for "prove decode" and the steps after it; None where it is built already."""
     if native.available():
         return None
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def finish_build(process: subprocess.Popen | None, log: TextIO, limit: float) -> None:
+def finish_build(process: subprocess.Popen[bytes] | None, log: TextIO, limit: float) -> None:
+    """Wait for the build and load what it built; RuntimeError where it failed.
+
+    Raises subprocess.TimeoutExpired where it takes longer than `limit` seconds.
+    """
     if process is None:
         return
     try:
         process.wait(timeout=limit)
     finally:
-        end(process)  # nothing may run beside what is timed
+        end(process)  # nothing else may run during timing
     if process.returncode:
         log.seek(0)
         raise RuntimeError(f"csrc was not built: {log.read().strip()[-600:]}")
     importlib.invalidate_caches()
-    importlib.reload(native)  # a record of its kernels names what was built
+    importlib.reload(native)  # it reads the digest of the CUDA sources when it is imported
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends a process and all that it started, where it still runs; it leads a session of its own."""
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session of its own, and all that it started, where it is still running."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def prove(run: Run, limit: float) -> None:
-    """The tests on the GPU, and the records they make. On a CPU one kernel's are interpreted, and prove nothing."""
+    """Run the Triton kernels' tests on the GPU, and make records. On a CPU, interpret the tests of one kernel."""
     on_gpu = run.device.type == "cuda"
-    groups = [*hardware.TRITON_KERNELS, gpu_proof.WHOLE] if on_gpu else ["dropout"]
+    groups = [*hardware.names("triton"), gpu_proof.WHOLE, gpu_proof.LIBRARY] if on_gpu else ["dropout"]
     note(run, gpu_proof.run_tests(groups, limit, interpreted=not on_gpu))
 
 
 def prove_decode(run: Run, limit: float) -> None:
-    """The same for the CUDA C++ kernels, once csrc is built: apart, for a fault of theirs would end a whole process."""
+    """The same for the CUDA C++ kernels, once csrc is built: in a process of their own, which their faults may end."""
     if run.device.type == "cuda":
-        note(run, gpu_proof.run_tests([*hardware.CUDA_KERNELS, gpu_proof.LAYERS], limit))
+        note(run, gpu_proof.run_tests([*hardware.names("cuda"), gpu_proof.LAYERS], limit))
 
 
 def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
-    """Make the outcomes, and the records that they make, part of the result; RuntimeError where a test failed."""
+    """Add the outcomes and the records that follow from them to the result; RuntimeError where a test failed."""
     if run.device.type == "cuda":
         records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
         run.result["proved"] += [record.as_json() for record in records]
-        hardware.keep(*records)  # what "auto" takes in the steps that follow
+        hardware.keep(*records)  # so that "auto" takes the proved kernels in the steps that follow
     run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
     wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
              if o.trouble or o.failed}  # fmt: skip
@@ -147,7 +154,7 @@ def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
 
 
 def timed(run: Run, name: str, limit: float) -> None:
-    """One of STEPS, in a process group of its own."""
+    """Run one of STEPS in a process of its own; RuntimeError where an entry, a variant or the process failed."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
         options = ["--device", run.args.device, *(["--quick"] if run.args.quick else [])]
@@ -177,9 +184,9 @@ def timed(run: Run, name: str, limit: float) -> None:
 
 
 def run_step(args: argparse.Namespace) -> int:
-    """What the process of a timed step does: writes its entries as they come, and stops when its time is up."""
+    """What the process of a timed step does: writes each entry when it is measured, stops when its time is up."""
     if args.device == "cpu":
-        torch.set_num_threads(1)  # a rehearsal's sizes gain nothing from more
+        torch.set_num_threads(1)  # the tiny shapes gain nothing from more
     deadline = time.monotonic() + args.limit_s
     entries: list[dict] = []
     sizes = gpu_cases.QUICK if args.quick else gpu_cases.FULL
@@ -192,23 +199,24 @@ def run_step(args: argparse.Namespace) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
     parser.add_argument("--limit-s", type=float, default=540, help="the whole, in seconds (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the command itself")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 where a step failed; the result is written and shown all the same."""
+    """Run all steps, write the result and print it; 1 where a step failed."""
     args = parse(argv)
     if args.step:
         return run_step(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU that torch can use; --device cpu --quick rehearses the run")
+        raise SystemExit("no GPU that torch can use; --device cpu --quick tests the command without one")
     run = Run(args)
     with tempfile.TemporaryFile("w+") as log:
         building = start_build(log)
@@ -216,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         run.step("build", lambda limit: finish_build(building, log, limit))
     run.step("prove decode", lambda limit: prove_decode(run, limit))
     for name in STEPS:
-        run.step(name, lambda limit, name=name: timed(run, name, limit))
+        run.step(name, partial(timed, run, name))
     gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))
     print(run.path)
     return 1 if run.result["errors"] else 0

@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` times: single stages, adapted layers, slices of a model. Each behind its correctness gate.
+"""What `python -m bench.gpu` times: single stages, adapted layers, a few layers of a model; each is checked first.
 
 A step is a generator of entries, dictionaries that JSON can hold. An entry that failed has "error" in place of times;
 a variant that failed, or that cannot run here, is named with the reason in its entry's "left_out".
@@ -6,6 +6,7 @@ a variant that failed, or that cannot run here, is named with the reason in its 
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,13 @@ from .cases import (
     floor_of,
     frozen_variant,
     gci_variant,
+    layer_shape,
     make_case,
     make_inputs,
 )
 from .correctness import check_layer, check_model
-from .gpu_stages import guarded, row_entries, stage_entries
+from .gpu_stages import Entry, guarded, stage_entries
 from .models import RANDOM_LLAMAS, random_llama
-from .roofline import Rows
 from .timing import Timing, cold_cache, interleave, peak_memory
 from .variants import model_variants, random_ids, train_step, training_loss
 
@@ -51,7 +52,7 @@ class Sizes:
     llama: dict[str, int]
     slices: tuple[tuple[int, int, int], ...]  # layers, batch, seq
     decode: gpu_decode.Sizes
-    gate_seq: int  # tokens of a slice's correctness gate: enough for the plan that is timed
+    gate_seq: int  # tokens of the check of a slice: enough for the plan that is timed
     rounds: int
     compiler: str
 
@@ -68,27 +69,25 @@ FULL = Sizes(
 _QUICK_DECODE = gpu_decode.Sizes(
     RANDOM_LLAMAS["tiny"], dict.fromkeys(gpu_decode.REQUIRED, 12), ("alora",), steps=2, rounds=2, compiler="eager"
 )
-#: A rehearsal: every line runs, no number means anything.
+#: For testing the command: every line runs, the numbers mean nothing.
 QUICK = Sizes(
     features=64, stage_tokens=96, layer_tokens=(96,), llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
     decode=_QUICK_DECODE, gate_seq=32, rounds=2, compiler="eager",
 )  # fmt: skip
 
 
-def stages(sizes: Sizes, device: torch.device) -> Iterator[dict]:
-    """Every stage by itself, Triton against the library, bfloat16."""
-    for method in MAIN_METHODS:
-        case = _case(method, sizes.stage_tokens, sizes, torch.bfloat16)
-        yield from stage_entries(case, device, sizes.rounds)
-    rows = Rows(sizes.stage_tokens, sizes.features, sizes.features, trained=sizes.features // 10)
-    yield from row_entries(rows, torch.bfloat16, torch.bfloat16, device, sizes.rounds)
+def stages(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
+    """Every stage by itself in bfloat16, Triton against the library."""
+    for method in (*MAIN_METHODS, "loki"):
+        shape = layer_shape(method, sizes.stage_tokens, sizes.features, sizes.features)
+        yield from stage_entries(method, shape, torch.bfloat16, device, sizes.rounds)
 
 
 def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:
     return make_case(method, tokens, sizes.features, sizes.features, dtype)
 
 
-def layers(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+def layers(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Forward and backward of one adapted layer: bfloat16 at every number of tokens, the other dtypes once."""
     cases = [_case(method, tokens, sizes, torch.bfloat16) for tokens in sizes.layer_tokens for method in MAIN_METHODS]
     cases += [_case("loramoe", sizes.layer_tokens[0], sizes, dtype) for dtype in (torch.float16, torch.float32)]
@@ -96,16 +95,16 @@ def layers(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     cases += [_case(method, sizes.layer_tokens[0], sizes, torch.bfloat16) for method in others]
     for case in cases:
         compiler = sizes.compiler if case.dtype == torch.bfloat16 else None
-        yield guarded(case.name, lambda case=case, compiler=compiler: _layer(case, device, sizes.rounds, compiler))
+        yield guarded(case.name, partial(_layer, case, device, sizes.rounds, compiler))
 
 
-def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | None) -> dict:
+def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | None) -> Entry:
     inputs = make_inputs(case, device)
     eager = eager_variant(inputs)
     made: dict[str, Callable[[], LayerVariant]] = {}
     if compiler:
         made["compiled"] = lambda: replace(eager, forward=torch.compile(eager.forward, backend=compiler))
-    made |= {f"gci {impl}": lambda impl=impl: gci_variant(inputs, impl) for impl in IMPLS}
+    made |= {f"gci {impl}": partial(gci_variant, inputs, impl) for impl in IMPLS}
     variants, errors, left_out = {"frozen": frozen_variant(inputs), "eager": eager}, {}, {}
     for name, make in made.items():
         reason = obstacle(name.removeprefix("gci "), device.type, case.dtype)
@@ -114,7 +113,7 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
                 variant = make()
                 errors[name] = check_layer(inputs, {"eager": eager, "gci": variant})
                 variants[name] = variant
-            except Exception as error:  # one variant's trouble: reported, and the others are timed
+            except Exception as error:  # this variant is reported as left out, and the others are timed
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             left_out[name] = reason
@@ -134,34 +133,37 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
 
 
 def _plan(case: LayerCase, device: torch.device) -> str:
-    """What "auto" takes."""
-    what = dict(tokens=case.tokens, dtype=case.dtype, device_type=device.type)
+    """The plan that "auto" takes."""
+    tokens, dtype = case.tokens, case.dtype
     if isinstance(case, RowCase):
-        return f"rows={choose_form('auto', **what, share=case.rows / case.out_features, keep=True)}"
-    return str(choose_plan("auto", **what, mixer=MIXERS[case.method]))
+        share = case.rows / case.out_features
+        form = choose_form("auto", tokens=tokens, dtype=dtype, device_type=device.type, share=share, keep=True)
+        return f"rows={form}"
+    mixer = MIXERS[case.method]
+    return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device.type, mixer=mixer))
 
 
-def compare(seconds: dict[str, Timing]) -> dict:
+def compare(seconds: dict[str, Timing]) -> Entry:
     """The times, and their ratios to the frozen base, round by round."""
     taxes = {name: asdict(timing / seconds["frozen"]) for name, timing in seconds.items() if name != "frozen"}
     return {"seconds": {name: asdict(timing) for name, timing in seconds.items()}, "tax": taxes}
 
 
-def decode(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+def decode(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Single tokens of a few layers of a Llama, on a static cache."""
     yield from gpu_decode.decode(sizes.decode, device)
 
 
-def slices(sizes: Sizes, device: torch.device) -> Iterator[dict]:
+def slices(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Train steps of a few layers of a Llama with random weights, bfloat16, adapters on gate, up and down."""
     for number, batch, seq in sizes.slices:
         for method in MAIN_METHODS:
             name = f"{method}, {number} layer{'s' if number > 1 else ''}, batch {batch}x{seq}"
             shape = sizes.llama | {"num_hidden_layers": number}
-            yield guarded(name, lambda a=(shape, method, batch, seq): _slice(*a, sizes, device))
+            yield guarded(name, partial(_slice, shape, method, batch, seq, sizes, device))
 
 
-def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> dict:
+def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> Entry:
     model = random_llama(shape, torch.bfloat16, device)
     variants = model_variants(model, method)
     variants = {
@@ -171,14 +173,14 @@ def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Size
         "gci": variants["gci"],
     }
     ids, errors, left_out, peak = random_ids(model, batch, seq), {}, {}, {}
-    steps = {name: lambda model=model: train_step(model, ids) for name, model in variants.items()}
+    steps = {name: partial(train_step, model, ids) for name, model in variants.items()}
     for name in list(steps):
         try:
             if name == "compiled":
                 _check_baseline(variants["eager"], variants["compiled"], ids)
             if name == "gci":
                 errors = check_model(variants, random_ids(model, 3, sizes.gate_seq))
-            steps[name]()  # nothing is compiled any more when memory is counted and the clock starts
+            steps[name]()  # all is compiled before memory and time are measured
             peak[name] = peak_memory(steps[name], device)
         except Exception as error:
             if name == "frozen":
@@ -199,7 +201,7 @@ def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Size
 
 
 def _compiled(eager: nn.Module, backend: str) -> nn.Module:
-    """A copy whose decoder layers are compiled one by one: equal layers share one graph."""
+    """A copy whose decoder layers are compiled one by one, so that equal layers share one graph."""
     model = shared_copy(eager)
     for layer in model.modules():
         if isinstance(layer, LlamaDecoderLayer):
@@ -208,7 +210,7 @@ def _compiled(eager: nn.Module, backend: str) -> nn.Module:
 
 
 def _check_baseline(eager: nn.Module, compiled: nn.Module, ids: Tensor) -> None:
-    """The compiler's loss is eager's to half the digits of the dtype; its gradients are its makers' concern."""
+    """AssertionError where the compiled model's loss differs from eager's in the first half of bfloat16's digits."""
     expected, actual = (float(training_loss(model, ids)) for model in (eager, compiled))
     bound = torch.finfo(torch.bfloat16).eps ** 0.5
     if not abs(actual - expected) <= bound * abs(expected):

@@ -1,12 +1,14 @@
 """Decoding of a few Llama layers with random weights: one token of some sequences on a static cache, in bfloat16.
 
-Each variant runs by plain calls and as a CUDA graph, captured once and replayed; then, compiled, as torch runs it. Its
-times stand behind two gates: our logits and eager's against float64, and each graph's against plain calls of its model.
+Each variant runs by plain calls and as a CUDA graph, captured once and replayed; then compiled by torch. It is timed
+only after two checks: our logits and eager's against float64, and each graph's against plain calls of its model.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from gci_kernels.generation import sequence
 from gci_kernels.ops.decode import choose_decode
 
 from .baselines import adapter_leaves
-from .cases import HEADS, RANKS
+from .cases import HEADS, ranks
 from .correctness import CorrectnessError
 from .gpu_stages import guarded
 from .models import random_llama
@@ -27,10 +29,10 @@ from .variants import model_variants, random_ids
 #: The least share of the frozen base's tokens a second that is asked for under CUDA graphs.
 REQUIRED = {"lora": 0.95, "loramoe": 0.95, "alora": 0.90}
 BATCHES = (1, 8)
-CHECKED = 4  # steps that a gate looks at, at every length
-SHORT = 3  # tokens: a length at which one too many or too few is plain to see
+CHECKED = 4  # steps whose logits a check compares, at every length
+SHORT = 3  # tokens: at this length one token too many or too few changes the logits clearly
 NO_GRAPHS = "CUDA graphs need a GPU"
-NO_EAGER_GRAPH = "eager ALoRA's past has another length at every step, which no CUDA graph can follow"
+NO_EAGER_GRAPH = "the length of eager ALoRA's past changes at every step, which no CUDA graph can follow"
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,28 @@ class Sizes:
 
 
 def reasons(device: torch.device) -> dict[str, str]:
-    """What cannot run on `device` however right it is: no failure of a variant that is left out for it."""
+    """Why variants cannot run on `device`; to leave one out for such a reason is no failure."""
     return {"graph": NO_GRAPHS} if device.type != "cuda" else {"eager graph": NO_EAGER_GRAPH}
 
 
 class Decoding:
     """A model with a static cache of its own; `step` is one token of each sequence.
 
-    What a step reads (the token and its position) and the cache stay where they are, so that a graph may be made of it.
+    A step's inputs (the token and its position) and the cache stay at the same addresses, as a CUDA graph needs.
     """
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self.model, self.ids, self.run = model, ids, model
-        self.cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+        self.model, self.ids = model, ids
+        self.run: Callable[..., Any] = model  # the model, or what it was compiled to
+        self.forward: Callable[[], Tensor] = self._call
+        config: Any = model.config
+        self.cache = StaticCache(config=config, max_cache_len=ids.shape[1])
         self.token, self.position = ids[:, :1].clone(), torch.zeros_like(ids[:, :1])
         self.at = 0
         self.fill(SHORT)
 
     def fill(self, tokens: int) -> None:
-        """Begins again with the first `tokens` of each sequence."""
+        """Empty the cache and run the first `tokens` of each sequence."""
         self.cache.reset()
         with torch.no_grad():
             self.model(self.ids[:, :tokens], past_key_values=self.cache, logits_to_keep=1)
@@ -79,10 +84,12 @@ class Decoding:
             return self.forward()
 
     def steps(self, number: int) -> None:
+        """Run so many steps."""
         for _ in range(number):
             self.step()
 
-    def forward(self) -> Tensor:
+    def _call(self) -> Tensor:
+        """The logits of the token that `step` has set, [batch, 1, vocabulary]."""
         return self.run(self.token, past_key_values=self.cache, position_ids=self.position).logits
 
     def logits(self, tokens: int) -> Tensor:
@@ -91,7 +98,7 @@ class Decoding:
         return torch.cat([self.step().clone() for _ in range(CHECKED)], 1)
 
     def capture(self) -> "Decoding":
-        """From now on a step replays a graph, whatever the length of the sequences."""
+        """Capture a step as a CUDA graph, which every later step replays at any length; the decoding itself."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -100,38 +107,39 @@ class Decoding:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(graph):
-            written = self.forward()
+            logits = self.forward()
 
-        def forward() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
-            return written
+            return logits
 
-        self.forward = forward
+        self.forward = replay
         return self
 
     def compile(self, compiler: str) -> "Decoding":
-        options = {"mode": "reduce-overhead"} if compiler == "inductor" else {"backend": compiler}
-        self.run = torch.compile(self.model, **options)
+        """Compile the model by torch.compile's backend of that name; the decoding itself."""
+        mode = "reduce-overhead" if compiler == "inductor" else None
+        self.run = torch.compile(self.model, backend=compiler, mode=mode)
         return self
 
 
-def decode(sizes: Sizes, device: torch.device) -> Iterator[dict]:
-    """All plain calls and graphs first: a compiler may take what is left of the time."""
+def decode(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The entries of all cases. Plain calls and graphs come first: compiling may take all the time that is left."""
     for compiled in (False, True):
         for method in sizes.compiled if compiled else REQUIRED:
             for batch in BATCHES[:1] if compiled else BATCHES:
                 case = f"{method}, batch {batch}, {sizes.past[method]} past{', compiled' if compiled else ''}"
-                yield guarded(case, lambda a=(method, batch, compiled): _measure(*a, sizes, device))
+                yield guarded(case, partial(_measure, method, batch, compiled, sizes, device))
 
 
-def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict:
+def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     models = {
         name: model.eval() for name, model in model_variants(
             random_llama(sizes.llama, torch.bfloat16, device), method
         ).items()
     }  # fmt: skip
     if method == "alora":
-        sequence.attach(models["eager"])  # it reads its past's length, which the process then counts by itself
+        sequence.attach(models["eager"])  # it needs the past's length, which is then counted on the CPU
     past = sizes.past[method]
     ids = random_ids(models["frozen"], batch, past + CHECKED + sizes.steps * (sizes.rounds + 3))
     made, errors, left_out = {}, _check(models, ids, past), {}
@@ -139,15 +147,15 @@ def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torc
         try:
             made[name] = make()
             _check_same(Decoding(models[name.split()[0]], ids), made[name], past, 4 if compiled else 1)
-        except Exception as error:  # one variant's trouble: reported, and the others are timed
+        except Exception as error:  # this variant is reported as left out, and the others are timed
             made.pop(name, None)
             known = reasons(device).values()
             left_out[name] = str(error) if str(error) in known else f"{type(error).__name__}: {error}"
-    steps = {name: lambda d=decoding: d.steps(sizes.steps) for name, decoding in made.items()}
+    steps = {name: partial(decoding.steps, sizes.steps) for name, decoding in made.items()}
     seconds = interleave(steps, device=device, rounds=sizes.rounds, warmup=2)
     return {
         "method": method, "batch": batch, "past": past, "required": REQUIRED[method],
-        "plan": str(_plan(method, batch, device)),
+        "plan": _plan(method, batch, device),
         "adapted_layers": sum(bool(adapter_leaves(layer)) for layer in models["gci"].modules()),
         "kernels": {name: _launched(decoding, device) for name, decoding in made.items() if name in models},
         "errors": errors, "left_out": left_out, **_compare(seconds, batch * sizes.steps),
@@ -166,27 +174,28 @@ def _variants(
             raise RuntimeError(NO_EAGER_GRAPH)
         return Decoding(models[name], ids).capture()
 
+    def compile(name: str) -> Decoding:
+        return Decoding(models[name], ids).compile(compiler)
+
     if compiled:
-        return {
-            f"{name} compiled": lambda name=name: Decoding(models[name], ids).compile(compiler)
-            for name in ("frozen", "gci")
-        }
-    plain = {name: lambda name=name: Decoding(models[name], ids) for name in models}
-    return plain | {f"{name} graph": lambda name=name: graph(name) for name in models}
+        return {f"{name} compiled": partial(compile, name) for name in ("frozen", "gci")}
+    made: dict[str, Callable[[], Decoding]] = {name: partial(Decoding, model, ids) for name, model in models.items()}
+    return made | {f"{name} graph": partial(graph, name) for name in models}
 
 
-def _plan(method: str, batch: int, device: torch.device):
+def _plan(method: str, batch: int, device: torch.device) -> str:
     """What one adapted layer launches in a step."""
-    rank, experts = RANKS[method]
+    rank, experts = ranks(method)
     columns = rank * experts + (experts if method == "loramoe" else 0)
-    return choose_decode(
+    chosen = choose_decode(
         tokens=batch, columns=columns, experts=experts if method == "loramoe" else 0, dtype=torch.bfloat16,
         adapter_dtype=torch.bfloat16, device_type=device.type, head=rank // HEADS if method == "alora" else None,
     )  # fmt: skip
+    return str(chosen)
 
 
 def _launched(decoding: Decoding, device: torch.device) -> int | None:
-    """What one step starts on the GPU, copies included; None on a CPU, and where the profiler sees nothing."""
+    """How many kernels and copies one step starts on the GPU; None on a CPU, and where the profiler sees none."""
     if device.type != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -195,7 +204,7 @@ def _launched(decoding: Decoding, device: torch.device) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
 
 
-def _compare(seconds: dict[str, Timing], tokens: int) -> dict:
+def _compare(seconds: dict[str, Timing], tokens: int) -> dict[str, Any]:
     """Rates, and their shares of the frozen base's that runs in the same way, round by round."""
     shares = {}
     for name, timing in seconds.items():
@@ -209,14 +218,14 @@ def _compare(seconds: dict[str, Timing], tokens: int) -> dict:
     }
 
 
-# The gates
+# The checks
 
 
 def _check(models: dict[str, nn.Module], ids: Tensor, past: int) -> dict[str, dict[str, float]]:
-    """Errors of the steps' logits against float64 by length; CorrectnessError where ours pass twice eager's."""
+    """Errors of the steps' logits against float64 by length; CorrectnessError where ours exceed twice eager's."""
     exact, errors = copy.deepcopy(models["eager"]).double(), {}
     for length in (SHORT, past):
-        # Row by row: float64 scores of a whole batch would fill a GPU.
+        # One sequence at a time: float64 scores of a whole batch need too much memory.
         truth = torch.cat([Decoding(exact, row.unsqueeze(0)).logits(length) for row in ids])
         eager, gci = (relative_error(Decoding(models[name], ids).logits(length), truth) for name in ("eager", "gci"))
         bound = error_bound(eager, torch.bfloat16)
@@ -229,9 +238,9 @@ def _check(models: dict[str, nn.Module], ids: Tensor, past: int) -> dict[str, di
 
 
 def _check_same(plain: Decoding, other: Decoding, past: int, roundings: int) -> None:
-    """Another way to run the same steps gives the same, to so many roundings of bfloat16.
+    """CorrectnessError where another way to run the same steps differs by more than so many roundings of bfloat16.
 
-    Filled again each time, so that a graph has to follow the cache to another length, and ends at `past`.
+    Compared at two lengths and at the first one again, so that a graph has to follow the cache; both end at `past`.
     """
     for length in (past, SHORT, past):
         error = relative_error(other.logits(length), plain.logits(length))

@@ -1,11 +1,17 @@
-"""The result of `python -m bench.gpu` as tables. Reads its JSON form alone."""
+"""The result of `python -m bench.gpu`, the content of its JSON file, as tables."""
+
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+Result = dict[str, Any]
+Entry = dict[str, Any]
 
-def show(result: dict, console: Console) -> None:
+
+def show(result: Result, console: Console) -> None:
+    """Print all tables, the steps' times, what was left out or failed, and on what it was measured."""
     tables = (_stages, "stages"), (_layers, "layers"), (_decode, "decode"), (_slices, "slices")
     for table in (_proved(result), *(make(result[step]) for make, step in tables)):
         console.print(table)
@@ -16,7 +22,8 @@ def show(result: dict, console: Console) -> None:
     console.print(f"[dim]{escape(provenance(result))}[/]", highlight=False)
 
 
-def provenance(result: dict) -> str:
+def provenance(result: Result) -> str:
+    """How and on what it was measured: two lines."""
     machine, versions, commit = result["machine"], result["versions"], result["commit"]
     software = {name: machine[name] for name in ("driver", "cuda", "nvcc")}
     software |= {name: versions[name] for name in ("python", "torch", "triton", "transformers", "peft")}
@@ -32,7 +39,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _proved(result: dict) -> Table:
+def _proved(result: Result) -> Table:
     table = _table("Tests, and what they prove", "tests", "passed", "skipped", "failed", "seconds", "verdict")
     verdicts = {record["kernel"]: "proved" if record["passed"] else record["reason"] for record in result["proved"]}
     for group, outcome in result["tests"].items():
@@ -42,7 +49,7 @@ def _proved(result: dict) -> Table:
     return table
 
 
-def _ms(entry: dict, name: str) -> str:
+def _ms(entry: Entry, name: str) -> str:
     """A variant's median with half the span of its middle 80%, or why there is none."""
     if name in entry.get("seconds", {}):
         timing = entry["seconds"][name]
@@ -51,13 +58,13 @@ def _ms(entry: dict, name: str) -> str:
     return "failed" if "error" in entry else "left out" if name in entry.get("left_out", {}) else ""
 
 
-def _of_floor(entry: dict, name: str, floor: float | None) -> str:
+def _of_floor(entry: Entry, name: str, floor: float | None) -> str:
     if not floor or name not in entry.get("seconds", {}):
         return ""
     return f"{floor / entry['seconds'][name]['median']:.0%}"
 
 
-def _stages(entries: list[dict]) -> Table:
+def _stages(entries: list[Entry]) -> Table:
     table = _table(
         "Stages, ms, and per cent of the roofline", "method", "stage", "library", "%", "Triton", "%",
         "library / Triton", "library, W' kept",
@@ -77,7 +84,7 @@ LAYER_COLUMNS = ("frozen", "eager", "compiled", "gci auto", "gci triton", "gci a
 SLICE_COLUMNS = ("frozen", "eager", "compiled", "gci")
 
 
-def _layers(entries: list[dict]) -> Table:
+def _layers(entries: list[Entry]) -> Table:
     table = _table("One adapted layer, forward and backward (eager: the published layer; for LoRA, PEFT's)", "",
                    *LAYER_COLUMNS)  # fmt: skip
     for entry in entries:
@@ -90,12 +97,12 @@ def _layers(entries: list[dict]) -> Table:
     return table
 
 
-def _taxes(entry: dict, columns: tuple[str, ...]) -> list[str]:
+def _taxes(entry: Entry, columns: tuple[str, ...]) -> list[str]:
     taxes = entry.get("tax", {})
     return [f"{taxes[name]['median']:.3f}" if name in taxes else "" for name in columns]
 
 
-def _slices(entries: list[dict]) -> Table:
+def _slices(entries: list[Entry]) -> Table:
     table = _table("Train steps of Llama layers (eager: the published layer; for LoRA, PEFT's)", "", *SLICE_COLUMNS)
     for entry in entries:
         rates, peaks = entry.get("tokens_per_second", {}), entry.get("peak_memory", {})
@@ -110,7 +117,7 @@ def _slices(entries: list[dict]) -> Table:
 DECODE_COLUMNS = ("frozen", "eager", "gci")
 
 
-def _decode(entries: list[dict]) -> Table:
+def _decode(entries: list[Entry]) -> Table:
     """A row for each way to run: plain calls, CUDA graphs, compiled."""
     table = _table("Decoding of Llama layers, tokens/s, and per cent of the frozen base's", "", "frozen", "eager", "%",
                    "gci", "%", "asked for")  # fmt: skip
@@ -133,11 +140,11 @@ def _decode(entries: list[dict]) -> Table:
     return table
 
 
-def _rate(entry: dict, name: str) -> str:
+def _rate(entry: Entry, name: str) -> str:
     rates = entry.get("tokens_per_second", {})
     return f"{rates[name]['median']:,.0f}" if name in rates else _ms(entry, name)
 
 
-def _share(entry: dict, name: str) -> str:
+def _share(entry: Entry, name: str) -> str:
     shares = entry.get("share", {})
     return f"{shares[name]['median']:.1%}" if name in shares else ""

@@ -1,39 +1,33 @@
 """The stages of one adapted layer by themselves, Triton against the library; each is checked before it is timed.
 
-Their operands are those of a training step: what forward and backward of ops/bottleneck/autograd.py, or for LoKI of
-ops/row_linear/autograd.py, would pass.
+Which stages there are, and their operands, each registered kernel says itself (`stages` of hardware.Kernel).
 """
 
 import gc
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from types import ModuleType
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.ops.bottleneck import stages
+from gci_kernels.hardware import KERNELS, Shape
+from gci_kernels.hardware.stages import Stage
 from gci_kernels.proof.verify import obstacle
-from gci_kernels.self_check import ATEN, TRITON
 
-from . import roofline
-from .cases import BottleneckCase, BottleneckInputs, make_inputs
 from .correctness import CorrectnessError
+from .costs import BottleneckShape, RowShape, chip_of, floor
 from .timing import cold_cache, interleave
 
-PLANS = {"aten": ATEN, "triton": TRITON}
-# "kept" is the library's product with a copy of W that is there already; "aten" makes the copy.
-FORMS = {"aten": "merge", "kept": "kept", "triton": "triton"}
-Results = tuple[Tensor, ...]
+Entry = dict[str, Any]
 
 
-def guarded(name: str, measure: Callable[[], dict]) -> dict:
-    """An entry: what `measure` returns, or the error that it ended with; nothing of it stays in memory."""
+def guarded(name: str, measure: Callable[[], Entry]) -> Entry:
+    """An entry: what `measure` returns, or the error that it ended with; its memory is freed."""
     try:
         return {"name": name, **measure()}
-    except Exception as error:  # the rest still runs, and the report shows this one
+    except Exception as error:  # the report shows it, and the other entries are still measured
         return {"name": name, "error": f"{type(error).__name__}: {error}"}
     finally:
         torch._dynamo.reset()
@@ -41,163 +35,49 @@ def guarded(name: str, measure: Callable[[], dict]) -> dict:
         torch.cuda.empty_cache()
 
 
-def stage_entries(case: BottleneckCase, device: torch.device, rounds: int) -> Iterator[dict]:
-    """One entry for each stage: times by implementation, errors, and the least time that the chip's rates allow."""
-    tensors = _operands(make_inputs(case, device))
-    stages, least = _stages(case, tensors), _floor(case, device)
-    yield from _entries(case.method, stages, PLANS, tensors, least, case.dtype, device, rounds)
+def stage_entries(method: str, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Iterator[Entry]:
+    """An entry for each stage of each registered kernel in a layer of `shape`, whose weights are all of `dtype`.
 
-
-def row_entries(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device, rounds: int
-) -> Iterator[dict]:
-    """The same for the two products of a layer with trained rows, by each of :data:`FORMS`."""
-    tensors = _row_operands(case, dtype, active_dtype, device)
-    least = _seconds(roofline.rows_floor(case, dtype, active_dtype), dtype, device)
-    yield from _entries("loki", ROW_STAGES, FORMS, tensors, least, dtype, device, rounds)
-
-
-def _entries(
-    method: str, stages: dict[str, Callable], plans: dict[str, object], tensors: dict[str, Tensor],
-    least: dict[str, float], dtype: torch.dtype, device: torch.device, rounds: int,
-) -> Iterator[dict]:  # fmt: skip
-    """One for each of `stages`, run by each of `plans`; the one called "aten" says what is right."""
+    It has times by implementation, errors, and the least time that the chip's rates allow.
+    """
     reason = obstacle("triton", device.type, dtype)
-    plans = {impl: plan for impl, plan in plans.items() if impl != "triton" or not reason}
-    prepare = cold_cache(device)
-    for name, stage in stages.items():
+    least, prepare = _floor(shape, dtype, device), cold_cache(device)
 
-        def measure(name: str = name, stage: Callable = stage) -> dict:
-            errors = _check(stage, tensors, plans, dtype)
-            fns = {impl: lambda plan=plan: stage(tensors, plan) for impl, plan in plans.items()}
-            seconds = interleave(fns, device=device, rounds=rounds, warmup=3, prepare=prepare)
-            return {
-                "method": method,
-                "floor_seconds": least.get(name),
-                "errors": errors,
-                "left_out": {"triton": reason} if reason else {},
-                "seconds": {impl: asdict(timing) for impl, timing in seconds.items()},
-            }
+    def measure(name: str, stage: Stage) -> Entry:
+        made = {impl: run for impl, run in stage.implementations.items() if impl != "triton" or not reason}
+        stage = stage._replace(implementations=made)
+        errors = _check(stage, dtype)
+        fns = {impl: partial(run, stage.operands, dtype) for impl, run in made.items()}
+        seconds = interleave(fns, device=device, rounds=rounds, warmup=3, prepare=prepare)
+        return {
+            "method": method,
+            "floor_seconds": least.get(name),
+            "errors": errors,
+            "left_out": {"triton": reason} if reason else {},
+            "seconds": {impl: asdict(timing) for impl, timing in seconds.items()},
+        }
 
-        yield guarded(name, measure)
-
-
-def _floor(case: BottleneckCase, device: torch.device) -> dict[str, float]:
-    experts = case.num_experts if case.method == "loramoe" else 0
-    rank = case.rank * case.num_experts
-    shape = roofline.Case(case.tokens, case.in_features, case.out_features, rank, experts)
-    return _seconds(roofline.floor(shape, case.dtype, case.adapter_dtype), case.dtype, device)
+    for kernel in KERNELS.values():
+        for name, stage in kernel.stages(shape, dtype, device).items():
+            yield guarded(name, partial(measure, name, stage))
 
 
-def _seconds(entries: list[roofline.Entry], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The least time of each entry by name; nothing where the device's rates are not listed."""
-    chip = roofline.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def _floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The least time of each stage by name; nothing where the device's rates are not listed."""
+    chip, sizes = chip_of(device), (shape.tokens, shape.depth, shape.width)
     if chip is None:
         return {}
-    return {entry.name: chip.seconds(entry.moved, entry.operations, dtype) for entry in entries}
+    layer = RowShape(*sizes, shape.rows) if shape.rows else BottleneckShape(*sizes, shape.rank, shape.experts)
+    return {cost.name: cost.seconds(chip, dtype) for cost in floor(layer, dtype, dtype)}
 
 
-def _operands(inputs: BottleneckInputs) -> dict[str, Tensor]:
-    """What the stages read, by its name in autograd.py; `projected` and `du` as our `project` leaves them."""
-    stack = inputs.A if inputs.router is None else torch.cat((inputs.A, inputs.router))
-    tokens, rank, dtype = inputs.x.shape[0], inputs.A.shape[0], inputs.x.dtype
-    projected = inputs.x.float() @ stack.float().t()
-    du = inputs.dy.float() @ inputs.B.float()
-    return {
-        "x": inputs.x,
-        "dy": inputs.dy,
-        "weight": inputs.weight,
-        "stack": stack,
-        "B": inputs.B,
-        "projected": projected,
-        "du": du,
-        "u": (inputs.scaling * projected[:, :rank]).to(dtype),
-        "dprojected": torch.cat((inputs.scaling * du, du.new_zeros(tokens, stack.shape[0] - rank)), dim=1).to(dtype),
-    }
-
-
-def _stages(
-    case: BottleneckCase, tensors: dict[str, Tensor]
-) -> dict[str, Callable[[dict[str, Tensor], object], Results]]:
-    """name (roofline.py's, where it has one) -> the stage of given operands by a given plan."""
-    rank, experts = case.rank * case.num_experts, case.num_experts
-
-    def gate(plan):
-        return importlib.import_module(f"gci_kernels.ops.gate.{plan.mix}")
-
-    def dropout(plan):
-        return importlib.import_module(f"gci_kernels.ops.bottleneck.{plan.dropout}")
-
-    def both(t, plan) -> Results:
-        if stages.one_reading(plan, t["dy"], rank):
-            return tuple(stages.project_reduce(plan, t["dy"], t["B"], t["u"]))
-        return stages.project(plan, t["dy"], t["B"]), stages.reduce(plan, t["u"], t["dy"])
-
-    made = {
-        "forward: project": lambda t, plan: (stages.project(plan, t["x"], t["stack"].t()),),
-        "forward: expand": lambda t, plan: (
-            stages.expand(plan, t["u"], t["B"].t(), t["x"], t["weight"].t(), None),
-        ),
-        "backward: dU, dB": both,
-        "backward: dX": lambda t, plan: (
-            stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None),
-        ),
-        "backward: dA": lambda t, plan: (stages.reduce(plan, t["dprojected"], t["x"]),),
-    }  # fmt: skip
-    if case.method == "loramoe":
-        made["forward: mix"] = lambda t, plan: gate(plan).forward(t["projected"], experts, experts, 2.0, t["x"].dtype)
-        made["backward: mix"] = lambda t, plan: gate(plan).backward(
-            t["du"], None, t["projected"], experts, experts, 2.0, t["x"].dtype
-        )
-    else:
-        made["dropout"] = lambda t, plan: (dropout(plan).dropout(t["x"], 0.05, 12345),)
-    return made
-
-
-def _row_operands(
-    case: roofline.Rows, dtype: torch.dtype, active_dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """What ops/row_linear/autograd.py would pass, by its names; `merged` is the copy of W with the active rows."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(rows: int, columns: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator, device=device) * std).to(dtype)
-
-    fan_in = case.features_in**-0.5
-    x, dy = draw(case.tokens, case.features_in), draw(case.tokens, case.features_out)
-    weight, active = draw(case.features_out, case.features_in, fan_in), draw(case.trained, case.features_in, fan_in)
-    positions = torch.randperm(case.features_out, generator=generator, device=device)[: case.trained]
-    merged, chosen = weight.index_copy(0, positions, active), dy.index_select(1, positions)
-    return {
-        "x": x, "dy": dy, "weight": weight, "active": active.to(active_dtype), "positions": positions,
-        "merged": merged, "chosen": chosen,
-    }  # fmt: skip
-
-
-def _row_module(form: str) -> ModuleType:
-    return importlib.import_module(f"gci_kernels.ops.row_linear.{'triton' if form == 'triton' else 'aten'}")
-
-
-def _row_forward(t: dict[str, Tensor], form: str) -> Results:
-    weight = t["merged" if form == "kept" else "weight"]
-    return (_row_module(form).forward(t["x"], weight, None, t["active"], t["positions"], form),)
-
-
-def _row_dx(t: dict[str, Tensor], form: str) -> Results:
-    weight = t["merged" if form == "kept" else "weight"]
-    return (_row_module(form).dx(t["dy"], weight, t["active"], t["positions"], t["chosen"], form),)
-
-
-ROW_STAGES = {"forward": _row_forward, "backward: dX": _row_dx}
-
-
-def _check(stage: Callable, tensors: dict[str, Tensor], plans: dict, dtype: torch.dtype) -> dict[str, list[float]]:
-    """The errors of every implementation's results; CorrectnessError where one's pass twice the library's."""
-    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    truth = stage(wide, plans["aten"])
+def _check(stage: Stage, dtype: torch.dtype) -> dict[str, list[float]]:
+    """The errors of every implementation's results; CorrectnessError where one's exceed twice the library's."""
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in stage.operands.items()}
+    truth = stage.implementations["aten"](wide, torch.float64)
     errors = {
-        impl: [relative_error(a, t) for a, t in zip(stage(tensors, plan), truth, strict=True)]
-        for impl, plan in plans.items()
+        impl: [relative_error(a, t) for a, t in zip(run(stage.operands, dtype), truth, strict=True)]
+        for impl, run in stage.implementations.items()
     }
     for impl, made in errors.items():
         for plain, actual in zip(errors["aten"], made, strict=True):

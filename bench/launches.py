@@ -1,14 +1,14 @@
 """What a training step launches, recorded without a GPU: the launchers run on torch's "meta" device and nothing starts.
 
-What is recorded is what would be launched, by the rules Triton specializes with: the same blocks, the same alignment,
-the same strides that are 1. resources.py compiles it, traffic.py counts its bytes.
+A launch is recorded by the rules that Triton specializes a kernel by: the same blocks, the same alignment, the same
+strides that are 1. resources.py compiles it, traffic.py counts its bytes.
 """
 
 import importlib
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,34 +16,36 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
+from gci_kernels.ops.bottleneck.checks import TRITON
+from gci_kernels.ops.bottleneck.mixer import Kept
+from gci_kernels.ops.bottleneck.operands import Operands, Settings
+from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.row_linear import autograd as row_autograd
 
-from .roofline import Case, Rows
+from .costs import BottleneckShape, RowShape
 
-TRITON = "triton/triton/triton/triton/triton"  # the key of the plan that has every stage in Triton
-_KERNEL_MODULES = [
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project", "expand", "reduce", "dropout")),
-    *(f"gci_kernels.ops.bottleneck.triton.{name}" for name in ("project_reduce", "partial_sums")),
-    "gci_kernels.ops.gate.triton",
-    "gci_kernels.ops.attention.triton",
-    "gci_kernels.ops.row_linear.triton",
-]
+# The modules that the Triton kernels are made of.
+_KERNEL_MODULES = {
+    f"gci_kernels.{file.removesuffix('.py').replace('/', '.')}"
+    for kernel in names("triton")
+    for file in get(kernel).files
+}
 
 
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
 QWEN_05B = [(896, 896), (896, 4864), (4864, 896)]
-CASES = [
-    Case(tokens, *shape, rank, experts)
+SHAPES = [
+    BottleneckShape(tokens, *shape, rank, experts)
     for shape in LLAMA_8B + QWEN_05B
     for tokens in (8192, 512)
     for rank, experts in ((16, 0), (32, 8))
 ]
-DROPOUT_CASES = [replace(case, dropout_p=0.05) for case in CASES]
+DROPOUT_SHAPES = [replace(shape, dropout_p=0.05) for shape in SHAPES]
 # LoKI trains rows of down_proj: a tenth of them.
-ROW_CASES = [
-    Rows(tokens, *shape, trained=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
+ROW_SHAPES = [
+    RowShape(tokens, *shape, trained=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
 ]
 
 
@@ -59,6 +61,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The kernel's name without "_kernel": "expand_fwd"."""
         return self.kernel.__name__.strip("_").removesuffix("_kernel")
 
     def __str__(self) -> str:
@@ -74,18 +77,14 @@ class Call:
 
     launch: Launch
     grid: tuple[int, ...]
-    arguments: dict[str, object]
-
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
+    arguments: dict[str, Any]
 
 
 def record(step: Callable[[], object], capability: str) -> list[Call]:
-    """Everything that `step`, which works on meta tensors, launches on a chip of that name; in order."""
+    """All that `step`, which works on meta tensors, launches on a GPU of `capability` ("sm_90"), in order."""
     made: list[Call] = []
     with ExitStack() as undo:
-        undo.enter_context(patch.object(config, "device_capability", lambda device: capability))
+        undo.enter_context(patch.object(gpus, "device_capability", lambda device: capability))
         for module in map(importlib.import_module, _KERNEL_MODULES):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
@@ -94,69 +93,71 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
     return made
 
 
-def launches(case: Case | Rows, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Launch]:
-    """The different launches of forward and backward of `case`, with and without a bias, with gates used and not."""
+def launches(
+    shape: BottleneckShape | RowShape, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> list[Launch]:
+    """The different launches of forward and backward of a layer, with and without a bias, with gates used and not."""
     calls = []
     for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
-        if isinstance(case, Rows):
-            step = row_step(case, dtype, adapter_dtype, bias=bias)
+        if isinstance(shape, RowShape):
+            step = row_step(shape, dtype, adapter_dtype, bias=bias)
         else:
-            step = training_step(case, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
+            step = training_step(shape, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
         for direction in step:
             calls += record(direction, capability)
     return list(dict.fromkeys(call.launch for call in calls))
 
 
 def training_step(
-    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype,
-    *, plan: str = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
+    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype,
+    *, plan: Plan = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
 ) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
     """Forward, and backward to x, A, B and the router, on meta tensors; to be called in this order.
 
-    The op's own functions are called, below the dispatcher: it would ask a meta tensor for shapes alone.
+    The op's functions are called without the dispatcher, which would ask meta tensors for shapes alone.
     """
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*sizes, dtype=dtype, device="meta")
 
-    x, dy = tensor(case.tokens, case.features_in), tensor(case.tokens, case.features_out)
-    weight = tensor(case.features_out, case.features_in)
-    b = tensor(case.features_out) if bias else None
-    A = tensor(case.rank, case.features_in, dtype=adapter_dtype)
-    B = tensor(case.features_out, case.rank, dtype=adapter_dtype)
-    router = tensor(case.experts, case.features_in, dtype=adapter_dtype) if case.experts else None
-    top_k = min(top_k or case.experts, case.experts)
-    seed = torch.tensor(2**61 + 1) if case.dropout_p else None
-    dgates = tensor(case.tokens, case.experts, dtype=torch.float32) if use_gates and case.experts else None
-
-    settings = ("gate" if case.experts else "identity", [top_k], 2.0, case.dropout_p, plan)
-    saved: list[Tensor] = []
+    experts = shape.experts
+    operands = Operands(
+        x=tensor(shape.tokens, shape.in_features),
+        weight=tensor(shape.out_features, shape.in_features),
+        bias=tensor(shape.out_features) if bias else None,
+        A=tensor(shape.rank, shape.in_features, dtype=adapter_dtype),
+        B=tensor(shape.out_features, shape.rank, dtype=adapter_dtype),
+        weights=tensor(experts, shape.in_features, dtype=adapter_dtype) if experts else None,
+        seed=torch.tensor(2**61 + 1) if shape.dropout_p else None,
+    )
+    mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
+    settings = Settings(mixer, numbers, 2.0, shape.dropout_p, plan)
+    dy = tensor(shape.tokens, shape.out_features)
+    dgates = tensor(shape.tokens, experts, dtype=torch.float32) if use_gates and experts else None
+    saved: list[Kept] = []
 
     def forward() -> None:
-        _, *kept, _ = autograd._bottleneck(x, weight, b, A, B, router, None, None, seed, *settings)
-        saved.extend(kept)
+        saved.append(autograd.forward(operands, settings)[1])
 
     def backward() -> None:
-        needs = [True, False, False, True, True, False]
-        tensors = (dy, dgates, x, weight, A, B, router, None, None, seed)
-        autograd._bottleneck_backward(*tensors, *saved, *settings, needs)
+        autograd.backward(dy, dgates, operands, saved[0], settings, [True, False, False, True, True, False])
 
     return forward, backward
 
 
 def row_step(
-    case: Rows, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
+    shape: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward, and backward to x and the active rows and their bias, on meta tensors."""
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*sizes, dtype=dtype, device="meta")
 
-    x, dy = tensor(case.tokens, case.features_in), tensor(case.tokens, case.features_out)
-    weight, b = tensor(case.features_out, case.features_in), tensor(case.features_out) if bias else None
-    active = tensor(case.trained, case.features_in, dtype=active_dtype)
-    positions = tensor(case.trained, dtype=torch.int64)
-    active_bias = tensor(case.trained, dtype=active_dtype) if bias else None
+    x, dy = tensor(shape.tokens, shape.in_features), tensor(shape.tokens, shape.out_features)
+    weight, b = tensor(shape.out_features, shape.in_features), tensor(shape.out_features) if bias else None
+    active = tensor(shape.trained, shape.in_features, dtype=active_dtype)
+    positions = tensor(shape.trained, dtype=torch.int64)
+    active_bias = tensor(shape.trained, dtype=active_dtype) if bias else None
 
     def forward() -> None:
         row_autograd._row_linear(x, weight, b, active, positions, active_bias, "triton")
@@ -168,26 +169,28 @@ def row_step(
 
 
 class _Recorder:
-    """Stands where a kernel stood: a launch becomes a Call."""
+    """Takes the place of a kernel: a launch becomes a Call."""
 
-    def __init__(self, kernel: triton.JITFunction, made: list[Call]):
+    def __init__(self, kernel: triton.JITFunction, made: list[Call]) -> None:
         self.kernel, self.made = kernel, made
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.made.append(self._call(grid, args, kwargs))
 
-    def _call(self, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Call:
+    def _call(self, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         names = self.kernel.arg_names
         given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-        types, constants, aligned = {}, {}, []
+        types: dict[str, str] = {}
+        constants: dict[str, object] = {}
+        aligned = []
         for parameter in self.kernel.params:
             name, value = parameter.name, given[parameter.name]
-            fixed = parameter.do_not_specialize
-            if parameter.is_constexpr or type(value) is int and value == 1 and not fixed:
+            specialized = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or specialized and value == 1:
                 types[name], constants[name] = "constexpr", value
                 continue
             types[name] = _type(value)
-            if isinstance(value, Tensor) or type(value) is int and value % 16 == 0 and not fixed:
+            if isinstance(value, Tensor) or specialized and value % 16 == 0:
                 aligned.append(name)
         options = {name: value for name, value in kwargs.items() if name not in names}
         frozen = (tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(options.items()))

@@ -1,23 +1,23 @@
-"""How fast PyTorch multiplies each dtype on this CPU, and so which dtypes are worth measuring on it."""
+"""How fast PyTorch multiplies matrices of each dtype on this CPU, and so which dtypes are worth measuring on it."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 
-#: What a run measures on a CPU unless it is told otherwise, as far as the processor multiplies it. float32 always is.
+#: The dtypes that a run measures on a CPU by default; bfloat16 only where it is fast.
 CANDIDATES = ("float32", "bfloat16")
-#: A dtype counts as fast at this share of float32's rate: what reads half the bytes is then no worse to train in.
+#: A dtype counts as fast at this share of float32's rate: half the bytes make up for half the rate.
 FAST = 0.5
 TOKENS, FEATURES = 128, 256
-SECONDS = 0.02  # for each of two products of each dtype; a slow one takes its one call's time
+SECONDS = 0.02  # for each of two products of each dtype, or one call where that takes longer
 
 
 @dataclass(frozen=True)
 class Rates:
     """GFLOP/s of x @ W.T, a layer's forward, and of dY @ W, its dX, on one thread.
 
-    Libraries can be fast at one of them alone.
+    A library can be fast at one and slow at the other.
     """
 
     forward: float
@@ -25,13 +25,14 @@ class Rates:
 
     @property
     def slower(self) -> float:
+        """The lower of the two rates."""
         return min(self.forward, self.dx)
 
 
 def product_rates(dtype: torch.dtype) -> Rates:
     """Measured on the CPU in a few hundredths of a second.
 
-    On one thread: where other work has the cores, threads that wait for each other say more of it than of the product.
+    On one thread: where other work uses the cores, several threads would measure their waiting for each other.
     """
     x, w, dy = (torch.randn(rows, FEATURES).to(dtype) for rows in (TOKENS, FEATURES, TOKENS))
     threads = torch.get_num_threads()
@@ -43,8 +44,8 @@ def product_rates(dtype: torch.dtype) -> Rates:
 
 
 def _rate(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of the fastest call: whatever else the machine does makes some slower, and none faster."""
-    a @ b  # the first call prepares the library's kernel
+    """GFLOP/s of the fastest call: other work on the machine makes calls slower, never faster."""
+    a @ b  # the first call makes the library's kernel
     fastest, end = float("inf"), time.perf_counter() + SECONDS
     while True:
         begun = time.perf_counter()
@@ -56,11 +57,11 @@ def _rate(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def fast_dtypes(rates: dict[str, Rates]) -> tuple[str, ...]:
-    """The names of those that are float32, or fast beside it."""
+    """float32, and the dtypes of `rates` that are fast compared with it."""
     least = FAST * rates["float32"].slower
     return tuple(name for name, rate in rates.items() if name == "float32" or rate.slower >= least)
 
 
 def slowness(rates: dict[str, Rates]) -> dict[str, float]:
-    """How long each takes where float32 takes 1; at least 1/2 and at most 2: products are not all."""
+    """The time of each relative to float32's, within [1/2, 2], as a training step is not only products."""
     return {name: min(2.0, max(0.5, rates["float32"].slower / rate.slower)) for name, rate in rates.items()}

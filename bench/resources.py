@@ -2,13 +2,14 @@
 
     python -m bench.resources
 
-launches.py records what would be launched, and that is what is compiled.
+What is compiled are the launches that launches.py records.
 """
 
+import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,28 +20,16 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import CASES, DROPOUT_CASES, ROW_CASES, Launch, launches
-from .roofline import Case, Rows
+from gci_kernels.hardware.chips import CAPABILITIES, Chip, chip_of_capability
 
-
-@dataclass(frozen=True)
-class Chip:
-    target: GPUTarget
-    registers: int  # of 32 bits; on a multiprocessor, or for one lane of an AMD SIMD
-    shared: int  # bytes on a multiprocessor, a program's fixed part taken off
-    warps: int  # resident at most
-
-
-CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 65536, 164 * 1024, 64),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 65536, 228 * 1024, 64),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 65536, 228 * 1024, 64),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 512, 64 * 1024, 32),
-}
+from .costs import BottleneckShape, RowShape
+from .launches import DROPOUT_SHAPES, ROW_SHAPES, SHAPES, Launch, launches
 
 
 @dataclass(frozen=True)
 class Resources:
+    """What one launch takes of a multiprocessor."""
+
     registers: int
     stack: int  # bytes a thread
     shared: int  # bytes a program
@@ -48,24 +37,33 @@ class Resources:
     occupancy: float  # resident warps over the most there can be
 
 
-def compile_kernel(launch: Launch, chip: str) -> tuple[Resources, str]:
-    """What the kernel takes of `chip`, a key of CHIPS, and its assembly (PTX, or AMD's)."""
-    names, where = launch.kernel.arg_names, CHIPS[chip]
+def compile_kernel(launch: Launch, capability: str) -> tuple[Resources, str]:
+    """What the kernel takes of a GPU of `capability` ("sm_90"), and its assembly (PTX, or AMD's).
+
+    Raises what Triton raises where the kernel does not compile.
+    """
+    names, chip = launch.kernel.arg_names, chip_of_capability(capability)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), attributes)
-    made = triton.compile(source, target=where.target, options=dict(launch.options))
-    shared, warps = made.metadata.shared, made.metadata.num_warps
-    if where.target.backend == "hip":
-        text = made.asm["amdgcn"]
-        registers, spilled_v, spilled_s, stack = (
-            int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
-            for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        )
+    compiled = triton.compile(source, target=GPUTarget(*chip.target), options=dict(launch.options))
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if chip.target[0] == "hip":
+        text = compiled.asm["amdgcn"]
+        fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        registers, spilled_v, spilled_s, stack = (_number(rf"\.{field}:\s+(\d+)", text) for field in fields)
         spills = spilled_v + spilled_s
     else:
-        text = made.asm["ptx"]
-        registers, stack, spills = _cubin_usage(made.asm["cubin"])
-    return Resources(registers, stack, shared, spills, _occupancy(where, registers, shared, warps)), text
+        text = compiled.asm["ptx"]
+        registers, stack, spills = _cubin_usage(compiled.asm["cubin"])
+    return Resources(registers, stack, shared, spills, _occupancy(chip, registers, shared, warps)), text
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number that `pattern` finds in what a compiler reports."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"nothing in the compiler's report matches {pattern}")
+    return int(found[1])
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int, int]:
@@ -75,34 +73,41 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack, local = (int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (_number(rf"{field}:(\d+)", text) for field in ("REG", "STACK", "LOCAL"))
     return registers, stack, local
 
 
 def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> float:
+    """Resident warps of programs of `warps` warps, over the most there can be."""
     registers = -(-max(registers, 1) // 8) * 8
-    if chip.target.backend == "hip":
+    if chip.target[0] == "hip":
         by_registers = 4 * min(chip.registers // registers, 8) // warps  # a program's warps are dealt to four SIMDs
-        by_shared = chip.shared // max(shared, 1)
+        by_shared = chip.processor_shared // max(shared, 1)
     else:
         by_registers = chip.registers // (registers * 32 * warps)
-        by_shared = chip.shared // (shared + 1024)  # the driver keeps 1 KiB of each program's
+        by_shared = chip.processor_shared // (shared + 1024)  # the driver reserves 1 KiB for each program
     return min(by_registers, by_shared, chip.warps // warps) * warps / chip.warps
 
 
-def rows(chips: list[str], cases: list[Case | Rows]) -> Iterator[tuple[str, Launch, Resources]]:
-    """Each different launch of `cases` in bfloat16, adapters in float32, on each chip."""
-    for chip in chips:
-        seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, torch.bfloat16, torch.float32))
-        for launch in sorted(seen, key=lambda launch: (launch.name, str(launch))):
-            yield chip, launch, compile_kernel(launch, chip)[0]
+def rows(
+    capabilities: Iterable[str], shapes: list[BottleneckShape | RowShape]
+) -> Iterator[tuple[str, Launch, Resources]]:
+    """Each different launch of layers of `shapes` in bfloat16, adapters in float32, for each capability."""
+    for capability in capabilities:
+        made = [launch for shape in shapes for launch in launches(shape, capability, torch.bfloat16, torch.float32)]
+        for launch in sorted(set(made), key=lambda launch: (launch.name, str(launch))):
+            yield capability, launch, compile_kernel(launch, capability)[0]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--chip", nargs="+", choices=CAPABILITIES, default=CAPABILITIES, help="(default: all)")
+    args = parser.parse_args(argv)
     table = Table(title="Resources of the Triton kernels: bfloat16, adapters in float32")
     for column in ("chip", "kernel", "launch", "registers", "stack", "spills", "shared KiB", "occupancy"):
         table.add_column(column, justify="left" if column in ("chip", "kernel", "launch") else "right")
-    for chip, launch, used in rows(list(CHIPS), CASES + DROPOUT_CASES + ROW_CASES):
+    for chip, launch, used in rows(args.chip, [*SHAPES, *DROPOUT_SHAPES, *ROW_SHAPES]):
         table.add_row(
             chip, launch.name, str(launch), str(used.registers), str(used.stack), str(used.spills),
             f"{used.shared / 1024:.1f}", f"{used.occupancy:.0%}",

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,10 @@ class Timing:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> "Timing":
-        samples = tuple(samples)
-        low, median, high = (float(value) for value in np.percentile(samples, [10, 50, 90]))
-        return cls(median, low, high, samples)
+        """The timing of `samples`, at least one."""
+        values = tuple(samples)
+        low, median, high = (float(value) for value in np.percentile(values, [10, 50, 90]))
+        return cls(median, low, high, values)
 
     def __truediv__(self, other: "Timing") -> "Timing":
         """The ratio of two variants: round by round, so that what slowed a whole round cancels out."""
@@ -39,13 +40,13 @@ class Timing:
 
 
 def interleave(
-    fns: dict[str, Callable[[], object]],
+    fns: Mapping[str, Callable[[], object]],
     *,
     device: torch.device,
     rounds: int,
     warmup: int = 1,
     advance: Callable[[int, int], None] = lambda done, of: None,
-    before: dict[str, Callable[[], object]] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
     prepare: Callable[[], None] = lambda: None,
     left: Callable[[], float] = lambda: math.inf,
     least: int = 1,
@@ -57,9 +58,9 @@ def interleave(
         warmup: rounds that run first and are not counted.
         advance: called after every round, warm-up rounds included, with the number done and how many there will be.
         before: called before the function of the same name, warm-up rounds included, and not timed.
-        prepare: called before every function, after that, and not timed; see :func:`cold_cache`.
-        left: the seconds that are left. No round begins that would take longer, as long as the slowest one before.
-        least: rounds that are timed in any case, however little time is left.
+        prepare: called before every function, after `before`, and not timed; see :func:`cold_cache`.
+        left: the seconds that are left. No round begins that would not end in them if it were as slow as the slowest.
+        least: rounds that are timed however little time is left.
 
     Returns:
         name -> seconds for one call.
@@ -84,10 +85,10 @@ def interleave(
 
 
 def cold_cache(device: torch.device) -> Callable[[], None]:
-    """For `prepare` on a GPU: leaves nothing in its L2, and 2 ms of work queued in front of what is timed.
+    """For `prepare` on a GPU: evicts all that is useful from its L2, and queues 2 ms of work before what is timed.
 
-    Launches are then made while the GPU is busy, and what is timed is its time alone. The last pass reads: lines that
-    were only written would have to be written back while the clock runs.
+    The functions' kernels are then launched while the GPU is busy, and only its own time is measured. The last pass
+    reads: lines that were written would have to be written back while the clock runs.
     """
     if device.type != "cuda":
         return lambda: None
@@ -112,9 +113,9 @@ def _seconds(fn: Callable[[], object], device: torch.device, prepare: Callable[[
         end.synchronize()
         return start.elapsed_time(end) / 1000
     prepare()
-    start = time.perf_counter()
+    begun = time.perf_counter()
     fn()
-    return time.perf_counter() - start
+    return time.perf_counter() - begun
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device) -> int | None:
@@ -133,12 +134,12 @@ def peak_memory(fn: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if not sys.platform.startswith("linux"):
         return None
-    # Freed memory that malloc still holds would be used again without raising the mark.
+    # Memory that was freed but is still held by malloc would be reused without raising the mark.
     ctypes.CDLL(None).malloc_trim(0)
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-    except OSError:  # a kernel or a container without this file
+    except OSError:  # a kernel or a container that has no such file
         return None
     before = _status_bytes("VmRSS")
     fn()
@@ -154,25 +155,25 @@ def _status_bytes(field: str) -> int:
 def saved_bytes(fn: Callable[[], object], model: nn.Module) -> int:
     """Bytes of the storages that autograd keeps alive for backward while `fn` runs.
 
-    A storage counts once, and whole, however many views of it are saved. `model`'s parameters and buffers, and the
+    A storage counts once, in full, however many views of it are saved. `model`'s parameters and buffers, and the
     copies of :func:`kept_copies`, are alive anyway and don't count.
     """
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage  # held, so that its address isn't given to another one meanwhile
+        saved[storage.data_ptr()] = storage  # a reference, so that no other storage gets its address
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fn()
-    # Asked afterwards: the first forward makes the copies.
+    # After the forward: the first one makes the copies.
     alive = itertools.chain(model.parameters(), model.buffers(), kept_copies(model))
     known = {tensor.untyped_storage().data_ptr() for tensor in alive}
     return sum(storage.nbytes() for address, storage in saved.items() if address not in known)
 
 
 def kept_copies(model: nn.Module) -> list[Tensor]:
-    """The copies of weights, trained rows in their places, that a model's LoKI layers keep from step to step."""
+    """The copies of weights, with the trained rows in them, that a model's LoKI layers keep between steps."""
     merged = (getattr(module, "merged_rows", None) for module in model.modules())
     return [copy for rows in merged if rows is not None for copy in rows.copies()]

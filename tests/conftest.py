@@ -27,6 +27,29 @@ if importlib.util.find_spec("hypothesis"):
 # bench/gpu.py tests a checkout in which nothing is installed: bench/ lies beside the package there, not in it.
 if importlib.util.find_spec("gci_kernels.bench") is None:
     gci_kernels.__path__.append(str(Path(__file__).parents[1]))
+from gci_kernels.bench import gpu_proof  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernel", metavar="NAME", help="of the tests marked gpu only those marked kernel(NAME)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every test marked gpu says which kernel, or which group of bench/gpu_proof.py, it decides about."""
+    groups, chosen = gpu_proof.groups(), config.getoption("--kernel")
+    if chosen not in (None, *groups):
+        raise pytest.UsageError(f"--kernel {chosen}: allowed: {', '.join(groups)}")
+    kept, left_out = [], []
+    for item in items:
+        name = None
+        if item.get_closest_marker("gpu"):
+            marker = item.get_closest_marker("kernel")
+            name = marker.args[0] if marker else None
+            if name not in groups:
+                raise pytest.UsageError(f"{item.nodeid}: marked kernel({name}), allowed: {', '.join(groups)}")
+        (kept if chosen in (None, name) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

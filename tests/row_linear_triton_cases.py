@@ -10,8 +10,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from gci_kernels import ops
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.row_linear import reference
+from gci_kernels.hardware import tuned
+from gci_kernels.ops import launching
+from gci_kernels.ops.row_linear import config, reference
 from gci_kernels.ops.row_linear import triton as row_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -25,7 +26,7 @@ SHAPES = [
 
 
 def test_the_interpreter_runs():
-    assert config.INTERPRETED
+    assert launching.INTERPRETED
 
 
 def gapped(rows, cols, dtype):
@@ -99,7 +100,7 @@ def test_active_rows_in_another_dtype(active_dtype, dtype):
 def test_every_tile_is_visited_once(monkeypatch, group, tokens, depth, out):
     """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the sum."""
     small = config.RowLinearConfig(16, 16, 16, group, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_row_linear_config", lambda *_: small)
+    monkeypatch.setitem(tuned._trying, "row_linear", small)
     check(*make(tokens, depth, out, out // 3, torch.float32))
 
 
@@ -165,7 +166,7 @@ class Guarded:
 @pytest.mark.parametrize(("tokens", "depth", "out"), [(21, 37, 33), (3, 32, 50), (1, 1, 1)])
 def test_nothing_outside_is_touched(monkeypatch, tokens, depth, out, block_k):
     small = config.RowLinearConfig(16, 16, block_k, 2, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_row_linear_config", lambda *_: small)
+    monkeypatch.setitem(tuned._trying, "row_linear", small)
     guarded = Guarded(row_linear._row_linear_kernel, monkeypatch)
     monkeypatch.setattr(row_linear, "_row_linear_kernel", guarded)
     check(*make(tokens, depth, out, max(out // 3, 1), torch.float32))

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: a rehearsal on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
+"""`python -m bench.gpu`: all of it on a CPU, what the GPU tests prove, and what is left when something goes wrong."""
 
 import contextlib
 import json
@@ -8,25 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from gci_kernels import hardware, native
-from gci_kernels.bench import gpu, gpu_cases, gpu_decode, gpu_proof, gpu_stages
+from gci_kernels.bench import gpu, gpu_cases, gpu_decode, gpu_proof
 from gci_kernels.bench.cases import METHODS
-from gci_kernels.bench.correctness import CorrectnessError
 from gci_kernels.bench.gpu_proof import WHOLE, Outcome
-from gci_kernels.bench.roofline import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ROWS = Rows(32, 64, 48, trained=5)
 DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
 
 
@@ -134,15 +131,15 @@ def test_junit_is_read(tmp_path):
 @pytest.fixture
 def imagined(monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("Imagined 1000", "sm_90"))
+    monkeypatch.setattr(hardware.records, "gpu", lambda device: ("Imagined 1000", "sm_90"))
 
 
-TRITON = set(hardware.TRITON_KERNELS)
-CUDA = set(hardware.CUDA_KERNELS)
+TRITON = set(hardware.names("triton"))
+CUDA = set(hardware.names("cuda"))
 
 
 def verdicts(**changed: Outcome) -> dict[str, hardware.Record]:
-    outcomes = {group: Outcome(passed=3) for group in gpu_proof.GROUPS} | changed
+    outcomes = {group: Outcome(passed=3) for group in gpu_proof.groups()} | changed
     return {record.kernel: record for record in gpu_proof.verdicts(outcomes, CPU)}
 
 
@@ -154,10 +151,10 @@ def test_a_kernel_is_proved_by_its_tests_and_the_whole_op(imagined):
     assert {name for name, record in found.items() if not record.passed} == {"gate"}
     for none in (Outcome(), Outcome(skipped=4), Outcome(passed=2, trouble="still running")):
         assert set(verdicts(gate=none)) == set(hardware.KERNELS) - {"gate"}
-    whole = Outcome(passed=2, failed={"test_op[case-aten-float16]": "x"})
-    assert all(record.passed for record in verdicts(**{WHOLE: whole}).values())
-    whole = Outcome(passed=2, failed={"test_op[case-triton-float16]": "x"})
-    assert {name for name, record in verdicts(**{WHOLE: whole}).items() if record.passed} == CUDA
+    failed = Outcome(passed=2, failed={"test_op[case-float16]": "x"})
+    for group in (gpu_proof.LIBRARY, gpu_proof.LAYERS):
+        assert all(record.passed for record in verdicts(**{group: failed}).values())
+    assert {name for name, record in verdicts(**{WHOLE: failed}).items() if record.passed} == CUDA
     assert set(verdicts(**{WHOLE: Outcome(trouble="crashed")})) == CUDA
 
 
@@ -180,23 +177,41 @@ def test_kernels_that_were_not_tested_get_no_record(imagined):
         assert {record.kernel for record in gpu_proof.verdicts(outcomes, CPU)} == kernels
 
 
+def test_a_gpu_test_names_its_kernel(request):
+    """conftest.py refuses one that does not, so that each is in one group."""
+    hooks = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "pytest_collection_modifyitems")
+                 and getattr(p, "__file__", None) == str(ROOT / "tests" / "conftest.py"))  # fmt: skip
+
+    def item(name: str, **marks: tuple) -> SimpleNamespace:
+        found = {mark: SimpleNamespace(args=args) for mark, args in marks.items()}
+        return SimpleNamespace(nodeid=name, get_closest_marker=found.get)
+
+    def collected(chosen: str | None, *items: SimpleNamespace) -> list[str]:
+        hook = SimpleNamespace(pytest_deselected=lambda items: None)
+        config, kept = SimpleNamespace(getoption=lambda name: chosen, hook=hook), list(items)
+        hooks.pytest_collection_modifyitems(config, kept)
+        return [each.nodeid for each in kept]
+
+    tests = item("cpu"), item("gate", gpu=(), kernel=("gate",)), item("op", gpu=(), kernel=(WHOLE,))
+    assert collected(None, *tests) == ["cpu", "gate", "op"] and collected("gate", *tests) == ["gate"]
+    with pytest.raises(pytest.UsageError, match="--kernel gates: allowed: .*gate"):
+        collected("gates", *tests)
+    for marks in ({}, {"kernel": ("gates",)}):
+        with pytest.raises(pytest.UsageError, match=r"other: marked kernel\((None|gates)\), allowed: .*gate"):
+            collected(None, *tests, item("other", gpu=(), **marks))
+
+
 @pytest.mark.slow
-def test_every_gpu_test_is_in_one_group():
-    """By pytest's own reading of the names; a sanitizer's are of the half that it looks at."""
-    names = ("test_gpu.py", "test_gpu_decode.py", "test_gpu_decode_layers.py")
-    files = [str(ROOT / "tests" / name) for name in names]
+def test_gpu_tests_are_of_the_kernels_that_they_name():
+    files = [str(ROOT / "tests" / f"test_gpu_{name}.py") for name in ("decode", "decode_layers")]
 
-    def collected(*chosen: str) -> list[str]:
-        command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", *chosen, *files)
-        done = python(ROOT, *command, TRITON_INTERPRET="1")
-        return [line for line in done.stdout.splitlines() if "::" in line]
+    def collected(group: str) -> list[str]:
+        command = ("-m", "pytest", "--collect-only", "-q", "-m", "gpu", "--kernel", group, *files)
+        return [line for line in python(ROOT, *command).stdout.splitlines() if "::" in line]
 
-    by_group = {group: collected("-k", gpu_proof.GROUPS[group]) for group in gpu_proof.GROUPS}
-    together = [test for tests in by_group.values() for test in tests]
-    assert sorted(together) == sorted(collected()) and all(by_group.values())
-    assert all("decode_layers" in test for test in by_group[gpu_proof.LAYERS])
-    assert all("attend" in test for test in by_group["decode_attend"])
-    assert all("attend" not in test and "decode" in test for test in by_group["decode_step"])
+    assert all("attend" in test for test in collected("decode_attend"))
+    assert all("attend" not in test and "decode.py" in test for test in collected("decode_step"))
+    assert all("decode_layers.py" in test for test in collected(gpu_proof.LAYERS))
 
 
 @pytest.mark.parametrize("program", ("true", "false"))
@@ -214,155 +229,6 @@ def test_a_record_names_what_was_built_meanwhile(monkeypatch, program):
 
 
 # What is left when something goes wrong
-
-
-def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    case = gpu_cases._case("lora", 32, gpu_cases.QUICK, torch.float32)
-    monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
-    right = gpu_stages._stages
-
-    def wrong(case, tensors):
-        def spoilt(stage):
-            return lambda t, plan: tuple(
-                r * (1.001 if plan is gpu_stages.TRITON else 1) for r in stage(t, gpu_stages.ATEN)
-            )
-
-        made = right(case, tensors)
-        return made | {"backward: dA": spoilt(made["backward: dA"]), "dropout": lambda t, plan: 1 / 0}
-
-    def by_the_library(stage):
-        return lambda t, plan: stage(t, gpu_stages.ATEN)
-
-    monkeypatch.setattr(gpu_stages, "_stages", lambda case, tensors: {
-        name: stage if name in ("backward: dA", "dropout") else by_the_library(stage)
-        for name, stage in wrong(case, tensors).items()
-    })  # fmt: skip
-    entries = {entry["name"]: entry for entry in gpu_stages.stage_entries(case, CPU, rounds=2)}
-    assert "CorrectnessError: Triton differs from float64 by 1.0" in entries["backward: dA"]["error"]
-    assert entries["dropout"]["error"].startswith("ZeroDivisionError")
-    assert all("seconds" not in entries[name] for name in ("backward: dA", "dropout"))
-    assert set(entries["backward: dX"]["seconds"]) == {"aten", "triton"} and len(entries) == 6
-
-
-def test_a_wrong_row_gets_no_time(monkeypatch):
-    """Of LoKI's products: one whose rows are not where the library has them, among right ones."""
-    monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
-    monkeypatch.setattr(gpu_stages, "FORMS", {"aten": "merge", "kept": "kept", "triton": "overwrite"})
-    entries = list(gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2))
-    assert [set(entry["seconds"]) for entry in entries] == [{"aten", "kept", "triton"}] * 2
-    right = gpu_stages._row_operands
-
-    def wrong(*arguments):
-        tensors = right(*arguments)
-        return tensors | {"merged": tensors["merged"].roll(1, 0)}
-
-    monkeypatch.setattr(gpu_stages, "_row_operands", wrong)
-    for entry in gpu_stages.row_entries(ROWS, torch.float32, torch.float32, CPU, rounds=2):
-        assert entry["error"].startswith("CorrectnessError: Kept differs from float64 by 1."), entry
-
-
-def test_a_wrong_variant_is_left_out_and_the_others_are_timed(monkeypatch):
-    right = gpu_cases.gci_variant
-
-    def variant(inputs, impl):
-        made = right(inputs, impl)
-        factor = {"auto": 1.0, "aten": 1.01}[impl]  # "triton": KeyError
-        return gpu_cases.replace(made, forward=lambda: made.forward() * factor)
-
-    monkeypatch.setattr(gpu_cases, "gci_variant", variant)
-    monkeypatch.setattr(gpu_cases, "obstacle", lambda *_: None)
-    entry = gpu_cases._layer(gpu_cases._case("loramoe", 32, gpu_cases.QUICK, torch.float32), CPU, 2, None)
-    assert set(entry["seconds"]) == {"frozen", "eager", "gci auto"}
-    assert entry["left_out"]["gci triton"] == "KeyError: 'triton'"
-    assert entry["left_out"]["gci aten"].startswith("CorrectnessError: gci_kernels: y differs")
-
-
-def test_a_wrong_model_is_left_out_and_the_others_are_timed(monkeypatch):
-    def fails(*_):
-        raise CorrectnessError("wrong")
-
-    monkeypatch.setattr(gpu_cases, "check_model", fails)
-    monkeypatch.setattr(gpu_cases, "_check_baseline", fails)
-    (entry, _) = gpu_cases.slices(gpu_cases.QUICK, CPU)
-    assert set(entry["seconds"]) == {"frozen", "eager"} == set(entry["peak_memory"])
-    assert entry["left_out"] == {"compiled": "CorrectnessError: wrong", "gci": "CorrectnessError: wrong"}
-
-
-@pytest.fixture
-def decodings(monkeypatch) -> Callable[..., dict]:
-    """The entry of one case on a CPU, on which ours and the frozen base run in a second way, "graph", given here."""
-
-    def measure(method: str, graph: Callable[[gpu_decode.Decoding], object]) -> dict:
-        right = gpu_decode._variants
-
-        def variants(models, ids, *others):
-            def make(name: str) -> gpu_decode.Decoding:
-                decoding = gpu_decode.Decoding(models[name], ids)
-                graph(decoding)
-                return decoding
-
-            plain = {name: made for name, made in right(models, ids, *others).items() if "graph" not in name}
-            return plain | {f"{name} graph": lambda name=name: make(name) for name in ("frozen", "gci")}
-
-        monkeypatch.setattr(gpu_decode, "_variants", variants)
-        return gpu_decode._measure(method, 2, False, gpu_cases.QUICK.decode, CPU)
-
-    return measure
-
-
-def test_a_graph_that_stays_behind_gets_no_time(decodings):
-    """One whose adapters see one token too few is found, beside the base that has none."""
-
-    def behind(decoding):
-        right = decoding.step
-
-        def step():
-            kept = getattr(decoding.cache, "gci_adapters", None)
-            if kept is not None and decoding.at > gpu_decode.SHORT:
-                for entry in kept._entries.values():
-                    entry.kv[:, decoding.at - 1] = 0
-            return right()
-
-        decoding.step = step
-
-    entry = decodings("alora", behind)
-    assert entry["left_out"].keys() == {"gci graph"} and "after 12 tokens it differs" in entry["left_out"]["gci graph"]
-    assert set(entry["share"]) == {"eager", "gci"} and "frozen graph" in entry["seconds"]
-    console = Console(file=open(os.devnull, "w"), record=True, width=150)
-    console.print(gpu.gpu_report._decode([entry | {"name": "a case"}]))
-    assert "left out" in console.export_text()
-
-
-def test_wrong_logits_get_no_time(monkeypatch):
-    right = gpu_decode.Decoding.logits
-
-    def wrong(decoding, tokens):
-        logits = right(decoding, tokens)
-        return logits * (1.05 if "Peft" in type(decoding.model).__name__ else 1)
-
-    monkeypatch.setattr(gpu_decode.Decoding, "logits", wrong)
-    with pytest.raises(CorrectnessError, match="after 3 tokens logits differ from float64 by 5"):
-        gpu_decode._measure("loramoe", 1, False, gpu_cases.QUICK.decode, CPU)
-
-
-def test_shares_are_of_the_same_way_to_run():
-    seconds = {name: gpu_decode.Timing.of([value]) for name, value in (
-        ("frozen", 1.0), ("gci", 2.0), ("gci graph", 0.5), ("frozen graph", 0.25), ("eager graph", 1.0), ("gci x", 9.0)
-    )}  # fmt: skip
-    made = gpu_decode._compare(seconds, 8)
-    assert {name: share["median"] for name, share in made["share"].items()} == {
-        "gci": 0.5, "gci graph": 0.5, "eager graph": 0.25,
-    }  # fmt: skip
-    assert made["tokens_per_second"]["gci graph"]["median"] == 16
-
-
-def test_the_compilers_loss_is_looked_at(monkeypatch):
-    losses = iter((1.0, 1.01, 1.0, 1.2, 1.0, float("nan")))
-    monkeypatch.setattr(gpu_cases, "training_loss", lambda model, ids: torch.tensor(next(losses)))
-    gpu_cases._check_baseline(None, None, None)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match="the compiled model's loss is"):
-            gpu_cases._check_baseline(None, None, None)
 
 
 @pytest.fixture
@@ -427,6 +293,6 @@ def test_entries_that_failed_make_the_step_fail(a_run, monkeypatch):
     assert a_run.result["layers"] == entries
 
 
-def test_without_a_gpu_it_says_how_to_rehearse():
-    with pytest.raises(SystemExit, match="--device cpu --quick rehearses"):
+def test_without_a_gpu_it_says_how_to_run_on_a_cpu():
+    with pytest.raises(SystemExit, match="--device cpu --quick tests the command"):
         gpu.main([])

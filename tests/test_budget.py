@@ -172,19 +172,19 @@ def test_rates_are_those_of_a_layers_two_products(monkeypatch) -> None:
     seen = []
 
     class Operand:
-        def __init__(self, shape: tuple[int, int], turned: bool = False) -> None:
-            self.shape, self.turned = shape, turned
+        def __init__(self, shape: tuple[int, int], transposed: bool = False) -> None:
+            self.shape, self.transposed = shape, transposed
 
         def to(self, dtype: torch.dtype) -> "Operand":
             return self
 
         def t(self) -> "Operand":
-            return Operand(self.shape[::-1], not self.turned)
+            return Operand(self.shape[::-1], not self.transposed)
 
         def __matmul__(self, other: "Operand") -> None:
             assert self.shape[1] == other.shape[0]
-            seen.append(other.turned)
-            clock.work(1e-3 if other.turned else 2e-3)
+            seen.append(other.transposed)
+            clock.work(1e-3 if other.transposed else 2e-3)
 
     clock = Clock(monkeypatch)
     monkeypatch.setattr(torch, "randn", lambda *shape: Operand(shape))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from gci_kernels import info, native
+from gci_kernels import native
+from gci_kernels.proof import info
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
-"""What needs a GPU. An id that names one of hardware.TRITON_KERNELS decides whether that kernel counts as proved there,
-one that names triton whether any does: bench/gpu.py reads them. test_gpu_interpreted.py runs all of it without a GPU.
+"""What needs a GPU; test_gpu_interpreted.py runs all of it without one.
+
+The mark `kernel` says which kernel a test proves, or that it is about the whole op in Triton or by the library.
 """
 
 import pytest
 import torch
+from gpu_params import kernel_params
 
-from gci_kernels import hardware, ops, self_check
+from gci_kernels import hardware, ops
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.ops import triton_config as config
+from gci_kernels.hardware import Shape, self_check
+from gci_kernels.ops import launching
 from gci_kernels.ops.bottleneck import api, aten
 from gci_kernels.ops.bottleneck import triton as stages
 from gci_kernels.ops.bottleneck.plan import Plan
@@ -15,16 +18,15 @@ from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
 from gci_kernels.ops.row_linear import triton as row_linear
 from gci_kernels.proof.verify import CASES, DTYPES, Case, check_case, make_inputs, obstacle, run_case, widened
-from gci_kernels.self_check import Shape
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cpu" if config.INTERPRETED else "cuda"
-HALF = torch.float16 if config.INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 products are wrong
+DEVICE = "cpu" if launching.INTERPRETED else "cuda"
+HALF = torch.float16 if launching.INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 products are wrong
 SHAPES = [
     self_check.ODD, Shape(1, 64, 48, 3, 1, 1), Shape(7, 51, 130, 15, 5, 2), Shape(64, 128, 96, 16, 2, 1),
 ]  # fmt: skip
-if not config.INTERPRETED:
+if not launching.INTERPRETED:
     # Every tile there is; sums that many programs share; two products from one reading; ranks above one tile.
     SHAPES += [
         self_check.LARGE, Shape(4096, 320, 4096, 40, 8, 8), Shape(600, 4096, 1024, 32, 8, 8),
@@ -36,12 +38,12 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-only_gpu = pytest.mark.skipif(config.INTERPRETED, reason="nothing to see without a GPU")
+only_gpu = pytest.mark.skipif(launching.INTERPRETED, reason="nothing to see without a GPU")
 KERNEL_DTYPES = [dtype for dtype in self_check.DTYPES if obstacle("triton", DEVICE, dtype) is None]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
-@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
+@pytest.mark.parametrize("kernel", kernel_params(hardware.names("triton")))
 def test_against_float64_and_the_same_bits_twice(kernel, dtype):
     # Over a few tokens attention's dq and dk are nothing but rounding, and an error relative to that says nothing.
     shapes = [shape for shape in SHAPES if kernel != "attention" or shape.tokens >= 64]
@@ -51,7 +53,7 @@ def test_against_float64_and_the_same_bits_twice(kernel, dtype):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", hardware.TRITON_KERNELS)
+@pytest.mark.parametrize("kernel", kernel_params(hardware.names("triton")))
 def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
     device = torch.device("cuda", torch.cuda.current_device())
@@ -65,7 +67,7 @@ def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", ("project", "expand", "reduce"))
+@pytest.mark.parametrize("kernel", kernel_params(("project", "expand", "reduce")))
 def test_rows_far_into_memory(kernel):
     tokens, depth, last = 70_000, 32_768, 130
     if torch.cuda.mem_get_info()[0] < 8 << 30:
@@ -86,8 +88,8 @@ def test_rows_far_into_memory(kernel):
 
 @only_gpu
 @pytest.mark.parametrize("sum_rows", (False, True))
-@pytest.mark.parametrize("kernel", ("row_linear",))
-def test_rows_of_w_far_into_memory(kernel, sum_rows, out=70_000, depth=32_768, half=65):
+@pytest.mark.kernel("row_linear")
+def test_rows_of_w_far_into_memory(sum_rows, out=70_000, depth=32_768, half=65):
     """The last `half` of its own rows, and the active ones before them, far into the table that they come from."""
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GiB of free memory")
@@ -112,8 +114,8 @@ def test_rows_of_w_far_into_memory(kernel, sum_rows, out=70_000, depth=32_768, h
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
 @pytest.mark.parametrize("seed", (0, 2**31, 2**61 + 12345))
-@pytest.mark.parametrize("kernel", ("dropout",))
-def test_mask_is_the_definition(kernel, seed, dtype):
+@pytest.mark.kernel("dropout")
+def test_mask_is_the_definition(seed, dtype):
     for rows, cols in ((1, 1), (130, 67), (3, 1030)):
         x = torch.rand(rows, cols, device=DEVICE).to(dtype) + 1
         assert torch.equal(stages.dropout(x, 0.3, seed), aten.dropout(x, 0.3, seed))
@@ -121,8 +123,8 @@ def test_mask_is_the_definition(kernel, seed, dtype):
 
 @pytest.mark.parametrize("top_k", (4, 2))
 @pytest.mark.parametrize("where", (0, 3, 8, 11))
-@pytest.mark.parametrize("kernel", ("gate",))
-def test_nan_survives(kernel, where, top_k):
+@pytest.mark.kernel("gate")
+def test_nan_survives(where, top_k):
     """In h (columns 0 to 7) it reaches u; in a logit, chosen by top_k as the largest, every gate of its token."""
     projected = torch.ones(2, 12, device=DEVICE)
     projected[:, 8:10] = 2  # with top_k = 2, the first two experts
@@ -134,8 +136,8 @@ def test_nan_survives(kernel, where, top_k):
     assert dprojected[0].isnan().any() and not dprojected[1].isnan().any()
 
 
-@pytest.mark.parametrize("kernel", ("gate",))
-def test_ties_go_to_the_lower_expert(kernel):
+@pytest.mark.kernel("gate")
+def test_ties_go_to_the_lower_expert():
     logits = torch.randint(3, (40, 6), device=DEVICE).float()
     projected = torch.cat((torch.ones_like(logits), logits), dim=1)
     for top_k in range(1, 7):
@@ -147,12 +149,15 @@ def test_ties_go_to_the_lower_expert(kernel):
 # The whole op
 
 BOTTLENECKS = [case for case in CASES if case.method != "loki" and not case.step]
-OP_CASES = [*BOTTLENECKS[:3], BOTTLENECKS[5], BOTTLENECKS[-1]] if config.INTERPRETED else BOTTLENECKS
+OP_CASES = [*BOTTLENECKS[:3], BOTTLENECKS[5], BOTTLENECKS[-1]] if launching.INTERPRETED else BOTTLENECKS
 MIXED_CASES = (OP_CASES[-1], OP_CASES[0], Case("loramoe", 64, 96, 80, 4, experts=6, top_k=2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("impl", ("aten", "triton"))
+@pytest.mark.parametrize("impl", [
+    pytest.param("aten", marks=pytest.mark.kernel("library")),
+    pytest.param("triton", marks=pytest.mark.kernel("whole op")),
+])  # fmt: skip
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_op_against_float64(case, impl, dtype):
     if impl == "triton" and dtype not in KERNEL_DTYPES:
@@ -164,16 +169,16 @@ def test_op_against_float64(case, impl, dtype):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
-@pytest.mark.parametrize("impl", ("triton",))
-def test_op_gives_the_same_bits_twice(impl, case, dtype):
+@pytest.mark.kernel("whole op")
+def test_op_gives_the_same_bits_twice(case, dtype):
     tensors = make_inputs(case, dtype, DEVICE)
-    first, second = (run_case(case, tensors, impl) for _ in range(2))
+    first, second = (run_case(case, tensors, "triton") for _ in range(2))
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
 
 @pytest.mark.parametrize("others", ("aten", "triton"))
-@pytest.mark.parametrize("kernel", sorted(set(hardware.TRITON_KERNELS) - {"row_linear"}))
+@pytest.mark.parametrize("kernel", kernel_params(set(hardware.names("triton")) - {"row_linear"}))
 def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"
@@ -193,12 +198,12 @@ def leaves(case: Case) -> tuple[torch.Tensor, ...]:
     return tuple(tensors[key].requires_grad_() for key in ("x", "weight", "bias", "A", "B", "router"))
 
 
-@pytest.mark.parametrize("impl", ("triton",))
-def test_op_compiles_whole(impl):
+@pytest.mark.kernel("whole op")
+def test_op_compiles_whole():
     arguments = leaves(Case("loramoe", 64, 96, 80, 4, experts=6))
 
     def function(*tensors):
-        y, gates = ops.loramoe_linear(*tensors, scaling=2.0, impl=impl)
+        y, gates = ops.loramoe_linear(*tensors, scaling=2.0, impl="triton")
         return y.square().sum() + gates.square().sum()
 
     expected = torch.autograd.grad(function(*arguments), arguments)
@@ -208,12 +213,12 @@ def test_op_compiles_whole(impl):
 
 
 @only_gpu
-@pytest.mark.parametrize("impl", ("triton",))
-def test_op_replays_in_a_cuda_graph(impl):
+@pytest.mark.kernel("whole op")
+def test_op_replays_in_a_cuda_graph():
     x, *rest = (tensor.detach() for tensor in leaves((600, 256, 320, 4, 8, None, 0.0)))
 
     def function():
-        return ops.loramoe_linear(x, *rest, scaling=2.0, impl=impl)[0]
+        return ops.loramoe_linear(x, *rest, scaling=2.0, impl="triton")[0]
 
     function()  # compiled, and warm
     graph = torch.cuda.CUDAGraph()
@@ -248,8 +253,8 @@ def loki_results(arguments: dict[str, torch.Tensor], impl: str) -> dict[str, tor
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name)
 @pytest.mark.parametrize("shape", [(130, 67, 45, 9), (1, 64, 48, 1), (64, 128, 96, 96)], ids=str)
-@pytest.mark.parametrize("kernel", ("row_linear",))
-def test_loki_linear_against_float64(kernel, shape, dtype):
+@pytest.mark.kernel("row_linear")
+def test_loki_linear_against_float64(shape, dtype):
     arguments = loki_leaves(*shape, dtype)
     wide = {
         key: tensor.detach().to(dtype).double().requires_grad_(tensor.requires_grad) if key != "positions" else tensor
@@ -265,8 +270,8 @@ def test_loki_linear_against_float64(kernel, shape, dtype):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", ("row_linear",))
-def test_loki_linear_replays_in_a_cuda_graph(kernel):
+@pytest.mark.kernel("row_linear")
+def test_loki_linear_replays_in_a_cuda_graph():
     """The map of rows is made in the graph: positions that have changed count in the next replay."""
     arguments = {key: tensor.detach() for key, tensor in loki_leaves(600, 256, 320, 32, HALF).items()}
     ops.loki_linear(**arguments, impl="triton")  # compiled, and warm

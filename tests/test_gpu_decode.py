@@ -1,6 +1,6 @@
 """The CUDA C++ kernels of a decoding step (csrc/cuda) against float64; test_cuda_on_cpu.py runs this without a GPU.
 
-bench/gpu_proof.py tells by names which kernel a test is about: attend in a name is ALoRA's, all others are the step's.
+A test proves the kernel decode_step where no mark of its own says decode_attend.
 """
 
 import dataclasses
@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_params import kernel_params
 
-from gci_kernels import hardware, self_check
+from gci_kernels import hardware
 from gci_kernels.accuracy import error_bound, relative_error
+from gci_kernels.hardware import self_check
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.cuda import Step
 from gci_kernels.ops.decode.group import Group
 
 ON_CPU = os.environ.get("GCI_CUDA_ON_CPU")  # the kernels as compiled by tests/cuda_on_cpu
 DEVICE = "cpu" if ON_CPU else "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned", "kernels")]
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel("decode_step"), pytest.mark.usefixtures("poisoned", "kernels")]
+attends = pytest.mark.kernel("decode_attend")
 only_gpu = pytest.mark.skipif(ON_CPU is not None, reason="nothing to see without a GPU")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -247,6 +250,7 @@ ATTEND = [
 ]  # fmt: skip
 
 
+@attends
 @pytest.mark.parametrize("dtypes", DTYPES, ids=name)
 @pytest.mark.parametrize("sizes", ATTEND, ids=str)
 @pytest.mark.parametrize("segments", (False, True), ids=("whole", "segments"))
@@ -261,6 +265,7 @@ def test_attend(sizes, dtypes, segments):
 MIXED = [((16, 4, 0, 2, False), (8, 1, 3, 1, True), (4, 2, 4, 2, False)), ((24, 3, 0, 1, True), (5, 5, 2, 3, False))]
 
 
+@attends
 @pytest.mark.parametrize("dtypes", DTYPES, ids=name)
 @pytest.mark.parametrize("segments", (False, True), ids=("whole", "segments"))
 @pytest.mark.parametrize("width", (48, 52, 55))
@@ -271,6 +276,7 @@ def test_attend_for_several_adapters_in_rows_of_any_order(dtypes, segments, widt
     check_attend(make_case(dtypes[0], groups, [*rows, 3], 37, 41, sequences=9, width=width, segments=segments))
 
 
+@attends
 @pytest.mark.parametrize("where", ("A", "kv", "x"))
 def test_attend_where_only_one_adapter_or_row_is_aligned(where):
     """What one launch may read at once is decided over all groups and strides."""
@@ -281,6 +287,7 @@ def test_attend_where_only_one_adapter_or_row_is_aligned(where):
     check_attend(c)
 
 
+@attends
 def test_attend_in_a_part_of_a_longer_cache():
     groups = [make_attending(BF16, 64, 8, 2, 0, 1), make_attending(BF16, 64, 4, 2, 1, 1)]
     c = make_case(BF16, groups, [3, 1], 6, 9)
@@ -294,6 +301,7 @@ def test_attend_in_a_part_of_a_longer_cache():
     assert longer[~inside].isnan().all()
 
 
+@attends
 @pytest.mark.parametrize("past", (5, 6, -1, 2**31 - 1))
 def test_attend_over_a_full_cache_shows_and_is_not_written_beyond(past):
     groups = [make_attending(BF16, 64, 16, 4, 0, 1), make_attending(BF16, 64, 8, 1, 1, 1)]
@@ -307,6 +315,7 @@ def test_attend_over_a_full_cache_shows_and_is_not_written_beyond(past):
     assert torch.equal(c.kv.nan_to_num(7), before.nan_to_num(7))
 
 
+@attends
 @pytest.mark.parametrize("dtypes", DTYPES, ids=name)
 def test_attend_then_the_second_half(dtypes):
     kinds = ((16, 4, 0, 2, True), (6, 3, 3, 1, False))
@@ -323,20 +332,20 @@ def test_attend_then_the_second_half(dtypes):
 
 
 @pytest.mark.parametrize("dtype", self_check.DTYPES, ids=name)
-@pytest.mark.parametrize("kernel", ("step", "attend"))
+@pytest.mark.parametrize("kernel", kernel_params(hardware.names("cuda")))
 def test_self_check(kernel, dtype):
-    checks = list(self_check.check_kernel(f"decode_{kernel}", torch.device(DEVICE), dtypes=(dtype,)))
+    checks = list(self_check.check_kernel(kernel, torch.device(DEVICE), dtypes=(dtype,)))
     assert len(checks) >= 16 and not [check for check in checks if not check.passed]
 
 
 FAULTS = {
-    "step": [
+    "decode_step": [
         ("project", lambda right: lambda step, x: right(step, x) * 1.01),
         ("project", lambda right: lambda step, x: right(step, x).half().float()),
         ("expand", lambda right: lambda step, y, partial: right(step, y, partial.roll(1, 1))),
         ("expand", lambda right: lambda step, y, partial: [right(step, y, partial) for _ in range(2)]),
     ],
-    "attend": [
+    "decode_attend": [
         ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past, None)),
         ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x, kv, past - 1, segments)),
         ("attend", lambda right: lambda step, x, kv, past, segments: right(step, x.roll(1, 0), kv, past, segments)),
@@ -346,11 +355,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", range(4))
-@pytest.mark.parametrize("kernel", FAULTS)
+@pytest.mark.parametrize("kernel", kernel_params(FAULTS))
 def test_self_check_stops_wrong_kernels(monkeypatch, kernel, fault):
     where, wrong = FAULTS[kernel][fault]
     monkeypatch.setattr(cuda, where, wrong(getattr(cuda, where)))
-    kernel, device = f"decode_{kernel}", torch.device(DEVICE)
+    device = torch.device(DEVICE)
     for dtype in (F32, BF16) if (kernel, fault) != ("decode_step", 1) else (F32,):
         checks = self_check.check_kernel(kernel, device, dtypes=(dtype,), shapes=(self_check.ODD,))
         assert not all(check.passed for check in checks)
@@ -360,16 +369,17 @@ def test_self_check_stops_wrong_kernels(monkeypatch, kernel, fault):
 
 
 @only_gpu
-@pytest.mark.parametrize("kernel", ("step", "attend"))
+@pytest.mark.parametrize("kernel", kernel_params(hardware.names("cuda")))
 def test_self_check_proves(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
-    kernel, device = f"decode_{kernel}", torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
     with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
         record = hardware.renew(kernel, device)
     assert record.passed, record.reason
     assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
 
 
+@attends
 @only_gpu
 def test_attend_in_a_graph_over_a_growing_sequence():
     """1,000 replays, each a token further: the position is read on the GPU, and nothing else changes."""
@@ -429,7 +439,10 @@ def test_step_in_a_graph(dtypes):
 
 @only_gpu
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck", "synccheck"))
-@pytest.mark.parametrize("some", ("one_group and 131", "step and several", "attend and several", "test_attend and 67"))
+@pytest.mark.parametrize("some", [
+    "one_group and 131", "step and several", pytest.param("attend and several", marks=attends),
+    pytest.param("test_attend and 67", marks=attends),
+])  # fmt: skip
 def test_sanitizer(tool, some):
     beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
     program = shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)

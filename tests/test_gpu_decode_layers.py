@@ -22,7 +22,7 @@ from gci_kernels.tuners import fusion
 
 ON_CPU = os.environ.get("GCI_CUDA_ON_CPU")
 DEVICE = "cpu" if ON_CPU else "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel("decoding layers"), pytest.mark.usefixtures("one_thread")]
 
 METHODS = ("lora", "loramoe", "alora")
 DTYPES = (torch.float32, torch.bfloat16)

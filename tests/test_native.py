@@ -12,10 +12,10 @@ import torch
 
 from gci_kernels import limits, native
 from gci_kernels.accuracy import error_bound, relative_error
-from gci_kernels.info import openmp_runtimes
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.bottleneck import native as stages
 from gci_kernels.ops.bottleneck.plan import Plan
+from gci_kernels.proof.info import openmp_runtimes
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

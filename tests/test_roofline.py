@@ -1,16 +1,27 @@
 """The count of bytes and operations: the issue's shape, hand-counted small cases, and the cache."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from gci_kernels.bench import roofline, traffic
+from gci_kernels.bench import costs, roofline, traffic
+from gci_kernels.bench.costs import (
+    BottleneckShape,
+    Cost,
+    RowShape,
+    bottleneck_floor,
+    frozen_floor,
+    row_floor,
+    total_seconds,
+)
 from gci_kernels.bench.launches import record
-from gci_kernels.bench.roofline import CHIPS, Case, Rows, chip_of, floor, frozen_floor, rows_floor, seconds
 from gci_kernels.bench.traffic import PLANS, count
+from gci_kernels.hardware.chips import CHIPS
 from gci_kernels.ops.bottleneck import triton as stages
 
 H200 = CHIPS["h200"]
-LORA, LORAMOE = Case(8192, 4096, 4096, 16, 0), Case(8192, 4096, 4096, 32, 8)
+LORA, LORAMOE = BottleneckShape(8192, 4096, 4096, 16, 0), BottleneckShape(8192, 4096, 4096, 32, 8)
 
 
 def total(entries):
@@ -21,24 +32,28 @@ def total(entries):
 @pytest.mark.parametrize("case", (LORA, LORAMOE), ids=("lora", "loramoe"))
 def test_the_plan_moves_at_most_1_15_of_the_floor(case, adapter_dtype):
     entries, _ = count(case, torch.bfloat16, adapter_dtype, H200)
-    assert 1 <= total(entries) / total(floor(case, torch.bfloat16, adapter_dtype)) <= 1.15
+    assert 1 <= total(entries) / total(bottleneck_floor(case, torch.bfloat16, adapter_dtype)) <= 1.15
 
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.05))
 @pytest.mark.parametrize("case", (LORA, LORAMOE), ids=("lora", "loramoe"))
 def test_no_temporary_of_tokens_by_features_but_y_and_dx(case, dropout_p):
-    case = Case(case.tokens, case.features_in, case.features_out, case.rank, case.experts, dropout_p)
+    case = BottleneckShape(case.tokens, case.in_features, case.out_features, case.rank, case.experts, dropout_p)
     _, allocated = count(case, torch.bfloat16, torch.bfloat16, H200)
     y = 8192 * 4096 * 2
     assert sorted(allocated)[-2:] == [y, y] and sorted(allocated)[-3] <= y / 4
-    _, allocated = count(Case(8192, 4096, 4096, 32, 8, 0.05), torch.bfloat16, torch.bfloat16, H200, plan=PLANS["aten"])
+    _, allocated = count(
+        BottleneckShape(8192, 4096, 4096, 32, 8, 0.05), torch.bfloat16, torch.bfloat16, H200, plan=PLANS["aten"]
+    )
     assert sum(size >= y for size in allocated) > 2, "the count sees the library plan's masked copies"
 
 
 @pytest.mark.smoke
 def test_floor_by_hand():
     """2 tokens, 3 to 5, two experts of rank 1, float32: every operand and result of every stage."""
-    entries = {entry.name: entry for entry in floor(Case(2, 3, 5, 2, 2), torch.float32, torch.float32)}
+    entries = {
+        entry.name: entry for entry in bottleneck_floor(BottleneckShape(2, 3, 5, 2, 2), torch.float32, torch.float32)
+    }
     numbers = {name: entry.moved / 4 for name, entry in entries.items()}
     assert numbers == {
         "forward: project": 6 + 12 + 8,
@@ -50,12 +65,12 @@ def test_floor_by_hand():
         "backward: dA": 6 + 8 + 12,
     }
     assert entries["forward: expand"].operations == 2 * 2 * 3 * 5 + 2 * 2 * 2 * 5
-    assert total(frozen_floor(Case(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
+    assert total(frozen_floor(BottleneckShape(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
 
 
 def test_operations_do_not_depend_on_the_plan():
     for case in (LORA, LORAMOE):
-        least = sum(entry.operations for entry in floor(case, torch.bfloat16, torch.bfloat16))
+        least = sum(entry.operations for entry in bottleneck_floor(case, torch.bfloat16, torch.bfloat16))
         for plan in PLANS.values():
             entries, _ = count(case, torch.bfloat16, torch.bfloat16, H200, plan=plan)
             assert sum(entry.operations for entry in entries) == least
@@ -81,7 +96,7 @@ def product_reads(tokens, depth, width, chip):
 def test_a_small_cache_makes_the_product_read_again():
     reads, sizes = product_reads(8192, 4096, 4096, H200)
     assert reads == sum(sizes.values())
-    tiny = roofline.Chip("sm_90", 132, 4.8e12, 1e6, 989e12, 67e12)
+    tiny = dataclasses.replace(H200, cache=1_000_000)
     reads, sizes = product_reads(8192, 4096, 4096, tiny)
     # 1,024 tiles in waves of 132, that is 8 rows by 16 columns: each wave reads all of w and its own rows of x.
     assert reads >= sizes["x"] + 7 * sizes["w"]
@@ -100,21 +115,16 @@ def test_every_tile_has_one_program():
 
 
 def test_time_is_the_larger_of_memory_and_arithmetic():
-    entries = [roofline.Entry("memory", 4.8e12), roofline.Entry("arithmetic", 1.0, 989e12)]
-    assert seconds(entries, H200, torch.bfloat16) == pytest.approx(2.0)
-    assert seconds(entries, H200, torch.float32) > 10
-
-
-def test_chip_of():
-    assert chip_of("NVIDIA H200") is H200 and chip_of("NVIDIA A100-SXM4-80GB") is CHIPS["a100"]
-    assert chip_of("NVIDIA GeForce RTX 4090") is None
+    entries = [Cost("memory", 4.8e12), Cost("arithmetic", 1.0, 989e12)]
+    assert total_seconds(entries, H200, torch.bfloat16) == pytest.approx(2.0)
+    assert total_seconds(entries, H200, torch.float32) > 10
 
 
 def test_unknown_kernels_are_refused(monkeypatch):
     call = record(lambda: stages.dropout(torch.empty(4, 8, device="meta"), 0.5, 3), "sm_90")[0]
     monkeypatch.setattr(type(call.launch), "name", "unheard_of")
     with pytest.raises(ValueError, match="unheard_of has no count"):
-        traffic._entry("x", call, H200)
+        traffic._cost("x", call, H200)
 
 
 def test_table(capsys):
@@ -127,7 +137,7 @@ def test_table(capsys):
 def test_rows_floor_by_hand():
     """2 tokens, 3 to 5, two rows trained: W' = [W's 3 other rows, 2 trained ones], and two of dY's columns with x."""
     for dtype, adapter_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
-        forward, dx, dactive = rows_floor(Rows(2, 3, 5, 2), dtype, adapter_dtype)
+        forward, dx, dactive = row_floor(RowShape(2, 3, 5, 2), dtype, adapter_dtype)
         size, adapter = dtype.itemsize, adapter_dtype.itemsize
         merged = 3 * 3 * size + 2 * 3 * adapter
         assert forward.moved == dx.moved == 2 * 3 * size + merged + 2 * 5 * size
@@ -137,15 +147,17 @@ def test_rows_floor_by_hand():
 
 def test_floor_seconds():
     """Of a device whose rates are known; `bench` leaves its row out for others."""
-    assert roofline.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cpu")) is None
+    assert costs.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cpu")) is None
 
 
 def test_floor_seconds_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    least = roofline.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
-    assert least["gci"] == seconds(floor(LORAMOE, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
+    least = costs.floor_seconds(LORAMOE, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+    assert least["gci"] == total_seconds(
+        bottleneck_floor(LORAMOE, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16
+    )
     assert least["frozen"] < least["gci"]
-    rows = Rows(8192, 4096, 4096, 409)
-    least = roofline.floor_seconds(rows, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
-    assert least["gci"] == seconds(rows_floor(rows, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
+    rows = RowShape(8192, 4096, 4096, 409)
+    least = costs.floor_seconds(rows, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+    assert least["gci"] == total_seconds(row_floor(rows, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
     assert least["frozen"] < least["gci"]

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from gci_kernels import hardware
 from gci_kernels.bench import tune
-from gci_kernels.ops import triton_config, tuned
+from gci_kernels.hardware import kernels, records, tuned
+from gci_kernels.ops.bottleneck.config import choose_project_config
 
 GPU = torch.device("cuda", 0)
 ARGUMENTS = (8192, 4096, 16, torch.bfloat16, "sm_90", False)
@@ -20,22 +20,23 @@ X, M = torch.randn(6, 5), torch.randn(5, 3)
 def machine(monkeypatch, tmp_path):
     """An H200 by name, and an empty cache folder."""
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("NVIDIA H200", "sm_90"))
+    monkeypatch.setattr(records, "gpu", lambda device: ("NVIDIA H200", "sm_90"))
     tuned._table.cache_clear()
-    hardware.warn_once.cache_clear()
+    records.warn_once.cache_clear()
 
 
 def chosen():
-    return triton_config.choose_project_config(*ARGUMENTS)
+    return choose_project_config(*ARGUMENTS)
 
 
 def target(answer=lambda config: X @ M):
     """A launch that asks for its configuration, as a launcher does, and computes `answer` of it."""
 
     def run():
-        return answer(tuned.config("project", torch.device("cpu"), *ARGUMENTS))
+        return (answer(tuned.config("project", torch.device("cpu"), *ARGUMENTS)),)
 
-    return tune.Target("project", torch.bfloat16, run, lambda widen: widen(X) @ widen(M))
+    launch = kernels.get_launch("project")[1]
+    return tune.Target(launch, ARGUMENTS, run, (X.double() @ M.double(),), (1e-2,))
 
 
 def seconds_of(cost):
@@ -59,7 +60,7 @@ def test_the_best_of_each_field_wins_and_is_kept():
     assert found.after == 1.0 < found.before and not found.left_out
     assert tuned.config("project", GPU, *ARGUMENTS) == found.best
     other = (4096, *ARGUMENTS[1:])
-    assert tuned.config("project", GPU, *other) == triton_config.choose_project_config(*other)
+    assert tuned.config("project", GPU, *other) == choose_project_config(*other)
     assert tuned.config("project", torch.device("meta"), *ARGUMENTS) == chosen(), "what has no GPU was not tuned"
 
 
@@ -110,10 +111,10 @@ def test_a_damaged_file_counts_as_empty_with_a_warning():
         assert tuned.config("project", GPU, *ARGUMENTS) == chosen()
 
 
-def test_every_field_exists_and_every_class_has_a_chooser():
-    for kernel, fields in tune.FIELDS.items():
-        names = {field.name for field in dataclasses.fields(tuned.CLASSES[kernel])}
-        assert fields.keys() <= names and callable(getattr(triton_config, f"choose_{kernel}_config"))
+@pytest.mark.parametrize("launch", kernels.launches().values(), ids=lambda launch: launch.name)
+def test_every_candidate_is_of_a_field_of_the_configuration(launch):
+    fields = [field.name for field in dataclasses.fields(launch.config_class)]
+    assert launch.candidates.keys() <= set(fields) and callable(launch.choose)
 
 
 def test_trying_ends_with_an_error():

@@ -3,19 +3,22 @@
 float32 and float16: the interpreter's bfloat16 products are wrong, and bfloat16 takes the same lines.
 """
 
+import dataclasses
 import importlib
 
 import pytest
 import torch
 
-from gci_kernels import hardware, verify
+from gci_kernels import hardware
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.bench import tune
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops.bottleneck import aten, philox, stages
+from gci_kernels.hardware import tuned
+from gci_kernels.ops import launching
+from gci_kernels.ops.bottleneck import aten, config, philox, stages
 from gci_kernels.ops.bottleneck import triton as kernels
 from gci_kernels.ops.gate import reference
 from gci_kernels.ops.gate import triton as gate
+from gci_kernels.proof import verify
 
 # The package's `expand` is the function.
 expand_module = importlib.import_module("gci_kernels.ops.bottleneck.triton.expand")
@@ -35,7 +38,7 @@ def seeded():
 
 
 def test_the_interpreter_runs():
-    assert config.INTERPRETED
+    assert launching.INTERPRETED
 
 
 def check(actual, truth, plain, dtype):
@@ -143,7 +146,7 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
     """Also for sizes at which two readings are fewer bytes, and with shares of the tokens that end inside a block."""
     block_r = max(16, 1 << (rank - 1).bit_length())
     config_ = config.ProjectReduceConfig(16, 64, block_r, splits=3, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
+    monkeypatch.setitem(tuned._trying, "project_reduce", config_)
     for layout in LAYOUTS.values():
         y, u = gapped(tokens, width, torch.float16), layout(tokens, rank, torch.float16)
         m = layout(width, rank, torch.float32)
@@ -156,8 +159,8 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
 def test_project_reduce_is_part_of_backward(monkeypatch):
     """Where the configuration wants one reading of dY: forward and every gradient of the whole op."""
     calls, config_ = [], config.ProjectReduceConfig(64, 64, 16, splits=2, num_warps=4, num_stages=1)
-    monkeypatch.setattr(config, "choose_project_reduce_config", lambda *_: config_)
-    project_reduce = kernels.project_reduce
+    monkeypatch.setitem(tuned._trying, "project_reduce", config_)
+    project_reduce = stages.project_reduce
     monkeypatch.setattr(stages, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
     case = verify.Case("loramoe", 200, 48, 150, 2, experts=3)
     tensors = verify.make_inputs(case, torch.float16, "cpu")
@@ -193,7 +196,7 @@ def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows)
 @pytest.mark.parametrize(("tokens", "width", "depth"), [(40, 70, 48), (81, 33, 50)])
 def test_every_tile_of_expand_is_visited_once(monkeypatch, group, tokens, width, depth):
     """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the rank."""
-    monkeypatch.setattr(config, "choose_expand_config", lambda *_: config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
+    monkeypatch.setitem(tuned._trying, "expand", config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
     u, m, x, w = (torch.randn(s) for s in ((tokens, 35), (35, width), (tokens, depth), (depth, width)))
     truth = u.double() @ m.double() + x.double() @ w.double()
     check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
@@ -204,8 +207,8 @@ def test_splits_cover_the_sum_once(monkeypatch, splits):
     """Also where the last programs of a sum get nothing: 70 numbers in blocks of 16 are too few for 8."""
     project_config = config.ProjectConfig(16, 16, 16, splits, 4, 1)
     reduce_config = config.ReduceConfig(16, 16, 16, splits, 4, 1)
-    monkeypatch.setattr(config, "choose_project_config", lambda *_: project_config)
-    monkeypatch.setattr(config, "choose_reduce_config", lambda *_: reduce_config)
+    monkeypatch.setitem(tuned._trying, "project", project_config)
+    monkeypatch.setitem(tuned._trying, "reduce", reduce_config)
     x, m = torch.randn(33, 70), torch.randn(70, 19)
     check(kernels.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
     u, y = torch.randn(70, 19), torch.randn(70, 33)
@@ -320,25 +323,21 @@ def test_whole_op(case, dtype):
         assert relative_error(actual[name], truth[name]) <= error_bound(relative_error(plain[name], truth[name]), dtype)
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernels"),
-    [
-        ((40, 32, 48, 4, 0), ["project", "expand", "project", "reduce", "expand", "reduce"]),
-        ((40, 32, 48, 4, 2), ["project", "expand", "project", "reduce", "expand", "reduce"]),
-        ((40, 32, 48), ["row_linear", "row_linear"]),
-    ],
-)
-def test_tuning_runs_every_launch(monkeypatch, tmp_path, shape, kernels):
+PRODUCTS = ["project", "expand", "expand", "project", "reduce", "reduce"]  # y, dX; dU and dB; dA
+
+
+@pytest.mark.parametrize(("sizes", "names"), [((4, 0), PRODUCTS), ((4, 2), PRODUCTS), ((0, 0), ["row_linear"] * 2)])
+def test_tuning_runs_every_launch(monkeypatch, tmp_path, sizes, names):
     """Small shapes and few values; the clock prefers narrow tiles."""
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "gpu", lambda device: ("an interpreter", "sm_90"))
-    fields = dict.fromkeys(tune.FIELDS, dict(num_warps=(2,))) | {
-        "reduce": dict(block_t=(16,)),
-        "expand": dict(group=(3,)),
-        "row_linear": dict(group=(3,)),
-    }
-    monkeypatch.setattr(tune, "FIELDS", fields)
+    monkeypatch.setattr(hardware.records, "gpu", lambda device: ("an interpreter", "sm_90"))
+    few = {"reduce": dict(block_t=(16,)), "expand": dict(group=(3,)), "row_linear": dict(group=(3,))}
+    for name, (kernel, launch) in hardware.kernels._launches.items():
+        launch = dataclasses.replace(launch, candidates=few.get(name, dict(num_warps=(2,))))
+        monkeypatch.setitem(hardware.kernels._launches, name, (kernel, launch))
     clock = iter(range(1000, 0, -1))
-    found = list(tune.run([shape], torch.float16, torch.device("cpu"), lambda fn: float(next(clock))))
-    assert [each.kernel for each in found] == kernels
+    rank, experts = sizes
+    shape = hardware.Shape(40, 32, 48, rank, experts, experts, rows=0 if rank else 4)
+    found = list(tune.run([shape, shape], torch.float16, torch.device("cpu"), lambda fn: float(next(clock))))
+    assert [each.launch.name for each in found] == names
     assert all(each.tried == 1 and not each.left_out for each in found), found

@@ -17,7 +17,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 
 def info(_: argparse.Namespace) -> int:
     """What this machine has, which kernels run on it, which never ran on real hardware."""
-    from gci_kernels.info import show
+    from gci_kernels.proof.info import show
 
     show(Console())
     return 0

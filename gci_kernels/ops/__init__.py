@@ -1,5 +1,6 @@
 """Operations on tensors; nothing here knows PEFT or transformers."""
 
+from gci_kernels.ops import decode, gate  # noqa: F401  # their GPU kernels are registered
 from gci_kernels.ops.attention import Sequence, low_rank_attention
 from gci_kernels.ops.bottleneck import (
     Call,

@@ -13,6 +13,7 @@ with the same results: o and the gradients contiguous in q's dtype, lse in float
 o = 0, lse = -inf and gradients of 0, and whatever its q, k, v and do hold, NaN too, reaches nothing else.
 """
 
+from gci_kernels.ops.attention import kernels as kernels
 from gci_kernels.ops.attention.api import low_rank_attention
 from gci_kernels.ops.attention.plan import choose_attention
 from gci_kernels.ops.attention.sequence import Sequence

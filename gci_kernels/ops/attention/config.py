@@ -1,10 +1,11 @@
-"""Launch configurations of the Triton attention: pure functions of shape, dtype and chip (ops/triton_config.py)."""
+"""Launch configurations of the Triton attention: pure functions of shape, dtype and chip."""
 
 from dataclasses import dataclass
 
 import torch
 
-from gci_kernels.ops.triton_config import _power, chip
+from gci_kernels.hardware.chips import chip_of_capability
+from gci_kernels.ops.launching import block_size
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionConfig:
+    """A tile for each of the three kernels: forward, backward to q, and backward to k and v."""
+
     block_d: int  # columns of a head, padded to what a matrix unit takes
     chunk: int  # positions read at a time while a program looks for its segments
     fwd: Tile
@@ -33,12 +36,12 @@ def choose_attention_config(r: int, num_heads: int, dtype: torch.dtype, capabili
     a matrix unit takes. Tiles are the largest whose scores, and in the backward pass those of do @ v.T too, leave
     registers for several programs on a processor: one exponentiates while another waits for its products.
     """
-    where, block_d = chip(capability), _power(r // num_heads, 16, 64)
+    chip, block_d = chip_of_capability(capability), block_size(r // num_heads, 16, 64)
     if dtype == torch.float32:  # no matrix units: both sides of a product are in registers too
         fwd, dq, dkv = (32, 32), (32, 32), (32 if block_d == 16 else 16, 32)
-    elif where.shared <= 64 * 1024:
+    elif chip.shared <= 64 * 1024:
         fwd, dq, dkv = (64, 32), (64, 32), (32, 64)
-    elif block_d == 64 and not where.async_products:
+    elif block_d == 64 and not chip.async_products:
         fwd, dq, dkv = (64, 64), (64, 32), (32, 64)
     else:
         fwd, dq, dkv = (64, 64), (64, 64), (64, 64)

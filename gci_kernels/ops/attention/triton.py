@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gci_kernels.hardware import gpus
 from gci_kernels.limits import MAX_HEAD_SIZE
-from gci_kernels.ops import triton_config
 from gci_kernels.ops.attention import config
+from gci_kernels.ops.launching import check_tensors
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -138,6 +139,13 @@ def _attention_fwd_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [batch, time, r], k and v [batch, keys, r], segments int32 [batch, keys] -> o like q, lse [batch, heads, time].
+
+    bfloat16, float16 or float32 on a GPU; lse in float32. Rows may have gaps.
+
+    Raises:
+        ValueError: a tensor is on another device, or of another dtype, or a head has more than 64 columns.
+    """
     _check(num_heads, segments, q=q, k=k, v=v)
     (batch, time, r), keys = q.shape, k.shape[1]
     o = q.new_empty(batch, time, r)
@@ -145,12 +153,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
     if o.numel() == 0:
         return o, lse
     c, sequences, d = _config(q, num_heads), batch * num_heads, r // num_heads
-    has_segments = segments is not None
-    segments = segments.contiguous() if has_segments else k  # k: never loaded
+    ids = k if segments is None else segments.contiguous()  # k: never loaded
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(triton.cdiv(time, c.fwd.block_t) * sequences,)](
-            q, k, v, segments, o, lse, sequences, time, keys, num_heads, d**-0.5,
-            *q.stride(), *k.stride(), *v.stride(), HAS_SEGMENTS=has_segments, D=d,
+            q, k, v, ids, o, lse, sequences, time, keys, num_heads, d**-0.5,
+            *q.stride(), *k.stride(), *v.stride(), HAS_SEGMENTS=segments is not None, D=d,
             BLOCK_T=c.fwd.block_t, BLOCK_K=c.fwd.block_k, BLOCK_D=c.block_d, CHUNK=c.chunk,
             num_warps=c.fwd.num_warps, num_stages=c.fwd.num_stages,
         )  # fmt: skip
@@ -291,27 +298,27 @@ def _attention_bwd_dkv_kernel(
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, without gaps, for the gradient do of o and what :func:`forward` returned; errors as there."""
     _check(num_heads, segments, q=q, k=k, v=v, do=do, o=o)
-    triton_config.check_tensors(dtypes=(torch.float32,), lse=lse)
+    check_tensors((torch.float32,), lse=lse)
     (batch, time, r), keys = q.shape, k.shape[1]
     dq, dk, dv = q.new_empty(batch, time, r), q.new_empty(batch, keys, r), q.new_empty(batch, keys, r)
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     c, sequences, d, lse = _config(q, num_heads), batch * num_heads, r // num_heads, lse.contiguous()
-    has_segments = segments is not None
-    segments = segments.contiguous() if has_segments else k  # k: never loaded
+    ids = k if segments is None else segments.contiguous()  # k: never loaded
     shift, delta = torch.empty_like(lse), torch.empty_like(lse)
     sizes, strides = (sequences, time, keys, num_heads, d**-0.5), (*do.stride(), *q.stride(), *k.stride(), *v.stride())
     with torch.cuda.device_of(q):
         _attention_bwd_dq_kernel[(triton.cdiv(time, c.dq.block_t) * sequences,)](
-            do, q, k, v, segments, o, lse, dq, shift, delta, *sizes,
-            *strides, *o.stride(), HAS_SEGMENTS=has_segments, D=d,
+            do, q, k, v, ids, o, lse, dq, shift, delta, *sizes,
+            *strides, *o.stride(), HAS_SEGMENTS=segments is not None, D=d,
             BLOCK_T=c.dq.block_t, BLOCK_K=c.dq.block_k, BLOCK_D=c.block_d, CHUNK=c.chunk,
             num_warps=c.dq.num_warps, num_stages=c.dq.num_stages,
         )  # fmt: skip
         _attention_bwd_dkv_kernel[(triton.cdiv(keys, c.dkv.block_k) * sequences,)](
-            do, q, k, v, segments, shift, delta, dk, dv, *sizes,
-            *strides, HAS_SEGMENTS=has_segments, D=d,
+            do, q, k, v, ids, shift, delta, dk, dv, *sizes,
+            *strides, HAS_SEGMENTS=segments is not None, D=d,
             BLOCK_T=c.dkv.block_t, BLOCK_K=c.dkv.block_k, BLOCK_D=c.block_d, CHUNK=c.chunk,
             num_warps=c.dkv.num_warps, num_stages=c.dkv.num_stages,
         )  # fmt: skip
@@ -319,14 +326,14 @@ def backward(
 
 
 def _config(q: Tensor, num_heads: int) -> config.AttentionConfig:
-    capability = triton_config.device_capability(q.device)
+    capability = gpus.device_capability(q.device)
     return config.choose_attention_config(q.shape[2], num_heads, q.dtype, capability)
 
 
 def _check(num_heads: int, segments: Tensor | None, q: Tensor, **others: Tensor) -> None:
-    triton_config.check_tensors(q=q)
-    triton_config.check_tensors(dtypes=(q.dtype,), **others)
-    triton_config.check_tensors(dtypes=(torch.int32,), segments=segments)
+    check_tensors(q=q)
+    check_tensors((q.dtype,), **others)
+    check_tensors((torch.int32,), segments=segments)
     if q.shape[2] > MAX_HEAD_SIZE * num_heads:
         raise ValueError(
             f"num_heads must leave heads of at most {MAX_HEAD_SIZE} columns for the Triton attention, got {num_heads} "

@@ -1,5 +1,6 @@
 """y = base(x) + scaling * mix(x @ A.T) @ B.T, for every adapter of that form."""
 
+from gci_kernels.ops.bottleneck import kernels as kernels
 from gci_kernels.ops.bottleneck.api import adapted_linear, alora_linear, bottleneck_linear, lora_linear, loramoe_linear
 from gci_kernels.ops.bottleneck.balance import balance_loss
 from gci_kernels.ops.bottleneck.mixer import Call, Mixer, Output

@@ -9,3 +9,5 @@
 where `dtype` is x's, and `projected` is in `dtype` or in float32 where that is narrower. reference.py is the formula.
 Of equal logits at the edge of the top_k, the lower expert is kept.
 """
+
+from gci_kernels.ops.gate import kernels as kernels

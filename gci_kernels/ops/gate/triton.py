@@ -1,7 +1,7 @@
 """The gate as Triton kernels, one pass each way, for GPU tensors (signatures: the package's docstring).
 
 A program holds whole tokens: a tile [tokens, experts] of logits, and tiles [tokens, experts, part of r] of the rest.
-Blocks come from ops/triton_config.py; masks pad experts and r to powers of two.
+Blocks come from config.py; masks pad experts and r to powers of two.
 """
 
 import torch
@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gci_kernels.limits import MAX_EXPERTS
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.gate import config
+from gci_kernels.ops.launching import DTYPES, check_tensors
 
 
 @triton.jit
@@ -58,6 +59,12 @@ def _gate_fwd_kernel(
 def forward(
     projected: Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """projected [tokens, num_experts*r + num_experts] -> u [tokens, num_experts*r] in `dtype`, gates in float32.
+
+    Raises:
+        ValueError: a tensor is not on a GPU, or of another dtype than bfloat16, float16 and float32; or there are more
+            than 256 experts.
+    """
     _check(num_experts, dtype, projected=projected)
     tokens, width = projected.shape[0], projected.shape[1] - num_experts
     u = projected.new_empty(tokens, width, dtype=dtype)
@@ -109,18 +116,21 @@ def backward(
     du: Tensor, dgates: Tensor | None, projected: Tensor, num_experts: int, top_k: int, scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dprojected and u in `dtype` for du [tokens, num_experts*r] and dgates [tokens, num_experts] or None.
+
+    Errors are those of :func:`forward`.
+    """
     _check(num_experts, dtype, du=du, dgates=dgates, projected=projected)
     tokens, width = du.shape
     u = projected.new_empty(tokens, width, dtype=dtype)
     dprojected = projected.new_empty(tokens, width + num_experts, dtype=dtype)
     if tokens:
         c = config.choose_gate_config(tokens, num_experts, width // num_experts)
-        has_dgates = dgates is not None
-        dgates = dgates if has_dgates else du  # never loaded
+        loaded = du if dgates is None else dgates  # never loaded where there is none, but a pointer has to be given
         with torch.cuda.device_of(projected):
             _gate_bwd_kernel[(triton.cdiv(tokens, c.block_t),)](
-                du, dgates, projected, dprojected, u, tokens,
-                *du.stride(), *dgates.stride(), *projected.stride(), scaling, HAS_DGATES=has_dgates,
+                du, loaded, projected, dprojected, u, tokens,
+                *du.stride(), *loaded.stride(), *projected.stride(), scaling, HAS_DGATES=dgates is not None,
                 EXPERTS=num_experts, R=width // num_experts, TOP_K=top_k,
                 BLOCK_T=c.block_t, BLOCK_E=c.block_e, BLOCK_R=c.block_r, num_warps=c.num_warps,
             )  # fmt: skip
@@ -128,8 +138,8 @@ def backward(
 
 
 def _check(num_experts: int, dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    config.check_tensors(**tensors)
-    if dtype not in config.DTYPES:
+    check_tensors(**tensors)
+    if dtype not in DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}")
     if num_experts > MAX_EXPERTS:
         raise ValueError(f"num_experts must be at most {MAX_EXPERTS} for the Triton gate, got {num_experts}")

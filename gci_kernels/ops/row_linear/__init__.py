@@ -1,5 +1,6 @@
 """A linear layer in which some rows of the weight are trained and all others are frozen (LoKI, arXiv 2505.22120)."""
 
+from gci_kernels.ops.row_linear import kernels as kernels
 from gci_kernels.ops.row_linear.api import check_positions, loki_linear, partitioned_loki_linear
 from gci_kernels.ops.row_linear.merged import MergedRows, identity
 from gci_kernels.ops.row_linear.plan import FORMS, choose_form

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
+from gci_kernels.hardware import gpus, tuned
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -75,24 +75,23 @@ def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, chosen: Te
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, sum_rows: bool
 ) -> Tensor:
-    config.check_tensors(**{"dy" if sum_rows else "x": x})
+    check_tensors(**{"dy" if sum_rows else "x": x})
     active = active.to(x.dtype).contiguous()
-    config.check_tensors(dtypes=(x.dtype,), weight=weight, active=active, bias=bias)
-    config.check_tensors(dtypes=(torch.int64,), positions=positions)
+    check_tensors((x.dtype,), weight=weight, active=active, bias=bias)
+    check_tensors((torch.int64,), positions=positions)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     (tokens, depth), width = x.shape, weight.shape[1 if sum_rows else 0]
-    capability = config.device_capability(x.device)
+    capability = gpus.device_capability(x.device)
     c = tuned.config("row_linear", x.device, tokens, depth, width, x.dtype, capability, sum_rows)
     y = x.new_empty(tokens, width)
     if y.numel() == 0:
         return y
-    has_bias = bias is not None
-    bias = bias.contiguous() if has_bias else x  # x: never loaded
+    added = x if bias is None else bias.contiguous()  # x: never loaded
     with torch.cuda.device_of(x):
         _row_linear_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
-            x, weight, active, _source(positions, weight.shape[0]), bias, y, tokens, depth, width,
+            x, weight, active, _source(positions, weight.shape[0]), added, y, tokens, depth, width,
             *x.stride(), weight.stride(0), active.stride(0),
-            SUM_ROWS=sum_rows, HAS_BIAS=has_bias, EVEN_K=depth % c.block_k == 0,
+            SUM_ROWS=sum_rows, HAS_BIAS=bias is not None, EVEN_K=depth % c.block_k == 0,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip

@@ -4,7 +4,7 @@ Same functions as aten.py, and `project_reduce`, which is two of them in one pas
 a :class:`~gci_kernels.ops.bottleneck.philox.Dropout` or None, and make its mask while they read (stages.py says
 of what). Sums are kept in float32, and project and reduce return them unrounded. Any strides, any sizes up to 2^31:
 masks pad inside the kernels. A sum that several programs share takes two stages, in a fixed order, so that the same
-call gives the same bits. Blocks come from ops/triton_config.py.
+call gives the same bits. Blocks come from config.py.
 
 Row offsets are int64, for tokens * stride passes 2^31. float32 products ask for input_precision="ieee": the default,
 TF32, keeps 11 bits of each factor, a thousand times the error of the float32 that was asked for.

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _dropout_fwd_kernel(
 
 
 def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
-    config.check_tensors(x=x)
+    check_tensors(x=x)
     tokens, width = x.shape
     if x.numel() == 0:
         return out
@@ -52,8 +53,10 @@ def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
 
 
 def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Drops elements of x [tokens, columns] in place, scales the others by 1 / (1 - p), and returns x."""
     return _dropout(x, x, p, seed)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """The same on a copy of x [tokens, columns], which is contiguous."""
     return _dropout(x, torch.empty_like(x, memory_format=torch.contiguous_format), p, seed)

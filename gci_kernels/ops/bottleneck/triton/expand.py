@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
+from gci_kernels.hardware import gpus, tuned
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -100,28 +101,32 @@ def _expand_fwd_kernel(
 def expand(
     u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
 ) -> Tensor:
-    config.check_tensors(u=u, m=m)
-    has_base = w is not None
-    if has_base:
-        config.check_tensors(dtypes=(u.dtype,), x=x, w=w)
-        config.check_tensors(bias=bias)
+    """u [tokens, rank] @ m [rank, width] + x [tokens, depth] @ w [depth, width] + bias, in u's dtype.
+
+    Without w, the first product alone. `drop` masks what the first columns of u add.
+    """
+    check_tensors(u=u, m=m)
+    if w is not None:
+        check_tensors((u.dtype,), x=x, w=w)
+        check_tensors(bias=bias)
     (tokens, rank), width = u.shape, m.shape[1]
-    depth = w.shape[0] if has_base else 0
-    capability = config.device_capability(u.device)
+    depth = 0 if w is None else w.shape[0]
+    capability = gpus.device_capability(u.device)
     c = tuned.config("expand", u.device, tokens, depth, width, rank, u.dtype, capability, drop is not None)
     y = u.new_empty(tokens, width)
     if y.numel() == 0:
         return y
-    has_bias = has_base and bias is not None
-    bias = bias.contiguous() if has_bias else u  # what is absent is never loaded, but a pointer has to be given
-    x, w = (x, w) if has_base else (u, m)
+    has_base, has_bias = w is not None, w is not None and bias is not None
+    # What is absent is never loaded, but a pointer has to be given.
+    added = u if w is None or bias is None else bias.contiguous()
+    x, w = (u, m) if w is None else (x, w)
     operands, by_rows = (x, w, y), w.stride(1) == 1
     descriptors = c.descriptors and depth > 0 and all(map(_describable, (x, w if by_rows else w.t(), y)))
     if descriptors:
         operands = _descriptors(x, w, y, by_rows, c)
     with torch.cuda.device_of(u):
         _expand_fwd_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
-            u, m, operands[0], operands[1], bias, operands[2], tokens, rank, depth, width,
+            u, m, operands[0], operands[1], added, operands[2], tokens, rank, depth, width,
             *u.stride(), *m.stride(), *x.stride(), *w.stride(), *Dropout.arguments(drop),
             HAS_BASE=has_base, HAS_BIAS=has_bias, EVEN_K=depth % c.block_k == 0, DESCRIPTORS=descriptors,
             W_BY_ROWS=by_rows, DROPOUT=drop is not None,

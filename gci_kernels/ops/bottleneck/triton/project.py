@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
+from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit(do_not_specialize=["threshold", "seed"])
@@ -52,9 +52,10 @@ def _project_fwd_kernel(
 
 
 def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
-    config.check_tensors(x=x, m=m)
+    """x [tokens, depth] @ m [depth, width], float32 sums; `drop` masks x for the first columns of m."""
+    check_tensors(x=x, m=m)
     (tokens, depth), width = x.shape, m.shape[1]
-    capability = config.device_capability(x.device)
+    capability = gpus.device_capability(x.device)
     c = tuned.config("project", x.device, tokens, depth, width, x.dtype, capability, drop is not None)
     sums = x.new_empty(c.splits, tokens, width, dtype=torch.float32)
     if sums.numel() == 0:

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
+from gci_kernels.hardware import gpus, tuned
+from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _project_reduce_fwd_kernel(
 
 
 def _config(y: Tensor, rank: int) -> config.ProjectReduceConfig | None:
-    capability = config.device_capability(y.device)
+    capability = gpus.device_capability(y.device)
     return tuned.config("project_reduce", y.device, y.shape[0], y.shape[1], rank, y.dtype, capability)
 
 
@@ -59,8 +60,8 @@ def one_reading(y: Tensor, rank: int) -> bool:
 
 def project_reduce(y: Tensor, m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(y @ m [tokens, rank], u.T @ y [rank, width]), both float32; only where :func:`one_reading` holds."""
-    config.check_tensors(y=y, m=m)
-    config.check_tensors(dtypes=(y.dtype,), u=u)
+    check_tensors(y=y, m=m)
+    check_tensors((y.dtype,), u=u)
     (tokens, width), rank = y.shape, m.shape[1]
     c = _config(y, rank)
     if c is None:

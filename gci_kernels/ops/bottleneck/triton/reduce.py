@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gci_kernels.ops import triton_config as config
-from gci_kernels.ops import tuned
+from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
 from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
 from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
+from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit(do_not_specialize=["threshold", "seed"])
@@ -53,10 +53,14 @@ def _reduce_fwd_kernel(
 
 
 def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
-    config.check_tensors(y=y)
-    config.check_tensors(dtypes=(y.dtype,), u=u)
+    """u.T @ y [rank, width] for u [tokens, rank] and y [tokens, width] of one dtype, float32 sums.
+
+    `drop` masks y for the first columns of u.
+    """
+    check_tensors(y=y)
+    check_tensors((y.dtype,), u=u)
     (tokens, rank), width = u.shape, y.shape[1]
-    capability = config.device_capability(y.device)
+    capability = gpus.device_capability(y.device)
     c = tuned.config("reduce", y.device, tokens, rank, width, y.dtype, capability, drop is not None)
     sums = y.new_empty(c.splits, rank, width, dtype=torch.float32)
     if sums.numel() == 0:

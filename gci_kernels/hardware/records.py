@@ -1,10 +1,10 @@
-"""Which kernels have proved themselves on which GPU: what impl="auto" may take there.
+"""Which kernels are proved on which GPU: what impl="auto" may take there.
 
 A record says that one kernel, as its source files are now, passed or failed its tests on one GPU with one compiler.
-Records are shipped (the section "proved" of bench/results/*.json, written by `python -m bench.gpu`) or this machine's
+Records are shipped (the JSON files in `proved` beside this file, which `python -m bench.gpu` writes) or this machine's
 own (hardware.json in the cache folder), which count first. On a GPU without one, a kernel's first use checks it against
 float64 (self_check.py: seconds, nearly all of them spent in the compiler, once for each GPU and version) and keeps the
-answer. GCI_SELF_CHECK=0 keeps unproved kernels off without checking; `gci-kernels verify --device cuda` asks all of
+answer. GCI_SELF_CHECK=0 keeps unproved kernels off without checking; `gci-kernels verify --device cuda` checks all of
 them again.
 """
 
@@ -24,27 +24,11 @@ import torch
 
 from gci_kernels import native
 from gci_kernels.files import cache_dir, write_whole
+from gci_kernels.hardware import self_check
+from gci_kernels.hardware.gpus import device_capability
+from gci_kernels.hardware.kernels import KERNELS, get, names
 
-_BOTTLENECK = "ops/bottleneck/triton/"
-_DROPOUT = (_BOTTLENECK + "dropout.py", "ops/bottleneck/philox.py", "ops/triton_config.py")
-_PRODUCT = (*_DROPOUT, _BOTTLENECK + "partial_sums.py", "ops/tuned.py")
-_DECODE = ("ops/decode/cuda.py", "ops/decode/group.py")
-#: kernel -> the files it is made of. A record counts as long as none of them has changed.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "project": (_BOTTLENECK + "project.py", *_PRODUCT),
-    "expand": (_BOTTLENECK + "expand.py", *_PRODUCT),
-    "reduce": (_BOTTLENECK + "reduce.py", _BOTTLENECK + "project_reduce.py", *_PRODUCT),
-    "dropout": _DROPOUT,
-    "gate": ("ops/gate/triton.py", "ops/triton_config.py"),
-    "attention": ("ops/attention/triton.py", "ops/attention/config.py", "ops/triton_config.py"),
-    "row_linear": ("ops/row_linear/triton.py", "ops/triton_config.py", "ops/tuned.py"),
-    "decode_step": _DECODE,
-    "decode_attend": _DECODE,
-}
-#: Those in CUDA C++, which are made of csrc/cuda too: of what the extension was built from.
-CUDA_KERNELS = ("decode_step", "decode_attend")
-TRITON_KERNELS = tuple(kernel for kernel in KERNELS if kernel not in CUDA_KERNELS)
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _LOCK = threading.RLock()
 # (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
 _answers: dict[tuple[str, int], bool] = {}
@@ -64,7 +48,8 @@ class Record:
     when: str  # UTC, to the second
     source: str = ""
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, str | bool]:
+        """What is written."""
         return {name: value for name, value in vars(self).items() if name != "source"}
 
     def __str__(self) -> str:
@@ -74,34 +59,34 @@ class Record:
 
 def missing(kernel: str) -> str:
     """Why there is no such kernel here, whatever the GPU; empty where there is one."""
-    if kernel not in CUDA_KERNELS or native.CUDA_DIGEST:
+    if get(kernel).language != "cuda" or native.CUDA_DIGEST:
         return ""
     return native.CUDA_BUILD if native.available() else f"not built: {native.why_unavailable()}"
 
 
 @functools.cache
 def digest(kernel: str) -> str:
-    """sha256 over the kernel's source files, names included."""
-    total = hashlib.sha256(native.CUDA_DIGEST.encode() if kernel in CUDA_KERNELS else b"")
-    for name in KERNELS[kernel]:
+    """sha256 over the kernel's source files, names included; in CUDA C++ over what the extension was built from too."""
+    declared = get(kernel)
+    total = hashlib.sha256(native.CUDA_DIGEST.encode() if declared.language == "cuda" else b"")
+    for name in declared.files:
         total.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
     return total.hexdigest()
 
 
 @functools.cache
 def triton_version() -> str:
+    """The installed Triton's."""
     return importlib.metadata.version("triton")
 
 
 def compiler(kernel: str) -> str:
     """What compiles, or has compiled, the kernel here, with its version."""
-    return native.CUDA_COMPILER if kernel in CUDA_KERNELS else f"triton {triton_version()}"
+    return native.CUDA_COMPILER if get(kernel).language == "cuda" else f"triton {triton_version()}"
 
 
 def gpu(device: torch.device) -> tuple[str, str]:
     """The GPU's name, and the compiler's name of its chip."""
-    from gci_kernels.ops.triton_config import device_capability  # ops imports this module
-
     return torch.cuda.get_device_name(device), device_capability(device)
 
 
@@ -116,22 +101,23 @@ def make_record(kernel: str, device: torch.device, passed: bool, reason: str = "
 
 @functools.cache
 def warn_once(message: str) -> None:
+    """RuntimeWarning, the first time in a process."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def results_folder() -> Path:
-    """bench/results: inside the package where it was installed from a wheel, else beside it, in the checkout."""
-    installed = _PACKAGE / "bench"
-    return (installed if installed.is_dir() else _PACKAGE.parent / "bench") / "results"
+def shipped_folder() -> Path:
+    """Where the records are that come with the package: JSON files with a section "proved"."""
+    return Path(__file__).parent / "proved"
 
 
 @functools.cache
 def shipped() -> tuple[Record, ...]:
     """The records that came with this version."""
-    return tuple(record for path in sorted(results_folder().glob("*.json")) for record in _read(path))
+    return tuple(record for path in sorted(shipped_folder().glob("*.json")) for record in _read(path))
 
 
 def own_path() -> Path:
+    """The file of the records that this machine made; it may not exist."""
     return cache_dir() / "hardware.json"
 
 
@@ -251,11 +237,10 @@ def renew_all(device: torch.device, whole_op_failure: str | None = None) -> list
     """
     records = [renew(kernel, device) for kernel in KERNELS if not missing(kernel)]
     if whole_op_failure is not None:
-        reason = f"the whole op failed: {whole_op_failure}"
-        records = [
-            dataclasses.replace(r, passed=False, reason=reason) if r.passed and r.kernel in TRITON_KERNELS else r
-            for r in records
-        ]
+        reason, affected = f"the whole op failed: {whole_op_failure}", names("triton")
+        for i, record in enumerate(records):
+            if record.passed and record.kernel in affected:
+                records[i] = dataclasses.replace(record, passed=False, reason=reason)
         keep(*records)
     return [dataclasses.replace(record, source=str(own_path())) for record in records]
 
@@ -269,8 +254,6 @@ def _self_check(kernel: str, device: torch.device) -> tuple[bool, str, bool]:
     answer: list[tuple[bool, str, bool]] = []
 
     def check() -> None:
-        from gci_kernels import self_check
-
         try:
             with torch.no_grad(), torch.cuda.device(device):
                 failed = [c for c in self_check.check_kernel(kernel, device) if not c.passed]

@@ -66,45 +66,45 @@ def openmp_runtimes() -> list[str]:
 def _plans(gpus: list[torch.device]) -> Table:
     plans = Table("device", "dtype", "tokens", "plan of loramoe_linear", title='What impl="auto" runs')
     for device in [torch.device("cpu"), *gpus]:
-        proved = None
-        if device.type == "cuda":  # as it stands: info runs no self check
+        kind, proved = device.type, None
+        if kind == "cuda":  # as it stands: info runs no self check
             proved = frozenset(kernel for kernel in hardware.KERNELS if hardware.state(kernel, device) == "proved")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            name = str(dtype).removeprefix("torch.")
             for tokens in (1, 2048):
-                what = dict(tokens=tokens, dtype=dtype, device_type=device.type, mixer="gate")
-                plan = choose_plan("auto", **what, proved=proved)
-                plans.add_row(device.type, str(dtype).removeprefix("torch."), str(tokens), str(plan))
-            step = dict(tokens=1, columns=40, experts=8, dtype=dtype, adapter_dtype=dtype, device_type=device.type)
-            launches = choose_decode(**step, proved=proved)
-            if launches is not None:
-                plans.add_row(device.type, str(dtype).removeprefix("torch."), "1, generating", str(launches))
+                plans.add_row(
+                    kind, name, str(tokens), str(choose_plan("auto", tokens, dtype, kind, "gate", proved=proved))
+                )
+            step = choose_decode(
+                tokens=1, columns=40, experts=8, dtype=dtype, adapter_dtype=dtype, device_type=kind, proved=proved
+            )
+            if step is not None:
+                plans.add_row(kind, name, "1, generating", str(step))
     return plans
 
 
 def _kernels(devices: list[torch.device]) -> Table | str:
     """Kernels by GPU: the ones of this machine; without any, those that the shipped records name."""
-    table = Table("GPU kernel", title="What is proved where")
+    cells: dict[tuple[str, str], hardware.Record | None] = {}
+    gpus: list[str] = []
     if devices:
-        columns = {torch.cuda.get_device_name(device): device for device in devices}
-        cells = {
-            (kernel, name): hardware.find(kernel, device)
-            for kernel in hardware.KERNELS
-            for name, device in columns.items()
-        }
+        for device in devices:
+            gpus.append(torch.cuda.get_device_name(device))
+            cells |= {(kernel, gpus[-1]): hardware.find(kernel, device) for kernel in hardware.KERNELS}
     else:
         if not hardware.shipped():
             return f"GPU kernels: no GPU here, and {NO_RECORD}."
-        columns = dict.fromkeys(record.gpu for record in hardware.shipped())
-        cells = {
-            (record.kernel, record.gpu): record
-            for record in hardware.shipped()
-            if record.digest == hardware.digest(record.kernel)
-        }
-    for name in columns:
-        table.add_column(escape(name))
+        for record in hardware.shipped():
+            gpus.append(record.gpu)
+            if record.kernel in hardware.KERNELS and record.digest == hardware.digest(record.kernel):
+                cells[record.kernel, record.gpu] = record
+    table = Table("GPU kernel", title="What is proved where")
+    gpus = list(dict.fromkeys(gpus))
+    for gpu in gpus:
+        table.add_column(escape(gpu))
     for kernel in hardware.KERNELS:
         without = hardware.missing(kernel) or "no record"
-        table.add_row(kernel, *(escape(_short(cells.get((kernel, name))) or without) for name in columns))
+        table.add_row(kernel, *(escape(_short(cells.get((kernel, gpu))) or without) for gpu in gpus))
     return table
 
 

@@ -1,0 +1,85 @@
+"""One GPU kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
+
+`Kernel.check` makes the inputs and names the outputs. Here the kernel runs twice, for the same bits, its outputs
+poisoned before, and its error is compared with the bound of accuracy.py. tests/test_gpu.py and, for CUDA C++,
+tests/test_gpu_decode.py check more shapes; Triton's kernels run on CPU tensors under TRITON_INTERPRET=1.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gci_kernels.accuracy import Check, error_bound, relative_error
+from gci_kernels.hardware.kernels import Shape, get
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: No size is a multiple of another, and activations lie in rows of a wider tensor.
+ODD = Shape(130, 67, 45, 40, 8, 2)
+#: Takes the largest tiles that the kernels have, on every chip, and reads dY once for two products.
+LARGE = Shape(2176, 192, 2304, 16, 4, 4)
+# The kernels return float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. What this leaves to
+# matrix units is that they may cut off a sum's last bits at every step.
+_UNROUNDED = 2**-15
+
+
+def drawing(shape: Shape, device: torch.device) -> Callable[..., Tensor]:
+    """A function draw(rows, cols, dtype, scale=1.0) that makes matrices of normal numbers times `scale` on `device`.
+
+    Each check draws the same numbers in every run. Unless the depth is a multiple of 16, rows lie in a wider tensor
+    with NaN beside them: reading there shows in the result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    gap = 0 if shape.depth % 16 == 0 else 5
+
+    def draw(rows: int, cols: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        wide = torch.full((rows, cols + gap), float("nan"), dtype=dtype)
+        wide[:, :cols] = torch.randn(rows, cols, generator=generator) * scale
+        return wide.to(device)[:, :cols]
+
+    return draw
+
+
+def check_kernel(
+    name: str, device: torch.device, *, dtypes: Iterable[torch.dtype] = DTYPES, shapes: Iterable[Shape] = (ODD, LARGE)
+) -> Iterator[Check]:
+    """The checks of one registered kernel on `device`; what the kernel raises is raised."""
+    kernel = get(name)
+    for shape in shapes:
+        for dtype in dtypes:
+            compared = kernel.check(shape, dtype, device)
+            with poisoned():
+                actual, repeated = compared.kernel(), compared.kernel()
+            for output, value in actual.items():
+                truth, plain = compared.truth[output], compared.plain[output]
+                check = Check(
+                    f"{name} {' '.join(f'{k}={v}' for k, v in vars(shape).items())}",
+                    kernel.language, str(dtype).removeprefix("torch."), output, relative_error(value, truth),
+                    _bound(relative_error(plain, truth), dtype, value.dtype),
+                )  # fmt: skip
+                yield check
+                same = torch.equal(value, repeated[output])
+                yield dataclasses.replace(check, tensor=f"{output}, twice", error=0.0 if same else 1.0, bound=0.0)
+
+
+def _bound(plain_error: float, dtype: torch.dtype, out_dtype: torch.dtype) -> float:
+    bound = error_bound(plain_error, dtype)
+    return bound if dtype == out_dtype else min(bound, _UNROUNDED)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every fresh torch.empty is full of NaN meanwhile (integers: the largest value): an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # whose properties are not typed
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill

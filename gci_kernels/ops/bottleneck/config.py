@@ -1,0 +1,158 @@
+"""Launch configurations of the bottleneck's Triton kernels: pure functions of shape, dtype and chip.
+
+`capability` is the compiler's name of the architecture ("sm_90", "gfx942"); hardware/chips.py has its limits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gci_kernels.hardware.chips import chip_of_capability
+from gci_kernels.ops.launching import block_size, ceil_div, split_count
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """Blocks of x [tokens, depth] @ m [depth, columns] and of its result."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    splits: int  # of the depth
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpandConfig:
+    """Blocks of x @ w + u @ m [tokens, width], whose sums run over the depth (block_k) and the rank (block_r)."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    block_r: int
+    group: int  # rows of tiles that share their columns of w in L2
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # whole tiles by the copy engine, where the layout allows
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """Blocks of u.T @ y [rank, width], a sum over the tokens."""
+
+    block_t: int
+    block_r: int
+    block_n: int
+    splits: int  # of the tokens
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProjectReduceConfig:
+    """Blocks of y [tokens, width], read once for y @ m and u.T @ y."""
+
+    block_t: int
+    block_n: int
+    block_r: int
+    splits: int  # of the tokens
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """A block of x [tokens, columns]."""
+
+    block_t: int
+    block_c: int
+    num_warps: int
+
+
+def choose_project_config(
+    tokens: int, depth: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
+) -> ProjectConfig:
+    """For [tokens, depth] @ [depth, rank]. All of the rank in one tile, up to 128, so that x is read once."""
+    half = dtype != torch.float32
+    block_t, block_n = block_size(tokens, 16, 64 if half else 128), block_size(rank, 16, 128 if half else 64)
+    block_k = (32 if depth % 16 else 128 if block_n <= 32 else 64) if half else 16
+    if half and chip_of_capability(capability).shared <= 64 * 1024:
+        block_k //= 2
+    tiles = ceil_div(tokens, block_t) * ceil_div(rank, block_n)
+    # Two programs a processor hide each other's start.
+    splits = split_count(2 * chip_of_capability(capability).processors, tiles, ceil_div(depth, block_k))
+    num_warps, num_stages = 8 if block_n >= (64 if half else 32) or dropout else 4, 3 if half else 2
+    return ProjectConfig(block_t, block_n, block_k, splits, num_warps, num_stages)
+
+
+def choose_expand_config(
+    tokens: int, depth: int, width: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
+) -> ExpandConfig:
+    """For [tokens, depth] @ [depth, width] + [tokens, rank] @ [rank, width], `dropout` on the second product."""
+    # A step of the rank holds its m in registers while it is rounded, beside all the sums: 16 rows are what fits.
+    chip, block_r = chip_of_capability(capability), 16
+    if dtype == torch.float32:  # no matrix units
+        return ExpandConfig(
+            block_size(tokens, 16, 64), block_size(width, 16, 128), 16, block_r, 8, num_warps=8, num_stages=2
+        )
+    if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
+        return ExpandConfig(
+            block_size(tokens, 16, 64), block_size(width, 16, 64), 32, block_r, 8, num_warps=4, num_stages=2
+        )
+    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor. Its sums
+    # leave no registers for making a mask.
+    enough = ceil_div(tokens, 128) * ceil_div(width, 256) >= chip.processors
+    if chip.shared > 64 * 1024 and tokens > 64 and enough and not dropout:
+        block_k, num_stages = (64, 3) if chip.async_products else (32, 4)
+        # Where all of w stays in the cache beside a few rows of x, nothing is read twice. Where it does not, programs
+        # that run together should form a square.
+        group = 8 if 2 * depth * (width + 8 * 128) <= chip.cache else 16
+        return ExpandConfig(128, 256, block_k, block_r, group, 8, num_stages, descriptors=chip.async_products)
+    block_t, num_stages = block_size(tokens, 16, 128), 4 if chip.shared > 64 * 1024 else 2
+    num_warps = 8 if block_t == 128 else 4
+    descriptors = chip.async_products and block_t >= 64
+    return ExpandConfig(block_t, block_size(width, 16, 128), 64, block_r, 8, num_warps, num_stages, descriptors)
+
+
+def choose_reduce_config(
+    tokens: int, rank: int, width: int, dtype: torch.dtype, capability: str, dropout: bool = False
+) -> ReduceConfig:
+    """For [tokens, rank].T @ [tokens, width]. All of the rank in one tile, up to 128, so that y is read once."""
+    chip, half = chip_of_capability(capability), dtype != torch.float32
+    whole_rows = half and chip.async_products and width % 16 == 0
+    block_t = 16 if not half else 64 if whole_rows else 32
+    block_r = block_size(rank, 16, 128 if half else 64)
+    # A wide tile means few tiles, and so few partial sums for the second stage to read.
+    block_n = block_size(width, 16, 256 if whole_rows and block_r <= 64 else 128 if half else 64)
+    tiles = ceil_div(width, block_n) * ceil_div(rank, block_r)
+    splits = split_count((1 if block_n == 256 else 2) * chip.processors, tiles, ceil_div(tokens, block_t))
+    num_warps = 8 if block_r >= 64 or dropout else 4
+    return ReduceConfig(block_t, block_r, block_n, splits, num_warps, num_stages=3)
+
+
+def choose_project_reduce_config(
+    tokens: int, width: int, rank: int, dtype: torch.dtype, capability: str
+) -> ProjectReduceConfig | None:
+    """For y @ m and u.T @ y, y [tokens, width], from one reading of y; None where two are faster."""
+    chip, block_r = chip_of_capability(capability), block_size(rank, 16, 128)
+    if dtype == torch.float32 or rank > block_r or width % 16:
+        return None
+    if chip.shared <= 64 * 1024 and rank > 16:  # m stays in registers from the first step to the last
+        return None
+    large = chip.async_products and block_r <= 32
+    block_t = block_size(tokens, 16, 64 if chip.shared > 64 * 1024 else 32)
+    block_n = block_size(width, 16, 512 if large else 256 if block_r <= 64 else 128)
+    tiles = ceil_div(width, block_n)
+    splits = split_count(chip.processors, tiles, ceil_div(tokens, block_t))
+    # Partial sums are float32, written once and read once; y has two bytes a number.
+    more_bytes = 8 * rank * (tiles * tokens + splits * width) >= 2 * tokens * width
+    if more_bytes or 2 * tiles * splits < chip.processors:
+        return None
+    return ProjectReduceConfig(block_t, block_n, block_r, splits, num_warps=8, num_stages=2)
+
+
+def choose_dropout_config(tokens: int, width: int) -> DropoutConfig:
+    """Blocks of at most 2,048 numbers, of which a thread makes 16."""
+    block_c = block_size(width, 16, 512)
+    return DropoutConfig(block_size(tokens, 1, 2048 // block_c), block_c, num_warps=4)

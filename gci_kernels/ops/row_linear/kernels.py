@@ -1,0 +1,24 @@
+"""row_linear's GPU kernel, as the registry knows it."""
+
+from gci_kernels.hardware import Kernel, LaunchConfig, register
+from gci_kernels.ops import launching
+from gci_kernels.ops.row_linear import checks, timed
+from gci_kernels.ops.row_linear.config import RowLinearConfig, choose_row_linear_config
+
+register(
+    Kernel(
+        name="row_linear",
+        files=("ops/row_linear/triton.py", "ops/row_linear/config.py", *launching.FILES, "hardware/tuned.py"),
+        check=checks.check,
+        launches=(
+            LaunchConfig(
+                "row_linear", RowLinearConfig, choose_row_linear_config,
+                dict(
+                    block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
+                    num_warps=(4, 8), group=(4, 8, 16),
+                ),
+            ),
+        ),
+        stages=timed.stages,
+    )
+)  # fmt: skip
