@@ -153,7 +153,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
         mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
-            active = self._active_adapter
+            active: Any = self._active_adapter
             if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
                 active = among(active, self.r)
             return self._adapted(x, active)
