@@ -18,7 +18,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
-from gci_kernels.tuners.methods import method_type
+from gci_kernels.tuners.methods import method_type, type_in_file
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -71,7 +71,7 @@ class AdaptedConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """What is saved."""
-        return super().to_dict() | {"peft_type": method_type(self.method).in_file}
+        return super().to_dict() | {"peft_type": type_in_file(type(self))}
 
 
 # What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
