@@ -61,4 +61,4 @@ PLAIN = Format("a plain model")
 def adapter_format(config_cls: Any) -> Format:
     """The format of a method's own adapters, by the configuration class that it registers with PEFT."""
     names = (method_type(config_cls.method).value, type_in_file(config_cls))
-    return Format(f"a {method.value} adapter", is_adapter=lambda config: config.get("peft_type") in names)
+    return Format(f"a {names[0]} adapter", is_adapter=lambda config: config.get("peft_type") in names)
