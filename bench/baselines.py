@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -9,8 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels import METHODS, Method
 from gci_kernels.generation import sequence
-from gci_kernels.tuners import ALoRALinear, LoKILinear, LoRAMoELinear
+from gci_kernels.ops import bottleneck_linear
+from gci_kernels.tuners import LoKILinear
+from gci_kernels.tuners.bottleneck import BottleneckLayer
 
 ADAPTER = "default"
 
@@ -151,35 +155,83 @@ def peft_lora_linear(base_layer: nn.Linear, A: Tensor, B: Tensor, *, scaling: fl
     return layer
 
 
+class EagerBottleneckLinear(nn.Module):
+    """A linear layer with an adapter of any registered method, in the operations of its mixer's formula.
+
+    Args:
+        base_layer: the frozen linear layer, in -> out.
+        A, B: the adapter's; weights: the mixer's, by their name. Copied.
+        scaling: multiplies the update.
+        method, config: the method, and the adapter's config.
+    """
+
+    def __init__(
+        self, base_layer: nn.Linear, A: Tensor, B: Tensor, weights: dict[str, Tensor], scaling: float, method: Method,
+        config: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.base_layer, self.scaling, self.method, self.config = base_layer, scaling, method, config
+        self.A, self.B = _linear(A), _linear(B)
+        self.weights = nn.ModuleDict({name: _linear(tensor) for name, tensor in weights.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] in the base layer's dtype -> [..., out] in the same dtype."""
+        return bottleneck_linear(
+            x, self.base_layer.weight, self.base_layer.bias, self.A.weight, self.B.weight,
+            *(linear.weight for linear in self.weights.values()), mixer=self.method.mixer, scaling=self.scaling,
+            settings=self.method.settings(self.config), impl="reference",
+        )[0]  # fmt: skip
+
+
+def eager_layer(
+    method: str, base: nn.Linear, A: Tensor, B: Tensor, weights: dict[str, Tensor], scaling: float, config: Any,
+    key: str = "",
+) -> nn.Module:  # fmt: skip
+    """A bottleneck adapter's eager layer: the published code's, PEFT's or, of a method without one, its formula's.
+
+    Args:
+        weights: the mixer's, by their name.
+        config: of a registered method; None for LoRA.
+        key: the layer's name in the model.
+    """
+    if method == "lora":
+        return peft_lora_linear(base, A, B, scaling=scaling)
+    if method == "loramoe":
+        return EagerLoRAMoELinear(base, A, B, **weights, scaling=scaling)
+    if method == "alora":
+        return EagerALoRALinear(base, A, B, **weights, num_heads=config.num_heads, scaling=scaling, key=key)
+    record = next(each for name, each in METHODS.items() if name.lower() == method)
+    return EagerBottleneckLinear(base, A, B, weights, scaling, record, config)
+
+
 def adapter_leaves(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The adapter parameters of a layer by role; empty where it is no adapted layer.
 
-    The roles are A, B and router or qkv; of LoKI active and, where the base layer has a bias, active_bias.
+    The roles are A, B and what the mixer's weights are called; of LoKI active and, where the base layer has a bias,
+    active_bias.
 
     A role has one parameter in a layer that stacks its experts and one for each expert in the eager one; `stack` makes
     both the same tensor.
     """
-    if isinstance(layer, LoRAMoELinear):
-        stacked = {"A": layer.loramoe_A, "B": layer.loramoe_lora_B, "router": layer.loramoe_router}
-        return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
-    if isinstance(layer, ALoRALinear):
-        stacked = {"A": layer.gci_alora_A, "B": layer.gci_alora_B, "qkv": layer.gci_alora_qkv}
-        return {role: [parameters[ADAPTER]] for role, parameters in stacked.items()}
+    if isinstance(layer, BottleneckLayer):
+        return {role: [tensor] for role, tensor in zip(layer.roles, layer.tensors(ADAPTER), strict=False)}
     if isinstance(layer, LoKILinear):
         made = {"active": layer.loki_active, "active_bias": layer.loki_active_bias}
         return {role: [parameters[ADAPTER]] for role, parameters in made.items() if ADAPTER in parameters}
     if isinstance(layer, EagerLoKILinear):
         rows = {"active": layer.active.weight, "active_bias": layer.active_bias}
         return {role: [parameter] for role, parameter in rows.items() if parameter is not None}
-    if isinstance(layer, EagerALoRALinear):
-        experts = {"A": [layer.A], "B": [layer.B], "qkv": [layer.qkv]}
+    if isinstance(layer, EagerBottleneckLinear):
+        linears = {"A": [layer.A], "B": [layer.B], **{name: [linear] for name, linear in layer.weights.items()}}
+    elif isinstance(layer, EagerALoRALinear):
+        linears = {"A": [layer.A], "B": [layer.B], "qkv": [layer.qkv]}
     elif isinstance(layer, EagerLoRAMoELinear):
-        experts = {"A": layer.experts_A, "B": layer.experts_B, "router": [layer.router]}
+        linears = {"A": layer.experts_A, "B": layer.experts_B, "router": [layer.router]}
     elif isinstance(layer, LoraLayer):
-        experts = {"A": [layer.lora_A[ADAPTER]], "B": [layer.lora_B[ADAPTER]]}
+        linears = {"A": [layer.lora_A[ADAPTER]], "B": [layer.lora_B[ADAPTER]]}
     else:
         return {}
-    return {role: [linear.weight for linear in linears] for role, linears in experts.items()}
+    return {role: [linear.weight for linear in each] for role, each in linears.items()}
 
 
 def stack(role: str, tensors: list[Tensor]) -> Tensor:
@@ -201,20 +253,19 @@ def to_eager(model: nn.Module) -> nn.Module:
     """
     model = shared_copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, (LoRAMoELinear, ALoRALinear, LoKILinear)):
-            model.set_submodule(name, _eager_layer(layer, name))
+        if isinstance(layer, (BottleneckLayer, LoKILinear)):
+            model.set_submodule(name, _eager_copy(layer, name))
     return model
 
 
-def _eager_layer(layer: LoRAMoELinear | ALoRALinear | LoKILinear, name: str) -> nn.Module:
+def _eager_copy(layer: BottleneckLayer | LoKILinear, name: str) -> nn.Module:
     tensors = {role: parameters[0] for role, parameters in adapter_leaves(layer).items()}
-    base, scaling = layer.base_layer, layer.scaling[ADAPTER]
+    base = layer.base_layer
     if isinstance(layer, LoKILinear):
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         return EagerLoKILinear(weight, base.bias, positions=layer.loki_positions[ADAPTER], **tensors)
-    if isinstance(layer, LoRAMoELinear):
-        return EagerLoRAMoELinear(base, **tensors, scaling=scaling)
-    return EagerALoRALinear(base, **tensors, num_heads=layer.configs[ADAPTER].num_heads, scaling=scaling, key=name)
+    A, B, config = tensors.pop("A"), tensors.pop("B"), layer.configs[ADAPTER]
+    return eager_layer(layer.method.name.lower(), base, A, B, tensors, layer.scaling[ADAPTER], config, name)
 
 
 def collect_grads(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ The numbers are those of the third such call: what is prepared once is prepared 
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,12 +33,6 @@ import gci_kernels
 
 SIZE, TOKENS, WARMUP = 64, 4, 2
 LAYER = "model.layers.0.mlp.down_proj"
-CONFIGS: dict[str, PeftConfig] = {
-    "lora": LoraConfig(r=4, target_modules=["down_proj"]),
-    "loramoe": gci_kernels.LoRAMoEConfig(r=4, num_experts=4, target_modules=["down_proj"]),
-    "alora": gci_kernels.ALoRAConfig(r=4, num_heads=2, target_modules=["down_proj"]),
-    "loki": gci_kernels.LoKIConfig(positions={LAYER: [1, 5, 9]}),
-}
 
 
 @dataclass(frozen=True)
@@ -58,13 +53,22 @@ class Calls:
         return sum(before != after for before, after in zip(files, files[1:], strict=False))
 
 
+def configs() -> dict[str, PeftConfig]:
+    """A config of every method, by its name in lower case: that of LoRA, the registered methods' examples, LoKI's."""
+    found: dict[str, PeftConfig] = {"lora": LoraConfig(r=4)}
+    found |= {name.lower(): copy.copy(method.example) for name, method in gci_kernels.METHODS.items()}
+    for config in found.values():
+        config.target_modules = {"down_proj"}
+    return found | {"loki": gci_kernels.LoKIConfig(positions={LAYER: [1, 5, 9]})}
+
+
 def adapted_model(method: str) -> nn.Module:
-    """A patched Llama of one layer with an adapter of `method`, a key of CONFIGS."""
+    """A patched Llama of one layer with an adapter of `method`, a key of :func:`configs`."""
     config = LlamaConfig(
         vocab_size=32, hidden_size=SIZE, intermediate_size=SIZE, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64,
     )  # fmt: skip
-    return gci_kernels.patch(LlamaForCausalLM(config), CONFIGS[method])
+    return gci_kernels.patch(LlamaForCausalLM(config), configs()[method])
 
 
 def training_forward(model: nn.Module) -> Callable[[], object]:
@@ -133,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(soft_wrap=True)
     table = Table("method", "call", "Python calls", "changes of file")
-    for method in CONFIGS:
+    for method in configs():
         for situation in (training_forward, decoding_step):
             calls, name = measure(method, situation), situation.__name__.replace("_", " ")
             table.add_row(method, name, str(calls.count), str(calls.file_changes))

@@ -3,21 +3,51 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gci_kernels import ops
+from gci_kernels import METHODS as REGISTERED
+from gci_kernels import ALoRAConfig, LoRAMoEConfig, Method, ops
 from gci_kernels.hardware import Shape
 
 from . import costs
-from .baselines import EagerALoRALinear, EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, peft_lora_linear, stack
+from .baselines import EagerLoKILinear, adapter_leaves, eager_layer, stack
 
 LORA_ALPHA = 32
-RANKS = {"lora": (16, 1), "loramoe": (4, 8), "alora": (16, 1)}  # bottleneck method -> rank, number of experts
 HEADS = 4  # of ALoRA
 QUOTA = 10  # percent of the rows that LoKI trains
-METHODS = (*RANKS, "loki")
+# What is measured of the package's own methods; of those that others register, their example.
+_CONFIGS = {
+    "loramoe": LoRAMoEConfig(r=4, num_experts=8, lora_alpha=LORA_ALPHA),
+    "alora": ALoRAConfig(r=16, num_heads=HEADS, lora_alpha=LORA_ALPHA),
+}
+#: The package's own methods.
+METHODS = ("lora", *_CONFIGS, "loki")
+
+
+def all_methods() -> tuple[str, ...]:
+    """:data:`METHODS`, and those that others have registered."""
+    return (*METHODS, *(name for name in registered_methods() if name not in METHODS))
+
+
+def registered_methods() -> dict[str, Method]:
+    """The registered bottleneck methods by their name in small letters."""
+    return {name.lower(): method for name, method in REGISTERED.items()}
+
+
+def adapter_config(method: str) -> Any:
+    """The config of a registered bottleneck method's adapter that is measured."""
+    return _CONFIGS.get(method) or registered_methods()[method].example
+
+
+def ranks(method: str) -> tuple[int, int]:
+    """Rank and number of experts (1 where there are none) of a bottleneck method's adapter that is measured."""
+    if method == "lora":
+        return 16, 1
+    config = adapter_config(method)
+    return config.r, getattr(config, "num_experts", 1)
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,7 @@ class LayerCase:
 
     @property
     def name(self) -> str:
+        """The method, its adapter's size, the layer's shape and the dtype."""
         shape = f"T={self.tokens} {self.in_features}x{self.out_features}"
         return f"{self.method} {self.adapter} {shape} {str(self.dtype).removeprefix('torch.')}"
 
@@ -51,9 +82,11 @@ class BottleneckCase(LayerCase):
 
     @property
     def adapter(self) -> str:
-        if self.method == "loramoe":
-            return f"{self.num_experts}x{self.rank}"
-        return f"r={self.rank} {HEADS} heads" if self.method == "alora" else f"r={self.rank}"
+        """Its size, short: for the name."""
+        if self.method == "lora":
+            return f"r={self.rank}"
+        described = registered_methods()[self.method].describe(adapter_config(self.method))
+        return described.replace(",", "")
 
 
 @dataclass(frozen=True)
@@ -64,6 +97,7 @@ class RowCase(LayerCase):
 
     @property
     def adapter(self) -> str:
+        """Its size, short: for the name."""
         return f"{self.quota}%"
 
     @property
@@ -81,7 +115,7 @@ def layer_shape(method: str, tokens: int, in_features: int, out_features: int) -
     """The sizes of a layer whose adapter is of the size that is measured everywhere."""
     if method == "loki":
         return Shape(tokens, in_features, out_features, 0, 0, 0, trained_rows(out_features))
-    rank, number = RANKS[method]
+    rank, number = ranks(method)
     experts = number if number > 1 else 0
     return Shape(tokens, in_features, out_features, rank * number, experts, experts)
 
@@ -92,7 +126,7 @@ def make_case(
 ) -> LayerCase:  # fmt: skip
     """The case of a method, its adapter of the size that is measured everywhere, in `dtype` if not said otherwise."""
     shape = (method, tokens, in_features, out_features, dtype, adapter_dtype or dtype)
-    return RowCase(*shape, QUOTA) if method == "loki" else BottleneckCase(*shape, *RANKS[method])
+    return RowCase(*shape, QUOTA) if method == "loki" else BottleneckCase(*shape, *ranks(method))
 
 
 def layer_case(
@@ -107,8 +141,8 @@ CASES = [layer_case(method, dtype) for method in METHODS for dtype in (torch.flo
 
 
 def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
-    """The least time of "frozen" and "gci" on `device`; None where it is not known: ALoRA, chips without rates."""
-    if case.method == "alora":
+    """The least time of "frozen" and "gci" on `device`; None where it is not known, as of a chip without rates."""
+    if case.method not in ("lora", "loramoe", "loki"):
         return None
     shape = (case.tokens, case.in_features, case.out_features)
     if isinstance(case, RowCase):
@@ -132,11 +166,11 @@ class LayerInputs:
 class BottleneckInputs(LayerInputs):
     """With the adapter's, stacked as gci_kernels takes them."""
 
-    A: Tensor  # [N*r, in], adapter_dtype
-    B: Tensor  # [out, N*r], adapter_dtype
-    router: Tensor | None  # [N, in], adapter_dtype; LoRAMoE's
-    qkv: Tensor | None  # [3r, r], adapter_dtype; ALoRA's
+    A: Tensor  # [rank, in], adapter_dtype
+    B: Tensor  # [out, columns], adapter_dtype
+    weights: dict[str, Tensor]  # the mixer's, adapter_dtype, by its name: LoRAMoE's router, ALoRA's qkv
     scaling: float
+    method: str
 
 
 @dataclass(frozen=True)
@@ -163,15 +197,15 @@ def make_inputs(case: LayerCase, device: torch.device, seed: int = 0) -> LayerIn
     if isinstance(case, RowCase):
         positions = random_rows(case.out_features, case.rows, generator)
         return RowInputs(**base, active=normal(case.rows, case.in_features, fan_in), positions=positions)
-    stacked = case.num_experts * case.rank
-    return BottleneckInputs(
-        **base,
-        A=normal(stacked, case.in_features, fan_in),
-        B=normal(case.out_features, stacked, 0.02),
-        router=normal(case.num_experts, case.in_features, fan_in) if case.method == "loramoe" else None,
-        qkv=normal(3 * case.rank, case.rank, 1 / math.sqrt(case.rank)) if case.method == "alora" else None,
-        scaling=LORA_ALPHA / case.rank,
-    )
+    if case.method == "lora":
+        shapes = {"A": (case.rank, case.in_features), "B": (case.out_features, case.rank)}
+    else:
+        method = registered_methods()[case.method]
+        made = method.parameters(adapter_config(case.method), case.in_features, case.out_features)
+        shapes = {part: tuple(tensor.shape) for part, tensor in made.items()}
+    drawn = {part: normal(*shape, 0.02 if part == "B" else shape[1] ** -0.5) for part, shape in shapes.items()}
+    A, B = drawn.pop("A"), drawn.pop("B")
+    return BottleneckInputs(**base, A=A, B=B, weights=drawn, scaling=LORA_ALPHA / case.rank, method=case.method)
 
 
 def random_rows(out_features: int, rows: int, generator: torch.Generator) -> Tensor:
@@ -232,11 +266,13 @@ def layer_variants(inputs: LayerInputs) -> dict[str, LayerVariant]:
 
 
 def frozen_variant(inputs: LayerInputs) -> LayerVariant:
+    """The base layer with its dX."""
     x = inputs.x.clone().requires_grad_()
     return LayerVariant(lambda: nn.functional.linear(x, inputs.weight), {"x": [x]}, inputs.dy)
 
 
 def eager_variant(inputs: LayerInputs) -> LayerVariant:
+    """The adapted layer as the published code, PEFT or the formula computes it."""
     x, layer = inputs.x.clone().requires_grad_(), _eager_layer(inputs)
     return LayerVariant(lambda: layer(x), {"x": [x], **adapter_leaves(layer)}, inputs.dy)
 
@@ -246,15 +282,15 @@ def _eager_layer(inputs: LayerInputs) -> nn.Module:
         return EagerLoKILinear(inputs.weight, None, inputs.active, inputs.positions)
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(inputs.weight, requires_grad=False)
-    adapter, scaling = (base, inputs.A, inputs.B), inputs.scaling
-    if inputs.router is not None:
-        return EagerLoRAMoELinear(*adapter, inputs.router, scaling=scaling)
-    if inputs.qkv is not None:
-        return EagerALoRALinear(*adapter, inputs.qkv, num_heads=HEADS, scaling=scaling)
-    return peft_lora_linear(*adapter, scaling=scaling)
+    return eager_layer(inputs.method, base, inputs.A, inputs.B, inputs.weights, inputs.scaling, _config(inputs.method))
+
+
+def _config(method: str) -> Any:
+    return None if method == "lora" else adapter_config(method)
 
 
 def gci_variant(inputs: LayerInputs, impl: str = "auto") -> LayerVariant:
+    """The adapted layer in gci_kernels."""
     make = _gci_rows if isinstance(inputs, RowInputs) else _gci_bottleneck
     return make(inputs, inputs.x.clone().requires_grad_(), impl)
 
@@ -270,17 +306,13 @@ def _gci_rows(inputs: RowInputs, x: Tensor, impl: str) -> LayerVariant:
 
 
 def _gci_bottleneck(inputs: BottleneckInputs, x: Tensor, impl: str) -> LayerVariant:
-    A, B = (tensor.clone().requires_grad_() for tensor in (inputs.A, inputs.B))
+    A, B, *weights = (tensor.clone().requires_grad_() for tensor in (inputs.A, inputs.B, *inputs.weights.values()))
     base, options = (x, inputs.weight, None), dict(scaling=inputs.scaling, impl=impl)
-    leaves = {"x": [x], "A": [A], "B": [B]}
-    if inputs.router is not None:
-        router = inputs.router.clone().requires_grad_()
-        leaves["router"] = [router]
-        return LayerVariant(lambda: ops.loramoe_linear(*base, A, B, router, **options)[0], leaves, inputs.dy)
-    if inputs.qkv is not None:
-        qkv = inputs.qkv.clone().requires_grad_()
-        leaves["qkv"] = [qkv]
-        return LayerVariant(
-            lambda: ops.alora_linear(*base, A, qkv, B, num_heads=HEADS, **options)[0], leaves, inputs.dy
-        )
-    return LayerVariant(lambda: ops.lora_linear(*base, A, B, **options), leaves, inputs.dy)
+    leaves = {"x": [x], "A": [A], "B": [B], **{name: [t] for name, t in zip(inputs.weights, weights, strict=True)}}
+    if inputs.method == "lora":
+        return LayerVariant(lambda: ops.lora_linear(*base, A, B, **options), leaves, inputs.dy)
+    if inputs.method == "loramoe":
+        return LayerVariant(lambda: ops.loramoe_linear(*base, A, B, *weights, **options)[0], leaves, inputs.dy)
+    method = registered_methods()[inputs.method]
+    options |= dict(mixer=method.mixer, settings=method.settings(adapter_config(inputs.method)))
+    return LayerVariant(lambda: ops.bottleneck_linear(*base, A, B, *weights, **options)[0], leaves, inputs.dy)

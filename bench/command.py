@@ -93,7 +93,7 @@ class _Run:
         slowness: dtype -> how long it takes, in any unit; the same for all where it is not known.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, slowness: dict[str, float]):
+    def __init__(self, settings: Settings, device: torch.device, slowness: dict[str, float]) -> None:
         self.settings, self.device = settings, device
         self.shrunk: list[dict] = []
         self.out_of_time: list[str] = []  # dtypes for which nothing was left

@@ -12,10 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gci_kernels import ops
 from gci_kernels.accuracy import error_bound, relative_error
 
 from .baselines import collect_grads
-from .cases import HEADS, BottleneckInputs, LayerInputs, LayerVariant, RowInputs, change_adapters
+from .cases import (
+    HEADS,
+    BottleneckInputs,
+    LayerInputs,
+    LayerVariant,
+    RowInputs,
+    adapter_config,
+    change_adapters,
+    registered_methods,
+)
 
 Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error, "bound": largest error allowed}
 
@@ -139,17 +149,22 @@ def _rows_truth(inputs: RowInputs) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _bottleneck_truth(inputs: BottleneckInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and the leaves by name; LoRA is one expert whose gate is 1."""
-    x, A, B = (_leaf(tensor) for tensor in (inputs.x, inputs.A, inputs.B))
-    leaves, h = {"x": x, "A": A, "B": B}, x @ A.T
-    if inputs.router is not None:
-        leaves["router"] = _leaf(inputs.router)
-        gates = torch.softmax(x @ leaves["router"].T, dim=-1)
+    """y and its leaves; of a method that others have registered by its formula, of LoRA as one expert with gate 1."""
+    leaves = {name: _leaf(tensor) for name, tensor in {"x": inputs.x, "A": inputs.A, "B": inputs.B}.items()}
+    weights = {name: _leaf(tensor) for name, tensor in inputs.weights.items()}
+    x, A, B = leaves.values()
+    base, leaves, h = x @ inputs.weight.double().T, leaves | weights, x @ A.T
+    if inputs.method == "loramoe":
+        gates = torch.softmax(x @ weights["router"].T, dim=-1)
         h = (gates.unsqueeze(-1) * h.unflatten(-1, (gates.shape[-1], -1))).flatten(-2)
-    elif inputs.qkv is not None:
-        leaves["qkv"] = _leaf(inputs.qkv)
-        h = _attention(*(h @ leaves["qkv"].T).chunk(3, -1))
-    return x @ inputs.weight.double().T + inputs.scaling * h @ B.T, leaves
+    elif inputs.method == "alora":
+        h = _attention(*(h @ weights["qkv"].T).chunk(3, -1))
+    elif inputs.method != "lora":
+        method = registered_methods()[inputs.method]
+        how = dict(mixer=method.mixer, settings=method.settings(adapter_config(inputs.method)), impl="reference")
+        update, _ = ops.bottleneck_linear(x, None, None, A, B, *weights.values(), scaling=inputs.scaling, **how)
+        return base + update, leaves
+    return base + inputs.scaling * h @ B.T, leaves
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

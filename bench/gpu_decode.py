@@ -19,7 +19,7 @@ from gci_kernels.generation import sequence
 from gci_kernels.ops.decode import choose_decode
 
 from .baselines import adapter_leaves
-from .cases import HEADS, RANKS
+from .cases import HEADS, ranks
 from .correctness import CorrectnessError
 from .gpu_stages import guarded
 from .models import random_llama
@@ -185,7 +185,7 @@ def _variants(
 
 def _plan(method: str, batch: int, device: torch.device) -> str:
     """What one adapted layer launches in a step."""
-    rank, experts = RANKS[method]
+    rank, experts = ranks(method)
     columns = rank * experts + (experts if method == "loramoe" else 0)
     chosen = choose_decode(
         tokens=batch, columns=columns, experts=experts if method == "loramoe" else 0, dtype=torch.bfloat16,

@@ -17,7 +17,7 @@ from pathlib import Path
 from .compatibility import table as compatibility
 from .forgetting.report import short_table
 from .markdown import at_commit, table
-from .report import COLUMNS, METHODS, TIMED, draw, medians, number, rounds
+from .report import COLUMNS, TIMED, display_name, draw, medians, number, rounds
 
 RESULTS = Path("bench", "results")
 SOURCE, PICTURE = RESULTS / "cpu.json", RESULTS / "cpu.png"
@@ -125,7 +125,7 @@ def _where(result: dict) -> str:
 
 
 def _adapter(result: dict) -> str:
-    method = METHODS[result["settings"]["method"]]
+    method = display_name(result["settings"]["method"])
     if not result["layers"]:
         return method
     case = result["layers"][0]["case"]

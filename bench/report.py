@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cases import registered_methods
 from .markdown import at_commit
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ COLORS = {"frozen": "#9aa5b1", "eager": "#e0914a", "gci": "#2a6fbb"}
 DOUBTFUL_SPREAD = 0.2
 #: The names of the methods, in the order of tables.
 METHODS = {"lora": "LoRA", "loramoe": "LoRAMoE", "alora": "ALoRA", "loki": "LoKI"}
+
+
+def display_name(method: str) -> str:
+    """A method's name as it is written."""
+    return METHODS.get(method) or registered_methods()[method].name
+
+
 TIMED = ("train", "generate", "generate_many")  # the parts of a model's results that hold times
 
 
@@ -76,7 +84,7 @@ def layer_table(layers: list[dict]) -> Table:
     """The table of layers that have the same shape."""
     case = layers[0]["case"]
     table = _table(
-        f"One {METHODS[case['method']]} layer, {_size(case)}, {case['in_features']} to "
+        f"One {display_name(case['method'])} layer, {_size(case)}, {case['in_features']} to "
         f"{case['out_features']}, {case['tokens']} tokens: forward and backward"
     )
     for layer in layers:
@@ -107,7 +115,7 @@ def _of_floor(layer: dict) -> dict[str, str]:
 
 def model_table(result: dict, model: dict) -> Table:
     """The table of the model in one dtype."""
-    method, train = METHODS[result["settings"]["method"]], model["train"]
+    method, train = display_name(result["settings"]["method"]), model["train"]
     table = _table(
         f"{model['name']} ({model['parameters'] / 1e6:.0f}M) with {method} "
         f"({model['trainable'] / 1e6:.1f}M trained), {model['dtype']}, batch {train['batch']}x{train['seq']}"
@@ -217,7 +225,7 @@ def draw(result: dict, path: Path) -> None:
         for axis, (title, names, values) in zip(axes, panels, strict=True):
             _bars(axis, [(model["dtype"], values(model)) for model in result["models"]], names)
             axis.set_title(title, fontsize=11.5, pad=12)
-        model, method = result["models"][0]["name"], METHODS[result["settings"]["method"]]
+        model, method = result["models"][0]["name"], display_name(result["settings"]["method"])
         where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
         figure.suptitle(f"{model} with {method}, on {where}", fontsize=13, fontweight="bold", y=0.98)
         handles, labels = axes[0].get_legend_handles_labels()

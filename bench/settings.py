@@ -9,7 +9,7 @@ import torch
 
 from gci_kernels.files import check_output
 
-from .cases import METHODS
+from .cases import all_methods
 from .models import RANDOM_LLAMAS
 from .products import CANDIDATES
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="smollm2", help=f"smollm2 (default), random-llama[:{sizes}], a local folder, or a hub id"
     )
-    parser.add_argument("--method", choices=METHODS, default="loramoe")
+    parser.add_argument("--method", choices=all_methods(), default="loramoe")
     parser.add_argument(
         "--dtype", choices=DTYPES, nargs="+",
         help=f"default: of {' and '.join(CANDIDATES)} what this CPU multiplies fast; on CUDA all three",

@@ -1,5 +1,6 @@
 """A whole model as the frozen base, in eager PyTorch and in gci_kernels, and what is measured of it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import gci_kernels
 
 from .baselines import adapter_leaves, shared_copy, to_eager
-from .cases import HEADS, LORA_ALPHA, RANKS, change_adapters, random_rows, trained_rows
+from .cases import LORA_ALPHA, adapter_config, change_adapters, random_rows, ranks, trained_rows
 from .models import ModelError, seeded
 from .timing import Timing, interleave, kept_copies, peak_memory, saved_bytes
 
@@ -56,11 +57,10 @@ def _config(model: nn.Module, method: str) -> PeftConfig:
         shape = config.hidden_size, trained_rows(config.hidden_size)
         rows = [random_rows(*shape, generator).tolist() for _ in range(config.num_hidden_layers)]
         return gci_kernels.LoKIConfig(positions=rows)
-    rank, num_experts = RANKS[method]
-    shape = dict(r=rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS[method])
-    if method == "loramoe":
-        return gci_kernels.LoRAMoEConfig(num_experts=num_experts, **shape)
-    return gci_kernels.ALoRAConfig(num_heads=HEADS, **shape) if method == "alora" else LoraConfig(**shape)
+    if method == "lora":
+        return LoraConfig(r=ranks("lora")[0], lora_alpha=LORA_ALPHA, target_modules=MLP)
+    targets = TARGETS.get(method, ATTENTION)
+    return dataclasses.replace(adapter_config(method), target_modules=targets)
 
 
 def _prepare(model: nn.Module, dtype: torch.dtype) -> None:

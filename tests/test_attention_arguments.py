@@ -5,6 +5,7 @@ import torch
 
 from gci_kernels.ops import Sequence, low_rank_attention
 from gci_kernels.ops.attention import api, choose_attention
+from gci_kernels.ops.bottleneck.plan import choose_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -38,6 +39,16 @@ def test_the_choice_is_a_function_of_tokens_dtype_and_device(monkeypatch):
             chosen(impl, dtype=dtype, device_type=device_type)
     with pytest.raises(ValueError, match="impl='triton' cannot run here: its kernels take .* not float64"):
         chosen("triton", dtype=torch.float64)
+
+
+def test_the_same_is_chosen_for_alora_linear():
+    for dtype in (*DTYPES, torch.float64):
+        for device_type in ("cpu", "cuda", "meta"):
+            for tokens in (1, 15, 16, 5000):
+                where = {"tokens": tokens, "dtype": dtype, "device_type": device_type}
+                for proved in (frozenset(), PROVED):
+                    plan = choose_plan("auto", **where, mixer="attention", proved=proved)
+                    assert plan.mix == chosen(**where, proved=proved), where
 
 
 def test_auto_asks_the_chooser(monkeypatch):

@@ -259,7 +259,10 @@ def test_sdist_holds_what_the_build_reads(tmp_path):
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert needed | {"setup.py", "build_cuda.py", "build_ninja.py", "tests/cuda_on_cpu/fibers.cpp"} <= names
+    assert (
+        needed | {"setup.py", "build_cpu.py", "build_cuda.py", "build_ninja.py", "tests/cuda_on_cpu/fibers.cpp"}
+        <= names
+    )
 
 
 # What the kernels use

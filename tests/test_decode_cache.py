@@ -30,7 +30,7 @@ def test_the_choice_is_a_function_of_sizes_and_dtypes():
 
 def test_launches_of_one_step_of_one_layer(monkeypatch):
     """On a GPU at most three with the base product's; on a CPU one call is everything."""
-    monkeypatch.setitem(plan._BUILT, "cuda", plan._DTYPES)
+    monkeypatch.setitem(plan.BUILT, "cuda", plan._DTYPES)
     proved = frozenset({"decode_step", "decode_attend"})
     for head in (None, 4):
         assert len(choose_decode(**KNOWN, head=head).launches) == 1

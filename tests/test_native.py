@@ -148,7 +148,7 @@ def test_every_instruction_set_gains_what_the_one_before_it_does():
                 choose_plan("auto", tokens=tokens, dtype=dtype, device_type="cpu", isa=isa, library=True)
                 for isa in (lower, higher)
             )
-            for stage, impl in vars(lesser).items():
+            for stage, impl in lesser._asdict().items():
                 assert impl != "native" or getattr(better, stage) == "native", (lower, higher, dtype, tokens, stage)
 
 

@@ -7,9 +7,9 @@ TESTS = Path(__file__).parent
 PARTS = (
     "adapter_cache", "alora", "alora_tuner", "attention", "attention_native", "attribution", "balance", "bench",
     "bottleneck", "budget", "central_prompt", "command", "convert", "convert_loramoe", "decode", "decode_layers",
-    "docs", "dropout", "forgetting", "gate", "golden", "hardware", "imports", "loki_tuner", "loramoe_tuner",
-    "merged_rows", "mixed_batches", "native", "patch", "peft_targets", "python_versions", "rega_cli", "roofline",
-    "row_linear", "scores", "selection", "sequence", "split", "training", "triton_compile", "tune",
+    "docs", "dropout", "forgetting", "fused_lora", "gate", "golden", "hardware", "imports", "loki_files", "loki_tuner",
+    "loramoe_tuner", "merged_rows", "mixed_batches", "native", "peft_targets", "published_loki", "python_versions",
+    "rega_cli", "roofline", "row_linear", "scores", "selection", "sequence", "training", "triton_compile", "tune",
 )  # fmt: skip
 
 

@@ -150,11 +150,11 @@ def run_case(case: Case, tensors: dict[str, Tensor], impl: str) -> dict[str, Ten
     generator = torch.Generator().manual_seed(2)
     douts = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in used.values()]
     torch.autograd.backward(list(used.values()), douts)
-    gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients: dict[str, Any] = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
     return {name: t.detach() for name, t in (outputs | gradients).items()}
 
 
-def _outputs(case: Case, leaves: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+def _outputs(case: Case, leaves: dict[str, Any], impl: str) -> dict[str, Tensor]:
     if case.method == "loki":
         return {"y": ops.loki_linear(**leaves, impl=impl)}
     x, weight, bias, A, B, *weights = (leaves[name] for name in ("x", "weight", "bias", *_adapter(leaves)))
@@ -188,7 +188,7 @@ def _step(case: Case, t: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     if impl == "reference":
         if past is None:
             return {"y": _outputs(case, t, impl)["y"]}
-        options = dict(num_heads=case.heads, scaling=2.0, sequence=ops.Sequence(None, _PAST), past=past, impl=impl)
+        options: Any = dict(num_heads=case.heads, scaling=2.0, sequence=ops.Sequence(None, _PAST), past=past, impl=impl)
         y, kv = ops.alora_linear(x[:, None], weight, bias, t["A"], t["qkv"], t["B"], **options)
         return {"y": y[:, 0], "output": kv[:, 0]}
     group: Any = _group(case, t)

@@ -130,7 +130,9 @@ class _Layer(BottleneckLayer):
         width = max((2 * self.r[name] for name in tokens.samples), default=0)
         kept: list[Any] = []
 
-        def step(rows, weight, bias, y, tokens) -> Tensor | None:
+        def step(
+            rows: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, tokens: mixed.Tokens
+        ) -> Tensor | None:
             groups = tokens.groups(self._group)  # held, for a step knows addresses alone
             if context.shape[1] != 1 or groups is None:
                 return None
@@ -138,7 +140,7 @@ class _Layer(BottleneckLayer):
             reserved = None if found is None else context.reserve(layer_key, key, width, rows.dtype, rows.device)
             return None if reserved is None else found.attend(rows, y, *reserved)
 
-        def add(y, rows, name, samples) -> Tensor:
+        def add(y: Tensor, rows: Tensor, name: str, samples: Tensor) -> Tensor:
             if not kept:
                 new = rows.new_zeros(*context.shape, width, dtype=autocast_dtype(rows))
                 kept.extend((new, context.past(layer_key, key, new)))
@@ -176,7 +178,7 @@ def _shortened(names: list[str]) -> str:
 class _Model(BottleneckModel):
     """PEFT's tuner for GCI_ALORA. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which learns of the decoder layers, and attaches the model to gci_kernels.generation.sequence."""
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
@@ -202,8 +204,9 @@ class _Model(BottleneckModel):
         self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
-    ) -> None:
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
         indices = self._inside.get(target)
         if indices is None:

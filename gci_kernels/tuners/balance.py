@@ -86,7 +86,7 @@ class BalanceCollector:
 
     def __init__(self) -> None:
         # By thread, for DataParallel's replicas share their collector. None: a pass whose batch has no task_types.
-        self._passes: dict[int, _ForwardPass | None] = {}
+        self.passes: dict[int, _ForwardPass | None] = {}
         self._warned: set[str] = set()
         self._used = False  # a loss with the constraint in it has been differentiated
         self._handles: list[RemovableHandle] = []
@@ -94,12 +94,12 @@ class BalanceCollector:
     @property
     def active(self) -> bool:
         """Whether a forward pass collects gates now."""
-        return bool(self._passes) and (torch.compiler.is_compiling() or threading.get_ident() in self._passes)
+        return bool(self.passes) and (torch.compiler.is_compiling() or threading.get_ident() in self.passes)
 
     def _current(self) -> _ForwardPass | None:
         if torch.compiler.is_compiling():  # which cannot ask for the thread; replicas are not compiled
-            return next(iter(self._passes.values()))
-        return self._passes[threading.get_ident()]
+            return next(iter(self.passes.values()))
+        return self.passes[threading.get_ident()]
 
     def record(
         self, key: str, gates: Tensor, output: Tensor, *, weight: float, delta: float, include_padding: bool,
@@ -141,9 +141,9 @@ class BalanceCollector:
         if not model.training:
             return args, kwargs
         if task_types is not None:
-            self._passes[_thread()] = self._begin(model, torch.as_tensor(task_types), args, kwargs)
+            self.passes[_thread()] = self._begin(model, torch.as_tensor(task_types), args, kwargs)
         elif NO_TASKS not in self._warned and torch.is_grad_enabled():
-            self._passes[_thread()] = None
+            self.passes[_thread()] = None
         return args, kwargs
 
     def _begin(self, model: nn.Module, task_types: Tensor, args: tuple, kwargs: dict) -> _ForwardPass:
@@ -168,7 +168,7 @@ class BalanceCollector:
             TypeError: a tuple, whose first entry is no loss.
             ValueError: a task type is neither 0 nor 1.
         """
-        forward_pass = self._passes.pop(_thread(), None)
+        forward_pass = self.passes.pop(_thread(), None)
         if forward_pass is None or output is None:
             return None
         if forward_pass.left_out:

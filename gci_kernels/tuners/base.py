@@ -22,6 +22,7 @@ from gci_kernels.tuners.methods import method_type
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    """TypeError or ValueError, with the argument's name, unless value is an integer in [low, high]."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
@@ -29,6 +30,7 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_number(name: str, value: float, allowed: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """TypeError or ValueError, with the argument's name and what is `allowed`, unless value is in [low, high]."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and low <= value <= high):
@@ -137,7 +139,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.key = where
         getattr(self, self.settings_name)[name] = adapter_file.Settings(where, self.settings_of(config))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for former, present in self.former_names.items():
             for key in [key for key in state_dict if key.startswith(f"{prefix}{former}.")]:
                 state_dict[f"{prefix}{present}.{key.removeprefix(f'{prefix}{former}.')}"] = state_dict.pop(key)
@@ -151,7 +153,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
         mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
-            return self._adapted(x, among(self._active_adapter, self.r))
+            active = self._active_adapter
+            if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
+                active = among(active, self.r)
+            return self._adapted(x, active)
         if args or kwargs:
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
@@ -199,6 +204,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return None
 
     def extra_repr(self) -> str:
+        """What printing the model shows of the layer: its adapters by name."""
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
 
 
@@ -215,7 +221,7 @@ class AdaptedModel(BaseTuner):
     gci_impl = "auto"  # what new layers get; gci_kernels.patch sets another on the instance
     tuner_layer_cls: type[Any]
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT's models give a dictionary, and load through the renaming below; transformers' load_adapter does neither.
         if isinstance(peft_config, AdaptedConfig) and peft_config.earlier and self._renamed(peft_config):
             raise ValueError(
@@ -235,8 +241,9 @@ class AdaptedModel(BaseTuner):
         layer.update_layer(name, config)
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
-    ) -> None:
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(target, self.tuner_layer_cls):
             with _whole(base):
@@ -255,7 +262,7 @@ class AdaptedModel(BaseTuner):
                 layer.gci_impl = self.gci_impl
             self._replace_module(parent, target_name, layer, target)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""
         config = self.peft_config[adapter_name]
         self._check_parents(model, config)
@@ -263,7 +270,7 @@ class AdaptedModel(BaseTuner):
         parents.disable_fast_paths(model)
         experts.warn(model, config, self.tuner_layer_cls.method_name)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         parents.restore_fast_paths(model)
         return model
@@ -276,7 +283,9 @@ class AdaptedModel(BaseTuner):
             check_modules_to_save(peft_config, (name for name, _ in model.named_modules()))
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The file's keys as the model has them; a file that does not fit is refused."""
         state_dict = adapter_file.rename(state_dict, cls.tuner_layer_cls.former_names)
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -284,7 +293,7 @@ class AdaptedModel(BaseTuner):
         return found
 
     @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's way into mixed batches, around a forward or generate() whose arguments it gets."""
         if kwargs.get("adapter_names") is None:
             yield

@@ -77,6 +77,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
 
     unmerges_exactly = True
     method: ClassVar[Method]
+    roles: ClassVar[tuple[str, ...]]  # what the method calls its tensors: A, B and the mixer's weights
     settings: dict[str, tuple[int, ...]]  # the mixer's numbers
     dropout_p: dict[str, float]
     configs: dict[str, Any]
@@ -266,6 +267,7 @@ def register(
         "method": method,
         "method_name": method.name,
         "adapter_layer_names": names,
+        "roles": tuple(parts_of(method, made)),
         "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings),
         "settings_name": settings,
         "__annotations__": dict.fromkeys(names, nn.ParameterDict),

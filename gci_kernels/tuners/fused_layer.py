@@ -67,8 +67,5 @@ class FusedLayer:
 
 def among(active: str | Sequence[str], present: Container[str]) -> Sequence[str]:
     """The `active` adapters, a name or several as PEFT's layers keep them, that are `present`."""
-    if len(active) == 1 and type(active) is not str:  # nearly always
-        return active if active[0] in present else ()
-    if type(active) is str:
-        return (active,) if active in present else ()
-    return [name for name in active if name in present]
+    names = (active,) if isinstance(active, str) else active
+    return [name for name in names if name in present]

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.class_swap import parts_of
 from gci_kernels.limits import MAX_DECODE_TOKENS
-from gci_kernels.ops.decode import has_kernels
+from gci_kernels.ops.decode import plan
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import hooks
 from gci_kernels.tuners.frozen import UpcastLinear
@@ -79,7 +79,9 @@ def takes_steps(impl: str, x: Tensor) -> bool:
     device = x.device.type
     if impl != "auto" and not (impl == "native" and device == "cpu"):
         return False
-    return has_kernels(x.dtype, device) and not torch.is_autocast_enabled(device) and not transformed()
+    if x.dtype not in plan.BUILT.get(device, ()) or device != "cpu" and not plan.has_kernels(x.dtype, device):
+        return False
+    return not torch.is_autocast_enabled(device) and not transformed()
 
 
 def combine(base: nn.Module, x: Tensor, names: Sequence[str], update: Update, step: Step | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """PEFT's LoRA linear layers with a fused forward. The instance changes its class and nothing else."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,13 +92,17 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        names = among(self._active_adapter, self._modules["lora_A"]._modules)  # type: ignore[union-attr]  # it is there
+        names, present = self._active_adapter, self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
+        if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
+            names = among(names, present)
         for name in names:
             if lora_obstacle(self, name) is not None:
                 return own_forward(self, x)
         return self._run(x, names)
 
-    def _mixed(self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args, **kwargs) -> Tensor:
+    def _mixed(
+        self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args: Any, **kwargs: Any
+    ) -> Tensor:
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
@@ -174,13 +178,13 @@ class FusedLoraModel(Swapped, _Tuner):
     """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
 
     @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None or not self._takes(names):
             with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):  # which raises
                 yield
             return
-        taking = (lora.LoraLayer, AuxiliaryTrainingWrapper)
+        taking: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
                 yield

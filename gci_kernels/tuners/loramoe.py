@@ -92,7 +92,9 @@ class _Layer(BottleneckLayer):
         return y
 
     def _group(self, name: str, count: int, first: int = 0) -> Group | None:
-        return None if self.collector.active else super()._group(name, count, first)
+        if self.collector.passes and self.collector.active:
+            return None
+        return super()._group(name, count, first)
 
 
 class _Model(BottleneckModel):

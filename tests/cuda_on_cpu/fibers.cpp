@@ -24,7 +24,7 @@ constexpr size_t stack_bytes = 256 << 10;
 // A context is entered once; from then on jumps lead in and out, which need no system call.
 struct Fiber {
   ucontext_t context;
-  jmp_buf place;
+  jmp_buf saved;
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   bool started, finished;
   int waits_for;  // 0: nothing, 1: its warp, 2: its block
@@ -42,7 +42,7 @@ bool waited, broken;
 void wait_at(int barrier) {
   Fiber& own = fibers[current];
   own.waits_for = barrier;
-  if (!_setjmp(own.place)) _longjmp(scheduler, 1);
+  if (!_setjmp(own.saved)) _longjmp(scheduler, 1);
 }
 
 void enter() {
@@ -55,7 +55,7 @@ void enter() {
 void resume(unsigned i) {
   current = threadIdx.x = i;
   if (_setjmp(scheduler)) return;
-  if (fibers[i].started) _longjmp(fibers[i].place, 1);
+  if (fibers[i].started) _longjmp(fibers[i].saved, 1);
   fibers[i].started = true;
   setcontext(&fibers[i].context);
 }

@@ -51,7 +51,7 @@ def lora_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    return _checked(x, weight, bias, A, B, None, IDENTITY, (), scaling, dropout_p, impl)[0]
+    return _checked(Operands(x, weight, bias, A, B), IDENTITY, (), scaling, dropout_p, impl)[0]
 
 
 def loramoe_linear(
@@ -82,10 +82,10 @@ def loramoe_linear(
     """
     if top_k is None:
         top_k = router.shape[0] if isinstance(router, Tensor) and router.dim() else 1
-    return _checked(x, weight, bias, A, B, router, GATE, (top_k,), scaling, dropout_p, impl)
+    return _checked(Operands(x, weight, bias, A, B, router), GATE, (top_k,), scaling, dropout_p, impl)
 
 
-def alora_linear(
+def alora_linear(  # noqa: PLR0913  # what the method has, by name
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, qkv: Tensor, B: Tensor,
     *, num_heads: int, scaling: float, residual: bool = False, dropout_p: float = 0.0,
     sequence: Sequence | None = None, past: Tensor | None = None, impl: str = "auto",
@@ -116,7 +116,8 @@ def alora_linear(
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
     numbers = (num_heads, int(residual))
-    return _checked(x, weight, bias, A, B, qkv, ATTENTION, numbers, scaling, dropout_p, impl, sequence, past)
+    operands = Operands(x, weight, bias, A, B, qkv, None, past)
+    return _checked(operands, ATTENTION, numbers, scaling, dropout_p, impl, sequence)
 
 
 def bottleneck_linear(
@@ -138,20 +139,21 @@ def bottleneck_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    y, output = _checked(x, weight, bias, A, B, weights, mixer, tuple(settings), scaling, dropout_p, impl)
+    operands = Operands(x, weight, bias, A, B, weights)
+    y, output = _checked(operands, mixer, tuple(settings), scaling, dropout_p, impl)
     return y, None if mixer.output is Output.NONE else output
 
 
 def _checked(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, weights: Tensor | None, mixer: Mixer,
-    numbers: tuple[int, ...], scaling: float, dropout_p: float, impl: str, sequence: Sequence | None = None,
-    past: Tensor | None = None,
+    operands: Operands, mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float, impl: str,
+    sequence: Sequence | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on arguments that a user gave."""
     check_impl(impl)
-    x, weight, bias = autocast(x, weight, bias)
-    operands = Operands(x, weight, bias, A, B, weights, None, past)
-    _check_linear(operands, scaling, dropout_p)
+    x, weight, bias = autocast(*operands[:3])
+    t = operands._replace(x=x, weight=weight, bias=bias)
+    A, B, weights, past = t.A, t.B, t.weights, t.past
+    _check_linear(t, scaling, dropout_p)
     if mixer.check is not None:
         mixer.check(x, A, weights, numbers)
     elif weights is not None:
@@ -159,8 +161,8 @@ def _checked(
     columns = mixer.columns(A.shape[0], 0 if weights is None else weights.shape[0])
     check_tensor("B", B, (None, columns), x, same_dtype=False)
     if sequence is not None or past is not None:
-        operands = operands._replace(segments=_segments(x, A, sequence, past))
-    return adapted_linear(operands, mixer, numbers, scaling, dropout_p, impl)
+        t = t._replace(segments=_segments(x, A, sequence, past))
+    return adapted_linear(t, mixer, numbers, scaling, dropout_p, impl)
 
 
 def adapted_linear(
@@ -185,7 +187,7 @@ def adapted_linear(
         x, weight, bias = autocast(x, weight, bias)
         t = t._replace(x=x, weight=weight, bias=bias)
         _check_linear(t, scaling, dropout_p)
-    formula, compiling = transformed(), torch.compiler.is_compiling()
+    formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
         # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
         if dropout_p and not (formula or compiling):

@@ -74,8 +74,9 @@ def backward(
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
     x, dy, plan, mixer = rows(t.x), rows(dy), s.plan, STAGES[s.mixer]
     call, drop, gradients = make_call(t, s, _sum_dtype(s.plan.project, t.x.dtype), plan.mix), dropout_of(t, s), []
+    dB: Any = None
+    dweights: Any = None
     if needs_x or needs_stack or needs_B or needs_weights:
-        dB = None
         if needs_B and stages.one_reading(plan, dy, t.B.shape[1]):
             du, dB = stages.project_reduce(plan, dy, t.B, mixer.recompute(t.weights, kept, call))
         else:
@@ -118,7 +119,8 @@ def _gradients(
     else:
         found = _exact_backward(dy, doutput, t, kept, s, formed)
     given = iter(found)
-    dx, dweight, dbias, dstack, dB, dweights = (next(given) if needed else None for needed in formed)
+    made: Any = [next(given) if needed else None for needed in formed]
+    dx, dweight, dbias, dstack, dB, dweights = made
     dA = dstack[: t.A.shape[0]].to(t.A.dtype) if needs_A else None
     if needs_weights:
         dweights = (dstack[t.A.shape[0] :] if joins else dweights).to(t.weights.dtype)

@@ -58,28 +58,28 @@ class Output(enum.Enum):
 #: formula(h [*lead, rank], weights, call) -> u [*lead, columns of B], unscaled, or (u, output) where the mixer declares
 #: an output. Plain PyTorch in any floating dtype, differentiable. `weights` are x @ weights.T [*lead, n] where they
 #: join `project`, else the weights themselves, in h's dtype; None where the mixer has none.
-Formula = Callable[[Tensor, Tensor | None, Call], Any]
+Formula = Callable[[Tensor, Any, Call], Any]
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 class Stages(Protocol):
     """A mixer's forward and backward, on rows: by hand, or made of its formula (by_autograd.py)."""
 
-    def forward(self, projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Kept, Tensor]:
+    def forward(self, projected: Tensor, weights: Any, call: Call) -> tuple[Tensor, Kept, Tensor]:
         """projected [tokens, rank, and the weights' rows where they join] -> u [tokens, columns of B], kept, output.
 
         u is scaled, in x's dtype. Where there is no output, an empty tensor stands for it.
         """
 
-    def recompute(self, weights: Tensor | None, kept: Kept, call: Call) -> Tensor:
+    def recompute(self, weights: Any, kept: Kept, call: Call) -> Tensor:
         """u once more, in backward."""
 
     def backward(
-        self, du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
+        self, du: Tensor, doutput: Tensor | None, weights: Any, kept: Kept, call: Call
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """du [tokens, columns of B] -> dprojected in x's dtype, the weights' gradient (None where they join), u."""
 
-    def shapes(self, weights: Tensor | None, call: Call) -> list[Shape]:
+    def shapes(self, weights: Any, call: Call) -> list[Shape]:
         """Shape and dtype of the three tensors of Kept, and of the output."""
 
 

@@ -1,6 +1,6 @@
 """The records that the parts of the op hand each other."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     A: Tensor
     B: Tensor
-    weights: Tensor | None = None
+    weights: Any = None
     segments: Tensor | None = None
     past: Tensor | None = None
     seed: Tensor | None = None

@@ -9,7 +9,11 @@ from gci_kernels.limits import MAX_DECODE_COLUMNS, MAX_DECODE_HEAD_SIZE, MAX_DEC
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Device -> the dtypes of x that its kernels were built for.
-_BUILT = {"cpu": _DTYPES if native.available() else (), "cuda": _DTYPES if native.CUDA_DIGEST else ()}
+#: The dtypes that kernels of this build take, by device type.
+BUILT: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": _DTYPES if native.available() else (),
+    "cuda": _DTYPES if native.CUDA_DIGEST else (),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def has_kernels(dtype: torch.dtype, device_type: str, attends: bool = False) -> 
 
     `attends`: whether the adapters have attention.
     """
-    if dtype not in _BUILT.get(device_type, ()):
+    if dtype not in BUILT.get(device_type, ()):
         return False
     return device_type == "cpu" or all(map(hardware.proves, _needed(attends)))
 
@@ -59,7 +63,7 @@ def choose_decode(
     """
     fits = 1 <= tokens <= MAX_DECODE_TOKENS and columns <= MAX_DECODE_COLUMNS and experts <= MAX_EXPERTS
     fits = fits and (head is None or head <= MAX_DECODE_HEAD_SIZE)
-    if not (fits and dtype in _BUILT.get(device_type, ()) and adapter_dtype in (dtype, torch.float32)):
+    if not (fits and dtype in BUILT.get(device_type, ()) and adapter_dtype in (dtype, torch.float32)):
         return None
     if device_type == "cpu":
         return _CPU

@@ -1,6 +1,9 @@
-"""The registered operators gci_kernels::row_linear and ::row_linear_backward, and the derivative that joins them.
+"""Forward and backward of every form: a torch.autograd.Function, and the same as registered operators.
 
 Saved for backward: x, and the weights, which are in memory anyway. W's own gradient is never formed.
+
+Eager mode calls the Function, which costs less than an operator's dispatch. The operators gci_kernels::row_linear and
+::row_linear_backward are for torch.compile, fake tensors and dispatch modes.
 """
 
 from types import ModuleType
@@ -8,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gci_kernels.impl import implementation
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.row_linear import reference
-from gci_kernels.ops.transforms import differentiated_again, no_derivative, plain_gradients
+from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth, no_derivative, plain_gradients
 from gci_kernels.ops.upcast import reduced
 
 _library = torch.library.Library("gci_kernels", "FRAGMENT")
@@ -92,7 +96,8 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if differentiated_again(dy):
         dx, dactive, dactive_bias = _formula_backward(dy, *ctx.saved_tensors, needs)
     else:
-        gradients = iter(torch.ops.gci_kernels.row_linear_backward(dy, *ctx.saved_tensors, ctx.form, needs))
+        op = _row_linear_backward if _is_eager(dy) else torch.ops.gci_kernels.row_linear_backward
+        gradients = iter(op(dy, *ctx.saved_tensors, ctx.form, needs))
         dx, dactive, dactive_bias = (next(gradients) if needed else None for needed in needs)
     active_dtype, bias_dtype = ctx.dtypes
     dactive = None if dactive is None else dactive.to(active_dtype)
@@ -125,4 +130,43 @@ torch.library.register_fake("gci_kernels::row_linear", _row_linear_fake, lib=_li
 torch.library.register_fake("gci_kernels::row_linear_backward", _row_linear_backward_fake, lib=_library)
 torch.library.register_autograd("gci_kernels::row_linear", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("gci_kernels::row_linear_backward", no_derivative("row_linear_backward"), lib=_library)
-row_linear = torch.ops.gci_kernels.row_linear.default
+
+
+class _RowLinear(torch.autograd.Function):
+    """The operator gci_kernels::row_linear for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y = _row_linear(*args)
+        _setup_context(ctx, args, y)
+        return y
+
+    backward = staticmethod(_backward)
+
+
+# torch.autograd.Function.apply searches its arguments for tensors of torch.func, under which the formula runs instead.
+_apply = super(torch.autograd.Function, _RowLinear).apply
+
+
+def _is_eager(t: Tensor) -> bool:
+    """Whether nothing has to see an operator: no compiler, no dispatch mode, no subclass such as a fake tensor."""
+    return not is_dynamo_compiling() and dispatch_mode_depth() == 0 and type(t) in (Tensor, torch.nn.Parameter)
+
+
+def row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None,
+    form: str,
+) -> Tensor:  # fmt: skip
+    """x @ W'.T + b', [..., out] in x's dtype; differentiable in x, active and active_bias. Nothing is checked.
+
+    Args:
+        x: [..., in], any floating dtype and device.
+        weight: [out, in] in x's dtype; W, or W' with the form "kept".
+        bias: [out] in x's dtype, or None.
+        active: [k, in], any floating dtype; used in x's.
+        positions: [k] int64, distinct: the rows of W' that `active` holds.
+        active_bias: [k], any floating dtype, used in x's; or None. It needs a bias.
+        form: one of :data:`~gci_kernels.ops.row_linear.plan.FORMS`.
+    """
+    run = _apply if _is_eager(x) else torch.ops.gci_kernels.row_linear.default
+    return run(x, weight, bias, active, positions, active_bias, form)
