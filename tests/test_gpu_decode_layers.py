@@ -166,7 +166,7 @@ def test_generation_takes_the_kernels(method, dtype, cache, taken, monkeypatch):
     found = model.generate(input_ids=ids, **options)
     assert len(taken) in ((new - 1) * ADAPTED, new * ADAPTED)  # of LoRA the prompt, too, is few enough tokens
     if dtype == torch.float32:
-        monkeypatch.setattr(fusion, "decodes", lambda x: False)
+        monkeypatch.setattr(fusion, "takes_steps", lambda impl, x: False)
         assert torch.equal(model.generate(input_ids=ids, **options), found)
 
 

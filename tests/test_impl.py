@@ -32,7 +32,8 @@ def test_same_numbers_through_what_was_asked_for(method, impl, monkeypatch):
     else:
         assert plans == {" ".join(f"{s}={impl}" for s in ("project", "mix", "expand", "reduce", "dropout"))}
     assert {line.decode for line in report(model)} == {None}
-    monkeypatch.setattr(fusion, "decodes", lambda x: pytest.fail("a decoding step"))
+    takes = fusion.takes_steps
+    monkeypatch.setattr(fusion, "takes_steps", lambda *args: takes(*args) and pytest.fail("a decoding step"))
     tokens = model.generate(ids(2, 5), attention_mask=torch.ones(2, 5), max_new_tokens=4, do_sample=False)
     monkeypatch.undo()
     losses = []

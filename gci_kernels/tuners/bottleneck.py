@@ -104,7 +104,8 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         found: list[Any] = []
         for container in self.adapter_layer_names:
             own: Any = self._modules[container]
-            tensor = own._parameters.get(name)
+            # Looked up as an item: the dictionary may be one that gathers a sharded parameter (DeepSpeed's ZeRO-3).
+            tensor = own._parameters[name] if name in own._parameters else None
             # A replica of torch.nn.DataParallel keeps them elsewhere, and an offloaded one has to be brought.
             found.append(self.parameter(container, name) if tensor is None or tensor.is_meta else tensor)
         return found if len(found) == 3 else (*found, None)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Output, Shape
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
 
 class ByAutograd:
     """The :class:`~gci_kernels.ops.bottleneck.mixer.Stages` of a mixer's formula.
@@ -32,20 +34,15 @@ class ByAutograd:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
         own = weights is not None and not self.mixer.joins
-
-        def formula(projected: Tensor, given: Tensor | None = weights) -> tuple[Tensor, ...]:
-            u, output = self._run(projected, given, call)
-            return (u, output) if self.mixer.output is Output.DIFFERENTIABLE else (u,)
-
-        # torch.func differentiates below an operator's dispatch too, where autograd records nothing.
-        inputs = (kept.projected, weights) if own else (kept.projected,)
-        outputs, pull, *_ = torch.func.vjp(formula, *inputs)
-        gradients = [(du * call.scaling).to(outputs[0].dtype).view(outputs[0].shape)]
-        if len(outputs) > 1:
-            given = torch.zeros_like(outputs[1]) if doutput is None else doutput
-            gradients.append(given.to(outputs[1].dtype).view(outputs[1].shape))
-        dprojected, *dweights = pull(tuple(gradients))
-        return dprojected.to(call.dtype), dweights[0] if own else None, self._scaled(outputs[0], call)
+        # Within an operator autograd is left out of the dispatch: it is taken in again for the formula.
+        with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
+            leaves = [t.detach().requires_grad_() for t in ((kept.projected, weights) if own else (kept.projected,))]
+            u, output = self._run(leaves[0], leaves[1] if own else weights, call)
+            outputs, gradients = [u], [(du * call.scaling).to(u.dtype).view(u.shape)]
+            if doutput is not None and output.requires_grad:
+                outputs, gradients = [u, output], [*gradients, doutput.to(output.dtype).view(output.shape)]
+            dprojected, *dweights = torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True)
+        return dprojected.to(call.dtype), dweights[0] if own else None, self._scaled(u.detach(), call)
 
     def shapes(self, weights: Tensor | None, call: Call) -> list[Shape]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`; the formula is asked, on tensors without storage."""
