@@ -151,7 +151,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
-        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
+        mix = None if mixed.thread.state.batch is None else mixed.current(self)
+        if adapter_names is not None:
+            mix = mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
             active: Any = self._active_adapter
             if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
