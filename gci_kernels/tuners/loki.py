@@ -162,7 +162,8 @@ class LoKILinear(AdaptedLinear):
             y = self._fused(x, weight, bias, first)
         else:
             if product is None:
-                product = F.linear(x, weight, bias) if type(base) is nn.Linear else base(x)
+                plain = type(base) is nn.Linear
+                product = F.linear(x, weight, bias) if plain and weight is not None else base(x)
             y = self._replace_columns(product, x, first, in_place)
         for name in others:
             y = self._replace_columns(y, x, name, in_place)
