@@ -9,8 +9,7 @@ import torch
 from decode_cases import expected, group_of, make, run
 
 from gci_kernels.accuracy import relative_error
-from gci_kernels.limits import MAX_DECODE_TOKENS
-from gci_kernels.native import DTYPE_CODES, extension
+from gci_kernels.native import DTYPE_CODES
 from gci_kernels.ops.decode import choose_decode, find_step, plan, step
 from gci_kernels.tuners import fusion
 

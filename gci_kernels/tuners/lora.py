@@ -92,7 +92,8 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        names, present = self._active_adapter, self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
+        names: Any = self._active_adapter
+        present = self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
         if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
             names = among(names, present)
         for name in names:
