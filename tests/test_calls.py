@@ -11,7 +11,7 @@ LIMITS = {calls.training_forward: 35, calls.decoding_step: 20}
 
 
 @pytest.mark.parametrize("situation", LIMITS, ids=lambda situation: situation.__name__)
-@pytest.mark.parametrize("method", ["lora", "loramoe", "loki"])
+@pytest.mark.parametrize("method", ["lora", "loramoe", "alora", "loki"])
 def test_the_way_stays_short(method, situation, one_thread):
     measured = calls.measure(method, situation)
     entered = "\n".join(f"{code.co_filename}:{code.co_firstlineno} {code.co_name}" for code in measured.entered)

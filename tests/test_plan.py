@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toy_adapters import adapted, each_method, logits
 
 from gci_kernels import impl as implementations
 from gci_kernels.hardware import KERNELS, records
@@ -58,3 +59,13 @@ def test_on_a_gpu_it_waits_for_lasting_answers_and_follows_them(made, monkeypatc
     records._answers.update({(kernel, 1): False for kernel in KERNELS})
     monkeypatch.setattr(records, "_current_index", lambda: 1)
     assert set(ask()) == {"aten"}
+
+
+@each_method
+def test_an_unknown_implementation_is_named(method):
+    model = adapted(method)
+    for layer in model.modules():
+        if hasattr(layer, "gci_impl"):
+            layer.gci_impl = "foo"
+    with pytest.raises(ValueError, match=r"impl='foo' is unknown; allowed: 'auto'"):
+        logits(model)

@@ -60,7 +60,7 @@ class _Entry:
     def reserve(self, past: int, total: int, max_length: int) -> Tensor:
         """The buffer, with a capacity of at least `total` tokens; those after the first `past` may be written."""
         # torch.compile cannot trace is_inference(); where that matters, torch raises.
-        outside = not (torch.is_inference_mode_enabled() or is_dynamo_compiling())
+        outside = not (is_dynamo_compiling() or torch.is_inference_mode_enabled())
         if total > self.kv.shape[1] or not self.exclusive or outside and self.kv.is_inference():
             self._reallocate(past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
             if max_length and not torch.compiler.is_compiling():
@@ -207,8 +207,8 @@ class AdapterCache:
         entry = self._entries.get((layer_key, adapter))
         if entry is not None and entry.exclusive and entry.length == past < entry.kv.shape[1]:
             kv = entry.kv
-            usual = (kv.shape[0], kv.shape[2], kv.dtype, kv.device) == spec
-            if usual and (is_dynamo_compiling() or not kv.is_inference()):
+            writable = is_dynamo_compiling() or torch.is_inference_mode_enabled() or not kv.is_inference()
+            if writable and (kv.shape[0], kv.shape[2], kv.dtype, kv.device) == spec:
                 entry.length = past + 1
                 return kv
         entry = self._entry_to_extend(layer_key, adapter, spec, past)

@@ -181,7 +181,7 @@ def adapted_linear(
     t = new_record(Operands, operands)
     x, weight, bias, A, *_ = t
     device = x.device
-    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1] == A.shape[1] and device == A.device
+    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1:] == A.shape[1:] and device == A.device
     if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
         x, weight, bias = autocast(x, weight, bias)
         t = t._replace(x=x, weight=weight, bias=bias)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.impl import check_impl, native_obstacle, triton_obstacle
 from gci_kernels.ops.bottleneck.registry import find
 from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
 
@@ -131,8 +131,9 @@ def choose_plan(
             current one, which may check a kernel at its first use.
 
     Raises:
-        ValueError: an implementation is asked for and cannot run.
+        ValueError: an implementation is asked for that is unknown or cannot run.
     """
+    check_impl(impl)
     asked = {"triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl, native_obstacle)
     obstacle = asked(device_type, dtype)
     if impl in ("native", "triton", "upcast") and obstacle:
