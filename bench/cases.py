@@ -282,11 +282,8 @@ def _eager_layer(inputs: LayerInputs) -> nn.Module:
         return EagerLoKILinear(inputs.weight, None, inputs.active, inputs.positions)
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(inputs.weight, requires_grad=False)
-    return eager_layer(inputs.method, base, inputs.A, inputs.B, inputs.weights, inputs.scaling, _config(inputs.method))
-
-
-def _config(method: str) -> Any:
-    return None if method == "lora" else adapter_config(method)
+    config = None if inputs.method == "lora" else adapter_config(inputs.method)
+    return eager_layer(inputs.method, base, inputs.A, inputs.B, inputs.weights, inputs.scaling, config)
 
 
 def gci_variant(inputs: LayerInputs, impl: str = "auto") -> LayerVariant:

@@ -1,8 +1,8 @@
 """`gci-kernels bench`: the frozen base, eager PyTorch and gci_kernels, on one layer and on a whole model."""
 
 import argparse
-import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gci_kernels.files import write_whole
 from gci_kernels.progress import Bar, bar
 
 from . import report
 from .budget import LEAST_ROUNDS, Budget, halvings, largest_fitting
 from .cases import LayerCase, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
-from .machine import commit, machine, versions
+from .machine import environment, write_json
 from .models import ModelError, load_model
 from .products import CANDIDATES, fast_dtypes, product_rates, slowness
 from .settings import DTYPES, SIZES, Settings, add_arguments, check_outputs, device_of, settings_of
@@ -46,19 +45,17 @@ def main(args: argparse.Namespace) -> int:
     check_outputs(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    stderr = Console(stderr=True)
     try:
         result = _run(args)
     except CorrectnessError as error:
-        told = f"No times are shown: the correctness gate failed.\n{error}"
-        stderr.print(told, markup=False, highlight=False, soft_wrap=True)
+        print(f"No times are shown: the correctness gate failed.\n{error}", file=sys.stderr)
         return 1
     except ModelError as error:
-        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        print(error, file=sys.stderr)
         return 1
     report.print_tables(result, Console())
     if args.json:
-        write_whole(args.json, json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     if args.plot:
         report.draw(result, args.plot)
     return 0
@@ -74,9 +71,7 @@ def _run(args: argparse.Namespace) -> dict:
     run = _Run(settings, device, slowness(rates))
     return {
         "schema": SCHEMA,
-        "machine": machine(device),
-        "versions": versions(),
-        "commit": commit(),
+        **environment(device),
         "settings": asdict(settings),
         "products": {name: asdict(rate) for name, rate in rates.items()},
         "left_out": [] if args.dtype else [name for name in rates if name not in chosen],

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -116,11 +117,7 @@ def training_step(
 
     The op's functions are called without the dispatcher, which would ask meta tensors for shapes alone.
     """
-
-    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*sizes, dtype=dtype, device="meta")
-
-    experts = shape.experts
+    tensor, experts = partial(torch.empty, dtype=dtype, device="meta"), shape.experts
     operands = Operands(
         x=tensor(shape.tokens, shape.in_features),
         weight=tensor(shape.out_features, shape.in_features),
@@ -149,10 +146,7 @@ def row_step(
     shape: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward, and backward to x and the active rows and their bias, on meta tensors."""
-
-    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*sizes, dtype=dtype, device="meta")
-
+    tensor = partial(torch.empty, dtype=dtype, device="meta")
     x, dy = tensor(shape.tokens, shape.in_features), tensor(shape.tokens, shape.out_features)
     weight, b = tensor(shape.out_features, shape.in_features), tensor(shape.out_features) if bias else None
     active = tensor(shape.trained, shape.in_features, dtype=active_dtype)

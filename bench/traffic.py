@@ -64,7 +64,7 @@ class _Operations(TorchDispatchMode):
         inputs = [arg for arg in pytree.tree_leaves((args, kwargs or {})) if isinstance(arg, Tensor)]
         in_place = any(result is arg for arg in inputs)
         if not in_place:
-            self.allocated.append(_bytes(result))
+            self.allocated.append(result.nbytes)
         name = func._schema.name.removeprefix("aten::")
         if "empty" not in name:
             operations = 0
@@ -72,20 +72,16 @@ class _Operations(TorchDispatchMode):
                 left = inputs[-2]
                 operations = 2 * left.shape[0] * left.shape[1] * result.shape[1]
             # What is added to in place is read as an input and written as the result.
-            moved = sum(map(_bytes, inputs)) + _bytes(result)
+            moved = sum(tensor.nbytes for tensor in inputs) + result.nbytes
             self.costs.append(Cost(f"{self.direction}: {name}", moved, operations))
         return result
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _cost(name: str, call: Call, chip: Chip) -> Cost:
     """Bytes and operations of one Triton launch; ValueError for a kernel that is not counted here."""
     kernel, given = call.launch.name, call.arguments
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
-    size = {key.removesuffix("_ptr"): _bytes(tensor) for key, tensor in tensors.items()}
+    size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
     moved, operations = float(sum(size.values())), 0
     if kernel == "expand_fwd":
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]

@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ GRADIENT_TOLERANCE = 1e-3  # attention without scaled scores loses one more digi
 EFFECT = 1e-5  # a smaller change is rounding; an adapter in a router changes little more
 
 Make = Callable[[PreTrainedModel], PeftConfig]
+
+# Of each bottleneck method the class of its configs, its sizes, and what "all-linear but some" leaves out by name.
+SIZES: dict[str, tuple[Any, dict[str, int], list[str]]] = {
+    "lora": (LoraConfig, {"r": 4}, ["out_proj"]),
+    "loramoe": (LoRAMoEConfig, {"r": 2, "num_experts": 4}, []),
+    "alora": (ALoRAConfig, {"r": 4, "num_heads": 2}, []),
+}
 
 
 class Difference(Exception):
@@ -90,24 +98,18 @@ def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
 
 def configs(method: str) -> dict[str, Make]:
     """The configs to try, by the name of their targets: the method's default first, then those for every model."""
-    if method == "lora":
-        options: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
-        return {
-            "all-linear": lambda model: LoraConfig(**options),
-            "all-linear but some": lambda model: LoraConfig(**options, exclude_modules=["out_proj", *_derived(model)]),
-        }
     if method == "loki":
         return {
             "default": lambda model: LoKIConfig(positions={0: [1, 5, 9], 1: [0, 3]}),
             "by name": lambda model: LoKIConfig(positions=_last_linears(model)),
         }
-    sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
-    cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
-    options = {**sizes, "target_modules": "all-linear"}
+    cls, sizes, excluded = SIZES[method]
+    everywhere = partial(cls, **sizes, target_modules="all-linear")
+    default = {} if method == "lora" else {"default": lambda model: cls(**sizes)}
     return {
-        "default": lambda model: cls(**sizes),
-        "all-linear": lambda model: cls(**options),
-        "all-linear but some": lambda model: cls(**options, exclude_modules=_derived(model)),
+        **default,
+        "all-linear": lambda model: everywhere(),
+        "all-linear but some": lambda model: everywhere(exclude_modules=[*excluded, *_derived(model)]),
     }
 
 
