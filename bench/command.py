@@ -124,11 +124,12 @@ class _Run:
         if not {*SIZES} & {*self.settings.fixed}:
             self._bar.limit(seconds)
 
-    def _begin(self) -> None:
+    def _begin(self, what: str) -> None:
         """The next step."""
         self._budget.begin_step()
         self._bar.completed = sum(self._weights[: self._begun])
         self._begun += 1
+        self._tell(what)
 
     def _tell(self, what: str) -> None:
         self._bar.step(f"{self._dtype}: {what}")
@@ -159,8 +160,7 @@ class _Run:
     def _layer(self) -> dict:
         """The gate, which the model's gate builds on; and the times, where they are asked for."""
         settings, dtype = self.settings, getattr(torch, self._dtype)
-        self._begin()
-        self._tell("checking one layer")
+        self._begin("checking one layer")
         shrinks = SHRINKS["quick" if settings.quick else "full"]
         cases = [layer_case(settings.method, dtype, settings.adapter(dtype), shrink=shrink) for shrink in shrinks]
         # The gate's steps and its truth, a round to warm up, and those that are timed.
@@ -209,8 +209,7 @@ class _Run:
     def _train(self, variants: dict[str, nn.Module]) -> dict[str, dict]:
         """The gate's errors, and what a train step takes."""
         settings = self.settings
-        self._begin()
-        self._tell("finding the size of a train step")
+        self._begin("finding the size of a train step")
         batch, seq = self._train_size(variants)
         self._note("train step", f"{settings.batch}x{settings.seq}", f"{batch}x{seq}")
         errors = self._check(variants, gate_tokens(batch, seq))
@@ -258,8 +257,7 @@ class _Run:
 
     def _generate(self, part: str, variants: dict[str, nn.Module], tokenizer: Any, batch: int) -> dict:
         settings, what = self.settings, "generating" if batch == 1 else f"generating {batch} sequences together"
-        self._begin()
-        self._tell(what)
+        self._begin(what)
         counts = [settings.new_tokens]
         if "new_tokens" not in settings.fixed:
             counts = halvings(settings.new_tokens, LEAST_NEW_TOKENS)

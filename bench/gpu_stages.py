@@ -14,7 +14,7 @@ import torch
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import KERNELS, Shape
 from gci_kernels.hardware.stages import Stage
-from gci_kernels.proof.verify import obstacle
+from gci_kernels.proof.verify import obstacle, widened
 
 from .correctness import CorrectnessError
 from .costs import BottleneckShape, RowShape, chip_of, floor
@@ -73,8 +73,7 @@ def _floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 def _check(stage: Stage, dtype: torch.dtype) -> dict[str, list[float]]:
     """The errors of every implementation's results; CorrectnessError where one's exceed twice the library's."""
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in stage.operands.items()}
-    truth = stage.implementations["aten"](wide, torch.float64)
+    truth = stage.implementations["aten"](widened(stage.operands), torch.float64)
     errors = {
         impl: [relative_error(a, t) for a, t in zip(run(stage.operands, dtype), truth, strict=True)]
         for impl, run in stage.implementations.items()

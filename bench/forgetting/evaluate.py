@@ -1,7 +1,7 @@
 """Evaluation of a trained model: losses, the KL divergence from the original model, and answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,6 @@ class Point:
     general_loss: float
     kl_texts: float
     kl_own: float
-
-    def json(self) -> dict:
-        """The values by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
