@@ -17,7 +17,7 @@ from gci_kernels.hardware.stages import Stage
 from gci_kernels.proof.verify import obstacle, widened
 
 from .correctness import CorrectnessError
-from .costs import BottleneckShape, RowShape, chip_of, floor
+from .costs import chip_of, floor
 from .timing import cold_cache, interleave
 
 Entry = dict[str, Any]
@@ -64,11 +64,8 @@ def stage_entries(method: str, shape: Shape, dtype: torch.dtype, device: torch.d
 
 def _floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """The least time of each stage by name; nothing where the device's rates are not listed."""
-    chip, sizes = chip_of(device), (shape.tokens, shape.depth, shape.width)
-    if chip is None:
-        return {}
-    layer = RowShape(*sizes, shape.rows) if shape.rows else BottleneckShape(*sizes, shape.rank, shape.experts)
-    return {cost.name: cost.seconds(chip, dtype) for cost in floor(layer, dtype, dtype)}
+    chip = chip_of(device)
+    return {} if chip is None else {cost.name: cost.seconds(chip, dtype) for cost in floor(shape, dtype, dtype)}
 
 
 def _check(stage: Stage, dtype: torch.dtype) -> dict[str, list[float]]:

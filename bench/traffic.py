@@ -14,23 +14,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import Chip
 from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.ops.bottleneck.plan import Plan
 
-from .costs import BottleneckShape, Cost
+from .costs import Cost
 from .launches import Call, record, training_step
 
 PLANS = {"triton": TRITON, "aten": ATEN}
 
 
 def count(
-    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: Plan = TRITON
-) -> tuple[list[Cost], list[int]]:
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: Plan = TRITON,
+    dropout_p: float = 0.0,
+) -> tuple[list[Cost], list[int]]:  # fmt: skip
     """What forward and backward under `plan` move on `chip`, in order; and the bytes of each tensor they allocate."""
     costs: list[Cost] = []
     allocated: list[int] = []
-    directions = training_step(shape, dtype, adapter_dtype, plan=plan)
+    directions = training_step(shape, dtype, adapter_dtype, plan=plan, dropout_p=dropout_p)
     for name, direction in zip(("forward", "backward"), directions, strict=True):
         operations = _Operations(name)
 
