@@ -42,6 +42,12 @@ def adapter_config(method: str) -> Any:
     return _CONFIGS.get(method) or registered_methods()[method].example
 
 
+def mixing(method: str) -> dict[str, Any]:
+    """The mixer of a registered bottleneck method and its settings, as ops.bottleneck_linear takes them."""
+    registered = registered_methods()[method]
+    return {"mixer": registered.mixer, "settings": registered.settings(adapter_config(method))}
+
+
 def ranks(method: str) -> tuple[int, int]:
     """Rank and number of experts (1 where there are none) of a bottleneck method's adapter that is measured."""
     if method == "lora":
@@ -305,6 +311,5 @@ def _gci_bottleneck(inputs: BottleneckInputs, x: Tensor, impl: str) -> LayerVari
         return LayerVariant(lambda: ops.lora_linear(*base, A, B, **options), leaves, inputs.dy)
     if inputs.method == "loramoe":
         return LayerVariant(lambda: ops.loramoe_linear(*base, A, B, *weights, **options)[0], leaves, inputs.dy)
-    method = registered_methods()[inputs.method]
-    options |= dict(mixer=method.mixer, settings=method.settings(adapter_config(inputs.method)))
+    options |= mixing(inputs.method)
     return LayerVariant(lambda: ops.bottleneck_linear(*base, A, B, *weights, **options)[0], leaves, inputs.dy)

@@ -16,16 +16,7 @@ from gci_kernels import ops
 from gci_kernels.accuracy import error_bound, relative_error
 
 from .baselines import collect_grads
-from .cases import (
-    HEADS,
-    BottleneckInputs,
-    LayerInputs,
-    LayerVariant,
-    RowInputs,
-    adapter_config,
-    change_adapters,
-    registered_methods,
-)
+from .cases import HEADS, BottleneckInputs, LayerInputs, LayerVariant, RowInputs, change_adapters, mixing
 
 Errors = dict[str, dict[str, float]]  # tensor -> {"eager": error, "gci": error, "bound": largest error allowed}
 
@@ -160,9 +151,10 @@ def _bottleneck_truth(inputs: BottleneckInputs) -> tuple[Tensor, dict[str, Tenso
     elif inputs.method == "alora":
         h = _attention(*(h @ weights["qkv"].T).chunk(3, -1))
     elif inputs.method != "lora":
-        method = registered_methods()[inputs.method]
-        how = dict(mixer=method.mixer, settings=method.settings(adapter_config(inputs.method)), impl="reference")
-        update, _ = ops.bottleneck_linear(x, None, None, A, B, *weights.values(), scaling=inputs.scaling, **how)
+        how = mixing(inputs.method)
+        update, _ = ops.bottleneck_linear(
+            x, None, None, A, B, *weights.values(), scaling=inputs.scaling, impl="reference", **how
+        )
         return base + update, leaves
     return base + inputs.scaling * h @ B.T, leaves
 

@@ -98,7 +98,8 @@ def _cached_folder(folder: Path, make: Callable[[Path], Path], what: str, log: C
         shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(dir=make_cache_dir(), prefix="fetching-") as scratch:
         built = make(Path(scratch))
-        _write_manifest(built)
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(built.iterdir())]
+        (built / MANIFEST).write_text("".join(sums))
         try:
             built.rename(folder)
         except OSError:
@@ -118,11 +119,6 @@ def damaged_file(folder: Path) -> str | None:
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             return name
     return None
-
-
-def _write_manifest(folder: Path) -> None:
-    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / MANIFEST).write_text("".join(sums))
 
 
 def sha256(path: Path) -> str:

@@ -161,12 +161,8 @@ def slices(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
 def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> Entry:
     model = random_llama(shape, torch.bfloat16, device)
     variants = model_variants(model, method)
-    variants = {
-        "frozen": variants["frozen"],
-        "eager": variants["eager"],
-        "compiled": _compiled(variants["eager"], sizes.compiler),
-        "gci": variants["gci"],
-    }
+    gci = variants.pop("gci")
+    variants |= {"compiled": _compiled(variants["eager"], sizes.compiler), "gci": gci}
     ids, errors, left_out, peak = random_ids(model, batch, seq), {}, {}, {}
     steps = {name: partial(train_step, model, ids) for name, model in variants.items()}
     for name in list(steps):

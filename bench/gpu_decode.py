@@ -133,11 +133,9 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    models = {
-        name: model.eval() for name, model in model_variants(
-            random_llama(sizes.llama, torch.bfloat16, device), method
-        ).items()
-    }  # fmt: skip
+    models = model_variants(random_llama(sizes.llama, torch.bfloat16, device), method)
+    for model in models.values():
+        model.eval()
     if method == "alora":
         sequence.attach(models["eager"])  # it needs the past's length, which is then counted on the CPU
     past = sizes.past[method]
@@ -174,11 +172,11 @@ def _variants(
             raise RuntimeError(NO_EAGER_GRAPH)
         return Decoding(models[name], ids).capture()
 
-    def compile(name: str) -> Decoding:
-        return Decoding(models[name], ids).compile(compiler)
-
     if compiled:
-        return {f"{name} compiled": partial(compile, name) for name in ("frozen", "gci")}
+        return {
+            f"{name} compiled": lambda name=name: Decoding(models[name], ids).compile(compiler)
+            for name in ("frozen", "gci")
+        }
     made: dict[str, Callable[[], Decoding]] = {name: partial(Decoding, model, ids) for name, model in models.items()}
     return made | {f"{name} graph": partial(graph, name) for name in models}
 

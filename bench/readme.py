@@ -17,7 +17,7 @@ from pathlib import Path
 from .compatibility import table as compatibility
 from .forgetting.report import short_table
 from .markdown import at_commit, table
-from .report import COLUMNS, TIMED, display_name, draw, medians, number, rounds
+from .report import COLUMNS, TIMED, adapter_dtype, display_name, draw, medians, number, rounds
 
 RESULTS = Path("bench", "results")
 SOURCE, PICTURE = RESULTS / "cpu.json", RESULTS / "cpu.png"
@@ -113,14 +113,13 @@ def _where(result: dict) -> str:
     """What was measured, on which machine, with which versions and commit, and what was not measured."""
     settings, machine, versions = (result[name] for name in ("settings", "machine", "versions"))
     name = "SmolLM2-135M-Instruct" if settings["model"] == "smollm2" else settings["model"]
-    adapters = "float32" if settings["adapter_dtype"] == "float32" else "the model's dtype"
     steps = sorted({model["train"]["tokens"] for model in result["models"]})
     tokens = f", {' and '.join(map(str, steps))} tokens in a train step" if steps else ""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
     return (
-        f"{name} with {_adapter(result)}, adapters in {adapters}{tokens}; {device}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, peft {versions['peft']}{at_commit(result['commit'])}. Medians of "
-        f"{rounds(result)} interleaved rounds.{_left_out(result)}"
+        f"{name} with {_adapter(result)}, adapters in {adapter_dtype(result)}{tokens}; {device}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}"
+        f"{at_commit(result['commit'])}. Medians of {rounds(result)} interleaved rounds.{_left_out(result)}"
     )
 
 

@@ -1,6 +1,7 @@
 """The results of a run as tables for a terminal and as a plot, both from the content of its JSON file."""
 
 import itertools
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,32 +32,30 @@ TIMED = ("train", "generate", "generate_many")  # the parts of a model's results
 
 def print_tables(result: dict, console: Console) -> None:
     """Prints a table for each shape of layers and for the model in each dtype, and where they were measured."""
-    for _, layers in itertools.groupby(result["layers"], key=lambda layer: _shape(layer["case"])):
+    shape = operator.itemgetter("tokens", "in_features", "out_features")
+    for _, layers in itertools.groupby(result["layers"], key=lambda layer: shape(layer["case"])):
         console.print(layer_table(list(layers)))
     for model in result["models"]:
         console.print(model_table(result, model))
         console.print(_agreement(model["generate"]), markup=False, highlight=False)
     for line in notes(result):
         console.print(line, markup=False, highlight=False)
-    if _widest_spread(result) > DOUBTFUL_SPREAD:
+    if max(map(_half_span, _timings(result))) > DOUBTFUL_SPREAD:
         console.print(
             f"[yellow]Some times vary by more than ±{DOUBTFUL_SPREAD:.0%}: was the machine busy with other work?[/]"
         )
     console.print(f"[dim]{escape(provenance(result))}[/]", highlight=False)
 
 
-def _timed(result: dict) -> list[dict]:
-    """All parts of a result that hold times."""
-    return [*result["layers"], *(model[part] for model in result["models"] for part in TIMED if part in model)]
-
-
-def _widest_spread(result: dict) -> float:
-    return max(_half_span(timing) for part in _timed(result) for timing in part["seconds"].values())
+def _timings(result: dict) -> list[dict]:
+    """All timings of a result."""
+    parts = [*result["layers"], *(model[part] for model in result["models"] for part in TIMED if part in model)]
+    return [timing for part in parts for timing in part["seconds"].values()]
 
 
 def rounds(result: dict) -> str:
     """How often numbers were measured: "10", or "3 to 10"."""
-    counts = {len(timing["samples"]) for part in _timed(result) for timing in part["seconds"].values()}
+    counts = {len(timing["samples"]) for timing in _timings(result)}
     return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
@@ -90,14 +89,12 @@ def layer_table(layers: list[dict]) -> Table:
     for layer in layers:
         _row(table, f"{layer['case']['dtype']}, ms", _cells(layer["seconds"], unit=1000))
         _ratio_rows(table, layer)
-        if layer["floor_seconds"]:
-            _row(table, "  per cent of the roofline", _of_floor(layer))
+        floors, times = layer["floor_seconds"] or {}, layer["seconds"]
+        if floors:
+            shares = {name: f"{floors[name] / times[name]['median']:.0%}" for name in floors}
+            _row(table, "  per cent of the roofline", shares)
         table.add_section()
     return table
-
-
-def _shape(case: dict) -> tuple[int, int, int]:
-    return case["tokens"], case["in_features"], case["out_features"]
 
 
 def _size(case: dict) -> str:
@@ -105,12 +102,6 @@ def _size(case: dict) -> str:
         return f"{case['quota']}% of the rows trained"
     experts = f"{case['num_experts']} experts of " if case["method"] == "loramoe" else ""
     return f"{experts}rank {case['rank']}"
-
-
-def _of_floor(layer: dict) -> dict[str, str]:
-    """The lower bound of each time, by the chip's rates, as a percentage of the time."""
-    floors, times = layer["floor_seconds"], layer["seconds"]
-    return {name: f"{floors[name] / times[name]['median']:.0%}" for name in floors}
 
 
 def model_table(result: dict, model: dict) -> Table:
@@ -145,12 +136,13 @@ def provenance(result: dict) -> str:
     return (
         f"Medians of {rounds(result)} interleaved rounds; ± is half the span of the middle 80%. Adapter "
         "tax: time over the frozen base's, which carries the gradient to its input as well. A train step is forward "
-        f"and backward, without the optimizer; adapters in {_adapters(result)}.\n"
+        f"and backward, without the optimizer; adapters in {adapter_dtype(result)}.\n"
         f"{where}; {named}{at_commit(result['commit'])}"
     )
 
 
-def _adapters(result: dict) -> str:
+def adapter_dtype(result: dict) -> str:
+    """The dtype of the adapters, in words."""
     return "float32" if result["settings"]["adapter_dtype"] == "float32" else "the model's dtype"
 
 

@@ -53,11 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: of {' and '.join(CANDIDATES)} what this CPU multiplies fast; on CUDA all three",
     )  # fmt: skip
     parser.add_argument(
-        "--adapter-dtype",
-        choices=["model", "float32"],
-        default="model",
+        "--adapter-dtype", choices=["model", "float32"], default="model",
         help="model (default): adapters in the model's dtype; float32: PEFT's default, slower in eager PyTorch",
-    )
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     size = "sizes that are not given are reduced where the run would not end in time"
     parser.add_argument("--batch", type=positive, help=f"sequences in a train step (default: 2; {size})")

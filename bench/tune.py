@@ -148,7 +148,11 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     layers = args.layer or [(4096, 4096)]
     shapes = [layer_shape(method, args.tokens, *layer) for layer in layers for method in args.method]
-    found = list(run(shapes, dtype, device, lambda fn: _seconds(fn, device)))
+
+    def seconds(fn: Callable[[], object]) -> float:
+        return interleave({"fn": fn}, device=device, rounds=20, warmup=3)["fn"].median
+
+    found = list(run(shapes, dtype, device, seconds))
     Console().print(table(found, records.gpu(device)[0]))
     return 0
 
@@ -162,10 +166,6 @@ def run(
             tries = sum(map(len, target.launch.candidates.values()))
             with bar(f"{target.launch.name}, T={shape.tokens} {shape.depth}x{shape.width}", tries) as progress:
                 yield tune(target, device, seconds, progress.advance)
-
-
-def _seconds(fn: Callable[[], object], device: torch.device) -> float:
-    return interleave({"fn": fn}, device=device, rounds=20, warmup=3)["fn"].median
 
 
 def table(found: list[Found], gpu: str) -> Table:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import gci_kernels
 
@@ -122,7 +122,7 @@ def measure_training(
     return seconds, {"peak_memory": peak, "saved": saved, "copies": copies}
 
 
-def make_prompt(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
+def make_prompt(model: nn.Module, tokenizer: Tokenizer | None) -> dict[str, Tensor]:
     """A question, in the tokenizer's chat format if it has one; without a tokenizer 32 random tokens."""
     if tokenizer is None:
         ids = random_ids(model, 1, 32)
@@ -141,12 +141,7 @@ def generate(model: nn.Module, prompt: dict[str, Tensor], new_tokens: int) -> Te
 
 
 def measure_generation(
-    variants: dict[str, nn.Module],
-    tokenizer: transformers.PreTrainedTokenizerBase | None,
-    *,
-    batch: int = 1,
-    new_tokens: int,
-    **how: Any,
+    variants: dict[str, nn.Module], tokenizer: Tokenizer | None, *, batch: int = 1, new_tokens: int, **how: Any
 ) -> tuple[dict[str, Timing], dict]:
     """Times of a generation by variant (prefill included; `batch` rows of the same prompt), and what they agree on.
 
@@ -164,11 +159,7 @@ def measure_generation(
 
 
 def generations(
-    variants: dict[str, nn.Module],
-    tokenizer: transformers.PreTrainedTokenizerBase | None,
-    *,
-    batch: int,
-    new_tokens: int,
+    variants: dict[str, nn.Module], tokenizer: Tokenizer | None, *, batch: int, new_tokens: int
 ) -> dict[str, Callable[[], Tensor]]:
     """The calls that :func:`measure_generation` times, by variant; each sets its model to evaluation mode."""
     prompt = {name: tensor.expand(batch, -1) for name, tensor in make_prompt(variants["frozen"], tokenizer).items()}

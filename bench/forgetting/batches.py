@@ -1,11 +1,12 @@
 """Conversations as token ids, and batches of them in which only the answers' logits are computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
 
@@ -69,16 +70,15 @@ class Batch:
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
     """One batch of `examples`, padded with the token id `pad`."""
-    width, answer = max(len(e.ids) for e in examples), max(e.answer for e in examples)
-    ids = torch.full((len(examples), width), pad)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for row, example in enumerate(examples):
-        ids[row, width - len(example.ids) :] = torch.tensor(example.ids)
-        labels[row, width - len(example.ids) :] = torch.tensor(example.labels)
-        mask[row, width - len(example.ids) :] = 1
+
+    def padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value, padding_side="left")
+
+    ids, labels = padded((e.ids for e in examples), pad), padded((e.labels for e in examples), IGNORED)
+    mask = padded(([1] * len(e.ids) for e in examples), 0)
+    width = ids.shape[1]
     # No logits predict the first token of a text.
-    answer = min(answer, width - 1)
+    answer = min(max(e.answer for e in examples), width - 1)
     return Batch(ids, mask, labels[:, width - answer :], torch.tensor([e.task_type for e in examples]))
 
 

@@ -93,16 +93,15 @@ def _drawn(
 
 def _in_turn(candidates: list[Candidate], times: int, rng: random.Random) -> Iterator[Candidate]:
     """The candidates in random order, all of them `times` times; those similar to an earlier one come last."""
-    shuffled = rng.sample(candidates, len(candidates))
     similar: Counter = Counter()
-    ranks = []
-    for index, candidate in enumerate(shuffled):
+    ranks: list[tuple[int, Candidate]] = []
+    for candidate in rng.sample(candidates, len(candidates)):
         key = _similarity_key(candidate)
-        ranks.append((similar[key], index))
+        ranks.append((similar[key], candidate))
         similar[key] += 1
+    ranks.sort(key=lambda ranked: ranked[0])
     for _ in range(times):
-        for _, index in sorted(ranks):
-            yield shuffled[index]
+        yield from (candidate for _, candidate in ranks)
 
 
 def _similarity_key(candidate: Clause | Action) -> str:

@@ -112,9 +112,12 @@ class Evaluator:
         found["glosses"] = self.choose(model, self.held_out.glosses)
         return found
 
+    def _requests(self, prompts: Sequence[str]) -> list[Example]:
+        return [Example(tuple(ids), (0,) * len(ids)) for ids in map(self.chat, prompts)]
+
     def generate(self, model: nn.Module, prompts: Sequence[str], new_tokens: int) -> list[str]:
         """The greedy answer to each prompt, of at most `new_tokens` tokens."""
-        examples = [Example(tuple(ids), (0,) * len(ids)) for ids in map(self.chat, prompts)]
+        examples = self._requests(prompts)
         texts = [""] * len(prompts)
         for rows in by_length(examples, BATCH):
             batch = collate([examples[i] for i in rows], self.pad)
@@ -130,7 +133,7 @@ class Evaluator:
     @torch.inference_mode()
     def choose(self, model: nn.Module, choices: Sequence[Choice]) -> float:
         """The share of `choices` whose right option has the highest mean log-probability of its tokens."""
-        prompts = [Example(tuple(ids), (0,) * len(ids)) for ids in (self.chat(choice.prompt) for choice in choices)]
+        prompts = self._requests([choice.prompt for choice in choices])
         right = 0
         for rows in by_length(prompts, BATCH // 2):
             likelihood = self._likelihood(

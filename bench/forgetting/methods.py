@@ -11,6 +11,7 @@ from torch import nn
 import gci_kernels
 from gci_kernels import loki
 
+from ..baselines import to_eager
 from ..variants import MLP
 
 RANK = 32  # LoRAMoE's eight experts of rank 4 together
@@ -76,8 +77,4 @@ def adapt(model: nn.Module, method: Method, scores: Path, seed: int) -> nn.Modul
     model.requires_grad_(False)
     torch.manual_seed(seed)
     adapted = gci_kernels.patch(model, method.config(scores))
-    if not method.eager:
-        return adapted
-    from ..baselines import to_eager
-
-    return to_eager(adapted)
+    return to_eager(adapted) if method.eager else adapted

@@ -45,10 +45,6 @@ def lowest(reaches: Callable[[float], bool], start: float) -> float | None:
 
 def trials(runs: Runs) -> list[dict]:
     """The results of all finished trial runs, by method and rate."""
-    found = []
-    for name in SEARCHED:
-        for rate in GRID:
-            path = runs.path(name, replace(METHODS[name], learning_rate=rate), SEED)
-            if path.exists():
-                found.append(runs.read(path))
-    return found
+    methods = [(name, replace(METHODS[name], learning_rate=rate)) for name in SEARCHED for rate in GRID]
+    paths = [runs.path(name, method, SEED) for name, method in methods]
+    return [runs.read(path) for path in paths if path.exists()]

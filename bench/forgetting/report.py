@@ -117,7 +117,8 @@ def markdown(result: dict) -> str:
 
 def _introduction(result: dict) -> str:
     untouched, settings = result["untouched"]["points"][0], result["settings"]
-    start = untouched["general_loss"]
+    start, seeds = untouched["general_loss"], len(settings["seeds"])
+    over = f"Mean over {seeds} seeds, ± standard deviation." if seeds > 1 else "One seed."
     return (
         "SmolLM2-135M-Instruct learns three kinds of tasks about clauses of software licences: to read a term and "
         "calculate with it, to name what a clause is about, and to refuse or qualify what it does not allow. A run "
@@ -127,12 +128,8 @@ def _introduction(result: dict) -> str:
         f"{start:.3f} at first), and the KL divergence from the untouched model, on those texts and on its own answers "
         "to general instructions that no run trains on. Shares of right answers are those of the model that a run ends "
         "with; arithmetic and glosses have four answers to choose from. "
-        f"{_over(len(settings['seeds']))} All methods are asked under one prompt."
+        f"{over} All methods are asked under one prompt."
     )
-
-
-def _over(seeds: int) -> str:
-    return f"Mean over {seeds} seeds, ± standard deviation." if seeds > 1 else "One seed."
 
 
 # The cells of a method's row, by the heading of the column.

@@ -21,12 +21,9 @@ def add_attribute_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gci-kernels attribute`."""
     add_model(parser)
     parser.add_argument(
-        "--text",
-        type=Path,
-        required=True,
-        metavar="FILE",
+        "--text", type=Path, required=True, metavar="FILE",
         help=".jsonl: an object a line, with text or (for the chat template) messages; else: a sample a line",
-    )
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors, or FILE.h5 in the published layout")
     parser.add_argument("--path", choices=PATHS, default=PATHS[0], help="default: %(default)s, the faster one")
     parser.add_argument("--steps", type=positive, default=7, help="points on the path (default: %(default)s)")

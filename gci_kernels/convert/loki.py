@@ -268,7 +268,7 @@ def _published_parts(
     """What replaces a module's weight and bias."""
     rows = adapter[found["positions"]]
     weight, bias = f"{module}.weight", f"{module}.bias"
-    (outer, inner), dtype, k = model.shape(weight), model.dtype(weight), len(rows)
+    (outer, inner), dtype = model.shape(weight), model.dtype(weight)
     rest = published_layers.other_rows(rows, outer)
 
     def active() -> Tensor:
@@ -278,20 +278,18 @@ def _published_parts(
         change = adapter[found["B"]].to(wide) @ adapter[found["A"]].to(wide)
         return (model[weight].index_select(0, rows).to(wide) + settings.lora_alpha / settings.r * change).to(dtype)
 
-    index_map = torch.cat([rows, rest]).argsort()
+    def frozen(name: str) -> LazyTensor:
+        shape = (len(rest), *model.shape(name)[1:])
+        return LazyTensor(model.dtype(name), shape, lambda: model[name].index_select(0, rest))
+
     plans: dict[str, Plan] = {
         weight: {
-            f"{module}.active.weight": LazyTensor(dtype, (k, inner), active),
-            f"{module}.frozen.weight": LazyTensor(
-                dtype, (outer - k, inner), lambda: model[weight].index_select(0, rest)
-            ),
-            f"{module}.index_map": LazyTensor.of(index_map),
+            f"{module}.active.weight": LazyTensor(dtype, (len(rows), inner), active),
+            f"{module}.frozen.weight": frozen(weight),
+            f"{module}.index_map": LazyTensor.of(torch.cat([rows, rest]).argsort()),
         }
-    }  # fmt: skip
+    }
     if bias in model:
-        bias_dtype = model.dtype(bias)
-        plans[bias] = {
-            f"{module}.active_bias": LazyTensor(bias_dtype, (k,), lambda: adapter[found["active_bias"]].to(bias_dtype)),
-            f"{module}.frozen_bias": LazyTensor(bias_dtype, (outer - k,), lambda: model[bias].index_select(0, rest)),
-        }
+        active_bias = adapter[found["active_bias"]].to(model.dtype(bias))
+        plans[bias] = {f"{module}.active_bias": LazyTensor.of(active_bias), f"{module}.frozen_bias": frozen(bias)}
     return plans

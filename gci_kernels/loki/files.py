@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,8 +55,7 @@ def attribute_file(
     if hdf5 and is_finished_hdf5(out, texts, settings):
         return
     growing = out.with_name(out.name + ".partial") if hdf5 else out
-    config: Any = model.config
-    shape = (len(arch.layers), config.get_text_config().hidden_size)
+    shape = (len(arch.layers), arch.model.config.get_text_config().hidden_size)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(ScoresFile(growing, texts, shape, settings))
         missing, size = file.missing, batch or samples_together(arch, path, steps)
@@ -65,8 +63,7 @@ def attribute_file(
         bar = stack.enter_context(progress_bar("attribution", len(samples), completed=done, shown=progress))
         for first in range(0, len(missing), size):
             numbers = missing[first : first + size]
-            device: Any = model.device
-            rows = [torch.as_tensor(samples[number], dtype=torch.int64, device=device) for number in numbers]
+            rows = [torch.as_tensor(samples[number], dtype=torch.int64, device=arch.model.device) for number in numbers]
             ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, list(map(torch.ones_like, rows))))
             scores = attribute(model, ids, mask, path=path, steps=steps, projection=projection)
             for number, found in zip(numbers, scores, strict=True):
