@@ -61,10 +61,6 @@ class LaunchConfig:
     candidates: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
-def _no_stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One kernel, as far as code outside its op needs to know it. What is proved, is proved of a whole `Kernel`.
@@ -85,7 +81,7 @@ class Kernel:
     check: Callable[[Shape, torch.dtype, torch.device], Comparison]
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
-    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = _no_stages
+    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = lambda shape, dtype, device: {}
     needs: tuple[str, ...] = ()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.accuracy import Check, error_bound, relative_error
-from gci_kernels.hardware.kernels import Shape, get
+from gci_kernels.hardware.kernels import Comparison, Outputs, Shape, get
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: No size is a multiple of another, and activations lie in rows of a wider tensor.
@@ -41,6 +41,18 @@ def drawing(shape: Shape, device: torch.device) -> Callable[..., Tensor]:
         return wide.to(device)[:, :cols]
 
     return draw
+
+
+def compare(
+    outputs: Callable[[Any, dict[str, Tensor]], Outputs], kernel: Any, plain: Any, inputs: dict[str, Tensor],
+    rounded_to: torch.dtype | None = None,
+) -> Comparison:  # fmt: skip
+    """Compare outputs(kernel, inputs) with outputs(plain, inputs); the truth is outputs(plain, inputs in float64).
+
+    `rounded_to`: the dtype to which the op rounds all of its inputs first, where some of them are wider.
+    """
+    wide = {name: (t if rounded_to is None else t.to(rounded_to)).double() for name, t in inputs.items()}
+    return Comparison(lambda: outputs(kernel, inputs), outputs(plain, inputs), outputs(plain, wide))
 
 
 def check_kernel(

@@ -66,21 +66,27 @@ def reduced(u: Tensor, y: Tensor) -> Tensor:
 
 
 def large_product(
-    x: Tensor, y: Tensor, block: Callable[[slice], Tensor], finish: Callable[[Tensor, slice, slice], Tensor]
-) -> Tensor:
-    """y = finish(x @ w), computed block by block and written into y [tokens, width], which is returned.
+    x: Tensor, y: Tensor, block: Callable[[slice], Tensor], bias: Tensor | None = None,
+    finish: Callable[[Tensor, slice, slice], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """y = finish(x @ w + bias), computed block by block and written into y [tokens, width], which is returned.
 
     Args:
         x: [tokens, depth], bfloat16 or float16, on a CPU.
         block: takes a slice of columns; returns these columns of w [depth, width] in float32.
-        finish: takes a block of x @ w in float32, its rows and its columns; returns what is rounded and stored.
+        bias: [width], any floating dtype, or None.
+        finish: takes a block of the sums in float32, its rows and its columns; returns what is rounded and stored;
+            None: the sums are.
     """
     (tokens, depth), width = x.shape, y.shape[1]
     height = min(_ROWS, max(_BLOCK // max(depth, 1), 1))
     for rows in _blocks(tokens, height):
         wide = x[rows].float()
         for columns in _blocks(width, _BLOCK // max(depth, min(height, tokens), 1)):
-            y[rows, columns] = finish(torch.mm(wide, block(columns)), rows, columns)
+            sums = torch.mm(wide, block(columns))
+            if bias is not None:
+                sums += bias[columns]
+            y[rows, columns] = sums if finish is None else finish(sums, rows, columns)
     return y
 
 

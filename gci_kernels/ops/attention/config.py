@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gci_kernels.hardware.chips import chip_of_capability
+from gci_kernels.limits import MAX_HEAD_SIZE
 from gci_kernels.ops.launching import block_size
 
 
@@ -36,7 +37,7 @@ def choose_attention_config(r: int, num_heads: int, dtype: torch.dtype, capabili
     a matrix unit takes. Tiles are the largest whose scores, and in the backward pass those of do @ v.T too, leave
     registers for several programs on a processor: one exponentiates while another waits for its products.
     """
-    chip, block_d = chip_of_capability(capability), block_size(r // num_heads, 16, 64)
+    chip, block_d = chip_of_capability(capability), block_size(r // num_heads, 16, MAX_HEAD_SIZE)
     if dtype == torch.float32:  # no matrix units: both sides of a product are in registers too
         fwd, dq, dkv = (32, 32), (32, 32), (32 if block_d == 16 else 16, 32)
     elif chip.shared <= 64 * 1024:

@@ -8,7 +8,7 @@ from gci_kernels.ops.attention.config import AttentionConfig, choose_attention_c
 register(
     Kernel(
         name="attention",
-        files=("ops/attention/triton.py", "ops/attention/config.py", *launching.FILES),
+        files=("ops/attention/triton.py", "ops/attention/config.py", "limits.py", *launching.FILES),
         check=checks.check,
         launches=(LaunchConfig("attention", AttentionConfig, choose_attention_config),),
     )

@@ -1,7 +1,6 @@
 """The stages by which row_linear's GPU kernel is timed; names are those of bench/costs.py."""
 
 from functools import partial
-from types import ModuleType
 
 import torch
 
@@ -10,8 +9,10 @@ from gci_kernels.hardware.stages import Operands, Results, Stage, drawing_on
 from gci_kernels.impl import implementation
 from gci_kernels.ops.row_linear import aten
 
-#: implementation -> form, and which operand is W: "aten" copies the rows into a copy of W, "kept" takes such a copy.
-_FORMS = {"aten": ("merge", "weight"), "kept": ("kept", "merged"), "triton": ("triton", "weight")}
+#: Name -> module, form, and which operand is W: "aten" copies the rows into a copy of W, "kept" takes such a copy.
+_FORMS = {
+    "aten": ("aten", "merge", "weight"), "kept": ("aten", "kept", "merged"), "triton": ("triton", "triton", "weight")
+}  # fmt: skip
 
 
 def stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
@@ -28,18 +29,16 @@ def stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, 
         "chosen": dy.index_select(1, positions),
     }  # fmt: skip
     return {
-        name: Stage(operands, {impl: partial(run, form, w) for impl, (form, w) in _FORMS.items()})
+        name: Stage(operands, {impl: partial(run, *form) for impl, form in _FORMS.items()})
         for name, run in (("forward", _y), ("backward: dX", _dx))
     }
 
 
-def _module(form: str) -> ModuleType:
-    return implementation("row_linear", "triton" if form == "triton" else "aten")
+def _y(impl: str, form: str, w: str, t: Operands, dtype: torch.dtype) -> Results:
+    forward = implementation("row_linear", impl).forward
+    return (forward(t["x"], t[w], None, t["active"], t["positions"], form),)
 
 
-def _y(form: str, w: str, t: Operands, dtype: torch.dtype) -> Results:
-    return (_module(form).forward(t["x"], t[w], None, t["active"], t["positions"], form),)
-
-
-def _dx(form: str, w: str, t: Operands, dtype: torch.dtype) -> Results:
-    return (_module(form).dx(t["dy"], t[w], t["active"], t["positions"], t["chosen"], form),)
+def _dx(impl: str, form: str, w: str, t: Operands, dtype: torch.dtype) -> Results:
+    dx = implementation("row_linear", impl).dx
+    return (dx(t["dy"], t[w], t["active"], t["positions"], t["chosen"], form),)
