@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -15,10 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from gci_kernels.class_swap import Swapped, from_parts, give_class, parts_of, subclass
+from gci_kernels.class_swap import Swapped, add_mixin, from_parts, give_class, parts_of
 from gci_kernels.models import parents
 from gci_kernels.models.targets import matched
-from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
+from gci_kernels.tuners.merging import ExactMerge, inside_attention
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_VALUES = (bool, int, float, str, list, tuple, dict, set, type(None))
@@ -237,7 +237,7 @@ class UndoableTuner(Swapped):
         before = Snapshot(model, in_place=rewritten_in_place(model, config))
         trained = trained_base_parameters(model, config)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             parents.disable_fast_paths(model)
         finally:
             if merged and next(before.rewritten(), None) is not None:
@@ -250,16 +250,12 @@ class UndoableTuner(Swapped):
 def make_undoable(tuner: Any, undo: Undo) -> None:
     """Attaches `undo` to PEFT's `tuner`, and makes its LoRA layers merge in a way that can be undone exactly."""
     tuner._gci_undo = undo
-    tuner.__class__ = subclass(cast(Any, type(tuner)), UndoableTuner)
+    add_mixin(tuner, UndoableTuner)
     merged_by_peft = inside_attention(tuner.model)
     for module in tuner.model.modules():
         inexact = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
         if inexact and id(module) not in merged_by_peft:
-            module.__class__ = subclass(cast(Any, type(module)), _ExactLayer)
-
-
-class _ExactLayer(ExactMerge, Swapped):
-    """Mixin for LoRA layers that have no fused form."""
+            add_mixin(module, ExactMerge)
 
 
 def rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
@@ -297,7 +293,8 @@ def _lost_hooks(model: nn.Module) -> str | None:
 def _rounded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         exact = getattr(module, "unmerges_exactly", False) or isinstance(module, TrainableTokensLayer)
-        if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(cast(Any, module))):
+        rounded = getattr(module, "gci_rounded", False)
+        if isinstance(module, BaseTunerLayer) and (rounded or (module.merged and not exact)):
             return (
                 f"an adapter was merged into the base layer of {name}, which unmerging gives back rounded: load the "
                 "plain model anew"

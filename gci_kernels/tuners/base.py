@@ -18,6 +18,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
+from gci_kernels.tuners.merging import Mergeable
 from gci_kernels.tuners.methods import method_type, type_in_file
 
 
@@ -97,19 +98,15 @@ def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
         raise ValueError(f"modules_to_save: no module of this model is called {', '.join(map(repr, unknown))}")
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(nn.Module, Mergeable):
     """A linear layer with adapters of one method.
 
-    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, and compute in
-    `_adapted`.
+    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, compute in
+    `_adapted`, and say in `_merged` what merging makes of the base layer's weight.
     """
 
     gci_impl = "auto"  # of the layer's op; gci_kernels.patch sets another on the instance
-    method_name: str
     base_layer: nn.Module
-    in_features: int
-    out_features: int
-    r: dict[str, int]
     scaling: dict[str, Any]  # numbers, or tensors of one
     update_layer: Callable[..., None]
     #: Where the adapters' Settings are; among other_param_names.
@@ -126,7 +123,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             setattr(self, settings, nn.ModuleDict() if settings == self.settings_name else {})
         self._disable_adapters = False
         self._active_adapter = name
-        self.merged_adapters: list[str] = []
+        self.merged_adapters, self.merges = [], []
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
 

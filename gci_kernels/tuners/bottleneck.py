@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -76,7 +75,6 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     Under each adapter's name: its parameters, by the method's prefix and their names; its config in `configs`.
     """
 
-    unmerges_exactly = True
     method: ClassVar[Method]
     roles: ClassVar[tuple[str, ...]]  # what the method calls its tensors: A, B and the mixer's weights
     settings: dict[str, tuple[int, ...]]  # the mixer's numbers
@@ -86,7 +84,6 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig, key: str) -> None:
         super().__init__(base_layer, name)
         self.key = key  # the layer's name in the model
-        self._unmerged: dict[str, Tensor] = {}  # by adapter: the base weight before it was merged
         self.update_layer(name, config)
 
     def update_layer(self, name: str, config: Any) -> None:
@@ -154,31 +151,18 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         """The adapter's size, short: for reports."""
         return self.method.describe(self.configs[name])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds scaling * B @ merge(A) to the base weight, where the mixer can; ValueError where it cannot."""
+    def _check_merge(self, names: Sequence[str]) -> None:
         if self.method.mixer.merge is None:
             raise ValueError(no_merge(self.method))
-        weight: Any = self.get_base_layer().weight
-        if type(weight) is not nn.Parameter or weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"{self.method.name} cannot be merged into a {type(weight).__name__}: use unload()")
-        for name in (each for each in check_adapters_to_merge(self, adapter_names) if each in self.r):
-            A, B, weights = self.tensors(name)
-            up, down = B.detach().float(), self.method.mixer.merge(A.detach().float(), weights, self.settings[name])
-            merged = (weight.detach().float() + number(self.scaling[name]) * up @ down).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                # in PEFT's words
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._unmerged[name] = weight.detach().clone()
-            weight.data.copy_(merged)
-            self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
-        """Gives the base weight its own numbers back, bit for bit."""
-        if self.method.mixer.merge is None:
-            raise ValueError(no_merge(self.method))
-        base: Any = self.get_base_layer()
-        while self.merged_adapters:
-            base.weight.data.copy_(self._unmerged.pop(self.merged_adapters.pop()))
+    def _merged(self, name: str, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
+        """The whole weight, plus scaling * B @ merge(A)."""
+        merge: Any = self.method.mixer.merge
+        A, B, weights = self.tensors(name)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaling, B = applied(self.scaling[name], B.to(wide))
+        change = scaling * (B @ merge(A.to(wide), weights, self.settings[name]))
+        return slice(None), {"weight": (weight.to(wide) + change).to(weight.dtype)}
 
 
 def parts_of(method: Method, made: dict[str, Tensor]) -> list[str]:

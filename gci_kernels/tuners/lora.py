@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -10,7 +10,7 @@ from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from gci_kernels.class_swap import Swapped, give_class, subclass
+from gci_kernels.class_swap import Swapped, add_mixin, subclass
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
@@ -52,13 +52,8 @@ def lora_obstacle(layer: Any, name: str, *, hooked: bool = True) -> str | None:
 
 _NOTHING = (None,) * 4  # no mixer's weights, segments, past, seed
 
-if TYPE_CHECKING:  # what the mixin is mixed with
-    _Layer = lora.Linear
-else:
-    _Layer = object
 
-
-class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
+class FusedLora(FusedLayer, ExactMerge):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -68,6 +63,7 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
     """
 
     gci_impl = "auto"  # of the op; gci_kernels.patch sets another on the instance
+    own: ClassVar[tuple[str, ...]] = ("gci_impl", *ExactMerge.own)
 
     def obstacle(self) -> str | None:
         """Why the active adapters are not fused, or None."""
@@ -80,9 +76,9 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
 
     def adapters(self) -> Sequence[str]:
         """The active adapters that the layer has."""
-        return among(self._active_adapter, self._modules["lora_A"]._modules)  # type: ignore[union-attr]  # it is there
+        return among(self._active_adapter, self._modules["lora_A"]._modules)
 
-    def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
+    def forward(
         self, own_forward: Callable[..., Tensor], x: Tensor, *args: Any, adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
@@ -95,7 +91,7 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
         names: Any = self._active_adapter
-        present = self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
+        present = self._modules["lora_A"]._modules
         if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
             names = among(names, present)
         for name in names:
@@ -165,19 +161,7 @@ def is_plain_lora(module: nn.Module) -> bool:
     return package == "peft.tuners" and name in _PLAIN and not isinstance(module, FusedLora)
 
 
-def swap(module: Any) -> None:
-    """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
-    kind: Any = type(module)
-    give_class(module, subclass(kind, FusedLora))
-
-
-if TYPE_CHECKING:
-    _Tuner = lora.LoraModel
-else:
-    _Tuner = object
-
-
-class FusedLoraModel(Swapped, _Tuner):
+class FusedLoraModel(Swapped):
     """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
 
     @contextlib.contextmanager
@@ -233,12 +217,4 @@ def swap_tuners(model: nn.Module) -> None:
     """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
     for module in model.modules():
         if type(module) is lora.LoraModel:
-            give_class(module, FusedLoraTuner)
-
-
-def swap_back(module: Any) -> None:
-    """Undoes :func:`swap`, and :func:`swap_tuners` for one of them."""
-    if isinstance(module, ExactMerge):
-        module.forget_unmerged()
-    vars(module).pop("gci_impl", None)
-    give_class(module, module._gci_parts[0])
+            add_mixin(module, FusedLoraModel)
