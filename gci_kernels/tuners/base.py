@@ -234,7 +234,8 @@ class AdaptedModel(BaseTuner):
         return bool(self.tuner_layer_cls.former_names)
 
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
-        raise NotImplementedError
+        """A layer around `target` that has no adapter yet."""
+        return self.tuner_layer_cls(target, name)
 
     def _update_layer(self, layer: Any, name: str, config: Any, key: str) -> None:
         layer.update_layer(name, config)
@@ -244,22 +245,20 @@ class AdaptedModel(BaseTuner):
         current_key: str, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(target, self.tuner_layer_cls):
-            with _whole(base):
-                self._update_layer(target, adapter_name, peft_config, current_key)
-            target.record(adapter_name, peft_config, current_key)
-            return
-        if not fusion.is_linear(base):
+        adapted = isinstance(target, self.tuner_layer_cls)
+        if not adapted and not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         with _whole(base):
-            layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+            layer: Any = target if adapted else self._new_layer(target, adapter_name, peft_config, current_key)
+            self._update_layer(layer, adapter_name, peft_config, current_key)
             layer.record(adapter_name, peft_config, current_key)
-            if self.gci_impl != layer.gci_impl:
-                layer.gci_impl = self.gci_impl
-            self._replace_module(parent, target_name, layer, target)
+            if not adapted:
+                if self.gci_impl != layer.gci_impl:
+                    layer.gci_impl = self.gci_impl
+                self._replace_module(parent, target_name, layer.train(target.training), target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""

@@ -20,6 +20,7 @@ from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
+from gci_kernels.tuners.bottleneck import uniform, zeros_or_uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
@@ -91,12 +92,11 @@ class LoKILinear(AdaptedLinear):
     loki_active_bias: nn.ParameterDict
     loki_positions: RowPositions
 
-    def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, keep_merged: bool) -> None:
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
-        self.merged_rows = MergedRows() if config.keep_merged else None
+        self.merged_rows = MergedRows() if keep_merged else None
         self.disjoint: set[frozenset[str]] = set()  # sets of adapters that were found to share no row
-        self.update_layer(name, config, positions)
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew.
@@ -112,11 +112,10 @@ class LoKILinear(AdaptedLinear):
         rows = positions.clamp(min=0).to(device)
         if r is None:
             active = base_rows.index_select(0, rows)
-            self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
+            self.loki_active[name] = nn.Parameter(active if config.init_weights else uniform(*active.shape).to(active))
         else:
-            self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
-            B = torch.zeros(k, r)
-            self.loki_lora_B[name] = nn.Parameter(B if config.init_weights else _random(B))
+            self.loki_A[name] = nn.Parameter(uniform(r, self.in_features))
+            self.loki_lora_B[name] = nn.Parameter(zeros_or_uniform(config.init_weights, k, r))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -275,11 +274,6 @@ def dequantised_weight(base: Any) -> Tensor:
     return dequantize_module_weight(base)
 
 
-def _random(like: Tensor) -> Tensor:
-    """Uniform as LoRA's A, shaped like `like`."""
-    return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
-
-
 def _match(config: LoKIConfig, targets: set[str], name: str) -> Any:
     """PEFT's answer whether `targets`, and the config's other fields that choose modules, match the module `name`."""
     config = copy.copy(config)
@@ -339,7 +333,7 @@ class LoKIModel(AdaptedModel):
                 f"LoKI cannot adapt {key}: a {type(base).__name__} computes something else than x @ W.T + b, which the "
                 "rows of W alone cannot repeat; leave it out of positions, or use LoRA or LoRAMoE"
             )
-        return LoKILinear(target, name, config, self.rows[key])
+        return LoKILinear(target, name, config.keep_merged)
 
     def _update_layer(self, layer: LoKILinear, name: str, config: LoKIConfig, key: str) -> None:
         layer.update_layer(name, config, self.rows[key])

@@ -65,18 +65,9 @@ class FusedLora(FusedLayer, ExactMerge):
     gci_impl = "auto"  # of the op; gci_kernels.patch sets another on the instance
     own: ClassVar[tuple[str, ...]] = ("gci_impl", *ExactMerge.own)
 
-    def obstacle(self) -> str | None:
-        """Why the active adapters are not fused, or None."""
-        found = (lora_obstacle(self, name) for name in self.adapters())
-        return next((reason for reason in found if reason is not None), None)
-
-    def _present(self) -> dict[str, Any]:
-        modules: dict[str, Any] = self._modules
-        return modules["lora_A"]._modules
-
     def adapters(self) -> Sequence[str]:
         """The active adapters that the layer has."""
-        return among(self._active_adapter, self._modules["lora_A"]._modules)
+        return among(self._active_adapter, self.lora_A)
 
     def forward(
         self, own_forward: Callable[..., Tensor], x: Tensor, *args: Any, adapter_names: list[str] | None = None,
@@ -90,7 +81,7 @@ class FusedLora(FusedLayer, ExactMerge):
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        names: Any = self._active_adapter
+        names = self._active_adapter
         present = self._modules["lora_A"]._modules
         if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
             names = among(names, present)
@@ -105,26 +96,23 @@ class FusedLora(FusedLayer, ExactMerge):
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
-        present = self._present()
-        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & present.keys())
+        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & self.lora_A.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
             return own_forward(self, x, *args, adapter_names=names, **kwargs)
-        return self._run_mixed(x, mix.names, present)
+        return self._run_mixed(x, mix.names, self.lora_A)
 
-    def _matrices(self, name: str) -> Any:
-        """Weight and bias of A, and of B, without what looking them up costs by way of nn.Module.__getattr__."""
-        modules: dict[str, Any] = self._modules
+    def _matrices(self, name: str) -> tuple[Any, Any, Any]:
+        """A, B and B's bias, without what looking them up costs by way of nn.Module.__getattr__."""
+        modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         try:
-            a, b = A._parameters, B._parameters
-            return (a["weight"], a["bias"]), (b["weight"], b["bias"])
+            return A._parameters["weight"], B._parameters["weight"], B._parameters["bias"]
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
-            return (A.weight, A.bias), (B.weight, B.bias)
+            return A.weight, B.weight, B.bias
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        modules: dict[str, Any] = self._modules
-        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
-        (A, _), (B, extra) = self._matrices(name)
+        dropout, scaling = self._modules["lora_dropout"]._modules[name], self.scaling[name]
+        A, B, extra = self._matrices(name)
         if extra is not None:
             extra = (extra * scaling).to(x.dtype)
             if weight is not None:
@@ -140,11 +128,10 @@ class FusedLora(FusedLayer, ExactMerge):
         return str(choose_plan(self.gci_impl, tokens, dtype, device_type, IDENTITY.name))
 
     def _group(self, name: str, count: int, first: int = 0) -> Group | None:
-        modules: dict[str, Any] = self._modules
-        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
+        dropout, scaling = self._modules["lora_dropout"]._modules[name], self.scaling[name]
         if type(scaling) is not float:
             scaling = number(scaling)
-        (A, _), (B, bias) = self._matrices(name)
+        A, B, bias = self._matrices(name)
         if bias is not None or scaling is None or dropout.training and type(dropout) is nn.Dropout and dropout.p:
             return None
         return new_record(Group, (A, B, scaling, first, count, None, None, None, 1, False))
@@ -172,9 +159,9 @@ class FusedLoraModel(Swapped):
                 yield
             return
         taking: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
-                yield
+        fused = mixed.enabled(self, names, args, kwargs, (FusedLora,), taking)
+        with super()._enable_peft_forward_hooks(*args, **kwargs), fused:
+            yield
 
     def _takes(self, names: object) -> bool:
         """Whether PEFT has nothing against the names."""
