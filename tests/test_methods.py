@@ -74,6 +74,21 @@ def test_a_method_that_merges_gives_its_bits_back(registry):
     )
 
 
+def test_a_base_weight_that_is_changed_while_a_method_is_merged_keeps_the_change(registry):
+    gci_kernels.register(record())
+    config = PlainConfig(r=4, init_weights=False, target_modules=["0", "1"])
+    model = patch(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), config)
+    weights = [layer.base_layer.weight.data for layer in model.base_model.model]
+    before = [weight.clone() for weight in weights]
+    model.merge_adapter()
+    weights[0][2] += 1.0
+    model.unmerge_adapter()
+    before[0][2] += 1.0
+    torch.testing.assert_close(weights[0][2], before[0][2])
+    before[0][2] = weights[0][2]
+    assert all(map(torch.equal, weights, before))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

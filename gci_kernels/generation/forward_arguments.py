@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
-from gci_kernels.generation.adapter_cache import SUPPORTED
 from gci_kernels.generation.direction import check_mask
+from gci_kernels.generation.model_cache import SUPPORTED
 from gci_kernels.ops.attention import Sequence
 
 # What models call a cache or a state, where it is none of transformers' Cache.

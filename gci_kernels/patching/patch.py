@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from gci_kernels.class_swap import add_mixin, remove_mixin
 from gci_kernels.impl import check_impl
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
@@ -26,7 +27,7 @@ from gci_kernels.patching.undo import (
 )
 from gci_kernels.tuners import frozen, published_loki
 from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
-from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
+from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
 
 __all__ = ["LayerReport", "Report", "patch", "report", "unpatch"]
@@ -140,7 +141,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
         )
     for _, module in adapted:
         if is_plain_lora(module):
-            swap(module)
+            add_mixin(module, FusedLora)
     swap_tuners(model)
 
 
@@ -187,10 +188,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
             "delete_adapter() of a model from transformers, removes adapters"
         )
-    for layer in fused:
-        swap_back(layer)
-    for module in published:
-        published_loki.swap_back(module)
+    for module in (*fused, *published):
+        remove_mixin(module)
     parents.restore_fast_paths(model)
     frozen.swap_back(model)
     return model

@@ -170,10 +170,6 @@ class _Layer(BottleneckLayer):
         return step.attend(x, y, *kept)
 
 
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 class _Model(BottleneckModel):
     """PEFT's tuner for GCI_ALORA. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
@@ -182,8 +178,7 @@ class _Model(BottleneckModel):
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
         self._inside: dict[nn.Module, tuple[int, ...]] = {}
-        left_out: list[str] = []
-        self._left_out = left_out
+        self._left_out: list[str] = []
         for index, layer in enumerate(decoder_layers.find(model)[1]):
             for path, module in layer.named_modules():
                 if not decoder_layers.CROSS_ATTENTION.search(path):
@@ -191,11 +186,12 @@ class _Model(BottleneckModel):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._inside, self._left_out = {}, []
-        if left_out:
+            self._inside = {}
+        if left_out := self._left_out:
             what = (
                 f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
-                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+                "targeted layers outside of them or of a cross-attention: "
+                f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}"
             )
             if not any(adapter_name in layer.r for layer in self.adapted):
                 raise ValueError(f"target_modules: {what}; nothing is left to adapt")
@@ -207,17 +203,16 @@ class _Model(BottleneckModel):
         current_key: str, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
-        indices = self._inside.get(target)
-        if indices is None:
+        if target not in self._inside:
             self._left_out.append(current_key)
             return
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-        if not isinstance(target, ALoRALinear):
-            self.adapted[-1].decoder_layers = indices
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> BottleneckLayer:
-        self.adapted.append(ALoRALinear(target, name, config, key))
-        return self.adapted[-1]
+        layer = ALoRALinear(target, name)
+        layer.decoder_layers = self._inside[target]
+        self.adapted.append(layer)
+        return layer
 
     def expected_entries(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""

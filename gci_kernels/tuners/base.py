@@ -18,6 +18,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
+from gci_kernels.tuners.merging import Mergeable
 from gci_kernels.tuners.methods import method_type, type_in_file
 
 
@@ -97,19 +98,15 @@ def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
         raise ValueError(f"modules_to_save: no module of this model is called {', '.join(map(repr, unknown))}")
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(nn.Module, Mergeable):
     """A linear layer with adapters of one method.
 
-    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, and compute in
-    `_adapted`.
+    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, compute in
+    `_adapted`, and say in `_merged` what merging makes of the base layer's weight.
     """
 
     gci_impl = "auto"  # of the layer's op; gci_kernels.patch sets another on the instance
-    method_name: str
     base_layer: nn.Module
-    in_features: int
-    out_features: int
-    r: dict[str, int]
     scaling: dict[str, Any]  # numbers, or tensors of one
     update_layer: Callable[..., None]
     #: Where the adapters' Settings are; among other_param_names.
@@ -126,7 +123,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             setattr(self, settings, nn.ModuleDict() if settings == self.settings_name else {})
         self._disable_adapters = False
         self._active_adapter = name
-        self.merged_adapters: list[str] = []
+        self.merged_adapters, self.merges = [], []
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
 
@@ -237,7 +234,8 @@ class AdaptedModel(BaseTuner):
         return bool(self.tuner_layer_cls.former_names)
 
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
-        raise NotImplementedError
+        """A layer around `target` that has no adapter yet."""
+        return self.tuner_layer_cls(target, name)
 
     def _update_layer(self, layer: Any, name: str, config: Any, key: str) -> None:
         layer.update_layer(name, config)
@@ -247,22 +245,20 @@ class AdaptedModel(BaseTuner):
         current_key: str, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(target, self.tuner_layer_cls):
-            with _whole(base):
-                self._update_layer(target, adapter_name, peft_config, current_key)
-            target.record(adapter_name, peft_config, current_key)
-            return
-        if not fusion.is_linear(base):
+        adapted = isinstance(target, self.tuner_layer_cls)
+        if not adapted and not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
         with _whole(base):
-            layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
+            layer: Any = target if adapted else self._new_layer(target, adapter_name, peft_config, current_key)
+            self._update_layer(layer, adapter_name, peft_config, current_key)
             layer.record(adapter_name, peft_config, current_key)
-            if self.gci_impl != layer.gci_impl:
-                layer.gci_impl = self.gci_impl
-            self._replace_module(parent, target_name, layer, target)
+            if not adapted:
+                if self.gci_impl != layer.gci_impl:
+                    layer.gci_impl = self.gci_impl
+                self._replace_module(parent, target_name, layer.train(target.training), target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""

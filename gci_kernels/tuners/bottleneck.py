@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -76,18 +75,11 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     Under each adapter's name: its parameters, by the method's prefix and their names; its config in `configs`.
     """
 
-    unmerges_exactly = True
     method: ClassVar[Method]
     roles: ClassVar[tuple[str, ...]]  # what the method calls its tensors: A, B and the mixer's weights
     settings: dict[str, tuple[int, ...]]  # the mixer's numbers
     dropout_p: dict[str, float]
     configs: dict[str, Any]
-
-    def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig, key: str) -> None:
-        super().__init__(base_layer, name)
-        self.key = key  # the layer's name in the model
-        self._unmerged: dict[str, Tensor] = {}  # by adapter: the base weight before it was merged
-        self.update_layer(name, config)
 
     def update_layer(self, name: str, config: Any) -> None:
         """Adds the adapter `name`, or makes it anew."""
@@ -95,7 +87,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         self.configs[name], self.r[name], self.settings[name] = config, config.r, method.settings(config)
         self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
         made = method.parameters(config, self.in_features, self.out_features)
-        for container, part in zip(self.adapter_layer_names, parts_of(method, made), strict=True):
+        for container, part in zip(self.adapter_layer_names, self.roles, strict=True):
             getattr(self, container)[name] = nn.Parameter(made[part])
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -154,34 +146,21 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         """The adapter's size, short: for reports."""
         return self.method.describe(self.configs[name])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds scaling * B @ merge(A) to the base weight, where the mixer can; ValueError where it cannot."""
+    def _check_merge(self, names: Sequence[str]) -> None:
         if self.method.mixer.merge is None:
             raise ValueError(no_merge(self.method))
-        weight: Any = self.get_base_layer().weight
-        if type(weight) is not nn.Parameter or weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"{self.method.name} cannot be merged into a {type(weight).__name__}: use unload()")
-        for name in (each for each in check_adapters_to_merge(self, adapter_names) if each in self.r):
-            A, B, weights = self.tensors(name)
-            up, down = B.detach().float(), self.method.mixer.merge(A.detach().float(), weights, self.settings[name])
-            merged = (weight.detach().float() + number(self.scaling[name]) * up @ down).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                # in PEFT's words
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._unmerged[name] = weight.detach().clone()
-            weight.data.copy_(merged)
-            self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
-        """Gives the base weight its own numbers back, bit for bit."""
-        if self.method.mixer.merge is None:
-            raise ValueError(no_merge(self.method))
-        base: Any = self.get_base_layer()
-        while self.merged_adapters:
-            base.weight.data.copy_(self._unmerged.pop(self.merged_adapters.pop()))
+    def _merged(self, name: str, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
+        """The whole weight, plus scaling * B @ merge(A)."""
+        merge: Any = self.method.mixer.merge
+        A, B, weights = self.tensors(name)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaling, B = applied(self.scaling[name], B.to(wide))
+        change = scaling * (B @ merge(A.to(wide), weights, self.settings[name]))
+        return slice(None), {"weight": (weight.to(wide) + change).to(weight.dtype)}
 
 
-def parts_of(method: Method, made: dict[str, Tensor]) -> list[str]:
+def parts_of(method: Method, made: dict[str, Tensor]) -> tuple[str, ...]:
     """The names of an adapter's tensors in the order in which layers keep them: A, B, and the mixer's weights.
 
     Raises:
@@ -192,7 +171,7 @@ def parts_of(method: Method, made: dict[str, Tensor]) -> list[str]:
         raise ValueError(
             f"method {method.name!r}: `parameters` must return A, B and at most one tensor more, got {sorted(made)}"
         )
-    return ["A", "B", *others]
+    return "A", "B", *others
 
 
 def no_merge(method: Method) -> str:
@@ -206,9 +185,6 @@ class BottleneckModel(AdaptedModel):
     """PEFT's tuner for layers of :class:`BottleneckLayer`. Made by get_peft_model, from_pretrained or patch."""
 
     method: ClassVar[Method]
-
-    def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
-        return self.tuner_layer_cls(target, name, config, key)
 
     def _check_parents(self, model: nn.Module, config: Any) -> None:
         method, default = self.method, config.target_modules is None
@@ -262,29 +238,24 @@ def register(
     Raises:
         ValueError, TypeError: naming what the record lacks, or what does not fit together.
     """
-    prefix, made = _check(method), method.parameters(method.example, 8, 6)
-    names = tuple(prefix + {"B": method.B}.get(part, part) for part in parts_of(method, made))
+    roles, prefix = _check(method), method.prefix or f"gci_{method.name.lower()}_"
+    names = tuple(prefix + (method.B if role == "B" else role) for role in roles)
     settings = prefix + "settings"
-    own: dict[str, Any] = {
-        "method": method,
-        "method_name": method.name,
-        "adapter_layer_names": names,
-        "roles": tuple(parts_of(method, made)),
-        "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings),
-        "settings_name": settings,
+    own = {
+        "method": method, "method_name": method.name, "roles": roles, "adapter_layer_names": names,
+        "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings), "settings_name": settings,
         "__annotations__": dict.fromkeys(names, nn.ParameterDict),
-    }
+    }  # fmt: skip
     made_layer = _subclass(f"{method.name}Linear", layer, own)
-    made_tuner = _subclass(
-        f"{method.name}Model", tuner, {"method": method, "prefix": prefix, "tuner_layer_cls": made_layer}
-    )
+    own = {"method": method, "prefix": prefix, "tuner_layer_cls": made_layer}
+    made_tuner = _subclass(f"{method.name}Model", tuner, own)
     METHODS[method.name] = method
     register_with_peft(method.config, made_tuner)
     return method
 
 
-def _check(method: Method) -> str:
-    """The prefix of the method's parameters; raises where the record is not whole."""
+def _check(method: Method) -> tuple[str, ...]:
+    """The names of the method's tensors, as :func:`parts_of`; raises where the record is not whole."""
     config = method.config
     derived = isinstance(config, type) and issubclass(config, BottleneckConfig)
     if not derived or not isinstance(vars(config).get("method"), str):
@@ -300,13 +271,14 @@ def _check(method: Method) -> str:
         )
     register_mixer(method.mixer)
     made = method.parameters(method.example, 8, 6)
-    A, B, *weights = (made[part] for part in parts_of(method, made))
+    roles = parts_of(method, made)
+    A, B, *weights = (made[role] for role in roles)
     # The formula runs once, and says where it is not what the mixer declares.
     bottleneck_linear(
         torch.ones(2, 3, 8), None, None, A, B, *weights, mixer=method.mixer, settings=method.settings(method.example),
         scaling=1.0, impl="reference",
     )  # fmt: skip
-    return method.prefix or f"gci_{method.name.lower()}_"
+    return roles
 
 
 def _subclass(name: str, base: type, attributes: dict[str, Any]) -> Any:

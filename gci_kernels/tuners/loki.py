@@ -1,15 +1,14 @@
 """LoKI (arXiv 2505.22120) as the PEFT method GCI_LOKI: train some rows of a projection, keep all others."""
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +20,7 @@ from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
+from gci_kernels.tuners.bottleneck import uniform, zeros_or_uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
@@ -74,14 +74,6 @@ class LoKIConfig(AdaptedConfig):
         return super().to_dict() | {"positions": None, "quota": None}
 
 
-class _Merged(NamedTuple):
-    """What merging an adapter did to the base layer: its k rows before and after, and their bias before."""
-
-    base_rows: Tensor  # [k, in] in the weight's dtype
-    base_bias: Tensor | None  # [k]
-    merged_rows: Tensor  # [k, in]
-
-
 class LoKILinear(AdaptedLinear):
     """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
@@ -94,20 +86,17 @@ class LoKILinear(AdaptedLinear):
     settings_name = "loki_settings"
     former_names = {"loki_B": "loki_lora_B"}
     method_name = "LoKI"
-    unmerges_exactly = True
     loki_active: nn.ParameterDict
     loki_A: nn.ParameterDict
     loki_lora_B: nn.ParameterDict
     loki_active_bias: nn.ParameterDict
     loki_positions: RowPositions
 
-    def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, keep_merged: bool) -> None:
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
-        self.merged_rows = MergedRows() if config.keep_merged else None
+        self.merged_rows = MergedRows() if keep_merged else None
         self.disjoint: set[frozenset[str]] = set()  # sets of adapters that were found to share no row
-        self.merges: list[_Merged] = []  # one for each of merged_adapters
-        self.update_layer(name, config, positions)
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew.
@@ -123,11 +112,10 @@ class LoKILinear(AdaptedLinear):
         rows = positions.clamp(min=0).to(device)
         if r is None:
             active = base_rows.index_select(0, rows)
-            self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
+            self.loki_active[name] = nn.Parameter(active if config.init_weights else uniform(*active.shape).to(active))
         else:
-            self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
-            B = torch.zeros(k, r)
-            self.loki_lora_B[name] = nn.Parameter(B if config.init_weights else _random(B))
+            self.loki_A[name] = nn.Parameter(uniform(r, self.in_features))
+            self.loki_lora_B[name] = nn.Parameter(zeros_or_uniform(config.init_weights, k, r))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -233,69 +221,18 @@ class LoKILinear(AdaptedLinear):
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
         self.disjoint.add(frozenset(names))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the rows into the base weight; its other rows keep their bits.
+    _check_merge = _check_disjoint
 
-        Args:
-            safe_merge: first see that the rows are finite.
-            adapter_names: those to be merged; None: the active ones.
-
-        Raises:
-            ValueError: the base weight is quantised, adapters share a row, or `safe_merge` found a NaN.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        base: Any = self.get_base_layer()
-        kind = type(getattr(base, "weight", None))
-        if names and kind not in (nn.Parameter, Tensor):
-            name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
-            raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
-        self._check_disjoint([*self.merged_adapters, *names])
-        with self._onloaded_to_write(), torch.no_grad():
-            for name in names:
-                rows = self._rows_to_merge(name)
-                if safe_merge and not torch.isfinite(rows).all():
-                    # PEFT's message
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                positions = self.loki_positions.require(name)
-                base_rows = self._base_rows().index_select(0, positions)
-                base_bias = None if base.bias is None else base.bias.index_select(0, positions)
-                self._write(positions, rows, None if base_bias is None else self.parameter("loki_active_bias", name))
-                merged_rows = self._base_rows().index_select(0, positions)
-                self.merges.append(_Merged(base_rows, base_bias, merged_rows))
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Restores the base weight's own rows bit for bit; what was added to them while merged is added to those."""
-        with self._onloaded_to_write(), torch.no_grad():
-            while self.merged_adapters:
-                positions = self.loki_positions.require(self.merged_adapters.pop())
-                base_rows, base_bias, merged_rows = self.merges.pop()
-                present = self._base_rows().index_select(0, positions)
-                unchanged = (present == merged_rows) | (present.isnan() & merged_rows.isnan())
-                rows = torch.where(unchanged, base_rows, base_rows + (present - merged_rows))
-                self._write(positions, rows, base_bias)
-
-    def _onloaded_to_write(self) -> contextlib.AbstractContextManager:
-        """While this context is active, the base layer's weight can be written to, an offloaded one too."""
-        base: Any = self.get_base_layer()
-        return onload_layer(self) if hooks.is_offloaded(base) else contextlib.nullcontext()
-
-    def _rows_to_merge(self, name: str) -> Tensor:
-        """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
-        base: Any = self.get_base_layer()
-        dtype = base.weight.dtype
+    def _merged(self, name: str, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows, in the base weight's dtype, and their bias as they are computed with."""
+        positions = self.loki_positions.require(name)
+        new = {"bias": self.parameter("loki_active_bias", name)} if name in self.loki_active_bias else {}
         if not self.r[name]:
-            return self.parameter("loki_active", name).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        change = self.parameter("loki_lora_B", name).to(wide) @ self.parameter("loki_A", name).to(wide)
-        base_rows = self._base_rows().index_select(0, self.loki_positions.require(name))
-        return (base_rows.to(wide) + self.scaling[name] * change).to(dtype)
-
-    def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-        base: Any = self.get_base_layer()
-        self._base_rows().index_copy_(0, positions, rows)  # a view of the weight
-        if bias is not None:
-            base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
+            return positions, new | {"weight": self.parameter("loki_active", name).to(weight.dtype)}
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaling, B = applied(self.scaling[name], self.parameter("loki_lora_B", name).to(wide))
+        change = scaling * (B @ self.parameter("loki_A", name).to(wide))
+        return positions, new | {"weight": (weight[positions].to(wide) + change).to(weight.dtype)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoKILinear":
         if self.merged_rows is not None:
@@ -335,11 +272,6 @@ def dequantised_weight(base: Any) -> Tensor:
     if kind == "Params4bit" and getattr(base.weight.quant_state, "packing_format_for_cpu", False):
         base.state_dict()  # gives what inference packed for the CPU the layout back that can be dequantised
     return dequantize_module_weight(base)
-
-
-def _random(like: Tensor) -> Tensor:
-    """Uniform as LoRA's A, shaped like `like`."""
-    return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
 
 
 def _match(config: LoKIConfig, targets: set[str], name: str) -> Any:
@@ -401,7 +333,7 @@ class LoKIModel(AdaptedModel):
                 f"LoKI cannot adapt {key}: a {type(base).__name__} computes something else than x @ W.T + b, which the "
                 "rows of W alone cannot repeat; leave it out of positions, or use LoRA or LoRAMoE"
             )
-        return LoKILinear(target, name, config, self.rows[key])
+        return LoKILinear(target, name, config.keep_merged)
 
     def _update_layer(self, layer: LoKILinear, name: str, config: LoKIConfig, key: str) -> None:
         layer.update_layer(name, config, self.rows[key])

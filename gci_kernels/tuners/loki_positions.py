@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,36 +58,24 @@ def resolve(
     return rows
 
 
-def _read(positions: Positions, quota: float | None) -> _Given:
+def _read(positions: Any, quota: float | None) -> _Given:
     """The positions in memory; scores are turned into positions by `quota`."""
-    if isinstance(positions, (str, os.PathLike)):
-        return _read_file(positions, quota)
-    _check_quota(False, quota, type(positions).__name__)
-    given: Any = positions.tolist() if isinstance(positions, (np.ndarray, Tensor)) else positions
-    if isinstance(given, Mapping):
-        # numpy's integers are layer numbers too.
-        return {key if isinstance(key, str) else _integer(key): _listed(rows) for key, rows in given.items()}
-    if not isinstance(given, Sequence):
-        raise ValueError(f"positions must be a file, a list or a mapping, got {type(given).__name__}")
-    return [_listed(rows) for rows in given]
-
-
-def _read_file(path: str | os.PathLike, quota: float | None) -> list[list[int]]:
-    has_scores = Path(path).suffix in (".safetensors", *HDF5_SUFFIXES)
-    _check_quota(has_scores, quota, path)
-    return read_positions(path) if quota is None else select(load_scores(path), quota)
-
-
-def _check_quota(has_scores: bool, quota: float | None, source: object) -> None:
+    is_path = isinstance(positions, (str, os.PathLike))
+    has_scores = is_path and Path(positions).suffix in (".safetensors", *HDF5_SUFFIXES)
     if has_scores != (quota is not None):
         raise ValueError(
             "quota selects rows from a scores file (.safetensors, .h5), and is needed for one; other positions say "
-            f"themselves which rows: got quota={quota} with {source}"
+            f"themselves which rows: got quota={quota} with {positions if is_path else type(positions).__name__}"
         )
-
-
-def _integer(key: object) -> object:
-    return key.__index__() if hasattr(key, "__index__") else key
+    if is_path:
+        return read_positions(positions) if quota is None else select(load_scores(positions), quota)
+    given = positions.tolist() if isinstance(positions, (np.ndarray, Tensor)) else positions
+    if isinstance(given, Mapping):
+        # numpy's integers are layer numbers too.
+        return {key.__index__() if hasattr(key, "__index__") else key: _listed(rows) for key, rows in given.items()}
+    if not isinstance(given, Sequence):
+        raise ValueError(f"positions must be a file, a list or a mapping, got {type(given).__name__}")
+    return [_listed(rows) for rows in given]
 
 
 def _listed(rows: Rows) -> _ModuleRows:
@@ -167,16 +156,8 @@ def num_decoder_layers(model: nn.Module) -> int | None:
 def _is_target(name: str, target_modules: set[str] | str | None) -> bool:
     if target_modules is None:
         return name.rpartition(".")[2] in PROJECTIONS and "attn" not in name and "attention" not in name
-    return bool(check_target_module_exists(_TargetModules(target_modules), name))
-
-
-class _TargetModules:
-    """What PEFT's matching reads of a config."""
-
-    exclude_modules = layers_to_transform = layers_pattern = None
-
-    def __init__(self, target_modules: set[str] | str) -> None:
-        self.target_modules = target_modules
+    others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return bool(check_target_module_exists(SimpleNamespace(target_modules=target_modules, **others), name))
 
 
 def _preferred(names: list[str], target_modules: set[str] | str | None) -> list[str]:
@@ -188,7 +169,7 @@ def _preferred(names: list[str], target_modules: set[str] | str | None) -> list[
     return [name for name, leaf in leaves.items() if leaf == first]
 
 
-def _checked_rows(name: str, module: nn.Module, rows: _ModuleRows) -> Tensor:
+def _checked_rows(name: str, module: Any, rows: _ModuleRows) -> Tensor:
     """The rows of the module `name`, ascending [k] int64 on the CPU."""
     try:
         found = torch.as_tensor(rows)
@@ -199,7 +180,7 @@ def _checked_rows(name: str, module: nn.Module, rows: _ModuleRows) -> Tensor:
         raise ValueError(f"positions of {name} must be row indices, got {rows!r}"[:200])
     found = found.to("cpu", torch.int64).sort().values
     try:
-        check_positions(found, cast(int, module.nf if isinstance(module, Conv1D) else module.out_features))
+        check_positions(found, module.nf if isinstance(module, Conv1D) else module.out_features)
     except ValueError as error:
         raise ValueError(f"positions of {name}: {error}") from error
     return found
@@ -214,13 +195,11 @@ class RowPositions(BufferDict):
         self.known: set[str] = set()
 
     def __setitem__(self, name: str, positions: Tensor) -> None:
-        known = positions.numel() > 0 and positions.device.type != "meta" and bool((positions >= 0).all())
+        known = positions.numel() > 0 and not positions.is_meta and bool((positions >= 0).all())
         if known:
             self._check(positions, f"loki_positions.{name}")
         super().__setitem__(name, positions)
-        self.known.discard(name)
-        if known:
-            self.known.add(name)
+        self.known = self.known | {name} if known else self.known - {name}
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)

@@ -110,7 +110,7 @@ class _Model(BottleneckModel):
         self.collector.attach(model, [layer.key for layer in model.modules() if isinstance(layer, LoRAMoELinear)])
 
     def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> BottleneckLayer:
-        layer = LoRAMoELinear(target, name, config, key)
+        layer = LoRAMoELinear(target, name)
         layer.collector = self.collector
         return layer
 
