@@ -40,7 +40,7 @@ RANDOM_LLAMAS = {
 }
 
 
-class ModelError(RuntimeError):
+class ModelError(ValueError):
     """A model that could not be fetched, read or adapted. The message says what to do."""
 
 
