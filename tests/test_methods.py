@@ -46,7 +46,9 @@ def registry(monkeypatch):
             monkeypatch.setitem(each, name, each[name])
     before = [dict(each) for each in (METHODS, MIXERS, STAGES)]
     yield
-    for each, kept in zip((METHODS, MIXERS, STAGES), before, strict=True):
+    for name in METHODS.keys() - before[0].keys():
+        gci_kernels.unregister(name)
+    for each, kept in zip((MIXERS, STAGES), before[1:], strict=True):
         for name in each.keys() - kept.keys():
             del each[name]
 
@@ -94,7 +96,10 @@ def test_a_base_weight_that_is_changed_while_a_method_is_merged_keeps_the_change
     [
         (dict(example=None), "method 'Made' needs an example, a small MadeConfig with an effect"),
         (dict(parameters=lambda c, i, o: {"A": torch.ones(2, i)}), "`parameters` must return A, B and at most one"),
-        (dict(parameters=lambda c, i, o: {"A": torch.ones(2, i), "B": torch.ones(o, 3)}), r"B must be \[any, 2\]"),
+        (
+            dict(parameters=lambda c, i, o: {"A": torch.ones(2, i), "B": torch.ones(o, 3)}),
+            r"`parameters` must return B \[6, 2\], got \[6, 3\]",
+        ),
         (dict(config=BottleneckConfig, example=None), "a dataclass derived from BottleneckConfig with `method`"),
     ],
 )

@@ -14,12 +14,11 @@ from gci_kernels.tuners.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,
     BottleneckModel,
-    classes_of,
-    register,
     uniform,
     zeros_or_uniform,
 )
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.registration import classes_of, register
 
 
 @dataclass
