@@ -123,7 +123,7 @@ def test_a_mixer_whose_outputs_are_not_what_it_declares(registry, mixer: Mixer, 
 
 
 def test_names_are_registered_once(registry):
-    with pytest.raises(ValueError, match="a method 'LoRAMoE' is registered already; give this one another name"):
+    with pytest.raises(ValueError, match="a method 'LoRAMoE' is registered already, .*; give this one another name"):
         gci_kernels.register(METHODS["LoRAMoE"])
     with pytest.raises(ValueError, match="a mixer 'gate' is registered already"):
         register_mixer(Mixer("gate", lambda h, w, call: h))

@@ -15,7 +15,7 @@ from gci_kernels.models.targets import is_all_linear, matched
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.decode import Group
-from gci_kernels.tuners import mixed
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.fused_layer import FusedLayer
 from gci_kernels.tuners.methods import Method, new_tensors, settings_of
@@ -151,6 +151,12 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def _check_merge(self, names: Sequence[str]) -> None:
         if self.method.mixer.merge is None:
             raise ValueError(no_merge(self.method))
+        base = self.get_base_layer()
+        if names and fusion.computes_otherwise(base):
+            raise ValueError(
+                f"{self.method.name} cannot be merged into a {type(base).__name__}, which computes something else than "
+                "x @ W.T + b: use unload()"
+            )
 
     def _merged(self, name: str, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
         """The whole weight, plus scaling * B @ merge(A)."""

@@ -14,7 +14,7 @@ from gci_kernels.ops import Call, Mixer
 from gci_kernels.ops.bottleneck.by_autograd import apply
 from gci_kernels.ops.bottleneck.mixer import Output
 from gci_kernels.tuners.bottleneck import BottleneckConfig
-from gci_kernels.tuners.methods import METHODS, Method, is_known_to_peft, method_type, new_tensors, settings_of
+from gci_kernels.tuners.methods import Method, is_known_to_peft, method_type, new_tensors, settings_of
 
 _IN, _OUT, _BATCH, _TIME = 8, 6, 2, 3  # of the layer and the input that a record is tried with
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")  # it becomes part of the names of classes and parameters
@@ -35,9 +35,9 @@ def check_record(method: Method) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(f"method {name!r}: the name must consist of letters, digits and _, and begin with a letter")
     if name.lower() == _LORA or is_known_to_peft(name):
-        found = next((each for each in METHODS if each.lower() == name.lower()), name)
         raise ValueError(
-            f"a method {found!r} is registered already; give this one another name, or unregister that one first"
+            f"a method {name!r} is registered already, in small or capital letters; give this one another name, or "
+            "unregister that one first"
         )
     example = method.example
     if not isinstance(example, config):
@@ -64,6 +64,7 @@ def check(method: Method, alone: bool) -> list[str]:
     """
     _check_fields(method)
     with torch.random.fork_rng(devices=[]):
+        _guarded(method, "its mixer's `columns`", method.mixer.columns)(1, 1)
         _guarded(method, "`parameters`", method.parameters)(method.example, _IN, _OUT)
         tensors = new_tensors(method, method.example, _IN, _OUT)
         _check_formula(method, [t.double() for t in tensors.values()], alone)
@@ -95,9 +96,11 @@ def _check_formula(method: Method, tensors: list[Tensor], alone: bool) -> None:
     A, B, *others = tensors
     weights = others[0] if others else None
     x = torch.randn(_BATCH, _TIME, _IN, dtype=torch.float64)
-    h = F.linear(x, A).requires_grad_()
-    seen = F.linear(x, weights) if mixer.joins and weights is not None else weights
-    inputs = [h] if seen is None else [h, seen.requires_grad_()]
+    h = F.linear(x, A.requires_grad_())
+    seen = None if weights is None else weights.requires_grad_()
+    if mixer.joins and seen is not None:
+        seen = F.linear(x, seen)
+    inputs = [h] if seen is None else [h, seen]
     run = _runner(method, numbers, 0 if weights is None else weights.shape[0])
 
     versions = [t._version for t in inputs]
