@@ -198,7 +198,7 @@ class TestContract:
         card = Path(tmp_path / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\n") and "library_name: peft" in card.split("---")[1]
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert saved["peft_type"] == f"gci_kernels.{config_cls.method.value}" and saved["inference_mode"]
+        assert saved["peft_type"] == f"gci_kernels.GCI_{config_cls.method.upper()}" and saved["inference_mode"]
         assert {name: saved[name] for name in config_kwargs if name not in ("positions", "target_modules")} == {
             name: value for name, value in config_kwargs.items() if name not in ("positions", "target_modules")
         }
