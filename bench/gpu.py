@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: proves the kernels, times them, and writes bench/results/<gpu>-<commit>.json.
 
-    python -m bench.gpu [--out FOLDER] [--limit-s 540] [--device cuda|cpu] [--quick]
+    python -m bench.gpu [--out FOLDER] [--records FOLDER] [--limit-s 540] [--device cuda|cpu] [--quick]
 
 Runs in a checkout with nothing installed and no network; needs torch, triton, transformers, peft, rich and pytest. Each
 step is a process of its own with a time limit, so that a crash or a hang ends that step alone; the result is written
@@ -66,6 +66,7 @@ class Run:
         }  # fmt: skip
         slug = re.sub(r"[^a-z0-9]+", "-", (self.result["machine"]["gpu"] or "cpu").lower()).strip("-")
         self.path = args.out / f"{slug}-{self.result['commit']['sha'][:10]}.json"
+        self.records_path = args.records / f"{slug}.json"
 
     def step(self, name: str, work: Callable[[float], None]) -> None:
         """Run `work` with the seconds it may take; what it raises becomes part of the result."""
@@ -145,6 +146,8 @@ def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
     if run.device.type == "cuda":
         records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
         run.result["proved"] += [record.as_json() for record in records]
+        run.records_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(run.records_path, {"proved": run.result["proved"]})
         hardware.keep(*records)  # so that "auto" takes the proved kernels in the steps that follow
     run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
     wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
@@ -202,6 +205,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument(
+        "--records", type=Path, default=hardware.shipped_folder(), metavar="FOLDER",
+        help="where the records of proof go that the package ships (default: where it reads them)",
+    )  # fmt: skip
     parser.add_argument("--limit-s", type=float, default=540, help="the whole, in seconds (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the command itself")

@@ -30,6 +30,7 @@ from .cases import (
     layer_shape,
     make_case,
     make_inputs,
+    registered_methods,
 )
 from .correctness import check_layer, check_model
 from .gpu_stages import Entry, guarded, stage_entries
@@ -39,7 +40,6 @@ from .variants import model_variants, random_ids, train_step, training_loss
 
 IMPLS = ("auto", "triton", "aten")
 MAIN_METHODS = ("lora", "loramoe")  # the others are timed as a layer, once, when these are done
-MIXERS = {"lora": "identity", "loramoe": "gate", "alora": "attention"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _plan(case: LayerCase, device: torch.device) -> str:
         share = case.rows / case.out_features
         form = choose_form("auto", tokens=tokens, dtype=dtype, device_type=device.type, share=share, keep=True)
         return f"rows={form}"
-    mixer = MIXERS[case.method]
+    mixer = "identity" if case.method == "lora" else registered_methods()[case.method].mixer.name
     return str(choose_plan("auto", tokens=tokens, dtype=dtype, device_type=device.type, mixer=mixer))
 
 

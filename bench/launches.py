@@ -160,7 +160,7 @@ def row_step(
     active_bias = tensor(shape.trained, dtype=active_dtype) if bias else None
 
     def forward() -> None:
-        row_autograd._row_linear(x, weight, b, active, positions, active_bias, "triton")
+        row_autograd.forward(x, weight, b, active, positions, active_bias, "triton")
 
     def backward() -> None:
         row_autograd._row_linear_backward(dy, x, weight, active, positions, "triton", [True, True, bias])

@@ -26,7 +26,7 @@ import gci_kernels
 from gci_kernels.ops.decode import native
 from gci_kernels.tuners import bottleneck, fusion, loki, lora
 
-FUSED = {"lora": (lora, "adapted_linear"), "loki": (loki, "loki_linear")}
+FUSED = {"lora": (lora, "adapted_linear"), "loki": (loki, "adapted_row_linear")}
 FUSED |= dict.fromkeys(("loramoe", "alora", "hydralora"), (bottleneck, "adapted_linear"))
 PROMPT = torch.tensor([[5, 6, 7], [9, 8, 40]])
 

@@ -201,6 +201,18 @@ def test_a_gpu_test_names_its_kernel(request):
             collected(None, *tests, item("other", gpu=(), **marks))
 
 
+def test_records_of_proof_are_written_where_the_package_reads_them(imagined, monkeypatch, tmp_path):
+    assert gpu.parse([]).records == hardware.shipped_folder()
+    run = gpu.Run(gpu.parse(["--device", "cpu", "--out", str(tmp_path), "--records", str(tmp_path / "proved")]))
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu.note(run, {"gate": Outcome(passed=3), "dropout": Outcome(passed=3), WHOLE: Outcome(passed=1)})
+    monkeypatch.setattr(hardware.records, "shipped_folder", lambda: tmp_path / "proved")
+    hardware.records.shipped.cache_clear()
+    assert {record.kernel for record in hardware.shipped() if record.passed} == {"gate", "dropout"}
+    hardware.records.shipped.cache_clear()
+
+
 @pytest.mark.slow
 def test_gpu_tests_are_of_the_kernels_that_they_name():
     files = [str(ROOT / "tests" / f"test_gpu_{name}.py") for name in ("decode", "decode_layers")]

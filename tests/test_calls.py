@@ -6,16 +6,24 @@ from torch import nn
 
 from gci_kernels.bench import calls
 
-# Situation -> the most functions that LoRA's and LoRAMoE's layers enter.
+# Situation -> the most functions that a layer of each method below enters.
 LIMITS = {calls.training_forward: 35, calls.decoding_step: 20}
 
 
 @pytest.mark.parametrize("situation", LIMITS, ids=lambda situation: situation.__name__)
-@pytest.mark.parametrize("method", ["lora", "loramoe"])
+@pytest.mark.parametrize("method", ["lora", "loramoe", "alora", "loki"])
 def test_the_way_stays_short(method, situation, one_thread):
     measured = calls.measure(method, situation)
     entered = "\n".join(f"{code.co_filename}:{code.co_firstlineno} {code.co_name}" for code in measured.entered)
     assert measured.count <= LIMITS[situation], f"{measured.count} functions are entered, in this order:\n{entered}"
+
+
+def test_the_way_of_a_kept_copy(monkeypatch, one_thread):
+    """From 16 tokens on LoKI's layer compares its copy of the weight in each call."""
+    monkeypatch.setattr(calls, "TOKENS", 64)
+    measured = calls.measure("loki", calls.training_forward)
+    assert any(code.co_name == "renewed" for code in measured.entered)
+    assert measured.count <= LIMITS[calls.training_forward]
 
 
 class Layer(nn.Linear):

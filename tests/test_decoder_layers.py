@@ -120,7 +120,7 @@ def test_a_layer_that_decoder_layers_share_keeps_each_run_apart():
     model.model.layers[2].shared_transf = model.model.layers[1].shared_transf
     patched = adapted(model, "alora", "q_proj").eval()
     layer = model.model.layers[1].shared_transf.self_attn.q_proj
-    assert layer.decoder_layers == (1, 2) and layer.key_in(1) != layer.key_in(2)
+    assert layer.decoder_layers == (1, 2) and layer.key_in(1, 0) != layer.key_in(2, 0)
     options = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False)
     assert torch.equal(patched.generate(**options), patched.generate(**options, use_cache=False))
 

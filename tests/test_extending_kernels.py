@@ -27,9 +27,9 @@ def changed_copy(page: str, folder: Path, *names: str) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, **variables: str) -> str:
     """The output of Python, with the copy's modules."""
-    variables = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
+    variables = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"} | variables
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
@@ -121,3 +121,23 @@ def test_add_a_kernel_in_cpp(tmp_path):
     (folder / "built" / "made" / "cuda_build.h").write_text('#define GCI_CUDA_BUILD "not built: an example"\n')
     run(folder, "-c", BUILD + NEW_KERNEL)
     run(folder, "-c", USE_KERNEL)
+
+
+CHECK_KERNEL = """
+import sys
+import torch
+from gci_kernels import hardware
+from gci_kernels.hardware import self_check
+
+assert "scale_rows" in hardware.names("triton") and "gci_kernels.ops.scale_rows.triton" not in sys.modules
+assert len(hardware.digest("scale_rows")) == 64
+options = dict(dtypes=(torch.float32, torch.float16), shapes=(self_check.ODD,))
+checks = list(self_check.check_kernel("scale_rows", torch.device("cpu"), **options))
+assert len(checks) == 8 and all(check.passed for check in checks), checks
+"""
+
+
+def test_add_a_kernel_in_triton(tmp_path):
+    """It is registered without Triton being imported, and its check passes, interpreted."""
+    folder = changed_copy("add_kernel.md", tmp_path, "csrc", "build_cpu.py", "gci_kernels")
+    run(folder, "-c", CHECK_KERNEL, TRITON_INTERPRET="1")

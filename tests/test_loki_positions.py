@@ -133,3 +133,14 @@ BAD_CONFIG = [
 def test_bad_config_names_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         LoKIConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "rows, message", [([0, 4, 99], "rows from 0 to 31, got 99"), ([4, 0, 4], "got 4 more than once")]
+)
+def test_rows_are_checked_when_they_are_set(rows, message):
+    layer = next(iter(loki_layers(adapted()).values()))
+    before = layer.loki_positions["default"]
+    with pytest.raises(ValueError, match=message):
+        layer.loki_positions["default"] = torch.tensor(rows)
+    assert layer.loki_positions.require("default") is before

@@ -208,3 +208,49 @@ def test_what_a_base_layer_returned_is_left_as_it_was(r, tokens):
     with torch.no_grad():
         model(input_ids=IDS[:, :1].repeat(1, tokens))
     assert len(seen) == 2 and all(torch.equal(y, copied) for y, copied in seen)
+
+
+def _train_base(layer):
+    layer.base_layer.weight.requires_grad_()
+
+
+def _train_base_bias(layer):
+    layer.base_layer.bias.requires_grad_()
+
+
+def _more_positions(layer):
+    layer.loki_positions["default"] = torch.arange(4)
+
+
+def _narrow_positions(layer):
+    layer.loki_positions["default"] = layer.loki_positions["default"].int()
+
+
+def _narrow_rows(layer):
+    layer.loki_active["default"] = nn.Parameter(torch.zeros(3, 5))
+
+
+def _unknown_impl(layer):
+    layer.gci_impl = "fastest"
+
+
+UNFIT = [
+    (lambda layer: None, (2, 47), "weight must be .any, 47., got .32, 48."),
+    (lambda layer: None, (), "x must be ...., in. with in >= 1"),
+    (lambda layer: layer.base_layer.float(), (2, 48), "weight must have x's dtype torch.float64, got torch.float32"),
+    (_train_base, (2, 48), "weight must be frozen"),
+    (_train_base_bias, (2, 48), "bias must be frozen"),
+    (_more_positions, (2, 48), "active_weight must be .4, in. like positions"),
+    (_narrow_positions, (2, 48), "positions must be int64"),
+    (_narrow_rows, (2, 48), "active_weight must be .any, 48., got .3, 5."),
+    (_unknown_impl, (2, 48), "impl='fastest' is unknown"),
+]
+
+
+@pytest.mark.parametrize("change, shape, message", UNFIT)
+def test_a_layer_says_what_does_not_fit(change, shape, message):
+    layer = next(iter(loki_layers(adapted()).values()))
+    layer(torch.randn(2, 48, dtype=torch.float64))
+    change(layer)
+    with pytest.raises((ValueError, TypeError), match=message):
+        layer(torch.randn(shape, dtype=torch.float64))

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_a_method_that_nobody_registered(tmp_path, monkeypatch):
     _, folder = saved("hydralora")
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace("GCI_HYDRALORA", "GCI_CERBERUS"))
-    with pytest.raises(ValueError, match="peft_type='gci_kernels.GCI_CERBERUS', and no method.*import the module"):
+    with pytest.raises(KeyError, match="GCI_CERBERUS: import the module that registers it with gci_kernels first"):
         PeftModel.from_pretrained(llama(), folder)
 
 

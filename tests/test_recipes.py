@@ -176,6 +176,7 @@ def test_the_command_line_accepts(document, command, monkeypatch):
         raise Parsed(parse(parser, *args))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
         main(shlex.split(command))
 

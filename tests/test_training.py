@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 import gci_kernels
 from gci_kernels.bench.baselines import to_eager
+from gci_kernels.tuners.methods import type_in_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,7 @@ def test_saved_is_the_adapter_alone(method, tmp_path):
     assert weights and all(re.search(r"\.(lora|loramoe|gci_alora|gci_hydralora|loki)_", key) for key in weights)
     assert not any("base_layer" in name for name in weights) and not (tmp_path / "model.safetensors").exists()
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"] == {"lora": "LORA"}.get(method, f"gci_kernels.GCI_{method.upper()}")
+    assert saved["peft_type"] == ("LORA" if method == "lora" else type_in_file(type(toy.CONFIGS[method](0.0))))
     loaded = PeftModel.from_pretrained(toy.plain(), tmp_path, autocast_adapter_dtype=False).double()
     if method == "lora":
         gci_kernels.patch(loaded)

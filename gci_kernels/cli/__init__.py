@@ -92,6 +92,8 @@ def _run(argv: list[str] | None) -> int:
     from gci_kernels.bench import tune
     from gci_kernels.cli import convert, loki, rega
 
+    # First of all: the methods that they register are choices of other options.
+    register_files(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="what this machine has and which kernels run on it")
@@ -118,7 +120,6 @@ def _run(argv: list[str] | None) -> int:
     command.set_defaults(run=convert.main)
     command = commands.add_parser("rega", help="REGA: general answers by the model itself, and mixtures to train on")
     rega.add_arguments(command)
-    register_files(sys.argv[1:] if argv is None else argv)  # first: what they register are choices of other options
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gci_kernels.convert.files import Checkpoint
-from gci_kernels.tuners.methods import method_type
+from gci_kernels.tuners.methods import method_type, type_in_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,5 @@ PLAIN = Format("a plain model")
 
 def adapter_format(config_cls: Any) -> Format:
     """The format of a method's own adapters, by the configuration class that it registers with PEFT."""
-    method = method_type(config_cls.method)
-    names = (method.value, method.in_file)
-    return Format(f"a {method.value} adapter", is_adapter=lambda config: config.get("peft_type") in names)
+    names = (method_type(config_cls.method).value, type_in_file(config_cls))
+    return Format(f"a {names[0]} adapter", is_adapter=lambda config: config.get("peft_type") in names)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -58,12 +59,9 @@ class _Entry:
 
     def reserve(self, past: int, total: int, max_length: int) -> Tensor:
         """The buffer, with a capacity of at least `total` tokens; those after the first `past` may be written."""
-        writable = self.exclusive and (
-            torch.compiler.is_compiling()  # it cannot trace the rest; where that matters, torch raises
-            or torch.is_inference_mode_enabled()
-            or not self.kv.is_inference()
-        )
-        if total > self.kv.shape[1] or not writable:
+        # torch.compile cannot trace is_inference(); where that matters, torch raises.
+        outside = not (is_dynamo_compiling() or torch.is_inference_mode_enabled())
+        if total > self.kv.shape[1] or not self.exclusive or outside and self.kv.is_inference():
             self._reallocate(past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
             if max_length and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.kv)  # as transformers does: CUDA graphs may then write to it
@@ -205,6 +203,14 @@ class AdapterCache:
         Raises:
             ValueError: as :meth:`keep`.
         """
+        # Every layer calls this in every decoding step: an entry that has room is found without another Python call.
+        entry = self._entries.get((layer_key, adapter))
+        if entry is not None and entry.exclusive and entry.length == past < entry.kv.shape[1]:
+            kv = entry.kv
+            writable = is_dynamo_compiling() or torch.is_inference_mode_enabled() or not kv.is_inference()
+            if writable and (kv.shape[0], kv.shape[2], kv.dtype, kv.device) == spec:
+                entry.length = past + 1
+                return kv
         entry = self._entry_to_extend(layer_key, adapter, spec, past)
         kv = entry.reserve(past, past + 1, self.max_length)
         entry.length = past + 1

@@ -35,6 +35,7 @@ class LayerContext:
         run: how often the decoder layer has run before in this forward, counted where there is a cache.
         cache: the past of all adapters; None where the model uses no cache.
         obstacle: why nothing can be stored beside the model's cache, or None.
+        caches: whether the model uses a cache, of whatever kind.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class LayerContext:
     ) -> None:
         self._forward, self.shape = forward, forward.shape
         self.layer, self.run, self.cache, self.obstacle = layer, run, cache, obstacle
+        self.caches = cache is not None or obstacle is not None
 
     @property
     def sequence(self) -> Sequence:
         """Which positions belong together; its segments are on the device of the layer's hidden states."""
-        return self._forward.sequence
+        return self._forward.made_sequence or self._forward.sequence
 
     def past(self, layer_key: str, adapter: str, new: Tensor) -> Tensor | None:
         """What one adapter of one layer kept of the tokens before these, [batch, past, width]; None: nothing.
@@ -98,11 +100,13 @@ class LayerContext:
         spec = (self.shape[0], width, dtype, device)
         if forward.length_on_device is not None:
             return cache.reserve_static(layer_key, adapter, spec), forward.length_on_device, forward.segments
-        sequence = forward.sequence
+        sequence = forward.made_sequence or forward.sequence
         kv, segments = cache.reserve(layer_key, adapter, spec, past=sequence.past), sequence.segments
         if segments is not None and segments.stride(1) != 1:
             segments = segments.contiguous()
-        return kv, forward.past_for_kernel(device), segments
+        known = forward.past
+        past = known[1] if known is not None and known[0] == device else forward.past_for_kernel(device)
+        return kv, past, segments
 
 
 class ForwardContext:
@@ -117,6 +121,8 @@ class ForwardContext:
         segments: beside length_on_device: int32 [batch, at least its value + 1], or None.
         packed: whether the segments of `sequence`, if any, are packed sequences.
         uses_cache: whether adapters store what they compute beside the model's cache, where it has one.
+        made_sequence: `sequence`, once it has been made.
+        past: a device, and what :meth:`past_for_kernel` gives for it; None: nothing yet.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class ForwardContext:
         self.packed = False
         self.uses_cache = True
         self._make_sequence = make_sequence
-        self._sequence: Sequence | None = None
+        self.made_sequence: Sequence | None = None
         self._expected_entries = expected_entries
         self._given_cache = cache  # None: the model makes one, or none
         # Of the cache that the decoder layers were given last: itself, the adapters' beside it, or why there is none.
@@ -138,7 +144,7 @@ class ForwardContext:
         self._obstacle: str | None = None
         self._runs: dict[int, int] = {}
         self._checked_masks: list[object] = []
-        self._past: tuple[torch.device, int | Tensor] | None = None
+        self.past: tuple[torch.device, int | Tensor] | None = None
 
     def make_replayable(self, mask: Any, may_replay: MayReplay, device: torch.device) -> bool:
         """Sets length_on_device and segments, and returns True, if this is a decoding step that may be replayed.
@@ -169,22 +175,22 @@ class ForwardContext:
     @property
     def sequence(self) -> Sequence:
         """Which positions belong together; its segments are on the device of the present layer's hidden states."""
-        if self._sequence is None:
+        if self.made_sequence is None:
             # The length has to be that before the forward; the first layer may have written to the cache since.
             past = None if self.length_on_device is None else int(self.length_on_device)
-            self._sequence = self._make_sequence(past)
-        return self._sequence
+            self.made_sequence = self._make_sequence(past)
+        return self.made_sequence
 
     def past_for_kernel(self, device: torch.device) -> int | Tensor:
         """sequence.past as a kernel on `device` takes it: a number, or, on a GPU and in compiled graphs, int32 [1].
 
         Made once for all layers on one device.
         """
-        if self._past is None or self._past[0] != device:
+        if self.past is None or self.past[0] != device:
             past = self.sequence.past
             on_device = _is_asynchronous(device) or torch.compiler.is_compiling()
-            self._past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
-        return self._past[1]
+            self.past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
+        return self.past[1]
 
     def layer_context(self, info: LayerInfo, args: tuple, kwargs: dict[str, Any]) -> LayerContext:
         """The context of one decoder layer.
@@ -215,7 +221,7 @@ class ForwardContext:
         if self.length_on_device is None or cache is None:
             sequence = self.sequence
             if sequence.segments is not None and sequence.segments.device != hidden.device:
-                sequence = self._sequence = Sequence(sequence.segments.to(hidden.device), sequence.past)
+                sequence = self.made_sequence = Sequence(sequence.segments.to(hidden.device), sequence.past)
             if not sequence.past and self.shape[1] > 1:
                 self._check_masks(mask_indices, args, kwargs)
             if cache is None or not self.uses_cache:

@@ -16,6 +16,7 @@ import json
 import os
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +33,8 @@ _PACKAGE = Path(__file__).parents[1]
 _LOCK = threading.RLock()
 # (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
 _answers: dict[tuple[str, int], bool] = {}
+#: Rises when what is proved changes: what was chosen by it before has to be chosen again.
+version = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def keep(*records: Record) -> None:
         _own.cache_clear()
         for key in [key for key in _answers if key[0] in {record.kernel for record in records}]:
             del _answers[key]
+        global version
+        version += 1
 
 
 # What "auto" asks
@@ -197,6 +202,12 @@ def proves(kernel: str, device: torch.device | None = None) -> bool:
         return False
     answer = _answers.get((kernel, index))
     return _ask(kernel, index) if answer is None else answer
+
+
+def settled(kernels: Iterable[str]) -> int | None:
+    """The current GPU's index where :func:`proves` has given a lasting answer for all of `kernels`; else None."""
+    index = _current_index()
+    return index if all((kernel, index) in _answers for kernel in kernels) else None
 
 
 def _ask(kernel: str, index: int) -> bool:

@@ -83,6 +83,10 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], x: Ten
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
 
 
+#: Makes a NamedTuple of all its fields, without a call of Python's.
+new_record: Any = tuple.__new__
+
+
 def rows(x: Tensor) -> Tensor:
     """x [..., features] as [tokens, features] with contiguous rows; a copy only where no view is possible."""
     x = x.reshape(-1, x.shape[-1])

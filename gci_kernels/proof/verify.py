@@ -176,7 +176,7 @@ def _group(case: Case, tensors: dict[str, Tensor]) -> Group | None:
     decode = case.mixer.decode
     if decode is None:
         return None
-    return Group(A, B, 2.0, 0, case.tokens, **decode(weights[0] if weights else None, case.numbers))
+    return Group(A, B, 2.0, 0, case.tokens, *decode(weights[0] if weights else None, case.numbers))
 
 
 def _step(case: Case, t: dict[str, Tensor], impl: str) -> dict[str, Tensor]:

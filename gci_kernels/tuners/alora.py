@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import LayerContext
 from gci_kernels.models import decoder_layers
-from gci_kernels.ops import Sequence
 from gci_kernels.ops.arguments import autocast_dtype
-from gci_kernels.ops.attention.api import check_heads, check_sequence
+from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
 from gci_kernels.ops.decode import find_step
 from gci_kernels.tuners import fusion, mixed
@@ -88,14 +87,14 @@ class _Layer(BottleneckLayer):
 
     decoder_layers: tuple[int, ...] = ()  # the numbers of those that it lies in, several where it is shared
 
-    def key_in(self, decoder_layer: int, run: int = 0) -> str:
+    def key_in(self, decoder_layer: int, run: int) -> str:
         """Under which the cache keeps what this layer makes when `decoder_layer` runs, for the first time or again."""
         key = self.key if len(self.decoder_layers) < 2 else f"{self.key} of decoder layer {decoder_layer}"
         return f"{key}, run {run}" if run else key
 
     def _rows(self, x: Tensor, context: LayerContext) -> Tensor:
         """x as [batch, time, in]; some models give their inner layers [batch * time, in]."""
-        leading = tuple(x.shape[:-1])
+        leading = x.shape[:-1]
         if leading == context.shape:
             return x
         batch, time = context.shape
@@ -108,18 +107,16 @@ class _Layer(BottleneckLayer):
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         context = sequence.required()
-        rows, key = self._rows(x, context), self.key_in(context.layer, context.run)
-        kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
-        past = context.past(key, name, kept)
-        y, kv = self._attended(rows, name, weight, bias, context.sequence, past)
-        context.keep(key, name, kv)
+        rows = x if x.shape[:-1] == context.shape else self._rows(x, context)
+        if not context.caches:
+            y, _ = self._compute(rows, name, weight, bias, context.sequence.segments)
+        else:
+            key = self.key_in(context.layer, context.run)
+            kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
+            past = context.past(key, name, kept)
+            y, kv = self._compute(rows, name, weight, bias, context.sequence.segments, past)
+            context.keep(key, name, kv)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
-
-    def _attended(
-        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, tokens: Sequence, past: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        segments = check_sequence(tokens, x.shape[0], x.shape[1], 0 if past is None else past.shape[1], x.device)
-        return self._compute(x, name, weight, bias, segments, past)
 
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
@@ -146,7 +143,7 @@ class _Layer(BottleneckLayer):
                 kept.extend((new, context.past(layer_key, key, new)))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
-            update, kv = self._attended(rows.index_select(0, samples), name, None, None, sub, past)
+            update, kv = self._compute(rows.index_select(0, samples), name, None, None, sub.segments, past)
             kept[0][samples, :, : kv.shape[-1]] = kv
             return y.index_add(0, samples, update.to(y.dtype))
 
@@ -165,7 +162,9 @@ class _Layer(BottleneckLayer):
         step: Any = find_step(x, weight, bias, (group,))
         kept = None
         if step is not None:
-            kept = context.reserve(self.key_in(context.layer, context.run), name, 2 * self.r[name], x.dtype, x.device)
+            simple = not context.run and len(self.decoder_layers) < 2
+            key = self.key if simple else self.key_in(context.layer, context.run)
+            kept = context.reserve(key, name, 2 * self.r[name], x.dtype, x.device)
         if kept is None:
             return None
         return step.attend(x, y, *kept)
@@ -231,9 +230,9 @@ class _Model(BottleneckModel):
                 if index >= depth:
                     continue
                 if mix is None:
-                    yield from ((layer.key_in(index), name) for name in layer.adapters())
+                    yield from ((layer.key_in(index, 0), name) for name in layer.adapters())
                 elif any(name in layer.r for name in mix.names):
-                    yield layer.key_in(index), mixed_key(mix.names)
+                    yield layer.key_in(index, 0), mixed_key(mix.names)
 
     def _detach(self) -> None:
         self.attached.detach()

@@ -18,7 +18,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
-from gci_kernels.tuners.methods import method_type
+from gci_kernels.tuners.methods import method_type, type_in_file
 
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -71,7 +71,7 @@ class AdaptedConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """What is saved."""
-        return super().to_dict() | {"peft_type": method_type(self.method).in_file}
+        return super().to_dict() | {"peft_type": type_in_file(type(self))}
 
 
 # What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
@@ -151,9 +151,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's dtype; `adapter_names`: one for each row of x, in inference."""
-        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
+        mix = None if mixed.thread.state.batch is None else mixed.current(self)
+        if adapter_names is not None:
+            mix = mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
-            active = self._active_adapter
+            active: Any = self._active_adapter
             if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
                 active = among(active, self.r)
             return self._adapted(x, active)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import is_all_linear, matched
 from gci_kernels.ops import bottleneck_linear
+from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck import register as register_mixer
 from gci_kernels.ops.decode import Group
@@ -139,7 +140,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         if decode is None or scaling is None or self.training and self.dropout_p[name]:
             return None
         A, B, weights = self.tensors(name)
-        return Group(A, B, scaling, first, count, **decode(weights, self.settings[name]))
+        return new_record(Group, (A, B, scaling, first, count, *decode(weights, self.settings[name])))
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""

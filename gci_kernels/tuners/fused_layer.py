@@ -16,7 +16,7 @@ class FusedLayer:
     Attributes:
         gci_impl: what the layer gives its op as `impl`.
         adapters: gives the active adapters that the layer has.
-        _update: fusion.Update.
+        _update: (x, name, weight, bias) -> the adapter's addition, with the base product where a weight is given.
         _group: (name, count, first) -> the adapter as a step takes it, for `count` tokens from its token `first` on;
             None where no step computes it as it is now.
     """
@@ -24,14 +24,28 @@ class FusedLayer:
     base_layer: Any
     gci_impl: str
     adapters: Callable[[], Sequence[str]]
-    _update: fusion.Update
+    _update: Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
     _group: Callable[..., Group | None]
 
     def _run(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """base(x) with the updates of all named adapters."""
+        """base(x) plus the updates of all named adapters; the first is fused with the base product if it may be."""
         base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]  # of the layer that this is mixed with
-        step = None if torch.is_grad_enabled() or not fusion.takes_steps(self.gci_impl, x) else self._step
-        return fusion.combine(base, x, names, self._update, step)
+        if not names:
+            return base(x)
+        steps = not torch.is_grad_enabled() and fusion.takes_steps(self.gci_impl, x)
+        weight, bias, y = fusion.base_operands(base, x)
+        owned = y is None  # whether y may be written to: a hook may have kept what it saw
+        for name in names:
+            made = None
+            if steps and (y is None or y.dtype == x.dtype):
+                if y is not None and not (owned and y.is_contiguous()):
+                    y = y.clone(memory_format=torch.contiguous_format)
+                made = self._step(x, name, weight, bias, y)
+            if made is None:
+                made = self._update(x, name, weight, bias)
+                made = made if y is None else y + made.to(y.dtype)
+            y, owned, weight, bias = made, True, None, None
+        return y  # type: ignore[return-value]  # there is a name
 
     def _run_mixed(self, x: Tensor, names: Sequence[str], present: Container[str]) -> Tensor:
         """base(x) with, for the rows of each of `names`, the update of that adapter, where it is `present`."""
@@ -41,7 +55,10 @@ class FusedLayer:
     def _step(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
     ) -> Tensor | None:
-        """fusion.Step."""
+        """:attr:`_update` for a decoding step, in a kernel of its own, or None.
+
+        With y, which holds the base product, instead of a weight it may write into that.
+        """
         group = self._group(name, x.numel() // x.shape[-1])  # held, for a step knows addresses alone
         step = None if group is None else find_step(x, weight, bias, (group,))
         return None if step is None else step.run(x, y)

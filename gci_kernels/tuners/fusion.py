@@ -1,7 +1,6 @@
 """When an adapter may take over its base layer's product, and what all tuners do with the answer."""
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,6 @@ from gci_kernels.ops.decode import plan
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import hooks
 from gci_kernels.tuners.frozen import UpcastLinear
-
-# update(x, adapter's name, weight, bias): the adapter's addition, with the base product where a weight is given.
-Update = Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
-# step(x, adapter's name, weight, bias, y): the same for a decoding step, in a kernel of its own or not at all (None);
-# with y, which holds the base product, instead of a weight it may write into that.
-Step = Callable[[Tensor, str, Tensor | None, Tensor | None, Tensor | None], Tensor | None]
 
 
 def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
@@ -82,29 +75,6 @@ def takes_steps(impl: str, x: Tensor) -> bool:
     if x.dtype not in plan.BUILT.get(device, ()) or device != "cpu" and not plan.has_kernels(x.dtype, device):
         return False
     return not torch.is_autocast_enabled(device) and not transformed()
-
-
-def combine(base: nn.Module, x: Tensor, names: Sequence[str], update: Update, step: Step | None = None) -> Tensor:
-    """base(x) plus the updates of all named adapters.
-
-    The first adapter is fused with the base product if nothing stands against it, the others are added. `step` is asked
-    first, where one is given.
-    """
-    if not names:
-        return base(x)
-    weight, bias, y = base_operands(base, x)
-    owned = y is None  # whether y may be written to: a hook may have kept what it saw
-    for name in names:
-        made = None
-        if step is not None and (y is None or y.dtype == x.dtype):
-            if y is not None and not (owned and y.is_contiguous()):
-                y = y.clone(memory_format=torch.contiguous_format)
-            made = step(x, name, weight, bias, y)
-        if made is None:
-            made = update(x, name, weight, bias)
-            made = made if y is None else y + made.to(y.dtype)
-        y, owned, weight, bias = made, True, None, None
-    return y  # type: ignore[return-value]  # there is a name
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:

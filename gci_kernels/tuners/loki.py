@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gci_kernels.models import parents
-from gci_kernels.ops import MergedRows, loki_linear, lora_linear
 from gci_kernels.ops.arguments import index_copy
-from gci_kernels.ops.bottleneck import choose_plan
-from gci_kernels.ops.row_linear import choose_form
+from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
+from gci_kernels.ops.bottleneck.mixers import IDENTITY
+from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
@@ -146,17 +146,25 @@ class LoKILinear(AdaptedLinear):
             return base.bias() if callable(base.bias) else base.bias  # torch.ao's quantised layers have a method
 
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        if not names:
-            return self.base_layer(x)
-        self._check_disjoint(names)
-        weight, bias, y = fusion.base_operands(self.base_layer, x)
+        base: Any = self._modules["base_layer"]
+        if len(names) != 1:
+            if not names:
+                return base(x)
+            self._check_disjoint(names)
+        weight, bias, product = fusion.base_operands(base, x)
         # In a decoding step the cheapest way is to overwrite columns of the base product, which no one else holds.
-        in_place = y is None and self.gci_impl == "auto" and fusion.takes_steps("auto", x)
+        in_place = (
+            product is None and self.gci_impl == "auto"
+            and not torch.is_grad_enabled() and fusion.takes_steps("auto", x)
+        )  # fmt: skip
         first, *others = names
         if weight is not None and (self.r[first] or not in_place):
             y = self._fused(x, weight, bias, first)
         else:
-            y = self._replace_columns(self.base_layer(x) if y is None else y, x, first, in_place)
+            if product is None:
+                plain = type(base) is nn.Linear
+                product = F.linear(x, weight, bias) if plain and weight is not None else base(x)
+            y = self._replace_columns(product, x, first, in_place)
         for name in others:
             y = self._replace_columns(y, x, name, in_place)
         return y
@@ -172,26 +180,30 @@ class LoKILinear(AdaptedLinear):
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """The adapted layer in one op, which reads the base layer's weight [out, in] and bias [out]."""
-        positions = self.loki_positions.require(name)
+        rows: Any = self._modules["loki_positions"]
+        positions = rows.require(name)
         active_bias = self.parameter("loki_active_bias", name) if bias is not None else None
         if not self.r[name]:
             active = self.parameter("loki_active", name)
-            return loki_linear(
-                x, weight, bias, active, positions, active_bias, merged=self.merged_rows, impl=self.gci_impl
-            )
+            return adapted_row_linear(x, weight, bias, active, positions, active_bias, self.merged_rows, self.gci_impl)
         if bias is not None and active_bias is not None:
             bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
         return self._low_rank(x, weight, bias, name)
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        scaling, B = applied(self.scaling[name], self._full_B(name))
-        return lora_linear(x, weight, bias, self.parameter("loki_A", name), B, scaling=scaling, impl=self.gci_impl)
+        scaling, B = self.scaling[name], self._full_B(name)
+        if type(scaling) is not float:
+            scaling, B = applied(scaling, B)
+        operands = x, weight, bias, self.parameter("loki_A", name), B, None, None, None, None
+        return adapted_linear(operands, IDENTITY, (), scaling, 0.0, self.gci_impl)[0]
 
     def _replace_columns(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y [..., out], the base product, with the adapter's columns in place of its own."""
-        positions = self.loki_positions.require(name)
-        active_bias = self.parameter("loki_active_bias", name).to(y.dtype) if name in self.loki_active_bias else None
+        rows: Any = self._modules["loki_positions"]
+        biases: Any = self._modules["loki_active_bias"]
+        positions = rows.require(name)
+        active_bias = self.parameter("loki_active_bias", name).to(y.dtype) if name in biases else None
         if not self.r[name]:
             active = self.parameter("loki_active", name).to(y.dtype)
             columns = F.linear(x.to(y.dtype), active, active_bias).to(y.dtype)
@@ -305,7 +317,7 @@ class LoKILinear(AdaptedLinear):
         name = next(iter(self.adapters() or self.r))
         if self.r[name]:
             impl = self.gci_impl
-            return str(choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer="identity"))
+            return str(choose_plan(impl, tokens=tokens, dtype=dtype, device_type=device_type, mixer=IDENTITY.name))
         if fusion.obstacle(self.base_layer) is not None:
             return "rows=replaced"  # in what the base layer returns
         share = self.loki_positions[name].shape[0] / self.out_features

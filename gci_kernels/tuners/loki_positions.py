@@ -214,9 +214,12 @@ class RowPositions(BufferDict):
         self.known: set[str] = set()
 
     def __setitem__(self, name: str, positions: Tensor) -> None:
+        known = positions.numel() > 0 and positions.device.type != "meta" and bool((positions >= 0).all())
+        if known:
+            self._check(positions, f"loki_positions.{name}")
         super().__setitem__(name, positions)
         self.known.discard(name)
-        if positions.numel() and positions.device.type != "meta" and (positions >= 0).all():
+        if known:
             self.known.add(name)
 
     def __delitem__(self, name: str) -> None:
@@ -227,7 +230,7 @@ class RowPositions(BufferDict):
         """The rows [k] int64 of adapter `name`; ValueError where its file has not been loaded."""
         if name not in self.known:
             raise ValueError(f"adapter {name!r} has no positions: its file, which holds them, has not been loaded")
-        positions = self[name]
+        positions: Any = self._buffers[name]
         return hooks.onload(self, name, positions) if positions.is_meta and hooks.HOOK in vars(self) else positions
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gci_kernels.class_swap import Swapped, give_class, subclass
+from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.decode import Group
@@ -49,7 +50,6 @@ def lora_obstacle(layer: Any, name: str, *, hooked: bool = True) -> str | None:
     return None
 
 
-_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _NOTHING = (None,) * 4  # no mixer's weights, segments, past, seed
 
 if TYPE_CHECKING:  # what the mixin is mixed with
@@ -87,12 +87,15 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """As PEFT's: x [..., in] -> [..., out]."""
-        mix = mixed.current(self) if adapter_names is None else mixed.MixedBatch(adapter_names)
+        mix = None if mixed.thread.state.batch is None else mixed.current(self)
+        if adapter_names is not None:
+            mix = mixed.MixedBatch(adapter_names)
         if mix is not None:
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        names, present = self._active_adapter, self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
+        names: Any = self._active_adapter
+        present = self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
         if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
             names = among(names, present)
         for name in names:
@@ -148,7 +151,7 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         (A, _), (B, bias) = self._matrices(name)
         if bias is not None or scaling is None or dropout.training and type(dropout) is nn.Dropout and dropout.p:
             return None
-        return _record(Group, (A, B, scaling, first, count, None, None, None, 1, False))
+        return new_record(Group, (A, B, scaling, first, count, None, None, None, 1, False))
 
 
 # What a patched peft.tuners.lora.Linear is.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 
@@ -20,11 +19,6 @@ class MethodType(str, enum.Enum):
     class of its own, for members cannot be added: :func:`method_type` makes it.
     """
 
-    @property
-    def in_file(self) -> str:
-        """What adapter_config.json says: where gci_kernels has not been imported, PEFT's KeyError names it so."""
-        return f"gci_kernels.{self.value}"
-
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return method_type, (self.value.removeprefix("GCI_"),)
 
@@ -34,6 +28,16 @@ def method_type(name: str) -> MethodType:
     """The `peft_type` of the method called `name`, in any case: GCI_ and the name in capitals."""
     value = f"GCI_{name.upper()}"
     return next(iter(MethodType(f"{value}_Type", {value: value})))  # type: ignore[call-overload]  # the functional form
+
+
+def type_in_file(config: Any) -> str:
+    """What adapter_config.json has as `peft_type` of an adapter of this config class.
+
+    Where the method is not registered PEFT raises a KeyError with these words and no others: they say what to do.
+    """
+    kind = method_type(config.method).value
+    own = config.__module__.startswith("gci_kernels.")
+    return f"gci_kernels.{kind}" if own else f"{kind}: import the module that registers it with gci_kernels first"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,35 +78,18 @@ class Method:
         return self.config.method
 
 
-#: The registered methods by name.
 METHODS: dict[str, Method] = {}
+"""The registered methods by name: LoRAMoE, ALoRA, and those of other modules."""
 
 
 def register_with_peft(config: Any, tuner: Any) -> None:
     """Makes a method known to PEFT: by its type, and by both names that a saved config may have.
 
-    Adapters that were saved before `in_file` have the type's own name.
+    Adapters that an earlier version saved have the type's own name.
     """
     kind: Any = method_type(config.method)
+    names: Any = type_in_file(config)
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
-    PEFT_TYPE_TO_CONFIG_MAPPING[kind.in_file] = config
+    PEFT_TYPE_TO_CONFIG_MAPPING[names] = config
     PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
-
-
-_read_type = vars(PeftConfigMixin)["_get_peft_type"].__func__
-
-
-def _known_type(cls: Any, model_id: str, **kwargs: Any) -> str:
-    """PEFT's reading of an adapter's type, which says nothing but KeyError of a method that nobody has registered."""
-    found = _read_type(cls, model_id, **kwargs)
-    if "GCI_" in str(found) and found not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join(sorted(METHODS))
-        raise ValueError(
-            f"{model_id}: adapter_config.json has peft_type={found!r}, and no method of that name is registered (there "
-            f"are {known}, LoKI): import the module that calls gci_kernels.register for it, then load the adapter"
-        )
-    return found
-
-
-PeftConfigMixin._get_peft_type = classmethod(_known_type)  # type: ignore[method-assign,assignment]  # see above

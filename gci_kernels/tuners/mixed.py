@@ -21,7 +21,7 @@ from gci_kernels.tuners import fusion
 
 #: PEFT's name for no adapter at all.
 BASE = "__base__"
-# step(x, weight, bias, y, tokens): as fusion.Step, for the adapters of all tokens at once.
+# step(x, weight, bias, y, tokens): as FusedLayer._step, for the adapters of all tokens at once.
 MixedStep = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, "Tokens"], Tensor | None]
 
 _TEXT_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -96,7 +96,7 @@ class MixedBatch:
 
         Without kwargs another thread is just registering or removing the hook.
         """
-        if _thread.state.batch is not self or kwargs is None:
+        if thread.state.batch is not self or kwargs is None:
             return
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
         named = (kwargs.get(name) for name in _TEXT_INPUTS)
@@ -107,7 +107,7 @@ class MixedBatch:
 
     def pass_names(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a module that takes adapter_names as an argument; kwargs as in :meth:`read_forward`."""
-        if _thread.state.batch is not self or kwargs is None:
+        if thread.state.batch is not self or kwargs is None:
             return None
         names = self.names
         if args and isinstance(args[0], Tensor) and self.fits(args[0], module):
@@ -129,12 +129,12 @@ class _Thread(threading.local):
         self.state = _State()
 
 
-_thread = _Thread()
+thread = _Thread()  # every layer looks here in every call; where a batch is set, it asks :func:`current`
 
 
 def current(layer: nn.Module) -> MixedBatch | None:
     """The mixed batch that `layer` is called in; None in the ordinary case."""
-    batch = _thread.state.batch
+    batch = thread.state.batch
     return batch if batch is not None and id(layer) in batch.layers else None
 
 
@@ -275,7 +275,7 @@ def enabled(
             batch.layers[id(module)] = "expert" if decoder_layers.EXPERT.search(name) else "tower" if outside else None
         elif isinstance(module, with_names):
             handles.append(module.register_forward_pre_hook(batch.pass_names, with_kwargs=True))
-    state = _thread.state
+    state = thread.state
     before, state.batch = state.batch, batch
     batch.read_forward(model, args, kwargs)  # generate() may run a tower before it calls the model
     try:

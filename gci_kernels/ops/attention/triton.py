@@ -1,4 +1,4 @@
-"""The attention as Triton kernels, for GPU tensors (signatures: the package's docstring): flash attention, tiny heads.
+"""The attention as Triton kernels, for GPU tensors: flash attention for tiny heads.
 
 A program has one head, padded with zeros to the 16 columns that matrix units take at least. Tiny heads lose nothing by
 it, for exponentials decide: a pair of positions takes 1/16 of a clock for its exponential on an H100's processor, and

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.impl import check_impl
-from gci_kernels.ops.arguments import autocast, check_tensor, check_x, without_autocast
+from gci_kernels.ops.arguments import autocast, check_tensor, check_x, new_record, without_autocast
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.attention.api import check_sequence
 from gci_kernels.ops.bottleneck import autograd, philox, reference
@@ -18,7 +18,6 @@ from gci_kernels.ops.bottleneck.operands import Operands, Settings
 from gci_kernels.ops.bottleneck.plan import Plan, choose_plan, plan_for
 from gci_kernels.ops.transforms import transformed
 
-_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _REFERENCE = Plan(*["reference"] * len(Plan._fields))
 
 
@@ -179,10 +178,10 @@ def adapted_linear(
     Returns:
         y, and the mixer's output, None or an empty tensor where it declares none.
     """
-    t = _record(Operands, operands)
+    t = new_record(Operands, operands)
     x, weight, bias, A, *_ = t
     device = x.device
-    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1] == A.shape[1] and device == A.device
+    usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1:] == A.shape[1:] and device == A.device
     if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
         x, weight, bias = autocast(x, weight, bias)
         t = t._replace(x=x, weight=weight, bias=bias)
@@ -198,7 +197,7 @@ def adapted_linear(
     plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
-    settings = _record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
+    settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
     return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gci_kernels.ops.arguments import from_rows, rows, without_autocast
+from gci_kernels.ops.arguments import from_rows, new_record, rows, without_autocast
 from gci_kernels.ops.bottleneck import reference, stages
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
 from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
@@ -25,7 +25,6 @@ from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
 
-_record: Any = tuple.__new__  # makes a NamedTuple without a call of Python's
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -45,7 +44,7 @@ def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
     stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
     drop = None if t.seed is None else dropout_of(t, s)
     projected = stages.project(plan, x, stack.t(), drop)
-    call = _record(
+    call = new_record(
         Call,
         (
             s.numbers,
@@ -164,7 +163,7 @@ class Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         """See :func:`forward`."""
-        t, s = _record(Operands, args[:_TENSORS]), args[_TENSORS]
+        t, s = new_record(Operands, args[:_TENSORS]), args[_TENSORS]
         y, kept, output = forward(t, s)
         ctx.set_materialize_grads(False)
         declared = MIXERS[s.mixer].output

@@ -1,6 +1,7 @@
 """Forward and backward of a mixer that has its formula alone: autograd differentiates it, over tokens x rank values."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,13 @@ class ByAutograd:
         return self._scaled(self._run(kept.projected, weights, call)[0], call)
 
     def backward(
-        self, du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
+        self, du: Tensor, doutput: Tensor | None, weights: Any, kept: Kept, call: Call
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
         own = weights is not None and not self.mixer.joins
         # Within an operator autograd is left out of the dispatch: it is taken in again for the formula.
         with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
-            leaves = [t.detach().requires_grad_() for t in ((kept.projected, weights) if own else (kept.projected,))]
+            leaves = [t.detach().requires_grad_() for t in (kept.projected, *((weights,) if own else ()))]
             u, output = self._run(leaves[0], leaves[1] if own else weights, call)
             outputs, gradients = [u], [(du * call.scaling).to(u.dtype).view(u.shape)]
             if doutput is not None and output.requires_grad:

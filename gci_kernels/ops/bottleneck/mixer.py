@@ -97,7 +97,8 @@ class Mixer:
         stages: forward and backward by hand; None: made of the formula, with autograd in backward.
         implementations: of "native" and "triton" those that `stages` has; the library's form is always there.
         kernel: the GPU kernel of `stages` in gci_kernels.hardware.KERNELS, which has to have proved itself.
-        decode: (weights, settings) -> further fields of gci_kernels.ops.decode.Group; None: no kernel for a few tokens.
+        decode: (weights, settings) -> the fields of gci_kernels.ops.decode.Group after `count`; None: no kernel for few
+            tokens.
         merge: (A, weights, settings) -> what B is multiplied with [columns of B, in] where the update does not depend
             on x; None: it cannot be merged into a weight.
     """
@@ -111,5 +112,5 @@ class Mixer:
     stages: Stages | None = None
     implementations: frozenset[str] = frozenset()
     kernel: str | None = None
-    decode: Callable[[Tensor | None, tuple[int, ...]], dict[str, Any]] | None = None
+    decode: Callable[[Tensor | None, tuple[int, ...]], tuple[Any, ...]] | None = None
     merge: Callable[[Tensor, Tensor | None, tuple[int, ...]], Tensor] | None = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.impl import check_impl, native_obstacle, triton_obstacle
 from gci_kernels.ops.bottleneck.registry import find
 from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
 
@@ -87,16 +87,30 @@ _plans: dict[tuple, Plan] = {}
 def plan_for(impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str) -> Plan:
     """:func:`choose_plan` on this machine, remembered for each class of numbers of tokens.
 
-    On a GPU nothing is remembered as long as "auto" may still change its mind: kernels prove themselves as they are
-    first used.
+    On a GPU "auto" is remembered once every kernel that it asks about has a lasting answer there: kernels prove
+    themselves as they are first used.
     """
+    state = None if device_type != "cuda" or impl != "auto" else _gpu_state(mixer)
     key = impl, bisect.bisect(_EDGES, tokens), dtype, device_type, mixer
-    plan = _plans.get(key)
+    plan = _plans.get((key, state))
     if plan is None:
         plan = choose_plan(impl, tokens, dtype, device_type, mixer)
-        if device_type != "cuda" or impl != "auto":
-            _plans[key] = plan
+        if state == _UNSETTLED:  # until now: choosing has asked
+            state = _gpu_state(mixer)
+        if state != _UNSETTLED:
+            _plans[key, state] = plan
     return plan
+
+
+_UNSETTLED = (-1, -1)
+_KERNELS = ("project", "expand", "reduce", "dropout")
+
+
+def _gpu_state(mixer: str) -> tuple[int, int]:
+    """What a plan of "auto" on a GPU depends on beside its arguments: the current GPU, and what is proved there."""
+    kernel = find(mixer).kernel
+    index = hardware.records.settled(_KERNELS if kernel is None else (*_KERNELS, kernel))
+    return _UNSETTLED if index is None else (index, hardware.records.version)
 
 
 def choose_plan(
@@ -117,8 +131,9 @@ def choose_plan(
             current one, which may check a kernel at its first use.
 
     Raises:
-        ValueError: an implementation is asked for and cannot run.
+        ValueError: an implementation is asked for that is unknown or cannot run.
     """
+    check_impl(impl)
     asked = {"triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl, native_obstacle)
     obstacle = asked(device_type, dtype)
     if impl in ("native", "triton", "upcast") and obstacle:

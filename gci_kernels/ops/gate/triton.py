@@ -1,4 +1,4 @@
-"""The gate as Triton kernels, one pass each way, for GPU tensors (signatures: the package's docstring).
+"""The gate as Triton kernels, one pass each way, for GPU tensors.
 
 A program holds whole tokens: a tile [tokens, experts] of logits, and tiles [tokens, experts, part of r] of the rest.
 Blocks come from config.py; masks pad experts and r to powers of two.

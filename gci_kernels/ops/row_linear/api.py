@@ -48,18 +48,46 @@ def loki_linear(
     dtype = autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
     _check(x, weight, bias, active_weight, positions, active_bias, any_dtype=dtype is not None)
-    bias = None if bias is None else bias.to(x.dtype)
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
+        check_positions(positions, weight.shape[0])
+    return adapted_row_linear(x, weight, bias, active_weight, positions, active_bias, merged, impl)
+
+
+def adapted_row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor,
+    active_bias: Tensor | None, merged: MergedRows | None, impl: str,
+) -> Tensor:  # fmt: skip
+    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
+
+    Args: as in :func:`loki_linear`; the values of `positions` are not checked.
+    """
+    device, dtype = x.device, x.dtype
+    usual = (
+        weight.dtype is dtype and x.shape[-1:] == weight.shape[1:] == active_weight.shape[1:]
+        and positions.shape == active_weight.shape[:1] and positions.dtype is torch.int64
+        and device == weight.device == active_weight.device == positions.device and not weight.requires_grad
+        and (bias is None or bias.dtype is dtype and not bias.requires_grad)
+    )  # fmt: skip
+    if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
+        cast = autocast_dtype(x)
+        x = x if cast is None else x.to(cast)
+        _check(x, weight, bias, active_weight, positions, active_bias, any_dtype=cast is not None)
+        dtype, bias = x.dtype, None if bias is None else bias.to(x.dtype)
     if impl == "reference" or transformed():
-        weight = weight.to(x.dtype)
+        weight = weight.to(dtype)
         return without_autocast(reference.loki_linear)(x, weight, bias, active_weight, positions, active_bias)
+    # Calls with gradients make the copy of W', and all later calls use it.
+    keep = merged is not None and not torch.compiler.is_compiling() and (
+        merged.has(device) or (torch.is_grad_enabled() and (x.requires_grad or active_weight.requires_grad))
+    )  # fmt: skip
     form = choose_form(
-        impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=x.dtype,
-        device_type=x.device.type, keep=_keeps_copy(merged, x, active_weight),
+        impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=dtype,
+        device_type=device.type, keep=keep,
     )  # fmt: skip
     if form == "kept" and merged is not None:
-        weight = merged.renewed(weight, active_weight, positions, x.dtype)
-    else:
-        weight = weight.to(x.dtype)
+        weight = merged.renewed(weight, active_weight, positions, dtype)
+    elif weight.dtype is not dtype:
+        weight = weight.to(dtype)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, form)
 
 
@@ -88,13 +116,6 @@ def partitioned_loki_linear(
     make_weight = merge_rows if torch.compiler.is_compiling() else merged.renewed
     weight = make_weight(frozen, active_weight, positions, dtype, frozen_positions)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, "kept")
-
-
-def _keeps_copy(merged: MergedRows | None, x: Tensor, active_weight: Tensor) -> bool:
-    """Whether a copy of W' is kept: calls with gradients make one, and all later calls use it."""
-    if merged is None or torch.compiler.is_compiling():
-        return False
-    return merged.has(x.device) or (torch.is_grad_enabled() and (x.requires_grad or active_weight.requires_grad))
 
 
 def _check(
@@ -130,8 +151,6 @@ def _check_rows(positions: Tensor, active_weight: Tensor, weight: Tensor) -> Non
         )
     if positions.device != weight.device:
         raise ValueError(f"positions must be on x's device {weight.device}, got {positions.device}")
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
-        check_positions(positions, weight.shape[0])
 
 
 def check_positions(positions: Tensor, out: int) -> None:

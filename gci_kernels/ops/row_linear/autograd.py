@@ -35,12 +35,13 @@ def _products(form: str) -> ModuleType:
     return implementation("row_linear", form if form in ("upcast", "triton") else "aten")
 
 
-@without_autocast
-def _row_linear(
+def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None,
     form: str,
 ) -> Tensor:  # fmt: skip
-    bias = reference.merged_bias(bias, active_bias, positions)
+    """:func:`row_linear` outside autograd and autocast."""
+    if active_bias is not None:
+        bias = reference.merged_bias(bias, active_bias, positions)
     return from_rows(_products(form).forward(rows(x), weight, bias, active, positions, form), x)
 
 
@@ -124,7 +125,7 @@ def _formula_backward(
     return [*(next(gradients) if needed else None for needed in needs[:2]), dactive_bias]
 
 
-_library.impl("row_linear", _row_linear, "CompositeExplicitAutograd")
+_library.impl("row_linear", without_autocast(forward), "CompositeExplicitAutograd")
 _library.impl("row_linear_backward", _row_linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gci_kernels::row_linear", _row_linear_fake, lib=_library)
 torch.library.register_fake("gci_kernels::row_linear_backward", _row_linear_backward_fake, lib=_library)
@@ -137,7 +138,8 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        y = _row_linear(*args)
+        """See :func:`forward`."""
+        y = forward(*args)
         _setup_context(ctx, args, y)
         return y
 
@@ -168,5 +170,10 @@ def row_linear(
         active_bias: [k], any floating dtype, used in x's; or None. It needs a bias.
         form: one of :data:`~gci_kernels.ops.row_linear.plan.FORMS`.
     """
-    run = _apply if _is_eager(x) else torch.ops.gci_kernels.row_linear.default
-    return run(x, weight, bias, active, positions, active_bias, form)
+    if not _is_eager(x):
+        return torch.ops.gci_kernels.row_linear.default(x, weight, bias, active, positions, active_bias, form)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+        with torch.autocast(device, enabled=False):
+            return _apply(x, weight, bias, active, positions, active_bias, form)
+    return _apply(x, weight, bias, active, positions, active_bias, form)

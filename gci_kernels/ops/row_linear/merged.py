@@ -14,7 +14,8 @@ class _Copy:
 
     weight: Tensor  # [out, in], the frozen rows and the active ones
     frozen: tuple  # identity of the frozen rows' tensor
-    sample: Tensor  # some of its numbers
+    sampled: tuple[slice, ...]  # which of its numbers are compared: up to about 16 x 16, spread over all of it
+    sample: Tensor  # these numbers
     positions: Tensor  # [k], a copy
     positions_identity: tuple
     active: tuple  # identity of the active rows' tensor when they were last written into the copy
@@ -62,20 +63,38 @@ class MergedRows:
 
         The arguments are those of :func:`merge_rows`.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            copy = self._copies.get(frozen.device)
-            if copy is None or copy.weight.dtype != dtype or not _is_current(copy, frozen, positions):
-                copy = self._copies[frozen.device] = _Copy(
-                    weight=merge_rows(frozen, active, positions, dtype, frozen_positions),
-                    frozen=identity(frozen),
-                    sample=_sample(frozen).clone(),
-                    positions=positions.clone(),
-                    positions_identity=identity(positions),
-                    active=identity(active),
-                )
-            else:
-                _update(copy, active)
+        device = frozen.device
+        copy = self._copies.get(device)
+        if copy is None or copy.weight.dtype is not dtype or identity(frozen) != copy.frozen:
+            return self._make(frozen, active, positions, dtype, frozen_positions)
+        if device.type != "cpu":
+            if identity(positions) != copy.positions_identity:
+                return self._make(frozen, active, positions, dtype, frozen_positions)
+            _write(copy, active)
+            return copy.weight
+        # Nothing here is recorded for a gradient: the usual call needs no guards.
+        if not torch.equal(frozen.detach()[copy.sampled], copy.sample) or not torch.equal(positions, copy.positions):
+            return self._make(frozen, active, positions, dtype, frozen_positions)
+        if not torch.equal(copy.weight.index_select(0, copy.positions), active.detach().to(dtype)):
+            _write(copy, active)
         return copy.weight
+
+    def _make(
+        self, frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, frozen_positions: Tensor | None
+    ) -> Tensor:
+        sampled = tuple(slice(None, None, max(size // _SAMPLES, 1)) for size in frozen.shape)
+        with torch.inference_mode(False), torch.no_grad():
+            weight = merge_rows(frozen, active, positions, dtype, frozen_positions)
+            self._copies[frozen.device] = _Copy(
+                weight=weight,
+                frozen=identity(frozen),
+                sampled=sampled,
+                sample=frozen.detach()[sampled].clone(),
+                positions=positions.clone(),
+                positions_identity=identity(positions),
+                active=identity(active),
+            )
+        return weight
 
     def __deepcopy__(self, memo: dict) -> "MergedRows":
         return MergedRows()
@@ -110,31 +129,15 @@ def merge_rows(
     return weight.index_copy_(0, positions, active.detach().to(dtype))
 
 
-def _sample(frozen: Tensor) -> Tensor:
-    """A view of up to about 16 x 16 of frozen's numbers, spread over all of it."""
-    steps = (max(size // _SAMPLES, 1) for size in frozen.shape)
-    return frozen.detach()[tuple(slice(None, None, step) for step in steps)]
-
-
-def _is_current(copy: _Copy, frozen: Tensor, positions: Tensor) -> bool:
-    """Whether the copy's frozen rows and positions are those of today."""
-    if identity(frozen) != copy.frozen or identity(positions) != copy.positions_identity:
-        return False
-    return frozen.device.type != "cpu" or (
-        torch.equal(_sample(frozen), copy.sample) and torch.equal(positions, copy.positions)
-    )
-
-
-def _update(copy: _Copy, active: Tensor) -> None:
-    """Write the active rows into the copy, on a CPU only if their numbers differ."""
-    rows, active_identity = active.to(copy.weight.dtype), identity(active)
-    if copy.weight.device.type == "cpu":
-        if not torch.equal(copy.weight.index_select(0, copy.positions), rows):
+def _write(copy: _Copy, active: Tensor) -> None:
+    """Write the active rows into the copy."""
+    active_identity = identity(active)
+    with torch.inference_mode(False), torch.no_grad():
+        rows = active.to(copy.weight.dtype)
+        if copy.weight.device.type == "cpu" or active_identity != copy.active:
             copy.weight.index_copy_(0, copy.positions, rows)
-    elif active_identity != copy.active:
-        copy.weight.index_copy_(0, copy.positions, rows)
-    else:
-        # The same numbers, or ones that changed without torch counting it. Writes through `data` are not counted for
-        # the copy: a backward that still needs it must not fail because of a write that changed nothing.
-        copy.weight.data.index_copy_(0, copy.positions, rows)
+        else:
+            # The same numbers, or ones that changed without torch counting it. Writes through `data` are not counted
+            # for the copy: a backward that still needs it must not fail because of a write that changed nothing.
+            copy.weight.data.index_copy_(0, copy.positions, rows)
     copy.active = active_identity

@@ -3,7 +3,7 @@
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import triton_obstacle
+from gci_kernels.impl import check_impl, triton_obstacle
 from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
 
 #: "kept": the caller keeps a copy of W that holds the active rows; "merge": such a copy is made for each product;
@@ -42,9 +42,9 @@ def choose_form(
         library: whether PyTorch has a fast product of `dtype` on this CPU; None: PyTorch is asked.
 
     Raises:
-        ValueError: the implementation that is asked for cannot run, as "native" never can.
+        ValueError: `impl` is unknown, or the implementation that is asked for cannot run, as "native" never can.
     """
-    if impl in ("reference", "native", "triton", "upcast"):
+    if impl != "auto" and impl != "aten":
         return _explicit_form(impl, dtype, device_type)
     if impl == "auto" and device_type == "cpu":
         start = upcast_from(dtype, native.ISA if isa is None else isa, library)
@@ -59,7 +59,8 @@ def choose_form(
 
 
 def _explicit_form(impl: str, dtype: torch.dtype, device_type: str) -> str:
-    """`impl`, which is no form of the library's; ValueError if it cannot run."""
+    """`impl`, which is no form of the library's; ValueError if it is unknown or cannot run."""
+    check_impl(impl)
     obstacle = None
     if impl == "native":
         obstacle = NO_NATIVE

@@ -63,12 +63,19 @@ def _row_linear_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, form: str) -> Tensor:
-    """x @ W'.T + bias."""
+    """x [tokens, depth] @ W'.T + bias [rows], in x's dtype; W' is weight [rows, depth] with `active` at `positions`.
+
+    x, weight and bias are of one dtype, bfloat16, float16 or float32, on a GPU; `active` [k, depth] of any; `form` is
+    for other implementations.
+
+    Raises:
+        ValueError: a tensor is on another device, of another dtype or too large.
+    """
     return _product(x, weight, bias, active, positions, sum_rows=False)
 
 
 def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, chosen: Tensor, form: str) -> Tensor:
-    """dy @ W'."""
+    """dy [tokens, rows] @ W', in dy's dtype; as :func:`forward`. `chosen` is for other implementations."""
     return _product(dy, weight, None, active, positions, sum_rows=True)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.impl import implementation
-from gci_kernels.ops.arguments import check_tensor
+from gci_kernels.ops.arguments import check_tensor, new_record
 from gci_kernels.ops.attention import reference
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Output, Shape
@@ -42,23 +42,16 @@ def check(x: Tensor, A: Tensor, qkv: Tensor | None, settings: tuple[int, ...]) -
     check_tensor("qkv", qkv, (3 * r, r), x, same_dtype=False)
 
 
-def _batch(call: Call) -> tuple[int, int]:
-    """x's rows as batch and time; without a batch dimension there is one sequence."""
-    *lead, time = call.lead
-    return math.prod(lead), time
-
-
 def _qkv(z: Tensor, qkv: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [batch, time, r]; k and v [batch, past + time, r]; and the new k and v side by side."""
-    made = torch.mm(z, qkv.to(z.dtype).t()).view(*_batch(call), 3 * call.rank)
+    """q [batch, time, r]; k and v [batch, past + time, r]; and the new k and v side by side.
+
+    Without a batch dimension there is one sequence.
+    """
+    *lead, time = call.lead
+    made = torch.mm(z, qkv.to(z.dtype).t()).view(math.prod(lead), time, 3 * call.rank)
     q, new = made[..., : call.rank], made[..., call.rank :]
     known = new if call.past is None else torch.cat((call.past, new), dim=1)
     return q, known[..., : call.rank], known[..., call.rank :], new
-
-
-def _u(o: Tensor, z: Tensor, call: Call) -> Tensor:
-    o = o.reshape(z.shape)
-    return torch.add(o, z).mul_(call.scaling) if call.settings[1] else o * call.scaling
 
 
 def forward(projected: Tensor, qkv: Tensor, call: Call) -> tuple[Tensor, Kept, Tensor]:
@@ -67,12 +60,14 @@ def forward(projected: Tensor, qkv: Tensor, call: Call) -> tuple[Tensor, Kept, T
     q, k, v, new = _qkv(z, qkv, call)
     o, lse = implementation("attention", call.impl).forward(q, k, v, call.settings[0], call.segments)
     # A copy: what is kept for generation must not keep q alive, nor be a view of what another output is.
-    return _u(o, z, call), Kept(z, o, lse), new.clone(memory_format=torch.contiguous_format)
+    kept = new_record(Kept, (z, o, lse))
+    return recompute(qkv, kept, call), kept, new.clone(memory_format=torch.contiguous_format)
 
 
 def recompute(qkv: Tensor, kept: Kept, call: Call) -> Tensor:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
-    return _u(kept.mixed, kept.projected, call)
+    z, o = kept.projected, kept.mixed.reshape(kept.projected.shape)
+    return torch.add(o, z).mul_(call.scaling) if call.settings[1] else o * call.scaling
 
 
 def backward(
@@ -94,7 +89,8 @@ def backward(
 
 def shapes(qkv: Tensor, call: Call) -> list[Shape]:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
-    (batch, time), r, dtype = _batch(call), call.rank, call.dtype
+    *lead, time = call.lead
+    batch, r, dtype = math.prod(lead), call.rank, call.dtype
     lse = (batch, call.settings[0], time), torch.promote_types(dtype, torch.float32)
     return [((batch * time, r), dtype), ((batch, time, r), dtype), lse, ((batch, time, 2 * r), dtype)]
 
@@ -108,6 +104,6 @@ ATTENTION = register(
         stages=sys.modules[__name__],
         implementations=frozenset(("native", "triton")),
         kernel="attention",
-        decode=lambda qkv, settings: {"qkv": qkv, "num_heads": settings[0], "residual": bool(settings[1])},
+        decode=lambda qkv, settings: (None, None, qkv, settings[0], bool(settings[1])),
     )
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gci_kernels.impl import implementation
 from gci_kernels.limits import MAX_EXPERTS
-from gci_kernels.ops.arguments import check_tensor
+from gci_kernels.ops.arguments import check_tensor, new_record
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Output, Shape
 from gci_kernels.ops.bottleneck.registry import register
 from gci_kernels.ops.gate import reference
@@ -40,7 +40,7 @@ def forward(projected: Tensor, router: Tensor, call: Call) -> tuple[Tensor, Kept
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     experts = router.shape[0]
     u, gates = implementation("gate", call.impl).forward(projected, experts, call.settings[0], call.scaling, call.dtype)
-    return u, Kept(projected, u.new_empty(0), u.new_empty(0)), gates.view(*call.lead, experts)
+    return u, new_record(Kept, (projected, u.new_empty(0), u.new_empty(0))), gates.view(*call.lead, experts)
 
 
 def recompute(router: Tensor, kept: Kept, call: Call) -> Tensor:
@@ -77,6 +77,6 @@ GATE = register(
         stages=sys.modules[__name__],
         implementations=frozenset(("native", "triton")),
         kernel="gate",
-        decode=lambda router, settings: {"router": router, "top_k": settings[0]},
+        decode=lambda router, settings: (router, settings[0], None, 1, False),
     )
 )

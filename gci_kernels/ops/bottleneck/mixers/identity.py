@@ -6,6 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
+from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck.mixer import Call, Kept, Mixer, Shape
 from gci_kernels.ops.bottleneck.registry import register
 
@@ -24,7 +25,7 @@ def forward(projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tens
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
     u = torch.mul(projected, call.scaling, out=projected.new_empty(projected.shape, dtype=call.dtype))
     nothing = u.new_empty(0)
-    return u, Kept(nothing, u, u.new_empty(0)), u.new_empty(0)
+    return u, new_record(Kept, (nothing, u, u.new_empty(0))), u.new_empty(0)
 
 
 def recompute(weights: Tensor | None, kept: Kept, call: Call) -> Tensor:
@@ -50,7 +51,7 @@ IDENTITY = register(
         "identity",
         formula,
         stages=sys.modules[__name__],
-        decode=lambda weights, settings: {},
+        decode=lambda weights, settings: (None, None, None, 1, False),
         merge=lambda A, weights, settings: A,
     )
 )
