@@ -161,6 +161,21 @@ def test_hooks_of_other_kinds_run(method, hook):
         assert relative_error(actual, model(LONG).logits) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ("forward_pre", "forward", "full_backward_pre", "full_backward"))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_hook_of_torch_runs(method, kind):
+    """A kernel that reads a layer's weight calls none of them."""
+    model, fired = with_adapter(method), []
+    model.enable_input_require_grads()
+    layers = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    if method == "lora":
+        layers += [module for name, module in model.named_modules() if "lora_A." in name]
+    for layer in layers:
+        getattr(layer, f"register_{kind}_hook")(lambda module, *_: fired.append(module))
+    model(LONG).logits.sum().backward()
+    assert set(fired) == set(layers) and len(fired) == len(layers)
+
+
 @named("move", (cpu_offload, disk_offload, part_on_disk, dispatch))
 @pytest.mark.parametrize("method", METHODS)
 def test_an_offloaded_base_is_adapted(method, move, tmp_path):
