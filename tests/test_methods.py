@@ -143,6 +143,7 @@ def test_the_operator_is_what_torch_compile_expects(method: Method):
         tensors[n].requires_grad_() for n in ("x", "weight", "bias", *verify._adapter(tensors))
     )
     plan = ops.bottleneck.choose_plan("native", 5, torch.float32, "cpu", method.mixer.name)
+    assert plan.mix == ("native" if "native" in method.mixer.implementations else "aten")
     options = (method.mixer.name, list(case.numbers), 2.0, 0.0, plan.key)
     others = (*(weights or (None,)), None, None, None)
     torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (x, weight, bias, A, B, *others, *options))
