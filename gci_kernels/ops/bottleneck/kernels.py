@@ -29,7 +29,7 @@ _REDUCE = LaunchConfig(
     dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3, 4), num_warps=_WARPS),
 )  # fmt: skip
 _PROJECT_REDUCE = LaunchConfig(
-    "project_reduce", config.ProjectReduceConfig, config.choose_project_reduce_config,
+    "project_reduce", config.ReduceConfig, config.choose_project_reduce_config,
     dict(block_n=_BLOCKS_N, block_t=(16, 32, 64, 128), num_stages=(2, 3), num_warps=_WARPS),
 )  # fmt: skip
 _DROPOUT_LAUNCH = LaunchConfig("dropout", config.DropoutConfig, config.choose_dropout_config)

@@ -3,7 +3,7 @@
 from gci_kernels.hardware import Kernel, LaunchConfig, register
 from gci_kernels.ops import launching
 from gci_kernels.ops.row_linear import checks, timed
-from gci_kernels.ops.row_linear.config import RowLinearConfig, choose_row_linear_config
+from gci_kernels.ops.row_linear.config import choose_row_linear_config
 
 register(
     Kernel(
@@ -12,7 +12,7 @@ register(
         check=checks.check,
         launches=(
             LaunchConfig(
-                "row_linear", RowLinearConfig, choose_row_linear_config,
+                "row_linear", launching.ProductConfig, choose_row_linear_config,
                 dict(
                     block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5),
                     num_warps=(4, 8), group=(4, 8, 16),
