@@ -5,12 +5,7 @@ from gci_kernels.ops import launching
 from gci_kernels.ops.gate import checks, timed
 from gci_kernels.ops.gate.config import GateConfig, choose_gate_config
 
-register(
-    Kernel(
-        name="gate",
-        files=("ops/gate/triton.py", "ops/gate/config.py", "limits.py", *launching.FILES),
-        check=checks.check,
-        launches=(LaunchConfig("gate", GateConfig, choose_gate_config),),
-        stages=timed.stages,
-    )
-)
+register(Kernel(
+    "gate", ("ops/gate/triton.py", "ops/gate/config.py", "limits.py", *launching.FILES), checks.check,
+    launches=(LaunchConfig("gate", GateConfig, choose_gate_config),), stages=timed.stages,
+))  # fmt: skip
