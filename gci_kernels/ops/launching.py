@@ -71,6 +71,13 @@ class ProductConfig:
     num_stages: int
 
 
+#: What `gci-kernels tune` tries of a ProductConfig. What decides most is tried first.
+PRODUCT_CANDIDATES = dict(
+    block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5), num_warps=(4, 8),
+    group=(4, 8, 16),
+)  # fmt: skip
+
+
 def choose_product_config(
     tokens: int, depth: int, width: int, dtype: torch.dtype, capability: str, masked: bool = False
 ) -> ProductConfig:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import check_impl, check_runs, native_obstacle, triton_obstacle
+from gci_kernels.impl import HALVES, check_impl, check_runs, native_obstacle, triton_obstacle
 from gci_kernels.ops.bottleneck.registry import find
 from gci_kernels.ops.upcast import upcast_from
 
@@ -50,26 +50,21 @@ _BFLOAT16 = {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)}
 # are predictions. A stage that only reads and writes wins once its launch is not all of its cost. Below that, and in
 # generation, the library's products stay until there are kernels for a few tokens. The base product has to fill the
 # chip before one reading and writing of y less counts; in float32, without matrix units, the library is better tuned.
-_FROM_16 = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
-_TRITON_FROM = {
-    "project": _FROM_16,
-    "mix": _FROM_16,
-    "expand": {torch.bfloat16: 512, torch.float16: 512},
-    "reduce": _FROM_16,
-    "dropout": _FROM_16,
-}
+_TRITON_FROM = dict.fromkeys((*HALVES, torch.float32), 16)
+_TRITON_EXPAND_FROM = dict.fromkeys(HALVES, 512)
 
 # The numbers of tokens at which a plan may change: between two of them all calls have the same one.
 _EDGES = sorted(
     {edge for wins in (_FLOAT32, _BFLOAT16) for low, high in wins.values() for edge in (low, high + 1)}
-    | {start for starts in _TRITON_FROM.values() for start in starts.values()}
-    | {start for dtype in (torch.bfloat16, torch.float16) for start in (upcast_from(dtype, native.ISA),) if start}
+    | {*_TRITON_FROM.values(), *_TRITON_EXPAND_FROM.values()}
+    | {start for start in (upcast_from(dtype, native.ISA) for dtype in HALVES) if start}
 )
 
 
 def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
     """Whether a stage, a field of Plan, is expected to be faster in Triton than in the library, on a GPU."""
-    return tokens >= _TRITON_FROM[stage].get(dtype, _ANY)
+    starts = _TRITON_EXPAND_FROM if stage == "expand" else _TRITON_FROM
+    return tokens >= starts.get(dtype, _ANY)
 
 
 # What plan_for has answered: it is asked in every call of a layer.
