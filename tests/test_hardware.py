@@ -137,7 +137,7 @@ def test_shipped_records_are_the_packages_own_data():
 def registry(monkeypatch):
     """A copy of it."""
     monkeypatch.setattr(kernels, "KERNELS", dict(kernels.KERNELS))
-    monkeypatch.setattr(kernels, "_launches", dict(kernels._launches))
+    monkeypatch.setattr(kernels, "LAUNCHES", dict(kernels.LAUNCHES))
 
 
 def test_a_kernel_is_registered_once(registry):

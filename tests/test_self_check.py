@@ -45,7 +45,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
 
         reduce, both = kernels.get_launch("project_reduce")
         choose = lambda tokens, *_: small if tokens == 48 else None
-        kernels._launches["project_reduce"] = reduce, replace(both, choose=choose)
+        kernels.LAUNCHES["project_reduce"] = reduce, replace(both, choose=choose)
         for kernel in hardware.names("triton"):
             print("right", kernel, failed(kernel, odd, even))
 

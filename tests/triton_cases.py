@@ -332,9 +332,9 @@ def test_tuning_runs_every_launch(monkeypatch, tmp_path, sizes, names):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware.records, "gpu", lambda device: ("an interpreter", "sm_90"))
     few = {"reduce": dict(block_t=(16,)), "expand": dict(group=(3,)), "row_linear": dict(group=(3,))}
-    for name, (kernel, launch) in hardware.kernels._launches.items():
+    for name, (kernel, launch) in hardware.kernels.LAUNCHES.items():
         launch = dataclasses.replace(launch, candidates=few.get(name, dict(num_warps=(2,))))
-        monkeypatch.setitem(hardware.kernels._launches, name, (kernel, launch))
+        monkeypatch.setitem(hardware.kernels.LAUNCHES, name, (kernel, launch))
     clock = iter(range(1000, 0, -1))
     rank, experts = sizes
     shape = hardware.Shape(40, 32, 48, rank, experts, experts, rows=0 if rank else 4)

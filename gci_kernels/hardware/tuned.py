@@ -16,7 +16,7 @@ import torch
 
 from gci_kernels.files import cache_dir, cache_error, make_cache_dir, write_whole
 from gci_kernels.hardware import records
-from gci_kernels.hardware.kernels import get_launch, launches
+from gci_kernels.hardware.kernels import LAUNCHES, get_launch
 from gci_kernels.hardware.self_check import DTYPES
 
 Request = tuple[str, tuple[object, ...]]
@@ -82,13 +82,13 @@ def keep(launch: str, arguments: tuple[object, ...], best: Any, device: torch.de
 
 @functools.cache
 def _table(file: Path, index: int) -> dict[Request, Any]:
-    device, table, known = torch.device("cuda", index), {}, launches()
+    device, table = torch.device("cuda", index), {}
     dtypes = {str(dtype): dtype for dtype in DTYPES}
     for entry in _entries(file):
         name = entry.get("launch")  # an earlier version wrote other keys
-        if name in known and _stamp(name, device).items() <= entry.items():
+        if name in LAUNCHES and _stamp(name, device).items() <= entry.items():
             arguments = tuple(dtypes.get(value, value) for value in entry["arguments"])
-            table[name, arguments] = known[name].config_class(**entry["config"])
+            table[name, arguments] = LAUNCHES[name][1].config_class(**entry["config"])
     return table
 
 

@@ -84,7 +84,7 @@ def find_step(
     if transforms.dispatch_mode_depth():
         return None  # the mode would not see what a step does
     parts: list = [x.dtype, id(weight), id(bias), rows]
-    state: list = [x.shape[-1], groups[0].A.dtype]
+    state: list = [x.shape[-1], x.device, groups[0].A.dtype]
     if weight is not None:
         state.append(weight.data_ptr())
     if bias is not None:
