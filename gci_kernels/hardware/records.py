@@ -34,7 +34,7 @@ _PACKAGE = Path(__file__).parents[1]
 _LOCK = threading.RLock()
 # (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
 _answers: dict[tuple[str, int], bool] = {}
-#: Rises when what is proved changes: what was chosen by it before has to be chosen again.
+#: Increased whenever a proof changes: plans that depend on an earlier version have to be made again.
 version = 0
 
 
@@ -185,7 +185,7 @@ def state(kernel: str, device: torch.device) -> str:
 
 
 def _current_index() -> int | None:
-    """None without a GPU. The slower question is asked only as long as the quick one says no."""
+    """None without a GPU. is_available, which is slow, is called only until CUDA is initialised."""
     usable = torch.cuda.is_initialized() or torch.cuda.is_available()
     return torch.cuda.current_device() if usable else None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gci_kernels.impl import HALVES
 
 _BLOCK = 1 << 22  # float32 numbers in a block
-_ROWS = 1024  # of x in a block at most: for so many, converting the weight once a block costs next to nothing
+_ROWS = 1024  # of x in a block at most; with so many, converting the weight for each block costs little
 #: Whether PyTorch says that it has a fast product of this dtype on this CPU. Constants, so that torch.compile can trace
 #: the functions that choose a plan.
 LIBRARY_MULTIPLIES = {

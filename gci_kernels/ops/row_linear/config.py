@@ -10,6 +10,6 @@ def choose_row_linear_config(
 ) -> ProductConfig:
     """For [tokens, depth] @ [depth, width]; `sum_rows`: the rows with two sources run along the sum.
 
-    That costs registers, for which there is room: it has no say here, but tuning may find otherwise.
+    That takes registers, of which there are enough: the choice does not depend on it, but tuning may find otherwise.
     """
     return choose_product_config(tokens, depth, width, dtype, capability)
