@@ -110,6 +110,15 @@ def test_no_step_for_another_width_at_the_same_address():
     assert run(x[:, :10].contiguous(), A, None, B, y) is None  # B has 8 columns, A now 16 rows
 
 
+def test_no_step_for_x_on_another_device():
+    """The library's product says what is wrong; a kernel would read an address of the other device."""
+    x, A, router, B, _ = make(1, 20, 9, 2, 4, torch.float32, torch.float32)
+    weight, groups = torch.randn(9, 20), (group_of(A, router, B, count=1),)
+    known = find_step(x, weight, None, groups)
+    assert known is not None and find_step(x.to("meta"), weight, None, groups) is None
+    assert find_step(x, weight, None, groups) is known
+
+
 def test_a_known_step_is_found_and_run_in_few_python_calls():
     """Every adapted layer does both for every token."""
     x, A, router, B, y = make(4, 64, 64, 4, 4, torch.float32, torch.float32)

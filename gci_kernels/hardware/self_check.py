@@ -67,19 +67,15 @@ def check_kernel(
                 actual, repeated = compared.kernel(), compared.kernel()
             for output, value in actual.items():
                 truth, plain = compared.truth[output], compared.plain[output]
+                bound = error_bound(relative_error(plain, truth), dtype)
                 check = Check(
                     f"{name} {' '.join(f'{k}={v}' for k, v in vars(shape).items())}",
                     kernel.language, str(dtype).removeprefix("torch."), output, relative_error(value, truth),
-                    _bound(relative_error(plain, truth), dtype, value.dtype),
+                    bound if value.dtype == dtype else min(bound, _UNROUNDED),
                 )  # fmt: skip
                 yield check
                 same = torch.equal(value, repeated[output])
                 yield dataclasses.replace(check, tensor=f"{output}, twice", error=0.0 if same else 1.0, bound=0.0)
-
-
-def _bound(plain_error: float, dtype: torch.dtype, out_dtype: torch.dtype) -> float:
-    bound = error_bound(plain_error, dtype)
-    return bound if dtype == out_dtype else min(bound, _UNROUNDED)
 
 
 @contextlib.contextmanager

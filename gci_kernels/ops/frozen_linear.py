@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from gci_kernels import native
+from gci_kernels.impl import upcast_obstacle
 from gci_kernels.ops.arguments import check_tensor, check_x, from_rows, rows, without_autocast
 from gci_kernels.ops.operators import define, no_derivative
 from gci_kernels.ops.transforms import differentiated_again, transformed
-from gci_kernels.ops.upcast import large_product, upcast_from, upcast_obstacle
+from gci_kernels.ops.upcast import large_product, upcast_from
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

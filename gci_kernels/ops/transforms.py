@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Called in every call of a layer: bound once, and in C where there is such a function. torch.compile takes their
-# results for constants.
+# Every call of a layer calls these, so they are looked up once, and are C functions where there are any. torch.compile
+# takes their results for constants.
 _tracing_state = torch._C._get_tracing_state
 _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HALVES = (torch.bfloat16, torch.float16)
+from gci_kernels.impl import HALVES
 
 _BLOCK = 1 << 22  # float32 numbers in a block
-_ROWS = 1024  # of x in a block at most: for so many, converting the weight once a block costs next to nothing
+_ROWS = 1024  # of x in a block at most; with so many, converting the weight for each block costs little
 #: Whether PyTorch says that it has a fast product of this dtype on this CPU. Constants, so that torch.compile can trace
 #: the functions that choose a plan.
 LIBRARY_MULTIPLIES = {
@@ -38,15 +38,6 @@ def upcast_from(dtype: torch.dtype, isa: str, library: bool | None = None) -> in
     if not (LIBRARY_MULTIPLIES[dtype] if library is None else library):
         return _FROM
     return _FROM_AVX512 if dtype == torch.bfloat16 and isa == "avx512" else None
-
-
-def upcast_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why impl="upcast" cannot run on such tensors, or None where it can."""
-    if device_type != "cpu":
-        return f"its products are for CPU tensors, not {device_type}"
-    if dtype not in HALVES:
-        return f"its products are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def product(x: Tensor, m: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gci_kernels import impl as implementations
 from gci_kernels import ops
 from gci_kernels.accuracy import Check, error_bound, relative_error
-from gci_kernels.impl import native_obstacle, triton_obstacle
 from gci_kernels.ops import Mixer
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.decode import Group, find_step, plan_groups
 from gci_kernels.ops.row_linear.plan import NO_NATIVE
-from gci_kernels.ops.upcast import upcast_obstacle
 from gci_kernels.tuners import METHODS, Method
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -216,8 +215,7 @@ def obstacle(impl: str, device: str, dtype: torch.dtype, method: str = "lora") -
     """Why `impl` of a method's op cannot run there, or None where it can."""
     if method == "loki" and impl == "native":
         return NO_NATIVE
-    asked = {"native": native_obstacle, "triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl)
-    return None if asked is None else asked(torch.device(device).type, dtype)
+    return implementations.obstacle(impl, torch.device(device).type, dtype)
 
 
 def check_case(case: Case, dtype: torch.dtype, impl: str, device: str) -> list[Check]:

@@ -1,11 +1,11 @@
 """Forward and backward of every mixer and plan: a torch.autograd.Function, and the same as registered operators.
 
 Saved for backward: x, the parameters and what the mixer keeps, a few numbers a token; none of them is written to.
-Dropout is made again from its seed. Gradients that will be differentiated or transformed themselves are those of the
-formula, which is then computed again.
+The dropout mask is computed again from its seed. Gradients that will be differentiated or transformed themselves are
+computed from the formula.
 
-The Function is called in eager mode, for it costs a third of an operator's dispatch. The operators
-gci_kernels::bottleneck and ::bottleneck_backward are what torch.compile, fake tensors and dispatch modes see.
+Eager mode calls the Function, which costs a third of an operator's dispatch. torch.compile, fake tensors and dispatch
+modes see the operators gci_kernels::bottleneck and ::bottleneck_backward.
 """
 
 from collections.abc import Sequence
@@ -165,8 +165,7 @@ class Bottleneck(torch.autograd.Function):
         return *_gradients(dy, others[-1], t, kept, ctx.settings, needs[:6]), *[None] * (len(needs) - 6)
 
 
-# torch.autograd.Function.apply looks at every argument for wrappers of torch.func, which never reach this: its
-# transforms see the formula.
+# Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, Bottleneck).apply
 
 
@@ -178,7 +177,7 @@ def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
     device = t.x.device.type
     if dispatch_mode_depth() > 0 or type(t.x) not in PLAIN:
         return run_operator(t, s)
-    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
         with torch.autocast(device, enabled=False):
             return _apply(*t, s)
     return _apply(*t, s)

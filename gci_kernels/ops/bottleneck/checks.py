@@ -26,15 +26,12 @@ def make_operands(
     """What the stages of one adapted layer read; `stack` is A and the router."""
     std, hidden = shape.depth**-0.5, shape.rank + shape.experts
     return {
-        "x": draw(shape.tokens, shape.depth, dtype),
-        "dy": draw(shape.tokens, shape.width, dtype),
-        "weight": draw(shape.width, shape.depth, dtype, std),
-        "bias": draw(1, shape.width, dtype)[0],
+        "x": draw(shape.tokens, shape.depth, dtype), "dy": draw(shape.tokens, shape.width, dtype),
+        "weight": draw(shape.width, shape.depth, dtype, std), "bias": draw(1, shape.width, dtype)[0],
         "stack": draw(hidden, shape.depth, adapter_dtype, std),
         "B": draw(shape.width, shape.rank, adapter_dtype, shape.rank**-0.5),
-        "u": draw(shape.tokens, shape.rank, dtype),
-        "dprojected": draw(shape.tokens, hidden, dtype),
-    }
+        "u": draw(shape.tokens, shape.rank, dtype), "dprojected": draw(shape.tokens, hidden, dtype),
+    }  # fmt: skip
 
 
 def check(stage: Stage, shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:

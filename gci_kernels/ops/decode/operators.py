@@ -4,9 +4,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from gci_kernels.ops.decode.graph import GraphStep
 from gci_kernels.ops.decode.group import Group
-from gci_kernels.ops.decode.step import AnyStep, find_step
+from gci_kernels.ops.decode.step import AnyStep, GraphStep, find_step
 from gci_kernels.ops.operators import define
 
 

@@ -128,7 +128,7 @@ class _RowLinear(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# torch.autograd.Function.apply searches its arguments for tensors of torch.func, under which the formula runs instead.
+# Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, _RowLinear).apply
 
 
@@ -155,7 +155,7 @@ def row_linear(
     if not _is_eager(x):
         return torch.ops.gci_kernels.row_linear.default(x, weight, bias, active, positions, active_bias, form)
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
         with torch.autocast(device, enabled=False):
             return _apply(x, weight, bias, active, positions, active_bias, form)
     return _apply(x, weight, bias, active, positions, active_bias, form)

@@ -12,12 +12,10 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     """Some active rows in falling order of their positions, and all of them: W upside down."""
     draw, std, count = drawing(shape, device), shape.depth**-0.5, shape.rank + shape.experts
     inputs = {
-        "x": draw(shape.tokens, shape.depth, dtype),
-        "dy": draw(shape.tokens, shape.width, dtype),
-        "weight": draw(shape.width, shape.depth, dtype, std),
-        "bias": draw(1, shape.width, dtype)[0],
+        "x": draw(shape.tokens, shape.depth, dtype), "dy": draw(shape.tokens, shape.width, dtype),
+        "weight": draw(shape.width, shape.depth, dtype, std), "bias": draw(1, shape.width, dtype)[0],
         "active": draw(count, shape.depth, torch.float32, std),
-    }
+    }  # fmt: skip
     falling = torch.arange(shape.width - 1, -1, -1, device=device)
     some = falling[:: max(shape.width // count, 1)][:count]
 
