@@ -11,15 +11,7 @@ from gci_kernels import quiet  # noqa: F401
 from gci_kernels import loki, ops, rega
 from gci_kernels.ops import Mixer
 from gci_kernels.patching.patch import LayerReport, Report, patch, report, unpatch
-from gci_kernels.tuners import (
-    METHODS,
-    ALoRAConfig,
-    BottleneckConfig,
-    LoKIConfig,
-    LoRAMoEConfig,
-    Method,
-    register,
-)
+from gci_kernels.tuners import METHODS, ALoRAConfig, BottleneckConfig, LoKIConfig, LoRAMoEConfig, Method, register
 
 __version__ = "0.1.0"
 __all__ = [

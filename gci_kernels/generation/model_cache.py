@@ -16,14 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
 from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.generation.adapter_cache import AdapterCache

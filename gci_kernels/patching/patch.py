@@ -17,14 +17,7 @@ from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
 from gci_kernels.patching.peft_layers import obstacle
 from gci_kernels.patching.report import LayerReport, Report, report
-from gci_kernels.patching.undo import (
-    Snapshot,
-    Undo,
-    make_undoable,
-    rewritten_in_place,
-    trained_base_parameters,
-    unmerge,
-)
+from gci_kernels.patching.undo import Snapshot, Undo, make_undoable, unmerge
 from gci_kernels.tuners import frozen, published_loki
 from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap_tuners
@@ -61,9 +54,8 @@ def patch(
     check_impl(impl)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    snapshot = Snapshot(model, in_place=rewritten_in_place(model, config))
+    snapshot = Snapshot(model, config)
     try:
-        trained = trained_base_parameters(model, config)
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
             _take_over(model)
@@ -72,7 +64,7 @@ def patch(
             frozen.swap_all(peft_model)
         _set_impl(peft_model, impl)
         if config is not None:
-            make_undoable(peft_model.base_model, Undo(snapshot, trained))
+            make_undoable(peft_model.base_model, Undo(snapshot))
     except BaseException:
         Undo(snapshot).apply()
         raise

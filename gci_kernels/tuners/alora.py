@@ -17,16 +17,8 @@ from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
 from gci_kernels.ops.decode import find_step
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import check_integer
-from gci_kernels.tuners.bottleneck import (
-    BottleneckConfig,
-    BottleneckLayer,
-    BottleneckModel,
-    classes_of,
-    register,
-    uniform,
-    zeros_or_uniform,
-)
+from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel, classes_of, register
 from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.replay import may_replay
 

@@ -38,6 +38,16 @@ def check_number(name: str, value: float, allowed: str, low: float = -math.inf, 
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def uniform(*shape: int) -> Tensor:
+    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
+
+
+def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
+    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
+    return torch.zeros(*shape) if init_weights else uniform(*shape)
+
+
 @dataclass
 class AdaptedConfig(PeftConfig):
     """The fields that every method of the package has, as peft.LoraConfig has them."""
@@ -76,11 +86,7 @@ class AdaptedConfig(PeftConfig):
 
 
 # What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
-_HEADS = {
-    "SEQ_CLS": {"classifier", "score"},
-    "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
-}
+_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
 def check_modules_to_save(config: Any, names: Iterable[str]) -> None:

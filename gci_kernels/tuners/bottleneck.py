@@ -59,16 +59,6 @@ class BottleneckConfig(AdaptedConfig):
         return own
 
 
-def uniform(*shape: int) -> Tensor:
-    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
-
-
-def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
-    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
-    return torch.zeros(*shape) if init_weights else uniform(*shape)
-
-
 class BottleneckLayer(FusedLayer, AdaptedLinear):
     """A linear layer with adapters of one registered method, which add to its output; several active ones add up.
 
@@ -188,15 +178,13 @@ class BottleneckModel(AdaptedModel):
 
     def _check_parents(self, model: nn.Module, config: Any) -> None:
         method, default = self.method, config.target_modules is None
-        chosen = copy.copy(config)
         if default:
-            chosen.target_modules = set(method.default_targets)
-        found = matched(model, chosen)
+            config.target_modules = set(method.default_targets)
+        found, names = matched(model, config), config.target_modules
         if not found and (hint := experts.hint(model)):
-            names = chosen.target_modules
             names = names if isinstance(names, str) else ", ".join(method.default_targets if default else sorted(names))
             raise ValueError(f"{method.name} finds none of {names} in this model{hint}")
-        if default or is_all_linear(config.target_modules):
+        if default or is_all_linear(names):
             parents.leave_out(model, config, method.name, found)
         else:
             parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
@@ -207,11 +195,6 @@ class BottleneckModel(AdaptedModel):
     ) -> None:  # fmt: skip
         own = peft_config.of_module(current_key)
         super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self.method.default_targets)
-        return peft_config
 
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""

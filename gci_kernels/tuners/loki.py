@@ -19,8 +19,7 @@ from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
-from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
-from gci_kernels.tuners.bottleneck import uniform, zeros_or_uniform
+from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number, uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
@@ -115,7 +114,7 @@ class LoKILinear(AdaptedLinear):
             self.loki_active[name] = nn.Parameter(active if config.init_weights else uniform(*active.shape).to(active))
         else:
             self.loki_A[name] = nn.Parameter(uniform(r, self.in_features))
-            self.loki_lora_B[name] = nn.Parameter(zeros_or_uniform(config.init_weights, k, r))
+            self.loki_lora_B[name] = nn.Parameter(torch.zeros(k, r) if config.init_weights else uniform(k, r))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
