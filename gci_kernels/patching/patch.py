@@ -58,7 +58,10 @@ def patch(
     try:
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
-            _take_over(model)
+            published = [module for module in model.modules() if published_loki.is_published_layer(module)]
+            for module in published:
+                published_loki.swap(module)
+            _fuse_lora(model, needed=not published)
         parents.disable_fast_paths(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
@@ -107,14 +110,6 @@ def _check_targets(model: nn.Module, config: AdaptedConfig | LoraConfig) -> None
             f"target_modules: no module is named {sorted(unknown)}; linear layers here: {sorted(leaves)}"
             f"{experts.hint(model)}"
         )
-
-
-def _take_over(model: nn.Module) -> None:
-    """Gives every layer of PEFT or of a published repository that has a fused form its class."""
-    published = [module for module in model.modules() if published_loki.is_published_layer(module)]
-    for module in published:
-        published_loki.swap(module)
-    _fuse_lora(model, needed=not published)
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
@@ -168,20 +163,25 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(f"unpatch cannot give the plain model back: {reason}")
         unmerge(plain)
         undo.apply()
-        frozen.swap_back(plain)
+        _remove_mixins(plain)
         return plain
     inner = next((name for name, module in model.named_modules() if "_gci_undo" in vars(module)), None)
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
-    fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, published_loki.FusedPublishedLayer)]
-    if not _set_impl(model, "auto") and not fused and not published:
+    had_impl, fused = _set_impl(model, "auto"), _remove_mixins(model)
+    if not had_impl and not fused:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
             "delete_adapter() of a model from transformers, removes adapters"
         )
-    for module in (*fused, *published):
-        remove_mixin(module)
     parents.restore_fast_paths(model)
-    frozen.swap_back(model)
     return model
+
+
+def _remove_mixins(model: nn.Module) -> bool:
+    """Gives every layer and tuner that :func:`patch` gave another class its own back; whether there was any."""
+    mixins = (FusedLora, FusedLoraModel, published_loki.FusedPublishedLayer, frozen.UpcastLinear)
+    found = [module for module in model.modules() if isinstance(module, mixins)]
+    for module in found:
+        remove_mixin(module)
+    return bool(found)

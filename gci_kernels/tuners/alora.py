@@ -190,15 +190,12 @@ class _Model(BottleneckModel):
             warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any) -> None:
         """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
-        if target not in self._inside:
-            self._left_out.append(current_key)
-            return
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        if target in self._inside:
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+        else:
+            self._left_out.append(kwargs["current_key"])
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> BottleneckLayer:
         layer = ALoRALinear(target, name)

@@ -80,6 +80,10 @@ class AdaptedConfig(PeftConfig):
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
 
+    def of_module(self, key: str) -> Any:
+        """The config with what it says of the module `key` alone."""
+        return self
+
     def to_dict(self) -> dict:
         """What is saved."""
         return super().to_dict() | {"peft_type": type_in_file(type(self))}
@@ -166,12 +170,8 @@ class AdaptedLinear(nn.Module, Mergeable):
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        if self._disable_adapters or self.merged_adapters:
-            return self._base_alone(x, mix)
-        return self._mixed(x, mix)
-
-    def _base_alone(self, x: Tensor, mix: mixed.MixedBatch | None) -> Tensor:
-        """The base layer's output, while the adapters are merged into it or disabled."""
+        if not self._disable_adapters and not self.merged_adapters:
+            return self._mixed(x, mix)
         if self.merged and mix is not None:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
         if self.disable_adapters and self.merged:
@@ -213,13 +213,6 @@ class AdaptedLinear(nn.Module, Mergeable):
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
 
 
-@contextlib.contextmanager
-def _whole(base: nn.Module) -> Iterator[None]:
-    """Meanwhile the base layer's weight is all there, on the device where the layer computes, for the adapter too."""
-    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
-        yield
-
-
 class AdaptedModel(BaseTuner):
     """PEFT's tuner for layers of :class:`AdaptedLinear`."""
 
@@ -257,10 +250,12 @@ class AdaptedModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
-        with _whole(base):
-            layer: Any = target if adapted else self._new_layer(target, adapter_name, peft_config, current_key)
-            self._update_layer(layer, adapter_name, peft_config, current_key)
-            layer.record(adapter_name, peft_config, current_key)
+        config = peft_config.of_module(current_key)
+        # The whole base weight, on the device where the layer computes, is there for the new adapter.
+        with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
+            layer: Any = target if adapted else self._new_layer(target, adapter_name, config, current_key)
+            self._update_layer(layer, adapter_name, config, current_key)
+            layer.record(adapter_name, config, current_key)
             if not adapted:
                 if self.gci_impl != layer.gci_impl:
                     layer.gci_impl = self.gci_impl

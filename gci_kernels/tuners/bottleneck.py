@@ -40,9 +40,6 @@ class BottleneckConfig(AdaptedConfig):
         check_integer("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, "a finite number")
         check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
@@ -188,13 +185,6 @@ class BottleneckModel(AdaptedModel):
             parents.leave_out(model, config, method.name, found)
         else:
             parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        own = peft_config.of_module(current_key)
-        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
 
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""

@@ -179,7 +179,9 @@ class LoKILinear(AdaptedLinear):
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        scaling, B = self.scaling[name], self._full_B(name)
+        scaling, B = self.scaling[name], self.parameter("loki_lora_B", name)
+        # [out, r], with zeros in the rows that are not trained
+        B = index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
         if type(scaling) is not float:
             scaling, B = applied(scaling, B)
         operands = x, weight, bias, self.parameter("loki_A", name), B, None, None, None, None
@@ -200,11 +202,6 @@ class LoKILinear(AdaptedLinear):
             return y
         change = active_bias - self._base_bias().index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
-
-    def _full_B(self, name: str) -> Tensor:
-        """LoKI*'s B as [out, r], zeros in the rows that are not trained."""
-        B = self.parameter("loki_lora_B", name)
-        return index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
 
     def _check_disjoint(self, names: Sequence[str]) -> None:
         """ValueError where two of the adapters train the same row."""
@@ -295,19 +292,18 @@ class LoKIModel(AdaptedModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         super()._prepare_model(peft_config, model)
-        self._find_rows(peft_config, model)
+        self.rows = self._find_rows(peft_config, model)
         parents.refuse(model, "LoKI", self.rows, "leave it out of positions and target_modules")
 
-    def _find_rows(self, peft_config: Any, model: nn.Module) -> None:
+    def _find_rows(self, peft_config: Any, model: nn.Module) -> dict[str, Tensor]:
         if peft_config.positions is not None:
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
-            leaves = {name: name.rpartition(".")[2] for name in found}
-            self.rows = {name: rows for name, rows in found.items() if _match(peft_config, {leaves[name]}, name)}
-            if not self.rows:
+            rows = {n: each for n, each in found.items() if _match(peft_config, {n.rpartition(".")[2]}, n)}
+            if not rows:
                 raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
-            peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
+            peft_config.rows = {name: len(each) for name, each in rows.items()}
             peft_config.num_layers = num_decoder_layers(model)
-            return
+            return rows
         if peft_config.rows is None:
             raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
@@ -318,7 +314,7 @@ class LoKIModel(AdaptedModel):
                 f"this adapter is of another model: of {peft_config.num_layers} decoder layers, here are "
                 f"{num_decoder_layers(model)}"
             )
-        self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
+        return {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
