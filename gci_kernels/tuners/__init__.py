@@ -9,19 +9,6 @@ from gci_kernels.tuners.loramoe import LoRAMoEConfig, LoRAMoELinear, LoRAMoEMode
 from gci_kernels.tuners.methods import METHODS, Method
 
 __all__ = [
-    "ALoRAConfig",
-    "ALoRALinear",
-    "ALoRAModel",
-    "AdaptedLinear",
-    "BottleneckConfig",
-    "FusedLoraLinear",
-    "LoKIConfig",
-    "LoKILinear",
-    "LoKIModel",
-    "LoRAMoEConfig",
-    "LoRAMoELinear",
-    "LoRAMoEModel",
-    "METHODS",
-    "Method",
-    "register",
-]
+    "ALoRAConfig", "ALoRALinear", "ALoRAModel", "AdaptedLinear", "BottleneckConfig", "FusedLoraLinear", "LoKIConfig",
+    "LoKILinear", "LoKIModel", "LoRAMoEConfig", "LoRAMoELinear", "LoRAMoEModel", "METHODS", "Method", "register",
+]  # fmt: skip

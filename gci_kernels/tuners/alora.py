@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import LayerContext
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
-from gci_kernels.ops.decode import find_step
+from gci_kernels.ops.decode import find_step, has_kernels
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
 from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel, classes_of, register
 from gci_kernels.tuners.methods import Method
-from gci_kernels.tuners.replay import may_replay
 
 
 @dataclass
@@ -160,6 +160,19 @@ class _Layer(BottleneckLayer):
         if kept is None:
             return None
         return step.attend(x, y, *kept)
+
+
+def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels take a step of one token for each of `batch` sequences, and read the past's length on `device`.
+
+    Args:
+        batch: the number of sequences.
+        dtype: of the layers' input and of the keys and values that they store.
+        device: of the layers; on a GPU the first call may check the kernels there.
+    """
+    if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):
+        return False
+    return has_kernels(dtype, device.type, attends=True)
 
 
 class _Model(BottleneckModel):

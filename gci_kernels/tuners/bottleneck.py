@@ -74,7 +74,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         self.configs[name], self.r[name], self.settings[name] = config, config.r, method.settings(config)
         self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
         made = method.parameters(config, self.in_features, self.out_features)
-        for container, part in zip(self.adapter_layer_names, self.roles, strict=True):
+        for container, part in zip(self.adapter_layer_names, parts_of(method, made), strict=True):
             getattr(self, container)[name] = nn.Parameter(made[part])
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
