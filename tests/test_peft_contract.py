@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gci_kernels import ALoRAConfig, LoKIConfig, LoRAMoEConfig
 from gci_kernels.accuracy import relative_error
+from gci_kernels.tuners.methods import type_in_file
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -198,7 +199,7 @@ class TestContract:
         card = Path(tmp_path / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\n") and "library_name: peft" in card.split("---")[1]
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert saved["peft_type"] == f"gci_kernels.{config_cls.method.value}" and saved["inference_mode"]
+        assert saved["peft_type"] == type_in_file(config_cls) and saved["inference_mode"]
         assert {name: saved[name] for name in config_kwargs if name not in ("positions", "target_modules")} == {
             name: value for name, value in config_kwargs.items() if name not in ("positions", "target_modules")
         }
