@@ -116,7 +116,7 @@ class _Search(ast.NodeVisitor):
     Attributes:
         found: the reads.
         seen: the calls that were followed.
-        properties: expressions of whose value nothing is used but a property such as its dtype.
+        properties: expressions of which only a property such as the dtype is used.
         variables: in the present function, those that hold the module (an empty path) or something within it.
         conditions: of the branches around the present statement.
         name: of self in the present function, empty where it has none.
@@ -258,7 +258,7 @@ class _Search(ast.NodeVisitor):
         super().generic_visit(node)
 
     def part(self, node: ast.expr, property_only: bool) -> None:
-        """Searches an expression; `property_only`: of its value nothing is used but a property such as its dtype."""
+        """Searches an expression; `property_only`: only a property of its value is used, such as the dtype."""
         inner = node
         while isinstance(inner, ast.Subscript):
             inner = inner.value

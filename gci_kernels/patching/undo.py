@@ -32,7 +32,7 @@ class Snapshot:
     """The state of a module tree before an adapter of `config`, if there is one, changes it.
 
     It holds the parameters' `data`, which costs no memory: where a parameter's `data` is replaced, the old values are
-    still here. Only the parameters whose memory adding the adapter will write to are copied.
+    still here. Only the parameters that adding the adapter overwrites in place are copied.
     """
 
     def __init__(self, model: nn.Module, config: PeftConfig | None) -> None:
@@ -68,7 +68,7 @@ class Snapshot:
         return changes
 
     def rewritten(self) -> Iterator["Weight"]:
-        """The parameters whose memory is another now, or that are not equal to their copies."""
+        """The parameters that have been given other memory, or whose values differ from their copies."""
         for module, name, parameter in self.parameters():
             old, copied = self.values.get(id(parameter)), self.copies.get(id(parameter))
             if copied is not None and not torch.equal(parameter.data, copied):

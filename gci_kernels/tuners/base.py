@@ -94,9 +94,14 @@ _HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score
 
 
 def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
-    """That every entry means a module of the model, whose modules are called `names`; ValueError says which don't.
+    """Checks that every entry of modules_to_save names a module; PEFT ignores others, and these parts stay frozen.
 
-    PEFT passes over an entry that means none, and what was to be trained stays frozen.
+    Args:
+        config: the adapter's.
+        names: of the model's modules.
+
+    Raises:
+        TypeError, ValueError: it is no list of names, or an entry names no module.
     """
     wanted, names = getattr(config, "modules_to_save", None) or (), list(names)
     if isinstance(wanted, str):  # PEFT would take its letters
@@ -163,7 +168,7 @@ class AdaptedLinear(nn.Module, Mergeable):
             mix = mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
             active: Any = self._active_adapter
-            if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
+            if type(active) is str or len(active) != 1 or active[0] not in self.r:  # rare
                 active = among(active, self.r)
             return self._adapted(x, active)
         if args or kwargs:
@@ -182,7 +187,7 @@ class AdaptedLinear(nn.Module, Mergeable):
         raise NotImplementedError
 
     def _mixed(self, x: Tensor, mix: Any) -> Tensor:
-        """Every row of x with the adapter of its own."""
+        """As :meth:`_adapted`, each row of x with its own adapter."""
         raise NotImplementedError
 
     def describe(self, name: str) -> str:
@@ -190,11 +195,11 @@ class AdaptedLinear(nn.Module, Mergeable):
         raise NotImplementedError
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         raise NotImplementedError
 
     def parameter(self, part: str, name: str) -> Any:
-        """The adapter's parameter as a call of its container would find it, without what looking it up there costs."""
+        """The adapter's parameter, looked up without the container's own costly lookup; an offloaded one is copied."""
         container: Any = self._modules[part]
         try:
             found = container._parameters[name]
@@ -263,19 +268,17 @@ class AdaptedModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""
-        config = self.peft_config[adapter_name]
-        self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         parents.disable_fast_paths(model)
-        experts.warn(model, config, self.tuner_layer_cls.method_name)
+        experts.warn(model, self.peft_config[adapter_name], self.tuner_layer_cls.method_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         parents.restore_fast_paths(model)
         return model
 
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        """Leaves layers out, or refuses them, of which other modules take the weight without calling them."""
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # without PEFT's defaults for target_modules
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if not peft_config.earlier:
@@ -293,7 +296,7 @@ class AdaptedModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way into mixed batches, around a forward or generate() whose arguments it gets."""
+        """Runs a forward or generate(), whose arguments it gets, as a mixed batch if there are adapter_names."""
         if kwargs.get("adapter_names") is None:
             yield
             return

@@ -106,8 +106,6 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self._compute(x, name, weight, bias)[0]
 
-    _adapted = FusedLayer._run
-
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
         return self._run_mixed(x, mix.names, self.r)
@@ -122,7 +120,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         return new_record(Group, (A, B, scaling, first, count, *decode(weights, self.settings[name])))
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         return str(choose_plan(self.gci_impl, tokens, dtype, device_type, self.method.mixer.name))
 
     def settings_of(self, config: Any) -> dict[str, float]:
@@ -173,16 +171,17 @@ class BottleneckModel(AdaptedModel):
 
     method: ClassVar[Method]
 
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        method, default = self.method, config.target_modules is None
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        method, default = self.method, peft_config.target_modules is None
         if default:
-            config.target_modules = set(method.default_targets)
-        found, names = matched(model, config), config.target_modules
+            peft_config.target_modules = set(method.default_targets)
+        found, names = matched(model, peft_config), peft_config.target_modules
         if not found and (hint := experts.hint(model)):
             names = names if isinstance(names, str) else ", ".join(method.default_targets if default else sorted(names))
             raise ValueError(f"{method.name} finds none of {names} in this model{hint}")
         if default or is_all_linear(names):
-            parents.leave_out(model, config, method.name, found)
+            parents.leave_out(model, peft_config, method.name, found)
         else:
             parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
 
@@ -235,7 +234,7 @@ def _check(method: Method) -> tuple[str, ...]:
         raise TypeError(
             f"config must be a dataclass derived from BottleneckConfig with `method`, the method's name, got {config!r}"
         )
-    if METHODS.get(method.name) is not None:
+    if method.name in METHODS:
         raise ValueError(f"a method {method.name!r} is registered already; give this one another name")
     if not isinstance(method.example, config):
         raise TypeError(

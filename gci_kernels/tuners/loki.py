@@ -74,7 +74,7 @@ class LoKIConfig(AdaptedConfig):
 
 
 class LoKILinear(AdaptedLinear):
-    """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
+    """A linear layer, some of whose rows are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
     Under each adapter's name: positions [k], active [k, in] (LoKI*: A [r, in] and B [k, r]) and, where the base layer
     has a bias, active_bias [k]. Several active adapters must not share a row. B's name has "lora_B" in it, for LoRA+.
@@ -188,7 +188,7 @@ class LoKILinear(AdaptedLinear):
         return adapted_linear(operands, IDENTITY, (), scaling, 0.0, self.gci_impl)[0]
 
     def _replace_columns(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
-        """y [..., out], the base product, with the adapter's columns in place of its own."""
+        """y [..., out], the base product, with the adapter's columns in place of the base layer's."""
         rows: Any = self._modules["loki_positions"]
         biases: Any = self._modules["loki_active_bias"]
         positions = rows.require(name)
@@ -282,9 +282,6 @@ class LoKIModel(AdaptedModel):
 
     prefix = "loki_"
     tuner_layer_cls = LoKILinear
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
-        return peft_config
 
     def _renamed(self, config: LoKIConfig) -> bool:
         return config.r is not None
