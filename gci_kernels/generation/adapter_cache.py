@@ -36,16 +36,13 @@ class _Entry:
         # torch.compile cannot trace is_inference(); where that matters, torch raises.
         outside = not (is_dynamo_compiling() or torch.is_inference_mode_enabled())
         if total > self.kv.shape[1] or not self.exclusive or outside and self.kv.is_inference():
-            self._reallocate(past, max(total, max_length, 2 * self.kv.shape[1] if past else 0))
+            old, capacity = self.kv, max(total, max_length, 2 * self.kv.shape[1] if past else 0)
+            self.kv = old.new_empty(old.shape[0], capacity, old.shape[2])
+            self.kv[:, :past] = old[:, :past].detach()
+            self.exclusive = True
             if max_length and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.kv)  # as transformers does: CUDA graphs may then write to it
         return self.kv
-
-    def _reallocate(self, length: int, capacity: int) -> None:
-        old = self.kv
-        self.kv = old.new_empty(old.shape[0], capacity, old.shape[2])
-        self.kv[:, :length] = old[:, :length].detach()
-        self.exclusive = True
 
 
 def _spec(kv: Tensor) -> KVSpec:

@@ -184,12 +184,10 @@ class ForwardContext:
     def past_for_kernel(self, device: torch.device) -> int | Tensor:
         """sequence.past as a kernel on `device` takes it: a number, or, on a GPU and in compiled graphs, int32 [1].
 
-        Made once for all layers on one device.
+        Kept in `past` for the other layers on the device.
         """
-        if self.past is None or self.past[0] != device:
-            past = self.sequence.past
-            on_device = _is_asynchronous(device) or torch.compiler.is_compiling()
-            self.past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
+        past, on_device = self.sequence.past, _is_asynchronous(device) or torch.compiler.is_compiling()
+        self.past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
         return self.past[1]
 
     def layer_context(self, info: LayerInfo, args: tuple, kwargs: dict[str, Any]) -> LayerContext:

@@ -6,7 +6,7 @@ does to the cache (reorder_cache in beam search, crop in assisted decoding, batc
 batch_select_indices, reset, deepcopy, pickle) is done to both, and freeing the cache frees both. Two alternatives were
 rejected: another entry in `cache.layers` is taken for a layer of the model (a DynamicCache without a config appends its
 layers at their first write, and len(), get_max_length() and is_sliding would count ours), and a dictionary outside of
-the cache is told neither of reorder_cache nor of deepcopy.
+the cache would miss reorder_cache and deepcopy.
 
 The class is changed once for each cache. torch.compile cannot trace that, so the graph breaks there; it does not in
 later steps of generation, where the cache already has the class.
@@ -16,14 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
 from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.generation.adapter_cache import AdapterCache

@@ -17,14 +17,7 @@ from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
 from gci_kernels.patching.peft_layers import obstacle
 from gci_kernels.patching.report import LayerReport, Report, report
-from gci_kernels.patching.undo import (
-    Snapshot,
-    Undo,
-    make_undoable,
-    rewritten_in_place,
-    trained_base_parameters,
-    unmerge,
-)
+from gci_kernels.patching.undo import Snapshot, Undo, make_undoable, unmerge
 from gci_kernels.tuners import frozen, published_loki
 from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap_tuners
@@ -61,18 +54,20 @@ def patch(
     check_impl(impl)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    snapshot = Snapshot(model, in_place=rewritten_in_place(model, config))
+    snapshot = Snapshot(model, config)
     try:
-        trained = trained_base_parameters(model, config)
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
-            _take_over(model)
+            published = [module for module in model.modules() if published_loki.is_published_layer(module)]
+            for module in published:
+                published_loki.swap(module)
+            _fuse_lora(model, needed=not published)
         parents.disable_fast_paths(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
         _set_impl(peft_model, impl)
         if config is not None:
-            make_undoable(peft_model.base_model, Undo(snapshot, trained))
+            make_undoable(peft_model.base_model, Undo(snapshot))
     except BaseException:
         Undo(snapshot).apply()
         raise
@@ -119,14 +114,6 @@ def _check_targets(model: nn.Module, config: AdaptedConfig | LoraConfig) -> None
             f"target_modules: no module is named {sorted(unknown)}; linear layers here: {sorted(leaves)}"
             f"{experts.hint(model)}"
         )
-
-
-def _take_over(model: nn.Module) -> None:
-    """Gives every layer of PEFT or of a published repository that has a fused form its class."""
-    published = [module for module in model.modules() if published_loki.is_published_layer(module)]
-    for module in published:
-        published_loki.swap(module)
-    _fuse_lora(model, needed=not published)
 
 
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
@@ -180,20 +167,25 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(f"unpatch cannot give the plain model back: {reason}")
         unmerge(plain)
         undo.apply()
-        frozen.swap_back(plain)
+        _remove_mixins(plain)
         return plain
     inner = next((name for name, module in model.named_modules() if "_gci_undo" in vars(module)), None)
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
-    fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, published_loki.FusedPublishedLayer)]
-    if not _set_impl(model, "auto") and not fused and not published:
+    had_impl, fused = _set_impl(model, "auto"), _remove_mixins(model)
+    if not had_impl and not fused:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
             "delete_adapter() of a model from transformers, removes adapters"
         )
-    for module in (*fused, *published):
-        remove_mixin(module)
     parents.restore_fast_paths(model)
-    frozen.swap_back(model)
     return model
+
+
+def _remove_mixins(model: nn.Module) -> bool:
+    """Gives every layer and tuner that :func:`patch` gave another class its own back; whether there was any."""
+    mixins = (FusedLora, FusedLoraModel, published_loki.FusedPublishedLayer, frozen.UpcastLinear)
+    found = [module for module in model.modules() if isinstance(module, mixins)]
+    for module in found:
+        remove_mixin(module)
+    return bool(found)

@@ -1,7 +1,7 @@
 """Records what patch changes in a model, and restores the plain model bit for bit."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +29,20 @@ class _Absent:
 
 
 class Snapshot:
-    """The state of a module tree before something changes it.
+    """The state of a module tree before an adapter of `config`, if there is one, changes it.
 
     It holds the parameters' `data`, which costs no memory: where a parameter's `data` is replaced, the old values are
-    still here. Only the parameters in `in_place`, whose memory will be written to, are copied.
+    still here. Only the parameters that adding the adapter overwrites in place are copied.
     """
 
-    def __init__(self, model: nn.Module, in_place: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(self, model: nn.Module, config: PeftConfig | None) -> None:
         self.states: list[tuple[nn.Module, type, dict[str, Any]]] = [
             (module, type(module), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
             for module in model.modules()
         ]
         self.values = {id(p): p.data for p in model.parameters() if _is_plain_tensor(p)}
-        self.copies = {id(p): p.detach().clone() for p in in_place if _is_plain_tensor(p)}
+        self.copies = {id(p): p.detach().clone() for p in _rewritten_in_place(model, config) if _is_plain_tensor(p)}
+        self.trained = {id(parameter) for parameter in _trained_base_parameters(model, config)}
         self.flags = [(module, name, p.requires_grad) for module, name, p in self.parameters()]
         self.configs = [
             (config, {k: copy.deepcopy(v) if isinstance(v, _PLAIN_VALUES) else v for k, v in vars(config).items()})
@@ -67,7 +68,7 @@ class Snapshot:
         return changes
 
     def rewritten(self) -> Iterator["Weight"]:
-        """The parameters whose memory is another now, or that are not equal to their copies."""
+        """The parameters that have been given other memory, or whose values differ from their copies."""
         for module, name, parameter in self.parameters():
             old, copied = self.values.get(id(parameter)), self.copies.get(id(parameter))
             if copied is not None and not torch.equal(parameter.data, copied):
@@ -102,12 +103,13 @@ class Weight:
 class Undo:
     """Undoes what has been changed since a snapshot: at once, or when unpatch is called.
 
+    Parameters of the plain model that training will change are copied here.
+
     Args:
         before: the snapshot.
-        trained: parameters of the plain model that training will change; they are copied here.
     """
 
-    def __init__(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(self, before: Snapshot) -> None:
         self.plain = [(module, dict(state["_modules"]), state["training"]) for module, _, state in before.states]
         self.flags = before.flags
         self.shapes = [(m, name, tuple(p.shape)) for m, name, p in before.parameters() if _is_plain_tensor(p)]
@@ -116,20 +118,19 @@ class Undo:
         self.configs: list[tuple[Any, str, Any]] = []
         self.weights: list[Weight] = []
         self.blocked: str | None = None
-        self.extend(before, trained)
+        self.extend(before)
 
-    def extend(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
-        """Adds what has been changed since another, later snapshot; the arguments are the constructor's."""
+    def extend(self, before: Snapshot) -> None:
+        """Adds what has been changed since another, later snapshot."""
         known = {id(module) for module, _, _ in self.plain}
         self.changes += [change for change in before.changes() if id(change[0]) in known]
         for config, values in before.configs:
             changed = _differences(values, vars(config))
             self.configs += [(config, key, old) for key, old, new in changed if not _equal(old, new)]
-        to_copy = {id(parameter) for parameter in trained}
         copies = (
             Weight(module, name, parameter, parameter.detach().clone(), copied=True)
             for module, name, parameter in before.parameters()
-            if id(parameter) in to_copy
+            if id(parameter) in before.trained
         )
         recorded = {(id(weight.module), weight.name) for weight in self.weights}
         for weight in (*before.rewritten(), *copies):
@@ -221,8 +222,7 @@ class UndoableTuner(Swapped):
         """PEFT's; what it changes is recorded too."""
         config = self.peft_config[adapter_name]
         merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules())
-        before = Snapshot(model, in_place=rewritten_in_place(model, config))
-        trained = trained_base_parameters(model, config)
+        before = Snapshot(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             parents.disable_fast_paths(model)
@@ -231,7 +231,7 @@ class UndoableTuner(Swapped):
                 self._gci_undo.blocked = (
                     f"adapter {adapter_name!r} rewrote base weights into which another adapter was merged"
                 )
-            self._gci_undo.extend(before, trained)
+            self._gci_undo.extend(before)
 
 
 def make_undoable(tuner: Any, undo: Undo) -> None:
@@ -245,14 +245,14 @@ def make_undoable(tuner: Any, undo: Undo) -> None:
             add_mixin(module, ExactMerge)
 
 
-def rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
+def _rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The base weights that initialising an adapter overwrites in place; other initialisations replace them."""
     if not isinstance(config, lora.LoraConfig) or str(config.init_lora_weights).lower() != "olora":
         return []
     return [p for base in matched(model, config).values() if (p := base._parameters.get("weight")) is not None]
 
 
-def trained_base_parameters(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
+def _trained_base_parameters(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The plain model's own parameters that training an adapter of `config`, or a call, changes."""
     if not isinstance(config, lora.LoraConfig):
         return []

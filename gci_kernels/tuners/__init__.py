@@ -10,20 +10,7 @@ from gci_kernels.tuners.methods import METHODS, Method
 from gci_kernels.tuners.registration import register, unregister
 
 __all__ = [
-    "ALoRAConfig",
-    "ALoRALinear",
-    "ALoRAModel",
-    "AdaptedLinear",
-    "BottleneckConfig",
-    "FusedLoraLinear",
-    "LoKIConfig",
-    "LoKILinear",
-    "LoKIModel",
-    "LoRAMoEConfig",
-    "LoRAMoELinear",
-    "LoRAMoEModel",
-    "METHODS",
-    "Method",
-    "register",
+    "ALoRAConfig", "ALoRALinear", "ALoRAModel", "AdaptedLinear", "BottleneckConfig", "FusedLoraLinear", "LoKIConfig",
+    "LoKILinear", "LoKIModel", "LoRAMoEConfig", "LoRAMoELinear", "LoRAMoEModel", "METHODS", "Method", "register",
     "unregister",
-]
+]  # fmt: skip

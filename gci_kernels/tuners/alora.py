@@ -11,23 +11,17 @@ from torch import Tensor, nn
 
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import LayerContext
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
-from gci_kernels.ops.decode import find_step
+from gci_kernels.ops.decode import find_step, has_kernels
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import check_integer
-from gci_kernels.tuners.bottleneck import (
-    BottleneckConfig,
-    BottleneckLayer,
-    BottleneckModel,
-    uniform,
-    zeros_or_uniform,
-)
+from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.registration import classes_of, register
-from gci_kernels.tuners.replay import may_replay
 
 
 @dataclass
@@ -169,6 +163,19 @@ class _Layer(BottleneckLayer):
         return step.attend(x, y, *kept)
 
 
+def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels take a step of one token for each of `batch` sequences, and read the past's length on `device`.
+
+    Args:
+        batch: the number of sequences.
+        dtype: of the layers' input and of the keys and values that they store.
+        device: of the layers; on a GPU the first call may check the kernels there.
+    """
+    if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):
+        return False
+    return has_kernels(dtype, device.type, attends=True)
+
+
 class _Model(BottleneckModel):
     """PEFT's tuner for GCI_ALORA. Made by get_peft_model, PeftModel.from_pretrained or gci_kernels.patch."""
 
@@ -197,15 +204,12 @@ class _Model(BottleneckModel):
             warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any) -> None:
         """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
-        if target not in self._inside:
-            self._left_out.append(current_key)
-            return
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        if target in self._inside:
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+        else:
+            self._left_out.append(kwargs["current_key"])
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> BottleneckLayer:
         layer = ALoRALinear(target, name)

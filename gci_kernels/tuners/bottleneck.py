@@ -38,9 +38,6 @@ class BottleneckConfig(AdaptedConfig):
         check_integer("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, "a finite number")
         check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
@@ -55,16 +52,6 @@ class BottleneckConfig(AdaptedConfig):
         own.r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
         own.lora_alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), key), self.lora_alpha)
         return own
-
-
-def uniform(*shape: int) -> Tensor:
-    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
-
-
-def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
-    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
-    return torch.zeros(*shape) if init_weights else uniform(*shape)
 
 
 class BottleneckLayer(FusedLayer, AdaptedLinear):
@@ -121,8 +108,6 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self._compute(x, name, weight, bias)[0]
 
-    _adapted = FusedLayer._run
-
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
         return self._run_mixed(x, mix.names, self.r)
@@ -137,7 +122,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         return new_record(Group, (A, B, scaling, first, count, *decode(weights, self.settings[name])))
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         return str(choose_plan(self.gci_impl, tokens, dtype, device_type, self.method.mixer.name))
 
     def settings_of(self, config: Any) -> dict[str, float]:
@@ -181,32 +166,19 @@ class BottleneckModel(AdaptedModel):
 
     method: ClassVar[Method]
 
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        method, default = self.method, config.target_modules is None
-        chosen = copy.copy(config)
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        method, default = self.method, peft_config.target_modules is None
         if default:
-            chosen.target_modules = set(method.default_targets)
-        found = matched(model, chosen)
+            peft_config.target_modules = set(method.default_targets)
+        found, names = matched(model, peft_config), peft_config.target_modules
         if not found and (hint := experts.hint(model)):
-            names = chosen.target_modules
             names = names if isinstance(names, str) else ", ".join(method.default_targets if default else sorted(names))
             raise ValueError(f"{method.name} finds none of {names} in this model{hint}")
-        if default or is_all_linear(config.target_modules):
-            parents.leave_out(model, config, method.name, found)
+        if default or is_all_linear(names):
+            parents.leave_out(model, peft_config, method.name, found)
         else:
             parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        own = peft_config.of_module(current_key)
-        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self.method.default_targets)
-        return peft_config
 
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from gci_kernels.class_swap import Swapped, add_mixin, remove_mixin
+from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.ops.frozen_linear import frozen_linear, takes
 
 
@@ -23,10 +23,3 @@ def swap_all(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
             add_mixin(module, UpcastLinear)
-
-
-def swap_back(model: nn.Module) -> None:
-    """Undoes :func:`swap_all`."""
-    for module in model.modules():
-        if isinstance(module, UpcastLinear):
-            remove_mixin(module)

@@ -19,8 +19,7 @@ from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
-from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
-from gci_kernels.tuners.bottleneck import uniform, zeros_or_uniform
+from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number, uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
@@ -75,7 +74,7 @@ class LoKIConfig(AdaptedConfig):
 
 
 class LoKILinear(AdaptedLinear):
-    """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
+    """A linear layer, some of whose rows are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
     Under each adapter's name: positions [k], active [k, in] (LoKI*: A [r, in] and B [k, r]) and, where the base layer
     has a bias, active_bias [k]. Several active adapters must not share a row. B's name has "lora_B" in it, for LoRA+.
@@ -115,7 +114,7 @@ class LoKILinear(AdaptedLinear):
             self.loki_active[name] = nn.Parameter(active if config.init_weights else uniform(*active.shape).to(active))
         else:
             self.loki_A[name] = nn.Parameter(uniform(r, self.in_features))
-            self.loki_lora_B[name] = nn.Parameter(zeros_or_uniform(config.init_weights, k, r))
+            self.loki_lora_B[name] = nn.Parameter(torch.zeros(k, r) if config.init_weights else uniform(k, r))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -180,14 +179,16 @@ class LoKILinear(AdaptedLinear):
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        scaling, B = self.scaling[name], self._full_B(name)
+        scaling, B = self.scaling[name], self.parameter("loki_lora_B", name)
+        # [out, r], with zeros in the rows that are not trained
+        B = index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
         if type(scaling) is not float:
             scaling, B = applied(scaling, B)
         operands = x, weight, bias, self.parameter("loki_A", name), B, None, None, None, None
         return adapted_linear(operands, IDENTITY, (), scaling, 0.0, self.gci_impl)[0]
 
     def _replace_columns(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
-        """y [..., out], the base product, with the adapter's columns in place of its own."""
+        """y [..., out], the base product, with the adapter's columns in place of the base layer's."""
         rows: Any = self._modules["loki_positions"]
         biases: Any = self._modules["loki_active_bias"]
         positions = rows.require(name)
@@ -201,11 +202,6 @@ class LoKILinear(AdaptedLinear):
             return y
         change = active_bias - self._base_bias().index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
-
-    def _full_B(self, name: str) -> Tensor:
-        """LoKI*'s B as [out, r], zeros in the rows that are not trained."""
-        B = self.parameter("loki_lora_B", name)
-        return index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
 
     def _check_disjoint(self, names: Sequence[str]) -> None:
         """ValueError where two of the adapters train the same row."""
@@ -287,28 +283,24 @@ class LoKIModel(AdaptedModel):
     prefix = "loki_"
     tuner_layer_cls = LoKILinear
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
-        return peft_config
-
     def _renamed(self, config: LoKIConfig) -> bool:
         return config.r is not None
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         super()._prepare_model(peft_config, model)
-        self._find_rows(peft_config, model)
+        self.rows = self._find_rows(peft_config, model)
         parents.refuse(model, "LoKI", self.rows, "leave it out of positions and target_modules")
 
-    def _find_rows(self, peft_config: Any, model: nn.Module) -> None:
+    def _find_rows(self, peft_config: Any, model: nn.Module) -> dict[str, Tensor]:
         if peft_config.positions is not None:
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
-            leaves = {name: name.rpartition(".")[2] for name in found}
-            self.rows = {name: rows for name, rows in found.items() if _match(peft_config, {leaves[name]}, name)}
-            if not self.rows:
+            rows = {n: each for n, each in found.items() if _match(peft_config, {n.rpartition(".")[2]}, n)}
+            if not rows:
                 raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
-            peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
+            peft_config.rows = {name: len(each) for name, each in rows.items()}
             peft_config.num_layers = num_decoder_layers(model)
-            return
+            return rows
         if peft_config.rows is None:
             raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
@@ -319,7 +311,7 @@ class LoKIModel(AdaptedModel):
                 f"this adapter is of another model: of {peft_config.num_layers} decoder layers, here are "
                 f"{num_decoder_layers(model)}"
             )
-        self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
+        return {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,7 @@ from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
 from gci_kernels.models import decoder_layers, experts
+from gci_kernels.models.targets import plain_modules
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import fusion, hooks
 
@@ -44,7 +45,7 @@ def resolve(
         ValueError: naming what does not fit the model, or is no row.
     """
     given = _read(positions, quota)
-    modules = dict(_linear_layers(model))
+    modules = {name: module for name, module in plain_modules(model).items() if fusion.has_rows(module)}
     found: dict[str, _ModuleRows]
     if isinstance(given, Mapping) and not all(isinstance(key, int) for key in given):
         found = {_full_name(name, modules): rows for name, rows in given.items()}
@@ -87,15 +88,6 @@ def _listed(rows: Rows) -> _ModuleRows:
     return list(rows)
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers by name; of an adapted one its base layer, under the adapted layer's name."""
-    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    for name, module in model.named_modules():
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if fusion.has_rows(base) and not name.startswith(adapted):
-            yield name, base
-
-
 def _full_name(key: object, modules: Mapping[str, nn.Module]) -> str:
     """The name of the one module whose name is or ends with `key`."""
     if not isinstance(key, str):
@@ -111,16 +103,16 @@ def _by_decoder_layer(
 ) -> dict[str, _ModuleRows]:
     """The rows of each decoder layer's one module."""
     numbers, count = _layer_numbers(model, modules)
-    candidates: dict[int, list[str]] = {}
-    for name, number in numbers.items():
-        if _is_target(name, target_modules):
-            candidates.setdefault(number, []).append(name)
-    count = len(candidates) if count is None else count
+    candidates = {
+        layer: _candidates([name for name, number in numbers.items() if number == layer], target_modules)
+        for layer in set(numbers.values())
+    }
+    count = sum(map(bool, candidates.values())) if count is None else count
     if not isinstance(positions, Mapping) and len(positions) != count:
         raise ValueError(f"positions are for {len(positions)} decoder layers, this model has {count}")
     found: dict[str, _ModuleRows] = {}
     for layer, rows in positions.items() if isinstance(positions, Mapping) else enumerate(positions):
-        names = _preferred(candidates.get(layer, []), target_modules)
+        names = candidates.get(layer, [])
         if len(rows) and len(names) != 1:
             raise ValueError(
                 f"positions: decoder layer {layer} has {len(names)} modules that they could mean "
@@ -153,18 +145,13 @@ def num_decoder_layers(model: nn.Module) -> int | None:
     return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
 
 
-def _is_target(name: str, target_modules: set[str] | str | None) -> bool:
-    if target_modules is None:
-        return name.rpartition(".")[2] in PROJECTIONS and "attn" not in name and "attention" not in name
-    others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return bool(check_target_module_exists(SimpleNamespace(target_modules=target_modules, **others), name))
-
-
-def _preferred(names: list[str], target_modules: set[str] | str | None) -> list[str]:
-    """Of a layer's candidates those called by the first of PROJECTIONS that any is; all where names were given."""
+def _candidates(names: list[str], target_modules: set[str] | str | None) -> list[str]:
+    """Of one decoder layer's modules the targets; None: those called by the first of PROJECTIONS that any is called."""
     if target_modules is not None:
-        return names
-    leaves = {name: name.rpartition(".")[2] for name in names}
+        others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config = SimpleNamespace(target_modules=target_modules, **others)
+        return [name for name in names if check_target_module_exists(config, name)]
+    leaves = {n: n.rpartition(".")[2] for n in names if "attn" not in n and "attention" not in n}
     first = next((leaf for leaf in PROJECTIONS if leaf in leaves.values()), None)
     return [name for name, leaf in leaves.items() if leaf == first]
 

@@ -83,12 +83,12 @@ class FusedLora(FusedLayer, ExactMerge):
             return own_forward(self, x, *args, **kwargs)
         names = self._active_adapter
         present = self._modules["lora_A"]._modules
-        if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
+        if type(names) is str or len(names) != 1 or names[0] not in present:  # rare
             names = among(names, present)
         for name in names:
             if lora_obstacle(self, name) is not None:
                 return own_forward(self, x)
-        return self._run(x, names)
+        return self._adapted(x, names)
 
     def _mixed(
         self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args: Any, **kwargs: Any
@@ -102,7 +102,7 @@ class FusedLora(FusedLayer, ExactMerge):
         return self._run_mixed(x, mix.names, self.lora_A)
 
     def _matrices(self, name: str) -> tuple[Any, Any, Any]:
-        """A, B and B's bias, without what looking them up costs by way of nn.Module.__getattr__."""
+        """A, B and B's bias, looked up without the cost of nn.Module.__getattr__."""
         modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         try:

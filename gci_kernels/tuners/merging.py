@@ -20,8 +20,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Mergeable(BaseTunerLayer):
     """Mixin for the package's own layers: merging replaces rows of the base layer's weight and entries of its bias.
 
-    What they were before is kept, and what they are then. Unmerging restores each number that is still as merging left
-    it; to any other it adds the change made meanwhile.
+    Their values before and after merging are kept. Unmerging restores each number that still is as merging left it; a
+    number that has been changed since keeps the change.
 
     Attributes:
         merged_adapters: their names, in order.
@@ -73,7 +73,7 @@ class Mergeable(BaseTunerLayer):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Restores the base layer's own numbers bit for bit; what was added to them while merged is added to those."""
+        """Restores the base layer's numbers bit for bit; those changed while merged keep the change."""
         self._check_merge([])
         with self._writable(self.merged_adapters) as targets:
             while self.merged_adapters:

@@ -54,7 +54,7 @@ class Method:
         example: a small config with an effect: what the tests, `gci-kernels verify` and the benchmark adapt with.
         settings: of a config, the mixer's numbers.
         saved: fields of the config that the layer computes with and that no tensor's shape shows; they are saved among
-            the weights, so that weights and a config that do not belong together are found out.
+            the weights, so that loading detects a config that belongs to other weights.
         default_targets: the names of the modules that are adapted where the config names none.
         B: B's name among the parameters. With "lora_B" in it, PEFT's LoRA+ gives it the higher learning rate.
         prefix: what the parameters' names begin with; None: gci_ and the name.
