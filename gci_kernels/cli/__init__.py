@@ -6,7 +6,6 @@ import os
 import sys
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -91,10 +90,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     from gci_kernels.bench import command as bench
     from gci_kernels.bench import tune
-    from gci_kernels.cli import convert, loki, rega
+    from gci_kernels.cli import convert, loki, rega, registering
 
-    # First of all: the methods that they register are choices of other options.
-    register_files(sys.argv[1:] if argv is None else argv)
+    registering.register_files(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     found: dict[str, argparse.ArgumentParser] = {}
@@ -110,10 +108,8 @@ def _run(argv: list[str] | None) -> int:
     ):
         found[name] = commands.add_parser(name, help=about)
         found[name].set_defaults(run=run)
-    for name in ("verify", "bench"):
-        found[name].add_argument(
-            "--register", action="append", metavar="FILE", help="a Python file that registers a method; may be repeated"
-        )
+    for name in registering.COMMANDS:
+        registering.add_register(found[name])
     found["verify"].add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     bench.add_arguments(found["bench"])
     tune.add_arguments(found["tune"])
@@ -123,18 +119,3 @@ def _run(argv: list[str] | None) -> int:
     rega.add_arguments(found["rega"])  # each of its commands has its own `run`
     args = parser.parse_args(argv)
     return args.run(args)
-
-
-def register_files(argv: list[str]) -> None:
-    """Runs the files that follow --register, as modules named after them."""
-    import importlib.util
-
-    for option, path in zip(argv, argv[1:], strict=False):
-        name = Path(path).stem
-        if option != "--register" or name in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None or not Path(path).is_file():
-            raise SystemExit(f"--register {path}: this is no Python file")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
