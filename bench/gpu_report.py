@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .report import half_span
+
 Result = dict[str, Any]
 Entry = dict[str, Any]
 
@@ -53,8 +55,7 @@ def _ms(entry: Entry, name: str) -> str:
     """A variant's median with half the span of its middle 80%, or why there is none."""
     if name in entry.get("seconds", {}):
         timing = entry["seconds"][name]
-        spread = (timing["high"] - timing["low"]) / 2 / timing["median"]
-        return f"{timing['median'] * 1000:,.3f} [dim]±{spread:.0%}[/]"
+        return f"{timing['median'] * 1000:,.3f} [dim]±{half_span(timing):.0%}[/]"
     return "failed" if "error" in entry else "left out" if name in entry.get("left_out", {}) else ""
 
 

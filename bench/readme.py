@@ -17,7 +17,7 @@ from pathlib import Path
 from .compatibility import table as compatibility
 from .forgetting.report import short_table
 from .markdown import at_commit, table
-from .report import COLUMNS, TIMED, adapter_dtype, display_name, draw, medians, number, rounds
+from .report import COLUMNS, TIMED, adapter_dtype, adapter_size, display_name, draw, medians, number, rounds
 
 RESULTS = Path("bench", "results")
 SOURCE, PICTURE = RESULTS / "cpu.json", RESULTS / "cpu.png"
@@ -125,13 +125,7 @@ def _where(result: dict) -> str:
 
 def _adapter(result: dict) -> str:
     method = display_name(result["settings"]["method"])
-    if not result["layers"]:
-        return method
-    case = result["layers"][0]["case"]
-    if "quota" in case:
-        return f"{method}, {case['quota']}% of the rows"
-    experts = f"{case['num_experts']} experts of " if case.get("num_experts") else ""
-    return f"{method}, {experts}rank {case['rank']}"
+    return f"{method}, {adapter_size(result['layers'][0]['case'])}" if result["layers"] else method
 
 
 def _left_out(result: dict) -> str:

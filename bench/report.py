@@ -40,7 +40,7 @@ def print_tables(result: dict, console: Console) -> None:
         console.print(_agreement(model["generate"]), markup=False, highlight=False)
     for line in notes(result):
         console.print(line, markup=False, highlight=False)
-    if max(map(_half_span, _timings(result))) > DOUBTFUL_SPREAD:
+    if max(map(half_span, _timings(result))) > DOUBTFUL_SPREAD:
         console.print(
             f"[yellow]Some times vary by more than ±{DOUBTFUL_SPREAD:.0%}: was the machine busy with other work?[/]"
         )
@@ -83,7 +83,7 @@ def layer_table(layers: list[dict]) -> Table:
     """The table of layers that have the same shape."""
     case = layers[0]["case"]
     table = _table(
-        f"One {display_name(case['method'])} layer, {_size(case)}, {case['in_features']} to "
+        f"One {display_name(case['method'])} layer, {adapter_size(case)}, {case['in_features']} to "
         f"{case['out_features']}, {case['tokens']} tokens: forward and backward"
     )
     for layer in layers:
@@ -97,10 +97,11 @@ def layer_table(layers: list[dict]) -> Table:
     return table
 
 
-def _size(case: dict) -> str:
-    if case["method"] == "loki":
+def adapter_size(case: dict) -> str:
+    """What a layer's adapter has, in words."""
+    if "quota" in case:
         return f"{case['quota']}% of the rows trained"
-    experts = f"{case['num_experts']} experts of " if case["method"] == "loramoe" else ""
+    experts = f"{case['num_experts']} experts of " if case["num_experts"] > 1 else ""
     return f"{experts}rank {case['rank']}"
 
 
@@ -168,10 +169,10 @@ def _cells(timings: dict[str, dict], unit: float = 1) -> dict[str, str]:
 
 
 def _spread(timing: dict, unit: float) -> str:
-    return f"{number(timing['median'] * unit)} [dim]±{_half_span(timing):.0%}[/]"
+    return f"{number(timing['median'] * unit)} [dim]±{half_span(timing):.0%}[/]"
 
 
-def _half_span(timing: dict) -> float:
+def half_span(timing: dict) -> float:
     """Half the distance from the 10th to the 90th percentile, relative to the median."""
     return (timing["high"] - timing["low"]) / 2 / timing["median"]
 

@@ -16,7 +16,7 @@ from torch import nn
 import gci_kernels
 from gci_kernels import native
 from gci_kernels.accuracy import relative_error
-from gci_kernels.bench import cases, command, correctness, models, report, timing, variants
+from gci_kernels.bench import cases, command, correctness, models, readme, report, timing, variants
 from gci_kernels.bench.baselines import EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
 from gci_kernels.bench.budget import LEAST_ROUNDS
 from gci_kernels.bench.cases import LayerCase, layer_variants, make_case, make_inputs
@@ -549,6 +549,18 @@ def test_results_that_cannot_be_written_end_the_run_before_it_starts(tmp_path: P
 def test_sizes_are_shown_in_units() -> None:
     shown = [report._bytes(size) for size in (None, 12, 2048, 3 << 20, 5 << 30)]
     assert shown == ["not known here", "12 B", "2.0 KiB", "3.0 MiB", "5.00 GiB"]
+
+
+def test_an_adapters_size_in_words() -> None:
+    """Experts are named where there are some, whose method it may be; the terminal and the documents say the same."""
+    for method, size, words in (
+        ("lora", {"rank": 16, "num_experts": 1}, "LoRA, rank 16"),
+        ("loramoe", {"rank": 4, "num_experts": 8}, "LoRAMoE, 8 experts of rank 4"),
+        ("loki", {"quota": 10}, "LoKI, 10% of the rows trained"),
+    ):
+        layers = [{"case": {"method": method, **size}}]
+        assert readme._adapter({"settings": {"method": method}, "layers": layers}) == words
+    assert report.adapter_size({"method": "another", "rank": 4, "num_experts": 3}) == "3 experts of rank 4"
 
 
 def test_tables_fit_eighty_columns(monkeypatch) -> None:
