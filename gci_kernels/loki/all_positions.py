@@ -11,14 +11,7 @@ from torch import Tensor
 
 from gci_kernels.loki.architecture import Architecture, CollectingCache, FullLengthLayer, StopForward, hidden_of, hooks
 from gci_kernels.loki.product import products
-from gci_kernels.loki.prompt import (
-    Prompt,
-    accumulation_dtype,
-    probability_gradient,
-    relative_error,
-    run_prompt,
-    run_step,
-)
+from gci_kernels.loki.prompt import Prompt, probability_gradient, relative_error, run_prompt, run_step, sum_dtype
 from gci_kernels.loki.workers import workers
 
 # Most bytes of the moved prompts' keys and values, by device type: on a CPU few enough that the allocator reuses
@@ -241,6 +234,6 @@ def _add_gradients(
     leaves = [*taps.items(), *((path.layer, path.leaf) for path in moved)]
     gradients = torch.autograd.grad(logits, [leaf for _, leaf in leaves], probability_gradient(logits, target))
     for (number, _), gradient in zip(leaves, gradients, strict=True):
-        gradient = gradient[:, 0].to(accumulation_dtype(gradient))
+        gradient = gradient[:, 0].to(sum_dtype(gradient))
         totals[number] = totals.get(number, torch.zeros_like(gradient[0])) + gradient.sum(0) - gradient[0] / 2
     return target

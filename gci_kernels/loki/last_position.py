@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.loki.architecture import Architecture, PrefixLayer
-from gci_kernels.loki.prompt import (
-    Prompt,
-    accumulation_dtype,
-    probability_gradient,
-    relative_error,
-    run_prompt,
-    run_step,
-)
+from gci_kernels.loki.prompt import Prompt, probability_gradient, relative_error, run_prompt, run_step, sum_dtype
 
 # Streams in one decoding step: enough for full speed, few enough that what backward needs stays near a gigabyte.
 MAX_STREAMS = 512
@@ -73,7 +66,7 @@ def _score_group(
     if target is None:
         target = logits[:, -1].argmax(-1)
     gradients = torch.autograd.grad(logits, leaves, probability_gradient(logits, target[:, None]))
-    sums = (gradient.sum(1, dtype=accumulation_dtype(gradient)) for gradient in gradients)
+    sums = (gradient.sum(1, dtype=sum_dtype(gradient)) for gradient in gradients)
     return [output * total / steps for output, total in zip(outputs, sums, strict=True)], target
 
 

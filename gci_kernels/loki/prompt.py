@@ -134,7 +134,7 @@ def probability_gradient(logits: Tensor, target: Tensor) -> Tensor:
 
     `target` int64 holds a token id for each row of logits, or broadcasts to that. Computed in float32 at least.
     """
-    probabilities = logits.detach().softmax(-1, dtype=accumulation_dtype(logits))
+    probabilities = logits.detach().softmax(-1, dtype=sum_dtype(logits))
     target = target.expand(logits.shape[:-1])[..., None]
     chosen = probabilities.gather(-1, target)
     # The sum of the others keeps its digits where the target's probability is almost 1; 1 - chosen has none left.
@@ -143,12 +143,12 @@ def probability_gradient(logits: Tensor, target: Tensor) -> Tensor:
     return gradient.to(logits.dtype)
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+def sum_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype to sum in: the tensor's own, float32 at least."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     """|actual - expected| / |expected| over all values, a scalar tensor, so that nothing waits for the device."""
-    actual, expected = actual.to(accumulation_dtype(actual)), expected.to(accumulation_dtype(expected))
+    actual, expected = actual.to(sum_dtype(actual)), expected.to(sum_dtype(expected))
     return (actual - expected).norm() / expected.norm().clamp_min(torch.finfo(actual.dtype).tiny)
