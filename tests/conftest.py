@@ -86,6 +86,12 @@ def one_thread(threads):
 
 
 @pytest.fixture
+def kept_copies(monkeypatch):
+    """As where the processor multiplies bfloat16: LoKI then keeps a copy of W, which float32 products do without."""
+    monkeypatch.setattr("gci_kernels.ops.row_linear.plan.upcast_from", lambda *_: None)
+
+
+@pytest.fixture
 def imagined_gpu(monkeypatch, tmp_path):
     """A GPU that nothing can run on, an empty cache folder, no shipped records, and a fresh process's memory."""
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
