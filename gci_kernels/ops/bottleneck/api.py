@@ -198,7 +198,7 @@ def adapted_linear(
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
-    return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
+    return autograd.run(t, settings, compiling)
 
 
 def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:
