@@ -188,7 +188,7 @@ def adapted_linear(
         _check_linear(t, scaling, dropout_p)
     formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
-        # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
+        # A graph cannot depend on the seed's value: there, dropout is PyTorch's own.
         if dropout_p and not (formula or compiling):
             t = t._replace(seed=philox.draw_seed())
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
@@ -216,7 +216,7 @@ def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:
         check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
-    if not -math.inf < scaling < math.inf:  # torch.compile can follow that, where numbers are symbols, not isfinite
+    if not -math.inf < scaling < math.inf:  # not isfinite, which torch.compile cannot trace for symbolic numbers
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

@@ -127,7 +127,7 @@ def _check(
     check_tensor("active_weight", active_weight, (None, x.shape[-1]), x, same_dtype=False)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=not any_dtype)
-    # The formula, which runs under transforms, has all gradients.
+    # Under transforms the formula runs, which has all gradients.
     for name, frozen in () if transformed() else (("weight", weight), ("bias", bias)):
         if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen: loki_linear forms no gradient of it; call requires_grad_(False)")
