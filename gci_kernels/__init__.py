@@ -19,10 +19,11 @@ from gci_kernels.tuners import (
     LoRAMoEConfig,
     Method,
     register,
+    unregister,
 )
 
 __version__ = "0.1.0"
 __all__ = [
     "ALoRAConfig", "BottleneckConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "METHODS", "Method", "Mixer",
-    "Report", "loki", "ops", "patch", "register", "rega", "report", "unpatch",
+    "Report", "loki", "ops", "patch", "register", "rega", "report", "unpatch", "unregister",
 ]  # fmt: skip

@@ -5,22 +5,25 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar
 
+_AnyClass: Any = object  # type checkers do not know which class a mixin is mixed with
 
-class Swapped:
+
+class Swapped(_AnyClass):
     """Base of the mixins for :func:`subclass`: an instance of such a class can be copied and pickled.
 
     Attributes:
         wrapped: the methods of the mixin that get the base class's method as their first argument after self.
+        own: attributes of the instance that :func:`remove_mixin` removes with the mixin.
     """
 
     _gci_parts: ClassVar[tuple[type, type]]
     wrapped: ClassVar[tuple[str, ...]] = ("forward",)
+    own: ClassVar[tuple[str, ...]] = ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # pickle finds classes by name, and this one is made while the program runs; its parts are found.
-        reduced: Any = super().__reduce_ex__(2)
-        _, _, *state = reduced
-        return _new_instance, _importable(type(self)), *state
+        _, _, *state = super().__reduce_ex__(2)
+        return _new_instance, parts_of(type(self), derived=True), *state
 
 
 @functools.cache
@@ -43,11 +46,14 @@ def _wrap(base_method: Any, inner: Any) -> Callable[..., Any]:
     return method
 
 
-def parts_of(cls: type) -> tuple[type, ...]:
-    """The class that :func:`subclass` was first given, and the mixins; for any other class (cls,)."""
+def parts_of(cls: Any, derived: bool = False) -> tuple[type, ...]:
+    """The class that :func:`subclass` was first given, and the mixins; for any other class (cls,).
+
+    With `derived` a class that others have derived from one of ours counts as that one.
+    """
     mixins: tuple[type, ...] = ()
-    while "_gci_parts" in vars(cls):
-        cls, mixin = cls._gci_parts  # type: ignore[attr-defined]
+    while issubclass(cls, Swapped) if derived else "_gci_parts" in vars(cls):
+        cls, mixin = cls._gci_parts
         mixins = (mixin, *mixins)
     return cls, *mixins
 
@@ -57,16 +63,7 @@ def from_parts(base: type, *mixins: type) -> type:
     return functools.reduce(subclass, mixins, base)
 
 
-def _importable(cls: Any) -> tuple[type, ...]:
-    """As :func:`parts_of`; classes that others have derived from ours are left out."""
-    mixins: tuple[type, ...] = ()
-    while issubclass(cls, Swapped):
-        cls, mixin = cls._gci_parts
-        mixins = (mixin, *mixins)
-    return cls, *mixins
-
-
-def give_class(instance: Any, cls: type) -> None:
+def give_class(instance: Any, cls: Any) -> None:
     """Gives `instance` the class `cls`, and rebinds forwards that are stored on the instance to that of `cls`.
 
     accelerate's hooks store the class's forward on the instance, and leave it there when they are removed.
@@ -75,7 +72,7 @@ def give_class(instance: Any, cls: type) -> None:
     instance.__class__ = cls
     for name in ("forward", "_old_forward"):
         if before is not None and getattr(vars(instance).get(name), "__func__", None) is before:
-            vars(instance)[name] = MethodType(cls.forward, instance)  # type: ignore[attr-defined]
+            vars(instance)[name] = MethodType(cls.forward, instance)
 
 
 def add_mixin(instance: Any, mixin: type) -> None:
@@ -86,7 +83,10 @@ def add_mixin(instance: Any, mixin: type) -> None:
 
 def remove_mixin(instance: Any) -> None:
     """Undoes the last :func:`add_mixin`."""
-    give_class(instance, type(instance)._gci_parts[0])
+    base, mixin = type(instance)._gci_parts
+    give_class(instance, base)
+    for name in mixin.own:
+        vars(instance).pop(name, None)
 
 
 def _new_instance(base: type, *mixins: type) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from gci_kernels.generation import adapter_cache
-from gci_kernels.generation.adapter_cache import AdapterCache, get_or_create
+from gci_kernels.generation import model_cache
+from gci_kernels.generation.adapter_cache import AdapterCache
+from gci_kernels.generation.model_cache import get_or_create
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +26,7 @@ def random_kv(batch: int, time: int) -> tuple[Tensor, Tensor]:
 
 def write(cache: Cache, k: Tensor, v: Tensor, adapters: tuple[str, ...] = ("a",)) -> list[tuple[Tensor, Tensor]]:
     """One forward: the same numbers go to an adapter's cache and, as one head, to both layers of the model's."""
-    past = adapter_cache.length(cache)
+    past = model_cache.length(cache)
     kept = get_or_create(cache)
     results = []
     for adapter in adapters:
@@ -41,7 +42,7 @@ OPERATIONS = {
     "append": lambda cache, batch: write(cache, *random_kv(batch, 1)),
     "append 5": lambda cache, batch: write(cache, *random_kv(batch, 5)),
     "reorder": lambda cache, batch: cache.reorder_cache(torch.randint(batch, (batch,))),
-    "crop": lambda cache, batch: cache.crop(-min(2, adapter_cache.length(cache))),
+    "crop": lambda cache, batch: cache.crop(-min(2, model_cache.length(cache))),
     "crop nothing": lambda cache, batch: cache.crop(0),
     "repeat": lambda cache, batch: cache.batch_repeat_interleave(2),
     "select": lambda cache, batch: cache.batch_select_indices(torch.randperm(batch)[: (batch + 1) // 2]),
@@ -63,7 +64,7 @@ def test_whatever_is_done_to_the_cache_is_done_to_the_adapters(mode, config, see
             if name == "repeat" and batch > 8:
                 continue
             OPERATIONS[name](cache, batch)
-            if name == "reset" or not adapter_cache.length(cache):
+            if name == "reset" or not model_cache.length(cache):
                 write(cache, *random_kv(batch, 2))
             batch = cache.layers[0].keys.shape[0]
             entry = cache.gci_adapters._entries["layer", "a"]
@@ -80,7 +81,7 @@ def test_static_cache():
     with torch.no_grad():
         for time in (4, 1, 1, 3):
             (k, v), *_ = write(cache, *random_kv(2, time))
-            total = adapter_cache.length(cache)
+            total = model_cache.length(cache)
             assert total == int(cache.get_seq_length()) == k.shape[1]
             assert torch.equal(k, cache.layers[0].keys[:, 0, :total])
             assert torch.equal(v, cache.layers[1].values[:, 0, :total])
@@ -88,7 +89,7 @@ def test_static_cache():
         entry = cache.gci_adapters._entries["layer", "a"]
         assert entry.kv.shape[1] == 12 and torch.equal(entry.kv[:, :total, :R], cache.layers[0].keys[:, 0, :total])
         cache.reset()
-        assert adapter_cache.length(cache) == 0
+        assert model_cache.length(cache) == 0
         (k, _), *_ = write(cache, *random_kv(3 - 1, 2))
         assert torch.equal(k, cache.layers[0].keys[:, 0, :2])
 

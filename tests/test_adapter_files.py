@@ -241,8 +241,8 @@ def test_what_fits_is_loaded(method, way, folder):
 
 def as_before(path) -> None:
     """Turns a folder into what version 0.1 saved."""
-    kind = json.loads((path / "adapter_config.json").read_text())["peft_type"].removeprefix("gci_kernels.")
-    edit_config(path, peft_type=kind)
+    kind = json.loads((path / "adapter_config.json").read_text())["peft_type"]
+    edit_config(path, peft_type=kind.removeprefix("gci_kernels.").partition(":")[0])
     file = path / "adapter_config.json"
     config = json.loads(file.read_text())
     config.pop("num_layers", None)

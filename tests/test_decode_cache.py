@@ -10,7 +10,7 @@ from decode_cases import expected, group_of, make, run
 
 from gci_kernels.accuracy import relative_error
 from gci_kernels.native import DTYPE_CODES
-from gci_kernels.ops.decode import choose_decode, find_step, plan, step
+from gci_kernels.ops.decode import Group, choose_decode, find_step, plan, step
 from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,9 +45,18 @@ def test_what_no_kernel_takes_is_left_alone():
     for changed in (
         dict(x=x.double(), y=y.double()), dict(A=A.t().contiguous().t()), dict(B=B.bfloat16()), dict(x=x.repeat(9, 1)),
         dict(y=None, weight=torch.randn(20, 9).t()), dict(y=None, weight=torch.randn(9, 20, dtype=torch.bfloat16)),
-        dict(x=x[:, :19]),
+        dict(x=x[:, :19]), dict(B=torch.randn(9, 7)), dict(router=torch.randn(2, 19)), dict(router=torch.randn(3, 20)),
+        dict(y=None, weight=torch.randn(9, 19)), dict(y=None, weight=torch.randn(8, 20)),
+        dict(y=None, weight=torch.randn(9, 20), bias=torch.randn(8)),
     ):  # fmt: skip
         assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None, changed.keys()
+
+
+def test_attention_whose_shapes_do_not_fit_is_left_alone():
+    x, A, _, B, _ = make(2, 20, 9, 8, 0, torch.float32, torch.float32)
+    for qkv, heads, taken in ((24, 2, True), (16, 2, False), (24, 3, False)):
+        group = Group(A, B, 2.0, 0, 2, qkv=torch.randn(qkv, 8), num_heads=heads)
+        assert (find_step(x, torch.randn(9, 20), None, (group,)) is not None) == taken, (qkv, heads)
 
 
 class Wrapped(torch.Tensor):

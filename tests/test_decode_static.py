@@ -9,7 +9,7 @@ from gci_kernels.accuracy import relative_error
 from gci_kernels.generation import forward_context
 from gci_kernels.ops.decode import plan
 from gci_kernels.tuners import ALoRALinear
-from gci_kernels.tuners.replay import may_replay
+from gci_kernels.tuners.alora import may_replay
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.transforms import transformed
@@ -90,7 +87,7 @@ def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> Non
     Raises:
         ValueError: one does. In a graph of torch.compile it is a RuntimeError, raised when the graph runs.
     """
-    if transformed():  # values cannot be read there, and a graph would take the result for that of any other mask
+    if transformed():  # values cannot be read there, and a graph would keep this result for all other masks
         return
     # Some models invert a boolean mask. A token attends to itself, so its own entry shows the value for "allowed".
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == time and mask.shape[-1] >= time:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
-from gci_kernels.generation.adapter_cache import SUPPORTED
 from gci_kernels.generation.direction import check_mask
+from gci_kernels.generation.model_cache import SUPPORTED
 from gci_kernels.ops.attention import Sequence
 
 # What models call a cache or a state, where it is none of transformers' Cache.
@@ -40,15 +40,12 @@ def find_cache(arguments: Mapping[str, Any]) -> tuple[Cache | None, str | None]:
             continue
         if isinstance(value, Cache):
             cache = value if cache is None else cache
-        elif (name in _NAMES and not isinstance(value, bool)) or _is_cache(value):
+        elif (name in _NAMES and not isinstance(value, bool)) or (
+            not isinstance(value, _PLAIN)
+            and ("cache" in type(value).__name__.lower() or hasattr(value, "get_seq_length"))
+        ):
             return cache, f"{name} is a {type(value).__name__}; adapters can keep theirs beside {SUPPORTED}"
     return None if cache is None else decoder_cache(cache), None
-
-
-def _is_cache(value: object) -> bool:
-    if isinstance(value, _PLAIN):
-        return False
-    return "cache" in type(value).__name__.lower() or hasattr(value, "get_seq_length")
 
 
 def decoder_cache(cache: Cache) -> Cache:

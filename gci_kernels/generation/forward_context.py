@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from gci_kernels.generation import adapter_cache, forward_arguments
+from gci_kernels.generation import forward_arguments, model_cache
 from gci_kernels.generation.adapter_cache import AdapterCache
 from gci_kernels.generation.direction import check_mask, is_self_mask
 from gci_kernels.ops.attention import Sequence
@@ -155,12 +155,12 @@ class ForwardContext:
             device: of the model's input.
         """
         batch, time = self.shape
-        cache, adapters = self._given_cache, adapter_cache.find(self._given_cache)
+        cache, adapters = self._given_cache, model_cache.find(self._given_cache)
         if time != 1 or cache is None or adapters is None or self._expected_entries is None:
             return False
         if torch.is_grad_enabled() or not (_is_asynchronous(device) or torch.compiler.is_compiling()):
             return False
-        length = adapter_cache.length_on_device(cache)
+        length = model_cache.length_on_device(cache)
         if length is None or not (mask is None or forward_arguments.is_key_mask(mask, batch)):
             return False
         dtype = adapters.static_dtype(self._expected_entries())
@@ -184,12 +184,10 @@ class ForwardContext:
     def past_for_kernel(self, device: torch.device) -> int | Tensor:
         """sequence.past as a kernel on `device` takes it: a number, or, on a GPU and in compiled graphs, int32 [1].
 
-        Made once for all layers on one device.
+        Kept in `past` for the other layers on the device.
         """
-        if self.past is None or self.past[0] != device:
-            past = self.sequence.past
-            on_device = _is_asynchronous(device) or torch.compiler.is_compiling()
-            self.past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
+        past, on_device = self.sequence.past, _is_asynchronous(device) or torch.compiler.is_compiling()
+        self.past = device, torch.full((1,), past, dtype=torch.int32, device=device) if on_device else past
         return self.past[1]
 
     def layer_context(self, info: LayerInfo, args: tuple, kwargs: dict[str, Any]) -> LayerContext:
@@ -255,8 +253,8 @@ class ForwardContext:
     def _begin_cache(self, given: Cache) -> None:
         """Checks, at the first layer, when nothing has been written, that all adapted layers will find their past."""
         cache = forward_arguments.decoder_cache(given)
-        reason = adapter_cache.obstacle(cache)
-        adapters = adapter_cache.get_or_create(cache) if reason is None else None
+        reason = model_cache.obstacle(cache)
+        adapters = model_cache.get_or_create(cache) if reason is None else None
         if self.length_on_device is None:
             self._check_cache(adapters, reason)
             if adapters is not None and cache is not self._given_cache:
@@ -303,11 +301,11 @@ def read(
     batch, time = inputs.shape[0] // (codebooks if embeds is None else 1), inputs.shape[1]
     cache, reason = forward_arguments.find_cache(arguments)
     adapters = None
-    if cache is not None and adapter_cache.obstacle(cache) is None:
-        adapters = adapter_cache.get_or_create(cache)
+    if cache is not None and model_cache.obstacle(cache) is None:
+        adapters = model_cache.get_or_create(cache)
     if expected_entries is not None and not any(True for _ in expected_entries()):
         if cache is not None and adapters is not None:  # what it holds is counted before the model writes to it
-            adapter_cache.length(cache)
+            model_cache.length(cache)
             adapters.begin_forward(time)
         return None
     if reason is not None:
@@ -339,7 +337,7 @@ def _make_sequence(
 ) -> Sequence:  # fmt: skip
     """The sequences of a forward behind `past` tokens; None: as many as the cache holds now."""
     if past is None:
-        past = 0 if cache is None else adapter_cache.length(cache)
+        past = 0 if cache is None else model_cache.length(cache)
     if mask is not None:
         return forward_arguments.sequence_from_mask(mask, *shape, past, device)
     return forward_arguments.sequence_from_positions(arguments, *shape, past, packs)

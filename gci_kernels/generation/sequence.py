@@ -14,7 +14,7 @@ replays the same arguments, so the replay gets the same ForwardContext, and no t
 that replays `__call__` instead (torch's checkpoint_wrapper) loses it, and adapted layers then raise. What is set during
 a call is thread-local, and each model's forward sets its own: models, nested calls and threads do not mix.
 
-torch.compile traces all of it. The graph breaks where a new cache gets the adapters' beside it (see adapter_cache),
+torch.compile traces all of it. The graph breaks where a new cache gets the adapters' beside it (see model_cache),
 where the values of cu_seq_lens_q are read, and where a 4-D mask is checked. A compiled forward with gradients that is
 given no cache stores nothing of its adapters, so a cache that it returns is refused later; without gradients it does,
 with a break. Gradient checkpointing inside of one graph needs
@@ -25,7 +25,7 @@ a layer restores what it sets when it returns, so nothing is skipped.
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -83,14 +83,6 @@ def required() -> LayerContext:
     return context
 
 
-if TYPE_CHECKING:  # what the mixins are mixed with
-    _Model = PreTrainedModel
-    _Module = nn.Module
-    _Generator = GenerationMixin
-else:
-    _Model = _Module = _Generator = object
-
-
 class _BackboneInfo(NamedTuple):
     """What a backbone needs to know to read the arguments of its forward.
 
@@ -108,9 +100,10 @@ class _BackboneInfo(NamedTuple):
     may_replay: MayReplay | None
 
 
-class _Backbone(Swapped, _Model):
+class _Backbone(Swapped):
     """Mixin for the class of the module that calls the decoder layers."""
 
+    own = ("gci_backbone",)
     gci_backbone: _BackboneInfo
 
     def forward(self, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -135,9 +128,10 @@ class _Backbone(Swapped, _Model):
             state.forward_context = before
 
 
-class _Layer(Swapped, _Module):
+class _Layer(Swapped):
     """Mixin for the class of the decoder layers."""
 
+    own = ("gci_layer",)
     gci_layer: LayerInfo
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,14 +150,15 @@ class _Layer(Swapped, _Module):
             state.layer_context = before
 
 
-class _Generating(Swapped, _Generator):
+class _Generating(Swapped):
     """Mixin for the class of the model whose generate() is called."""
 
     wrapped = ("prepare_inputs_for_generation",)
+    own = ("gci_expected_entries",)
     config: PretrainedConfig
     gci_expected_entries: ExpectedEntries | None
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # class_swap.subclass gives base_method
+    def prepare_inputs_for_generation(
         self, base_method: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         inputs = base_method(self, *args, **kwargs)
@@ -211,16 +206,13 @@ class Handle:
         Raises:
             RuntimeError: a module's class has been changed since (FSDP does that); nothing is detached then.
         """
-        every: list[nn.Module] = list(dict.fromkeys((*self.layers, self._backbone, self._model)))
+        every = dict.fromkeys((*self.layers, self._backbone, self._model))
         attached = [each for each in every if isinstance(each, (_Layer, _Backbone, _Generating))]
         for each in attached:
             if "_gci_parts" not in vars(type(each)):
                 raise RuntimeError(f"cannot detach: {type(each).__name__} has been given another class since")
         for each in attached:
             remove_mixin(each)
-        for module in every:
-            for name in ("gci_backbone", "gci_layer", "gci_expected_entries"):
-                vars(module).pop(name, None)
 
 
 def attach(

@@ -1,1 +1,1 @@
-"""What is found out about a Hugging Face model by looking at its modules, without running it."""
+"""Reads properties of a Hugging Face model from its modules, without running it."""

@@ -39,7 +39,9 @@ def find(model: nn.Module) -> tuple[PreTrainedModel, tuple[nn.Module, ...]]:
     if model.config.is_encoder_decoder:
         raise ValueError(f"model must be decoder-only, got the encoder-decoder {type(model).__name__}")
     first: list[_Candidate] = []
-    for root in _roots(model):
+    for root in (model.get_decoder(), model.base_model, model):
+        if not isinstance(root, PreTrainedModel):  # get_decoder() may name a head that happens to be called decoder
+            continue
         candidates = list(_lists(root, root, ""))
         first = first or candidates
         chosen = _choose(candidates, root.config.get_text_config(decoder=True))
@@ -53,19 +55,12 @@ def find(model: nn.Module) -> tuple[PreTrainedModel, tuple[nn.Module, ...]]:
     )
 
 
-def _roots(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The modules to search, in order. get_decoder() may name a head that happens to be called decoder."""
-    for root in (model.get_decoder(), model.base_model, model):
-        if isinstance(root, PreTrainedModel):
-            yield root
-
-
 def _lists(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[_Candidate]:
     """Every outermost ModuleList of modules that contain linear layers, with the model that owns it."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
         if isinstance(child, nn.ModuleList):
-            if len(child) and all(_is_layer(layer) for layer in child):
+            if len(child) and all(_has_linear(layer) for layer in child):
                 yield owner, path, child
         elif isinstance(child, PreTrainedModel):
             yield from _lists(child, child, "")
@@ -73,7 +68,7 @@ def _lists(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[_Ca
             yield from _lists(child, owner, path)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(each, (nn.Linear, Conv1D)) for each in module.modules() if each is not module)
 
 

@@ -30,11 +30,6 @@ class Stacks:
     name: str
     parameters: dict[str, nn.Parameter]
 
-    @property
-    def weight_count(self) -> int:
-        """How many weights the stacks have in all."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
 
 def find(model: nn.Module) -> list[Stacks]:
     """Parameters of three dimensions (DBRX's: of two) in modules whose name or class is called expert."""
@@ -96,18 +91,16 @@ def warn(model: nn.Module, config: Any, method: str) -> None:
         method: the adapter's, for the message.
     """
     if stacks := left_out(model, config):
-        count, total = sum(each.weight_count for each in stacks), sum(p.numel() for p in _base_parameters(model))
+        count = sum(p.numel() for each in stacks for p in each.parameters.values())
+        adapters = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())  # what names of adapters' parameters begin with
+        base = (p for n, p in model.named_parameters() if not any(part.startswith(adapters) for part in n.split(".")))
+        total = sum(p.numel() for p in base)
         warnings.warn(
             f"{method} leaves this mixture's experts frozen: they are stacks, parameters of three dimensions that "
             f"no layer holds, {describe(stacks)}, {count:,} of the model's {total:,} weights. "
             "peft.LoraConfig(target_parameters=...) adapts them",
             stacklevel=2,
         )
-
-
-def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
-    return [p for name, p in model.named_parameters() if not any(part.startswith(prefixes) for part in name.split("."))]
 
 
 def hint(model: nn.Module) -> str:

@@ -22,25 +22,13 @@ def readers(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)) or id(module) in wrapped:
             continue
-        for layer in _read_by(module):
+        of_torch = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+        for layer in [module.out_proj] if of_torch else weights_read(module):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            if _is_linear(base) and id(layer) in names:
+            linear = hasattr(base, "in_features") or hasattr(base, "nf")
+            if linear and hasattr(base, "weight") and id(layer) in names:
                 found.setdefault(names[id(layer)], f"{name or 'the model'} ({type(module).__name__})")
     return found
-
-
-def _read_by(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-        return [module.out_proj]
-    return weights_read(module)
-
-
-def _is_linear(module: Any) -> bool:
-    return hasattr(module, "weight") and not isinstance(module, nn.Embedding) and _features(module) is not None
-
-
-def _features(module: Any) -> Any:
-    return getattr(module, "in_features", getattr(module, "nf", None))
 
 
 def reason(reader: str) -> str:
@@ -57,18 +45,15 @@ def leave_out(model: nn.Module, config: Any, method: str, names: Iterable[str]) 
         method: the adapter's, for the warning.
         names: of the layers that the config targets.
     """
-    found = readers(model)
-    excluded = {name: found[name] for name in names if name in found}
-    if not excluded:
+    found = _read_among(model, names)
+    if not found:
         return
-    config.exclude_modules = _exclude(config.exclude_modules, excluded)
-    warnings.warn(f"{method} leaves {_first(excluded)} out: {reason(next(iter(excluded.values())))}", stacklevel=2)
-
-
-def _exclude(excluded: set[str] | str | None, more: Iterable[str]) -> set[str] | str:
+    excluded = config.exclude_modules
     if isinstance(excluded, str):  # a regular expression
-        return "|".join([f"(?:{excluded})", *(name.replace(".", r"\.") for name in more)])
-    return set(excluded or ()) | set(more)
+        config.exclude_modules = "|".join([f"(?:{excluded})", *(name.replace(".", r"\.") for name in found)])
+    else:
+        config.exclude_modules = {*(excluded or ()), *found}
+    warnings.warn(f"{method} leaves {_first(found)} out: {reason(next(iter(found.values())))}", stacklevel=2)
 
 
 def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) -> None:
@@ -83,18 +68,20 @@ def refuse(model: nn.Module, method: str, names: Iterable[str], way_out: str) ->
     Raises:
         ValueError: one of the layers is not called where its weight is used.
     """
-    found = readers(model)
-    if (name := next((name for name in names if name in found), None)) is not None:
-        raise ValueError(f"{method} cannot adapt {name}: {reason(found[name])}; {way_out}")
+    for name, reader in _read_among(model, names).items():
+        raise ValueError(f"{method} cannot adapt {name}: {reason(reader)}; {way_out}")
 
 
 def warn(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
     """One warning where a method of PEFT's own, which adapts :func:`readers` as well, has any among `names`."""
-    found = readers(model)
-    adapted = {name: found[name] for name in names if name in found}
-    if adapted:
+    if found := _read_among(model, names):
         kind = getattr(config.peft_type, "value", config.peft_type)
-        warnings.warn(f"{kind} adapts {_first(adapted)}: {reason(next(iter(adapted.values())))}", stacklevel=2)
+        warnings.warn(f"{kind} adapts {_first(found)}: {reason(next(iter(found.values())))}", stacklevel=2)
+
+
+def _read_among(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    found = readers(model)
+    return {name: found[name] for name in names if name in found}
 
 
 def _first(names: dict[str, str]) -> str:

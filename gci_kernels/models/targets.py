@@ -27,9 +27,15 @@ def matched(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     if complete.target_modules is None:  # PEFT will raise, or the config has target_parameters alone
         return {}
     complete = _maybe_include_all_linear_layers(complete, model)
+    modules = plain_modules(model)
+    return {name: module for name, module in modules.items() if name and check_target_module_exists(complete, name)}
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of all modules in `model`, without its adapters: of an adapted layer, its base layer."""
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return {
         name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, module in model.named_modules()
-        if name and not name.startswith(adapted) and check_target_module_exists(complete, name)
+        if not name.startswith(adapted)
     }

@@ -110,12 +110,13 @@ def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | No
     return tree if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
 
 
-class _Search:
+class _Search(ast.NodeVisitor):
     """One search through a class's functions.
 
     Attributes:
         found: the reads.
         seen: the calls that were followed.
+        properties: expressions of which only a property such as the dtype is used.
         variables: in the present function, those that hold the module (an empty path) or something within it.
         conditions: of the branches around the present statement.
         name: of self in the present function, empty where it has none.
@@ -126,6 +127,7 @@ class _Search:
         self.cls = cls
         self.found: list[Read] = []
         self.seen: set = set()
+        self.properties: set[ast.expr] = set()
         self.variables: dict[str, Path] = {}
         self.conditions: tuple[Condition, ...] = ()
         self.name = ""
@@ -153,7 +155,8 @@ class _Search:
         self.variables |= dict(named)
         self.name = names[0] if names and paths and paths[0] == () else ""
         self.current, self.depth = function, self.depth + 1
-        self.statements(tree.body)
+        for statement in tree.body:
+            self.visit(statement)
         self.variables, self.name, self.current = outer
         self.depth -= 1
 
@@ -178,35 +181,31 @@ class _Search:
                     self.function(inspect.unwrap(called), ((),))
                 path = (*path, each.argval)
 
-    def statements(self, body: list[ast.stmt]) -> None:
-        for statement in body:
-            if isinstance(statement, ast.If):
-                self.expression(statement.test)
-                self.branch(statement.test, statement.body, statement.orelse)
-            elif isinstance(statement, (ast.For, ast.AsyncFor)):
-                self.expression(statement.iter)
-                self.loop(statement.target, statement.iter)
-                self.statements(statement.body + statement.orelse)
-            elif isinstance(statement, ast.Assign):
-                self.expression(statement.value)
-                for target in statement.targets:
-                    self.assignment(target, statement.value)
-            else:
-                self.parts(statement)
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        for branch, value in ((node.body, True), (node.orelse, False)):
+            with self.condition(node.test, value):
+                for each in branch if isinstance(branch, list) else [branch]:
+                    self.visit(each)
 
-    def parts(self, statement: ast.stmt) -> None:
-        for child in ast.iter_child_nodes(statement):
-            if isinstance(child, ast.stmt):
-                self.statements([child])
-            elif isinstance(child, ast.ExceptHandler):
-                self.statements(child.body)
-            else:
-                self.expression(child)
+    visit_IfExp = visit_If
 
-    def branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt]) -> None:
-        for statements, value in ((body, True), (orelse, False)):
-            with self.condition(test, value):
-                self.statements(statements)
+    def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
+        self.visit(node.iter)
+        self.loop(node.target, node.iter)
+        for each in (*node.body, *node.orelse):
+            self.visit(each)
+
+    visit_AsyncFor = visit_For
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                for each, part in zip(target.elts, node.value.elts, strict=False):
+                    self.assign(each, self.path(part))
+            else:
+                self.assign(target, self.path(node.value))
 
     @contextlib.contextmanager
     def condition(self, test: ast.expr, value: bool) -> Iterator[None]:
@@ -225,13 +224,6 @@ class _Search:
         for each, over in zip(targets, iterables, strict=False):
             path = self.path(over)
             self.assign(each, None if path is None else (*path, None))
-
-    def assignment(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for each, part in zip(target.elts, value.elts, strict=False):
-                self.assign(each, self.path(part))
-        else:
-            self.assign(target, self.path(value))
 
     def assign(self, target: ast.expr, path: Path | None) -> None:
         if isinstance(target, ast.Name):
@@ -260,39 +252,37 @@ class _Search:
         path = self.path(within)
         return None if path is None else (*path, step)
 
-    def expression(self, node: ast.AST, property_only: bool = False) -> None:
-        """Searches an expression; `property_only`: of its value nothing is used but a property such as its dtype."""
-        if isinstance(node, ast.Attribute):
-            self.attribute(node, property_only)
-        elif isinstance(node, ast.Call):
-            self.call(node)
-        elif isinstance(node, ast.IfExp):
-            self.expression(node.test)
-            for part, value in ((node.body, True), (node.orelse, False)):
-                with self.condition(node.test, value):
-                    self.expression(part)
-        elif isinstance(node, ast.Compare):
-            identity = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
-            for operand in (node.left, *node.comparators):
-                self.expression(operand, identity)
-        else:
-            for generator in getattr(node, "generators", ()):  # of a comprehension
-                self.loop(generator.target, generator.iter)
-            for child in ast.iter_child_nodes(node):
-                self.expression(child, property_only and isinstance(node, ast.Subscript))
+    def generic_visit(self, node: ast.AST) -> None:
+        for generator in getattr(node, "generators", ()):  # of a comprehension
+            self.loop(generator.target, generator.iter)
+        super().generic_visit(node)
 
-    def attribute(self, node: ast.Attribute, property_only: bool) -> None:
+    def part(self, node: ast.expr, property_only: bool) -> None:
+        """Searches an expression; `property_only`: only a property of its value is used, such as the dtype."""
+        inner = node
+        while isinstance(inner, ast.Subscript):
+            inner = inner.value
+        if property_only:
+            self.properties.add(inner)
+        self.visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        identity = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+        for operand in (node.left, *node.comparators):
+            self.part(operand, identity)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         path = self.path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
-        if path and not property_only:
+        if path and node not in self.properties:
             self.found.append(Read(path, self.conditions))
-        self.expression(node.value, node.attr in _PROPERTIES)
+        self.part(node.value, node.attr in _PROPERTIES)
 
-    def call(self, node: ast.Call) -> None:
+    def visit_Call(self, node: ast.Call) -> None:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if isinstance(node.func, ast.Attribute):
-            self.expression(node.func.value, name in _METHODS)
+            self.part(node.func.value, name in _METHODS)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            self.expression(argument, name in _FUNCTIONS)
+            self.part(argument, name in _FUNCTIONS)
         called, first = self.callee(node.func)
         paths = (*first, *(self.path(argument) for argument in node.args))
         named = {keyword.arg: self.path(keyword.value) for keyword in node.keywords if keyword.arg is not None}

@@ -6,27 +6,21 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from gci_kernels.class_swap import add_mixin, remove_mixin
 from gci_kernels.impl import check_impl
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import matched
 from gci_kernels.patching.peft_layers import obstacle
 from gci_kernels.patching.report import LayerReport, Report, report
-from gci_kernels.patching.undo import (
-    Snapshot,
-    Undo,
-    make_undoable,
-    rewritten_in_place,
-    trained_base_parameters,
-    unmerge,
-)
+from gci_kernels.patching.undo import Snapshot, Undo, make_undoable, unmerge
 from gci_kernels.tuners import frozen, published_loki
 from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
-from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap, swap_back, swap_tuners
+from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
 
 __all__ = ["LayerReport", "Report", "patch", "report", "unpatch"]
@@ -60,18 +54,20 @@ def patch(
     check_impl(impl)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    snapshot = Snapshot(model, in_place=rewritten_in_place(model, config))
+    snapshot = Snapshot(model, config)
     try:
-        trained = trained_base_parameters(model, config)
         peft_model = model if config is None else _add_adapter(model, config, adapter_name)
         if config is None:
-            _take_over(model)
+            published = [module for module in model.modules() if published_loki.is_published_layer(module)]
+            for module in published:
+                published_loki.swap(module)
+            _fuse_lora(model, needed=not published)
         parents.disable_fast_paths(peft_model)
         if upcast_frozen:
             frozen.swap_all(peft_model)
         _set_impl(peft_model, impl)
         if config is not None:
-            make_undoable(peft_model.base_model, Undo(snapshot, trained))
+            make_undoable(peft_model.base_model, Undo(snapshot))
     except BaseException:
         Undo(snapshot).apply()
         raise
@@ -82,6 +78,10 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     if not isinstance(config, (AdaptedConfig, LoraConfig)):
         own = {c.__name__: c for c in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(c, AdaptedConfig)}
         raise TypeError(f"config must be a {', '.join(own)} or peft.LoraConfig, got {type(config).__name__}")
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ValueError(
+            f"{type(config).__name__}: its method is not registered; call gci_kernels.register for it first"
+        )
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
     _check_targets(model, config)
@@ -116,14 +116,6 @@ def _check_targets(model: nn.Module, config: AdaptedConfig | LoraConfig) -> None
         )
 
 
-def _take_over(model: nn.Module) -> None:
-    """Gives every layer of PEFT or of a published repository that has a fused form its class."""
-    published = [module for module in model.modules() if published_loki.is_published_layer(module)]
-    for module in published:
-        published_loki.swap(module)
-    _fuse_lora(model, needed=not published)
-
-
 def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
     merged_by_peft = inside_attention(model)
     adapted: list[tuple[str, Any]] = [
@@ -140,7 +132,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
         )
     for _, module in adapted:
         if is_plain_lora(module):
-            swap(module)
+            add_mixin(module, FusedLora)
     swap_tuners(model)
 
 
@@ -175,22 +167,25 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(f"unpatch cannot give the plain model back: {reason}")
         unmerge(plain)
         undo.apply()
-        frozen.swap_back(plain)
+        _remove_mixins(plain)
         return plain
     inner = next((name for name, module in model.named_modules() if "_gci_undo" in vars(module)), None)
     if inner is not None:
         raise ValueError(f"unpatch takes the PeftModel that patch returned; this is a {type(model).__name__} around it")
-    fused = [module for module in model.modules() if isinstance(module, (FusedLora, FusedLoraModel))]
-    published = [module for module in model.modules() if isinstance(module, published_loki.FusedPublishedLayer)]
-    if not _set_impl(model, "auto") and not fused and not published:
+    had_impl, fused = _set_impl(model, "auto"), _remove_mixins(model)
+    if not had_impl and not fused:
         raise ValueError(
             "nothing to unpatch: gci_kernels.patch did not make this model; unload() of a PeftModel, or "
             "delete_adapter() of a model from transformers, removes adapters"
         )
-    for layer in fused:
-        swap_back(layer)
-    for module in published:
-        published_loki.swap_back(module)
     parents.restore_fast_paths(model)
-    frozen.swap_back(model)
     return model
+
+
+def _remove_mixins(model: nn.Module) -> bool:
+    """Gives every layer and tuner that :func:`patch` gave another class its own back; whether there was any."""
+    mixins = (FusedLora, FusedLoraModel, published_loki.FusedPublishedLayer, frozen.UpcastLinear)
+    found = [module for module in model.modules() if isinstance(module, mixins)]
+    for module in found:
+        remove_mixin(module)
+    return bool(found)

@@ -1,4 +1,4 @@
-"""What patch and report ask of a layer of PEFT, one of the package's own among them: what it is, and what stops it."""
+"""Describes layers of PEFT and of the package for patch and report, and says why one cannot be fused."""
 
 from collections.abc import Iterator, Mapping
 from types import MethodType
@@ -31,13 +31,10 @@ def obstacle(module: Any, *, active_only: bool = False) -> str | None:
 def replaced_forward(module: nn.Module) -> str | None:
     """Whose forward was set on the instance and runs instead of its class's, or None."""
     own, old = vars(module).get("forward"), vars(module).get("_old_forward")
-    if own is None or hooks.is_class_forward(
-        module, own
-    ):  # accelerate leaves the class's there when its hooks are taken away
+    # accelerate leaves the class's own forward there when its hooks are removed; its hooks call `_old_forward`.
+    if own is None or hooks.is_class_forward(module, own) or hooks.is_class_forward(module, old):
         return None
-    if old is not None:  # accelerate's hooks call that between their own parts
-        if hooks.is_class_forward(module, old):
-            return None
+    if old is not None:
         return "an accelerate hook that is older than the patch calls the forward that it found"
     owner = type(own.__self__).__name__ if isinstance(own, MethodType) and own.__self__ is not module else None
     return f"its forward is replaced on the instance{f' by that of {owner}' if owner else ''}"

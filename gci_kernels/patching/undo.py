@@ -1,9 +1,9 @@
 """Records what patch changes in a model, and restores the plain model bit for bit."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -15,10 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from gci_kernels.class_swap import Swapped, from_parts, give_class, parts_of, subclass
+from gci_kernels.class_swap import Swapped, add_mixin, from_parts, give_class, parts_of
 from gci_kernels.models import parents
 from gci_kernels.models.targets import matched
-from gci_kernels.tuners.merging import ExactMerge, inside_attention, rounds
+from gci_kernels.tuners.merging import ExactMerge, inside_attention
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_VALUES = (bool, int, float, str, list, tuple, dict, set, type(None))
@@ -29,22 +29,30 @@ class _Absent:
 
 
 class Snapshot:
-    """The state of a module tree before something changes it.
+    """The state of a module tree before an adapter of `config`, if there is one, changes it.
 
     It holds the parameters' `data`, which costs no memory: where a parameter's `data` is replaced, the old values are
-    still here. Only the parameters in `in_place`, whose memory will be written to, are copied.
+    still here. Only the parameters that adding the adapter overwrites in place are copied.
     """
 
-    def __init__(self, model: nn.Module, in_place: Iterable[nn.Parameter] = ()) -> None:
-        self.states = [(module, type(module), self._copy(module)) for module in model.modules()]
+    def __init__(self, model: nn.Module, config: PeftConfig | None) -> None:
+        self.states: list[tuple[nn.Module, type, dict[str, Any]]] = [
+            (module, type(module), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+            for module in model.modules()
+        ]
         self.values = {id(p): p.data for p in model.parameters() if _is_plain_tensor(p)}
-        self.copies = {id(p): p.detach().clone() for p in in_place if _is_plain_tensor(p)}
-        self.flags = [(module, name, p.requires_grad) for module, name, p in _parameters(model)]
-        self.configs = [(config, _values(config)) for config in _configs(model)]
+        self.copies = {id(p): p.detach().clone() for p in _rewritten_in_place(model, config) if _is_plain_tensor(p)}
+        self.trained = {id(parameter) for parameter in _trained_base_parameters(model, config)}
+        self.flags = [(module, name, p.requires_grad) for module, name, p in self.parameters()]
+        self.configs = [
+            (config, {k: copy.deepcopy(v) if isinstance(v, _PLAIN_VALUES) else v for k, v in vars(config).items()})
+            for config in _configs(model)
+        ]
 
-    @staticmethod
-    def _copy(module: nn.Module) -> dict:
-        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+    def parameters(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """The parameters that the modules had, with their names in them."""
+        for module, _, state in self.states:
+            yield from ((module, name, p) for name, p in state["_parameters"].items() if p is not None)
 
     def changes(self) -> list[tuple[nn.Module, str, Any, Any, Any]]:
         """(module, attribute, key or None, old value, present value) of all that is not the same object now."""
@@ -52,31 +60,21 @@ class Snapshot:
         for module, cls, before in self.states:
             if type(module) is not cls:
                 changes.append((module, "__class__", None, parts_of(cls), parts_of(type(module))))  # can be pickled
-            now = vars(module)
-            for attribute in before.keys() | now.keys():
-                old, new = before.get(attribute, _Absent), now.get(attribute, _Absent)
+            for attribute, old, new in _differences(before, vars(module)):
                 if isinstance(old, dict) and isinstance(new, dict):
-                    changes += [
-                        (module, attribute, key, old.get(key, _Absent), new.get(key, _Absent))
-                        for key in old.keys() | new.keys()
-                        if old.get(key, _Absent) is not new.get(key, _Absent)
-                    ]
-                elif old is not new:
+                    changes += [(module, attribute, *each) for each in _differences(old, new)]
+                else:
                     changes.append((module, attribute, None, old, new))
         return changes
 
     def rewritten(self) -> Iterator["Weight"]:
-        """The parameters whose memory is another now, or that are not equal to their copies."""
-        for module, _, before in self.states:
-            for name, parameter in before["_parameters"].items():
-                old = self.values.get(id(parameter))
-                if old is None:
-                    continue
-                copied = self.copies.get(id(parameter))
-                if copied is not None and not torch.equal(parameter.data, copied):
-                    yield Weight(module, name, parameter, copied, copied=True)
-                elif not _same_memory(parameter.data, old):
-                    yield Weight(module, name, parameter, old, copied=False)
+        """The parameters that have been given other memory, or whose values differ from their copies."""
+        for module, name, parameter in self.parameters():
+            old, copied = self.values.get(id(parameter)), self.copies.get(id(parameter))
+            if copied is not None and not torch.equal(parameter.data, copied):
+                yield Weight(module, name, parameter, copied, copied=True)
+            elif old is not None and not _same_memory(parameter.data, old):
+                yield Weight(module, name, parameter, old, copied=False)
 
 
 @dataclass(frozen=True)
@@ -105,38 +103,34 @@ class Weight:
 class Undo:
     """Undoes what has been changed since a snapshot: at once, or when unpatch is called.
 
+    Parameters of the plain model that training will change are copied here.
+
     Args:
         before: the snapshot.
-        trained: parameters of the plain model that training will change; they are copied here.
     """
 
-    def __init__(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(self, before: Snapshot) -> None:
         self.plain = [(module, dict(state["_modules"]), state["training"]) for module, _, state in before.states]
         self.flags = before.flags
-        self.shapes = [(m, name, tuple(p.shape)) for m, name, p in _owned(before) if _is_plain_tensor(p)]
+        self.shapes = [(m, name, tuple(p.shape)) for m, name, p in before.parameters() if _is_plain_tensor(p)]
         self.sizes = [(config, old["vocab_size"]) for config, old in before.configs if "vocab_size" in old]
         self.changes: list[tuple] = []
         self.configs: list[tuple[Any, str, Any]] = []
         self.weights: list[Weight] = []
         self.blocked: str | None = None
-        self.extend(before, trained)
+        self.extend(before)
 
-    def extend(self, before: Snapshot, trained: Iterable[nn.Parameter] = ()) -> None:
-        """Adds what has been changed since another, later snapshot; the arguments are the constructor's."""
+    def extend(self, before: Snapshot) -> None:
+        """Adds what has been changed since another, later snapshot."""
         known = {id(module) for module, _, _ in self.plain}
         self.changes += [change for change in before.changes() if id(change[0]) in known]
         for config, values in before.configs:
-            now = vars(config)
-            self.configs += [
-                (config, key, values.get(key, _Absent))
-                for key in values.keys() | now.keys()
-                if not _equal(values.get(key, _Absent), now.get(key, _Absent))
-            ]
-        to_copy = {id(parameter) for parameter in trained}
+            changed = _differences(values, vars(config))
+            self.configs += [(config, key, old) for key, old, new in changed if not _equal(old, new)]
         copies = (
             Weight(module, name, parameter, parameter.detach().clone(), copied=True)
-            for module, name, parameter in _owned(before)
-            if id(parameter) in to_copy
+            for module, name, parameter in before.parameters()
+            if id(parameter) in before.trained
         )
         recorded = {(id(weight.module), weight.name) for weight in self.weights}
         for weight in (*before.rewritten(), *copies):
@@ -149,13 +143,10 @@ class Undo:
         for module, attribute, key, old, _ in reversed(self.changes):
             if attribute == "__class__":
                 give_class(module, from_parts(*old))
-                continue
-            # Dictionaries are changed in place: hook handles hold on to them.
-            container, key = (vars(module), attribute) if key is None else (vars(module)[attribute], key)
-            if old is _Absent:
-                container.pop(key, None)
-            else:
-                container[key] = old
+            elif key is None:
+                _restore(vars(module), attribute, old)
+            else:  # dictionaries are changed in place: hook handles hold on to them
+                _restore(vars(module)[attribute], key, old)
         for module, children, training in self.plain:
             module._modules.update(children)
             module.training = training
@@ -165,10 +156,7 @@ class Undo:
             if isinstance(parameter := module._parameters.get(name), nn.Parameter):
                 parameter.requires_grad_(flag)
         for config, key, old in reversed(self.configs):
-            if old is _Absent:
-                vars(config).pop(key, None)
-            else:
-                vars(config)[key] = old
+            _restore(vars(config), key, old)
 
     def obstacle(self, model: nn.Module) -> str | None:
         """Why :meth:`apply` would not restore the plain model, or None; `model` is what the tuner holds."""
@@ -234,42 +222,37 @@ class UndoableTuner(Swapped):
         """PEFT's; what it changes is recorded too."""
         config = self.peft_config[adapter_name]
         merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules())
-        before = Snapshot(model, in_place=rewritten_in_place(model, config))
-        trained = trained_base_parameters(model, config)
+        before = Snapshot(model, config)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             parents.disable_fast_paths(model)
         finally:
             if merged and next(before.rewritten(), None) is not None:
                 self._gci_undo.blocked = (
                     f"adapter {adapter_name!r} rewrote base weights into which another adapter was merged"
                 )
-            self._gci_undo.extend(before, trained)
+            self._gci_undo.extend(before)
 
 
 def make_undoable(tuner: Any, undo: Undo) -> None:
     """Attaches `undo` to PEFT's `tuner`, and makes its LoRA layers merge in a way that can be undone exactly."""
     tuner._gci_undo = undo
-    tuner.__class__ = subclass(cast(Any, type(tuner)), UndoableTuner)
+    add_mixin(tuner, UndoableTuner)
     merged_by_peft = inside_attention(tuner.model)
     for module in tuner.model.modules():
         inexact = isinstance(module, lora.LoraLayer) and not isinstance(module, (ExactMerge, MultiheadAttention))
         if inexact and id(module) not in merged_by_peft:
-            module.__class__ = subclass(cast(Any, type(module)), _ExactLayer)
+            add_mixin(module, ExactMerge)
 
 
-class _ExactLayer(ExactMerge, Swapped):
-    """Mixin for LoRA layers that have no fused form."""
-
-
-def rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
+def _rewritten_in_place(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The base weights that initialising an adapter overwrites in place; other initialisations replace them."""
     if not isinstance(config, lora.LoraConfig) or str(config.init_lora_weights).lower() != "olora":
         return []
     return [p for base in matched(model, config).values() if (p := base._parameters.get("weight")) is not None]
 
 
-def trained_base_parameters(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
+def _trained_base_parameters(model: nn.Module, config: PeftConfig | None) -> list[nn.Parameter]:
     """The plain model's own parameters that training an adapter of `config`, or a call, changes."""
     if not isinstance(config, lora.LoraConfig):
         return []
@@ -297,7 +280,8 @@ def _lost_hooks(model: nn.Module) -> str | None:
 def _rounded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         exact = getattr(module, "unmerges_exactly", False) or isinstance(module, TrainableTokensLayer)
-        if isinstance(module, BaseTunerLayer) and ((module.merged and not exact) or rounds(cast(Any, module))):
+        rounded = getattr(module, "gci_rounded", False)
+        if isinstance(module, BaseTunerLayer) and (rounded or (module.merged and not exact)):
             return (
                 f"an adapter was merged into the base layer of {name}, which unmerging gives back rounded: load the "
                 "plain model anew"
@@ -326,16 +310,6 @@ def _equal_modules(now: Any, old: nn.Module) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
-
-
-def _owned(before: Snapshot) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module, _, state in before.states:
-        yield from ((module, name, p) for name, p in state["_parameters"].items() if p is not None)
-
-
 def _is_plain_tensor(parameter: Any) -> bool:
     """Whether a parameter is not quantised, sharded or on the meta device: only then rewriting shows in its memory."""
     return type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
@@ -362,11 +336,20 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _values(config: Any) -> dict[str, Any]:
-    return {
-        key: copy.deepcopy(value) if isinstance(value, _PLAIN_VALUES) else value for key, value in vars(config).items()
-    }
+def _differences(old: dict, new: dict) -> Iterator[tuple[Any, Any, Any]]:
+    """(key, old value, new value) of all that is not the same object in two dictionaries; _Absent for what is not."""
+    for key in old.keys() | new.keys():
+        before, after = old.get(key, _Absent), new.get(key, _Absent)
+        if before is not after:
+            yield key, before, after
+
+
+def _restore(container: dict, key: Any, old: Any) -> None:
+    if old is _Absent:
+        container.pop(key, None)
+    else:
+        container[key] = old
 
 
 def _equal(old: Any, new: Any) -> bool:
-    return old is new or (isinstance(old, _PLAIN_VALUES) and type(old) is type(new) and old == new)
+    return isinstance(old, _PLAIN_VALUES) and type(old) is type(new) and old == new

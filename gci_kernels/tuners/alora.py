@@ -11,24 +11,17 @@ from torch import Tensor, nn
 
 from gci_kernels.generation import sequence
 from gci_kernels.generation.forward_context import LayerContext
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
-from gci_kernels.ops.decode import find_step
+from gci_kernels.ops.decode import find_step, has_kernels
 from gci_kernels.tuners import fusion, mixed
-from gci_kernels.tuners.base import check_integer
-from gci_kernels.tuners.bottleneck import (
-    BottleneckConfig,
-    BottleneckLayer,
-    BottleneckModel,
-    classes_of,
-    register,
-    uniform,
-    zeros_or_uniform,
-)
+from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
-from gci_kernels.tuners.replay import may_replay
+from gci_kernels.tuners.registration import classes_of, register
 
 
 @dataclass
@@ -170,8 +163,17 @@ class _Layer(BottleneckLayer):
         return step.attend(x, y, *kept)
 
 
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels take a step of one token for each of `batch` sequences, and read the past's length on `device`.
+
+    Args:
+        batch: the number of sequences.
+        dtype: of the layers' input and of the keys and values that they store.
+        device: of the layers; on a GPU the first call may check the kernels there.
+    """
+    if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):
+        return False
+    return has_kernels(dtype, device.type, attends=True)
 
 
 class _Model(BottleneckModel):
@@ -182,8 +184,7 @@ class _Model(BottleneckModel):
         # transformers makes a tuner for each adapter that it loads; all of a model's layers belong to the last.
         self.adapted = [module for module in model.modules() if isinstance(module, ALoRALinear)]
         self._inside: dict[nn.Module, tuple[int, ...]] = {}
-        left_out: list[str] = []
-        self._left_out = left_out
+        self._left_out: list[str] = []
         for index, layer in enumerate(decoder_layers.find(model)[1]):
             for path, module in layer.named_modules():
                 if not decoder_layers.CROSS_ATTENTION.search(path):
@@ -191,33 +192,30 @@ class _Model(BottleneckModel):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._inside, self._left_out = {}, []
-        if left_out:
+            self._inside = {}
+        if left_out := self._left_out:
             what = (
                 f"ALoRA attends over the tokens of the decoder layers' own sequence, and leaves out {len(left_out)} "
-                f"targeted layers outside of them or of a cross-attention: {_shortened(left_out)}"
+                "targeted layers outside of them or of a cross-attention: "
+                f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}"
             )
             if not any(adapter_name in layer.r for layer in self.adapted):
                 raise ValueError(f"target_modules: {what}; nothing is left to adapt")
             warnings.warn(f"{what}. exclude_modules silences this", stacklevel=2)
         self.attached = sequence.attach(model, self.expected_entries, may_replay)
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any) -> None:
         """What lies outside of the decoder layers, as in a vision tower, or sees an encoder's sequence, is left out."""
-        indices = self._inside.get(target)
-        if indices is None:
-            self._left_out.append(current_key)
-            return
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-        if not isinstance(target, ALoRALinear):
-            self.adapted[-1].decoder_layers = indices
+        if target in self._inside:
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+        else:
+            self._left_out.append(kwargs["current_key"])
 
     def _new_layer(self, target: nn.Module, name: str, config: ALoRAConfig, key: str) -> BottleneckLayer:
-        self.adapted.append(ALoRALinear(target, name, config, key))
-        return self.adapted[-1]
+        layer = ALoRALinear(target, name)
+        layer.decoder_layers = self._inside[target]
+        self.adapted.append(layer)
+        return layer
 
     def expected_entries(self) -> Iterator[tuple[str, str]]:
         """(layer's key, adapter) of every past that the next forward asks for."""

@@ -56,18 +56,11 @@ class _ForwardPass:
         Computed after the layers: under gradient checkpointing their forward runs again without a pass, and must do the
         same operations.
         """
-        device = self.recorded[0].gates.device
-        losses = [
-            layer.weight
-            * balance_loss(
-                layer.gates,
-                self.task_types.to(layer.gates.device),
-                delta=layer.delta,
-                attention_mask=layer.mask,
-                num_experts=layer.gates.shape[-1],
-            ).to(device)
-            for layer in self.recorded
-        ]
+        losses = []
+        for layer in self.recorded:
+            gates, types = layer.gates, self.task_types.to(layer.gates.device)
+            loss = balance_loss(gates, types, delta=layer.delta, attention_mask=layer.mask, num_experts=gates.shape[-1])
+            losses.append((layer.weight * loss).to(self.recorded[0].gates.device))
         return torch.stack(losses).sum()
 
 

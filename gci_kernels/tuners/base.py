@@ -18,6 +18,7 @@ from gci_kernels.ops.decode import DecodePlan
 from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
+from gci_kernels.tuners.merging import Mergeable
 from gci_kernels.tuners.methods import method_type, type_in_file
 
 
@@ -37,6 +38,16 @@ def check_number(name: str, value: float, allowed: str, low: float = -math.inf, 
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def uniform(*shape: int) -> Tensor:
+    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
+
+
+def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
+    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
+    return torch.zeros(*shape) if init_weights else uniform(*shape)
+
+
 @dataclass
 class AdaptedConfig(PeftConfig):
     """The fields that every method of the package has, as peft.LoraConfig has them."""
@@ -54,6 +65,8 @@ class AdaptedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(getattr(self, "method", None), str):
+            raise TypeError(f"{type(self).__name__} has no `method`: derive a config from it that names its method")
         kind = method_type(self.method)
         # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
         self.earlier = type(self.peft_type) is str and self.peft_type == kind.value
@@ -69,23 +82,28 @@ class AdaptedConfig(PeftConfig):
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
 
+    def of_module(self, key: str) -> Any:
+        """The config with what it says of the module `key` alone."""
+        return self
+
     def to_dict(self) -> dict:
         """What is saved."""
         return super().to_dict() | {"peft_type": type_in_file(type(self))}
 
 
 # What PeftModel's classes for these tasks add to modules_to_save: whichever of them the model has.
-_HEADS = {
-    "SEQ_CLS": {"classifier", "score"},
-    "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
-}
+_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
 def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
-    """That every entry means a module of the model, whose modules are called `names`; ValueError says which don't.
+    """Checks that every entry of modules_to_save names a module; PEFT ignores others, and these parts stay frozen.
 
-    PEFT passes over an entry that means none, and what was to be trained stays frozen.
+    Args:
+        config: the adapter's.
+        names: of the model's modules.
+
+    Raises:
+        TypeError, ValueError: it is no list of names, or an entry names no module.
     """
     wanted, names = getattr(config, "modules_to_save", None) or (), list(names)
     if isinstance(wanted, str):  # PEFT would take its letters
@@ -97,19 +115,15 @@ def check_modules_to_save(config: Any, names: Iterable[str]) -> None:
         raise ValueError(f"modules_to_save: no module of this model is called {', '.join(map(repr, unknown))}")
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(nn.Module, Mergeable):
     """A linear layer with adapters of one method.
 
-    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, and compute in
-    `_adapted`.
+    Subclasses name their parameters, make them in `update_layer`, keep each adapter's rank in `r`, compute in
+    `_adapted`, and say in `_merged` what merging makes of the base layer's weight.
     """
 
     gci_impl = "auto"  # of the layer's op; gci_kernels.patch sets another on the instance
-    method_name: str
     base_layer: nn.Module
-    in_features: int
-    out_features: int
-    r: dict[str, int]
     scaling: dict[str, Any]  # numbers, or tensors of one
     update_layer: Callable[..., None]
     #: Where the adapters' Settings are; among other_param_names.
@@ -126,7 +140,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             setattr(self, settings, nn.ModuleDict() if settings == self.settings_name else {})
         self._disable_adapters = False
         self._active_adapter = name
-        self.merged_adapters: list[str] = []
+        self.merged_adapters, self.merges = [], []
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
 
@@ -156,19 +170,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             mix = mixed.MixedBatch(adapter_names)
         if mix is None and not (self._disable_adapters or self.merged_adapters or args or kwargs):
             active: Any = self._active_adapter
-            if type(active) is str or len(active) != 1 or active[0] not in self.r:  # hardly ever
+            if type(active) is str or len(active) != 1 or active[0] not in self.r:  # rare
                 active = among(active, self.r)
             return self._adapted(x, active)
         if args or kwargs:
             raise TypeError(
                 f"{self.method_name} layers take x alone, got {len(args)} more arguments and {sorted(kwargs)}"
             )
-        if self._disable_adapters or self.merged_adapters:
-            return self._base_alone(x, mix)
-        return self._mixed(x, mix)
-
-    def _base_alone(self, x: Tensor, mix: mixed.MixedBatch | None) -> Tensor:
-        """The base layer's output, while the adapters are merged into it or disabled."""
+        if not self._disable_adapters and not self.merged_adapters:
+            return self._mixed(x, mix)
         if self.merged and mix is not None:
             raise ValueError("adapter_names: an adapter is merged into the base layer; call unmerge_adapter() first")
         if self.disable_adapters and self.merged:
@@ -179,7 +189,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def _mixed(self, x: Tensor, mix: Any) -> Tensor:
-        """Every row of x with the adapter of its own."""
+        """As :meth:`_adapted`, each row of x with its own adapter."""
         raise NotImplementedError
 
     def describe(self, name: str) -> str:
@@ -187,11 +197,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         raise NotImplementedError
 
     def parameter(self, part: str, name: str) -> Any:
-        """The adapter's parameter as a call of its container would find it, without what looking it up there costs."""
+        """The adapter's parameter, looked up without the container's own costly lookup; an offloaded one is copied."""
         container: Any = self._modules[part]
         try:
             found = container._parameters[name]
@@ -208,13 +218,6 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """What printing the model shows of the layer: its adapters by name."""
         return ", ".join(f"{name}: {self.describe(name)}" for name in self.r)
-
-
-@contextlib.contextmanager
-def _whole(base: nn.Module) -> Iterator[None]:
-    """Meanwhile the base layer's weight is all there, on the device where the layer computes, for the adapter too."""
-    with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
-        yield
 
 
 class AdaptedModel(BaseTuner):
@@ -237,7 +240,8 @@ class AdaptedModel(BaseTuner):
         return bool(self.tuner_layer_cls.former_names)
 
     def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
-        raise NotImplementedError
+        """A layer around `target` that has no adapter yet."""
+        return self.tuner_layer_cls(target, name)
 
     def _update_layer(self, layer: Any, name: str, config: Any, key: str) -> None:
         layer.update_layer(name, config)
@@ -247,38 +251,36 @@ class AdaptedModel(BaseTuner):
         current_key: str, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(target, self.tuner_layer_cls):
-            with _whole(base):
-                self._update_layer(target, adapter_name, peft_config, current_key)
-            target.record(adapter_name, peft_config, current_key)
-            return
-        if not fusion.is_linear(base):
+        adapted = isinstance(target, self.tuner_layer_cls)
+        if not adapted and not fusion.is_linear(base):
             raise TypeError(
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
-        with _whole(base):
-            layer = self._new_layer(target, adapter_name, peft_config, current_key).train(target.training)
-            layer.record(adapter_name, peft_config, current_key)
-            if self.gci_impl != layer.gci_impl:
-                layer.gci_impl = self.gci_impl
-            self._replace_module(parent, target_name, layer, target)
+        config = peft_config.of_module(current_key)
+        # The whole base weight, on the device where the layer computes, is there for the new adapter.
+        with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
+            layer: Any = target if adapted else self._new_layer(target, adapter_name, config, current_key)
+            self._update_layer(layer, adapter_name, config, current_key)
+            layer.record(adapter_name, config, current_key)
+            if not adapted:
+                if self.gci_impl != layer.gci_impl:
+                    layer.gci_impl = self.gci_impl
+                self._replace_module(parent, target_name, layer.train(target.training), target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and what it does not know of: modules that use a weight without calling its layer, and experts."""
-        config = self.peft_config[adapter_name]
-        self._check_parents(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         parents.disable_fast_paths(model)
-        experts.warn(model, config, self.tuner_layer_cls.method_name)
+        experts.warn(model, self.peft_config[adapter_name], self.tuner_layer_cls.method_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         parents.restore_fast_paths(model)
         return model
 
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        """Leaves layers out, or refuses them, of which other modules take the weight without calling them."""
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # without PEFT's defaults for target_modules
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if not peft_config.earlier:
@@ -296,7 +298,7 @@ class AdaptedModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way into mixed batches, around a forward or generate() whose arguments it gets."""
+        """Runs a forward or generate(), whose arguments it gets, as a mixed batch if there are adapter_names."""
         if kwargs.get("adapter_names") is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""One config base, layer and tuner for every method whose layers are bottleneck adapters; and their registration."""
+"""One config base, layer and tuner for every method whose layers are bottleneck adapters."""
 
 import copy
 import math
@@ -7,21 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import is_all_linear, matched
-from gci_kernels.ops import bottleneck_linear
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
-from gci_kernels.ops.bottleneck import register as register_mixer
 from gci_kernels.ops.decode import Group
-from gci_kernels.tuners import mixed, registered
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.fused_layer import FusedLayer
-from gci_kernels.tuners.methods import METHODS, Method, register_with_peft
+from gci_kernels.tuners.methods import Method, new_tensors, settings_of
 from gci_kernels.tuners.scaling import applied, number
 
 
@@ -41,9 +38,6 @@ class BottleneckConfig(AdaptedConfig):
         check_integer("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, "a finite number")
         check_number("lora_dropout", self.lora_dropout, "in [0, 1)", 0, math.nextafter(1, 0))
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict from module names to numbers, got {getattr(self, name)!r}")
@@ -60,43 +54,30 @@ class BottleneckConfig(AdaptedConfig):
         return own
 
 
-def uniform(*shape: int) -> Tensor:
-    """A new float32 tensor [rows, columns], uniform as LoRA's A starts (Kaiming, a = sqrt(5))."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
-
-
-def zeros_or_uniform(init_weights: bool, *shape: int) -> Tensor:
-    """What B starts from: zeros, or :func:`uniform` where `init_weights` is False, so that tests see an effect."""
-    return torch.zeros(*shape) if init_weights else uniform(*shape)
-
-
 class BottleneckLayer(FusedLayer, AdaptedLinear):
     """A linear layer with adapters of one registered method, which add to its output; several active ones add up.
 
     Under each adapter's name: its parameters, by the method's prefix and their names; its config in `configs`.
     """
 
-    unmerges_exactly = True
     method: ClassVar[Method]
     roles: ClassVar[tuple[str, ...]]  # what the method calls its tensors: A, B and the mixer's weights
     settings: dict[str, tuple[int, ...]]  # the mixer's numbers
     dropout_p: dict[str, float]
     configs: dict[str, Any]
 
-    def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig, key: str) -> None:
-        super().__init__(base_layer, name)
-        self.key = key  # the layer's name in the model
-        self._unmerged: dict[str, Tensor] = {}  # by adapter: the base weight before it was merged
-        self.update_layer(name, config)
-
     def update_layer(self, name: str, config: Any) -> None:
         """Adds the adapter `name`, or makes it anew."""
-        method = self.method
-        self.configs[name], self.r[name], self.settings[name] = config, config.r, method.settings(config)
+        made = new_tensors(self.method, config, self.in_features, self.out_features)
+        if tuple(made) != self.roles:
+            raise ValueError(
+                f"method {self.method.name!r}: `parameters` returned {', '.join(made)} for a layer "
+                f"{self.in_features} -> {self.out_features}, and {', '.join(self.roles)} when it was registered"
+            )
+        self.configs[name], self.r[name], self.settings[name] = config, config.r, settings_of(self.method, config)
         self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
-        made = method.parameters(config, self.in_features, self.out_features)
-        for container, part in zip(self.adapter_layer_names, parts_of(method, made), strict=True):
-            getattr(self, container)[name] = nn.Parameter(made[part])
+        for container, tensor in zip(self.adapter_layer_names, made.values(), strict=True):
+            getattr(self, container)[name] = nn.Parameter(tensor)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -127,8 +108,6 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self._compute(x, name, weight, bias)[0]
 
-    _adapted = FusedLayer._run
-
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)
         return self._run_mixed(x, mix.names, self.r)
@@ -143,7 +122,7 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         return new_record(Group, (A, B, scaling, first, count, *decode(weights, self.settings[name])))
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
-        """What the layer takes for x [tokens, in]: for reports. ValueError where what it is told to take cannot run."""
+        """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
         return str(choose_plan(self.gci_impl, tokens, dtype, device_type, self.method.mixer.name))
 
     def settings_of(self, config: Any) -> dict[str, float]:
@@ -154,45 +133,25 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         """The adapter's size, short: for reports."""
         return self.method.describe(self.configs[name])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds scaling * B @ merge(A) to the base weight, where the mixer can; ValueError where it cannot."""
+    def _check_merge(self, names: Sequence[str]) -> None:
         if self.method.mixer.merge is None:
             raise ValueError(no_merge(self.method))
-        weight: Any = self.get_base_layer().weight
-        if type(weight) is not nn.Parameter or weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"{self.method.name} cannot be merged into a {type(weight).__name__}: use unload()")
-        for name in (each for each in check_adapters_to_merge(self, adapter_names) if each in self.r):
-            A, B, weights = self.tensors(name)
-            up, down = B.detach().float(), self.method.mixer.merge(A.detach().float(), weights, self.settings[name])
-            merged = (weight.detach().float() + number(self.scaling[name]) * up @ down).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                # in PEFT's words
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._unmerged[name] = weight.detach().clone()
-            weight.data.copy_(merged)
-            self.merged_adapters.append(name)
+        base = self.get_base_layer()
+        if names and fusion.computes_otherwise(base):
+            raise ValueError(
+                f"{self.method.name} cannot be merged into a {type(base).__name__}, which computes something else than "
+                "x @ W.T + b: use unload()"
+            )
 
-    def unmerge(self) -> None:
-        """Gives the base weight its own numbers back, bit for bit."""
-        if self.method.mixer.merge is None:
-            raise ValueError(no_merge(self.method))
-        base: Any = self.get_base_layer()
-        while self.merged_adapters:
-            base.weight.data.copy_(self._unmerged.pop(self.merged_adapters.pop()))
-
-
-def parts_of(method: Method, made: dict[str, Tensor]) -> list[str]:
-    """The names of an adapter's tensors in the order in which layers keep them: A, B, and the mixer's weights.
-
-    Raises:
-        ValueError: there are others, or too many.
-    """
-    others = [part for part in made if part not in ("A", "B")]
-    if not {"A", "B"} <= made.keys() or len(others) > 1:
-        raise ValueError(
-            f"method {method.name!r}: `parameters` must return A, B and at most one tensor more, got {sorted(made)}"
-        )
-    return ["A", "B", *others]
+    def _merged(self, name: str, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
+        """The whole weight, plus scaling * B @ merge(A)."""
+        merge: Any = self.method.mixer.merge
+        A, B, weights = self.tensors(name)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaling, B = applied(self.scaling[name], B.to(wide))
+        weights = None if weights is None else weights.to(wide)
+        change = scaling * (B @ merge(A.to(wide), weights, self.settings[name]))
+        return slice(None), {"weight": (weight.to(wide) + change).to(weight.dtype)}
 
 
 def no_merge(method: Method) -> str:
@@ -207,35 +166,19 @@ class BottleneckModel(AdaptedModel):
 
     method: ClassVar[Method]
 
-    def _new_layer(self, target: nn.Module, name: str, config: Any, key: str) -> AdaptedLinear:
-        return self.tuner_layer_cls(target, name, config, key)
-
-    def _check_parents(self, model: nn.Module, config: Any) -> None:
-        method, default = self.method, config.target_modules is None
-        chosen = copy.copy(config)
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        method, default = self.method, peft_config.target_modules is None
         if default:
-            chosen.target_modules = set(method.default_targets)
-        found = matched(model, chosen)
+            peft_config.target_modules = set(method.default_targets)
+        found, names = matched(model, peft_config), peft_config.target_modules
         if not found and (hint := experts.hint(model)):
-            names = chosen.target_modules
             names = names if isinstance(names, str) else ", ".join(method.default_targets if default else sorted(names))
             raise ValueError(f"{method.name} finds none of {names} in this model{hint}")
-        if default or is_all_linear(config.target_modules):
-            parents.leave_out(model, config, method.name, found)
+        if default or is_all_linear(names):
+            parents.leave_out(model, peft_config, method.name, found)
         else:
             parents.refuse(model, method.name, found, "leave it out of target_modules, or add it to exclude_modules")
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        own = peft_config.of_module(current_key)
-        super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key, parameter_name)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self.method.default_targets)
-        return peft_config
 
     def _detach(self) -> None:
         """Takes back what the tuner did to the model beside its layers."""
@@ -246,75 +189,3 @@ class BottleneckModel(AdaptedModel):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self._detach()
         return model
-
-
-def register(
-    method: Method, layer: type[BottleneckLayer] = BottleneckLayer, tuner: type[BottleneckModel] = BottleneckModel
-) -> Method:
-    """Makes a method known to gci_kernels and PEFT: its config then works in patch, get_peft_model and from_pretrained.
-
-    Args:
-        layer, tuner: bases of the method's own classes, for one that does more than its record says.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError, TypeError: naming what the record lacks, or what does not fit together.
-    """
-    prefix, made = _check(method), method.parameters(method.example, 8, 6)
-    names = tuple(prefix + {"B": method.B}.get(part, part) for part in parts_of(method, made))
-    settings = prefix + "settings"
-    own: dict[str, Any] = {
-        "method": method,
-        "method_name": method.name,
-        "adapter_layer_names": names,
-        "roles": tuple(parts_of(method, made)),
-        "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings),
-        "settings_name": settings,
-        "__annotations__": dict.fromkeys(names, nn.ParameterDict),
-    }
-    made_layer = _subclass(f"{method.name}Linear", layer, own)
-    made_tuner = _subclass(
-        f"{method.name}Model", tuner, {"method": method, "prefix": prefix, "tuner_layer_cls": made_layer}
-    )
-    METHODS[method.name] = method
-    register_with_peft(method.config, made_tuner)
-    return method
-
-
-def _check(method: Method) -> str:
-    """The prefix of the method's parameters; raises where the record is not whole."""
-    config = method.config
-    derived = isinstance(config, type) and issubclass(config, BottleneckConfig)
-    if not derived or not isinstance(vars(config).get("method"), str):
-        raise TypeError(
-            f"config must be a dataclass derived from BottleneckConfig with `method`, the method's name, got {config!r}"
-        )
-    if METHODS.get(method.name) is not None:
-        raise ValueError(f"a method {method.name!r} is registered already; give this one another name")
-    if not isinstance(method.example, config):
-        raise TypeError(
-            f"method {method.name!r} needs an example, a small {config.__name__} with an effect (init_weights=False), "
-            f"which tests, verify and the benchmark adapt with; got {method.example!r}"
-        )
-    register_mixer(method.mixer)
-    made = method.parameters(method.example, 8, 6)
-    A, B, *weights = (made[part] for part in parts_of(method, made))
-    # The formula runs once, and says where it is not what the mixer declares.
-    bottleneck_linear(
-        torch.ones(2, 3, 8), None, None, A, B, *weights, mixer=method.mixer, settings=method.settings(method.example),
-        scaling=1.0, impl="reference",
-    )  # fmt: skip
-    return method.prefix or f"gci_{method.name.lower()}_"
-
-
-def _subclass(name: str, base: type, attributes: dict[str, Any]) -> Any:
-    made = type(name, (base,), attributes | {"__module__": registered.__name__, "__doc__": base.__doc__})
-    setattr(registered, name, made)
-    return made
-
-
-def classes_of(method: Method) -> tuple[Any, Any]:
-    """The layer and the tuner that :func:`register` made of a method."""
-    return getattr(registered, f"{method.name}Linear"), getattr(registered, f"{method.name}Model")

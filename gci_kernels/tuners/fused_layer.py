@@ -27,7 +27,7 @@ class FusedLayer:
     _update: Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
     _group: Callable[..., Group | None]
 
-    def _run(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """base(x) plus the updates of all named adapters; the first is fused with the base product if it may be."""
         base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]  # of the layer that this is mixed with
         if not names:

@@ -35,7 +35,7 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
 
 
 def operands(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, without what looking them up costs by way of nn.Module.__getattr__."""
+    """Weight and bias, looked up without the cost of nn.Module.__getattr__."""
     # Looked up as items: the dictionary may be one that gathers a sharded parameter when it is (DeepSpeed's ZeRO-3).
     parameters = module._parameters
     try:
@@ -55,7 +55,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def base_operands(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Who owns the base product: (weight, bias, None) where a kernel may read them, else (None, None, base(x))."""
+    """(weight, bias, None) where a kernel may read them and compute the base product, else (None, None, base(x))."""
     if is_plain(base):
         parameters = base._parameters
         return parameters["weight"], parameters["bias"], None
@@ -94,7 +94,7 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer: torch's, transformers' Conv1D, or a quantised one that PEFT adapts too."""
-    # HQQ's, GPTQ's and AWQ's, and AQLM's derive from nn.Module alone; they are told by where they keep their codes.
+    # Those of HQQ, GPTQ, AWQ and AQLM derive from nn.Module alone; the attribute with their codes identifies them.
     return has_rows(module) or (
         hasattr(module, "in_features") and (hasattr(module, "qweight") or hasattr(module, "codes"))
     )
@@ -108,13 +108,12 @@ def has_rows(module: nn.Module) -> bool:
 def computes_otherwise(module: nn.Module) -> bool:
     """Whether `module` derives from torch.nn.Linear and does not compute x @ W.T + b, which one input shows.
 
-    bitsandbytes' kinds, whose weight is dequantised, are left aside; a weight on the meta device can show nothing.
+    bitsandbytes' layers, whose weight is dequantised, count as computing it; a weight on the meta device does not.
     """
     kind: Any = type(module)
     plain = parts_of(kind)[0]
-    if not issubclass(plain, nn.Linear) or plain.forward is nn.Linear.forward:
-        return False
-    if plain.__module__.startswith("bitsandbytes."):
+    own_forward = issubclass(plain, nn.Linear) and plain.forward is not nn.Linear.forward
+    if not own_forward or plain.__module__.startswith("bitsandbytes."):
         return False
     weight, bias = operands(module)
     if weight.is_meta or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

@@ -30,9 +30,8 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
     if is_class_forward(module, forward):  # what accelerate leaves where it takes its hook away
         return None
     hook, old = vars(module).get(HOOK), vars(module).get("_old_forward")
-    if torch.compiler.is_compiling() or not (
-        hook is not None and _is_of_accelerate(forward) and is_class_forward(module, old)
-    ):
+    accelerate = isinstance(forward, functools.partial) and forward.func.__module__ == ModelHook.__module__
+    if torch.compiler.is_compiling() or hook is None or not accelerate or not is_class_forward(module, old):
         return "its forward is replaced on the instance"
     for each in _single_hooks(hook):
         if type(each) not in (ModelHook, AlignDevicesHook) or each.no_grad:
@@ -50,10 +49,6 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
 def is_class_forward(module: nn.Module, forward: object) -> bool:
     """Whether `forward` is the method of the module's class, bound to the module."""
     return getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-
-
-def _is_of_accelerate(forward: object) -> bool:
-    return isinstance(forward, functools.partial) and forward.func.__module__ == ModelHook.__module__
 
 
 def _single_hooks(hook: ModelHook) -> Iterator[Any]:
@@ -116,7 +111,5 @@ def device_of(module: nn.Module, present: torch.device) -> torch.device:
     """The device on which the module computes; `present`: the one where its weight is now."""
     if present.type != "meta" or HOOK not in vars(module):
         return present
-    devices = [
-        each.execution_device for each in _single_hooks(vars(module)[HOOK]) if isinstance(each, AlignDevicesHook)
-    ]
+    devices = (getattr(each, "execution_device", None) for each in _single_hooks(vars(module)[HOOK]))
     return next((torch.device(device) for device in devices if device is not None), present)

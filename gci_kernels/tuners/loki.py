@@ -1,15 +1,14 @@
 """LoKI (arXiv 2505.22120) as the PEFT method GCI_LOKI: train some rows of a projection, keep all others."""
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +19,7 @@ from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
 from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
 from gci_kernels.tuners import fusion, hooks, mixed
-from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
+from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number, uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
 from gci_kernels.tuners.scaling import applied
@@ -74,16 +73,8 @@ class LoKIConfig(AdaptedConfig):
         return super().to_dict() | {"positions": None, "quota": None}
 
 
-class _Merged(NamedTuple):
-    """What merging an adapter did to the base layer: its k rows before and after, and their bias before."""
-
-    base_rows: Tensor  # [k, in] in the weight's dtype
-    base_bias: Tensor | None  # [k]
-    merged_rows: Tensor  # [k, in]
-
-
 class LoKILinear(AdaptedLinear):
-    """A linear layer of whose rows some are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
+    """A linear layer, some of whose rows are trained; its forward is :func:`gci_kernels.ops.loki_linear`.
 
     Under each adapter's name: positions [k], active [k, in] (LoKI*: A [r, in] and B [k, r]) and, where the base layer
     has a bias, active_bias [k]. Several active adapters must not share a row. B's name has "lora_B" in it, for LoRA+.
@@ -94,20 +85,17 @@ class LoKILinear(AdaptedLinear):
     settings_name = "loki_settings"
     former_names = {"loki_B": "loki_lora_B"}
     method_name = "LoKI"
-    unmerges_exactly = True
     loki_active: nn.ParameterDict
     loki_A: nn.ParameterDict
     loki_lora_B: nn.ParameterDict
     loki_active_bias: nn.ParameterDict
     loki_positions: RowPositions
 
-    def __init__(self, base_layer: nn.Module, name: str, config: LoKIConfig, positions: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, keep_merged: bool) -> None:
         super().__init__(base_layer, name)
         self.loki_positions = RowPositions(self.out_features)
-        self.merged_rows = MergedRows() if config.keep_merged else None
+        self.merged_rows = MergedRows() if keep_merged else None
         self.disjoint: set[frozenset[str]] = set()  # sets of adapters that were found to share no row
-        self.merges: list[_Merged] = []  # one for each of merged_adapters
-        self.update_layer(name, config, positions)
 
     def update_layer(self, name: str, config: LoKIConfig, positions: Tensor) -> None:
         """Adds the adapter `name`, or makes it anew.
@@ -123,11 +111,10 @@ class LoKILinear(AdaptedLinear):
         rows = positions.clamp(min=0).to(device)
         if r is None:
             active = base_rows.index_select(0, rows)
-            self.loki_active[name] = nn.Parameter(_random(active) if not config.init_weights else active)
+            self.loki_active[name] = nn.Parameter(active if config.init_weights else uniform(*active.shape).to(active))
         else:
-            self.loki_A[name] = nn.Parameter(_random(torch.empty(r, self.in_features)))
-            B = torch.zeros(k, r)
-            self.loki_lora_B[name] = nn.Parameter(B if config.init_weights else _random(B))
+            self.loki_A[name] = nn.Parameter(uniform(r, self.in_features))
+            self.loki_lora_B[name] = nn.Parameter(torch.zeros(k, r) if config.init_weights else uniform(k, r))
         if base.bias is not None:
             self.loki_active_bias[name] = nn.Parameter(base.bias.detach().index_select(0, rows))
         self._move_adapter_to_device_of_base_layer(name)
@@ -192,14 +179,16 @@ class LoKILinear(AdaptedLinear):
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
-        scaling, B = self.scaling[name], self._full_B(name)
+        scaling, B = self.scaling[name], self.parameter("loki_lora_B", name)
+        # [out, r], with zeros in the rows that are not trained
+        B = index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
         if type(scaling) is not float:
             scaling, B = applied(scaling, B)
         operands = x, weight, bias, self.parameter("loki_A", name), B, None, None, None, None
         return adapted_linear(operands, IDENTITY, (), scaling, 0.0, self.gci_impl)[0]
 
     def _replace_columns(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
-        """y [..., out], the base product, with the adapter's columns in place of its own."""
+        """y [..., out], the base product, with the adapter's columns in place of the base layer's."""
         rows: Any = self._modules["loki_positions"]
         biases: Any = self._modules["loki_active_bias"]
         positions = rows.require(name)
@@ -213,11 +202,6 @@ class LoKILinear(AdaptedLinear):
             return y
         change = active_bias - self._base_bias().index_select(0, positions).to(y.dtype)
         return y.index_add(-1, positions, change.expand(*y.shape[:-1], -1))
-
-    def _full_B(self, name: str) -> Tensor:
-        """LoKI*'s B as [out, r], zeros in the rows that are not trained."""
-        B = self.parameter("loki_lora_B", name)
-        return index_copy(B.new_zeros(self.out_features, B.shape[1]), 0, self.loki_positions.require(name), B)
 
     def _check_disjoint(self, names: Sequence[str]) -> None:
         """ValueError where two of the adapters train the same row."""
@@ -233,69 +217,18 @@ class LoKILinear(AdaptedLinear):
             raise ValueError(f"adapters {names} train some of the same rows: they cannot be active together")
         self.disjoint.add(frozenset(names))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the rows into the base weight; its other rows keep their bits.
+    _check_merge = _check_disjoint
 
-        Args:
-            safe_merge: first see that the rows are finite.
-            adapter_names: those to be merged; None: the active ones.
-
-        Raises:
-            ValueError: the base weight is quantised, adapters share a row, or `safe_merge` found a NaN.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        base: Any = self.get_base_layer()
-        kind = type(getattr(base, "weight", None))
-        if names and kind not in (nn.Parameter, Tensor):
-            name = kind.__name__ if hasattr(base, "weight") else type(base).__name__
-            raise ValueError(f"LoKI cannot be merged into a {name}: use unload()")
-        self._check_disjoint([*self.merged_adapters, *names])
-        with self._onloaded_to_write(), torch.no_grad():
-            for name in names:
-                rows = self._rows_to_merge(name)
-                if safe_merge and not torch.isfinite(rows).all():
-                    # PEFT's message
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                positions = self.loki_positions.require(name)
-                base_rows = self._base_rows().index_select(0, positions)
-                base_bias = None if base.bias is None else base.bias.index_select(0, positions)
-                self._write(positions, rows, None if base_bias is None else self.parameter("loki_active_bias", name))
-                merged_rows = self._base_rows().index_select(0, positions)
-                self.merges.append(_Merged(base_rows, base_bias, merged_rows))
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Restores the base weight's own rows bit for bit; what was added to them while merged is added to those."""
-        with self._onloaded_to_write(), torch.no_grad():
-            while self.merged_adapters:
-                positions = self.loki_positions.require(self.merged_adapters.pop())
-                base_rows, base_bias, merged_rows = self.merges.pop()
-                present = self._base_rows().index_select(0, positions)
-                unchanged = (present == merged_rows) | (present.isnan() & merged_rows.isnan())
-                rows = torch.where(unchanged, base_rows, base_rows + (present - merged_rows))
-                self._write(positions, rows, base_bias)
-
-    def _onloaded_to_write(self) -> contextlib.AbstractContextManager:
-        """While this context is active, the base layer's weight can be written to, an offloaded one too."""
-        base: Any = self.get_base_layer()
-        return onload_layer(self) if hooks.is_offloaded(base) else contextlib.nullcontext()
-
-    def _rows_to_merge(self, name: str) -> Tensor:
-        """The adapter's rows [k, in] as they are computed with, in the base weight's dtype."""
-        base: Any = self.get_base_layer()
-        dtype = base.weight.dtype
+    def _merged(self, name: str, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows, in the base weight's dtype, and their bias as they are computed with."""
+        positions = self.loki_positions.require(name)
+        new = {"bias": self.parameter("loki_active_bias", name)} if name in self.loki_active_bias else {}
         if not self.r[name]:
-            return self.parameter("loki_active", name).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        change = self.parameter("loki_lora_B", name).to(wide) @ self.parameter("loki_A", name).to(wide)
-        base_rows = self._base_rows().index_select(0, self.loki_positions.require(name))
-        return (base_rows.to(wide) + self.scaling[name] * change).to(dtype)
-
-    def _write(self, positions: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-        base: Any = self.get_base_layer()
-        self._base_rows().index_copy_(0, positions, rows)  # a view of the weight
-        if bias is not None:
-            base.bias.index_copy_(0, positions, bias.to(base.bias.dtype))
+            return positions, new | {"weight": self.parameter("loki_active", name).to(weight.dtype)}
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaling, B = applied(self.scaling[name], self.parameter("loki_lora_B", name).to(wide))
+        change = scaling * (B @ self.parameter("loki_A", name).to(wide))
+        return positions, new | {"weight": (weight[positions].to(wide) + change).to(weight.dtype)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoKILinear":
         if self.merged_rows is not None:
@@ -337,11 +270,6 @@ def dequantised_weight(base: Any) -> Tensor:
     return dequantize_module_weight(base)
 
 
-def _random(like: Tensor) -> Tensor:
-    """Uniform as LoRA's A, shaped like `like`."""
-    return nn.init.kaiming_uniform_(torch.empty_like(like), a=math.sqrt(5))
-
-
 def _match(config: LoKIConfig, targets: set[str], name: str) -> Any:
     """PEFT's answer whether `targets`, and the config's other fields that choose modules, match the module `name`."""
     config = copy.copy(config)
@@ -355,28 +283,24 @@ class LoKIModel(AdaptedModel):
     prefix = "loki_"
     tuner_layer_cls = LoKILinear
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> LoKIConfig:
-        return peft_config
-
     def _renamed(self, config: LoKIConfig) -> bool:
         return config.r is not None
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules and their rows; from a saved config only how many, for their numbers are loaded later."""
         super()._prepare_model(peft_config, model)
-        self._find_rows(peft_config, model)
+        self.rows = self._find_rows(peft_config, model)
         parents.refuse(model, "LoKI", self.rows, "leave it out of positions and target_modules")
 
-    def _find_rows(self, peft_config: Any, model: nn.Module) -> None:
+    def _find_rows(self, peft_config: Any, model: nn.Module) -> dict[str, Tensor]:
         if peft_config.positions is not None:
             found = resolve(peft_config.positions, peft_config.quota, peft_config.target_modules, model)
-            leaves = {name: name.rpartition(".")[2] for name in found}
-            self.rows = {name: rows for name, rows in found.items() if _match(peft_config, {leaves[name]}, name)}
-            if not self.rows:
+            rows = {n: each for n, each in found.items() if _match(peft_config, {n.rpartition(".")[2]}, n)}
+            if not rows:
                 raise ValueError("exclude_modules and layers_to_transform leave no module that has positions")
-            peft_config.rows = {name: len(rows) for name, rows in self.rows.items()}
+            peft_config.rows = {name: len(each) for name, each in rows.items()}
             peft_config.num_layers = num_decoder_layers(model)
-            return
+            return rows
         if peft_config.rows is None:
             raise ValueError("positions must be given: a file, a list for each decoder layer, or a mapping")
         unknown = set(peft_config.rows) - {name for name, _ in model.named_modules()}
@@ -387,7 +311,7 @@ class LoKIModel(AdaptedModel):
                 f"this adapter is of another model: of {peft_config.num_layers} decoder layers, here are "
                 f"{num_decoder_layers(model)}"
             )
-        self.rows = {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
+        return {name: torch.full((count,), -1) for name, count in peft_config.rows.items()}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -401,7 +325,7 @@ class LoKIModel(AdaptedModel):
                 f"LoKI cannot adapt {key}: a {type(base).__name__} computes something else than x @ W.T + b, which the "
                 "rows of W alone cannot repeat; leave it out of positions, or use LoRA or LoRAMoE"
             )
-        return LoKILinear(target, name, config, self.rows[key])
+        return LoKILinear(target, name, config.keep_merged)
 
     def _update_layer(self, layer: LoKILinear, name: str, config: LoKIConfig, key: str) -> None:
         layer.update_layer(name, config, self.rows[key])

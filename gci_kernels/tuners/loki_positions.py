@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,7 @@ from gci_kernels.loki.architecture import PROJECTIONS
 from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
 from gci_kernels.loki.selection import read_positions, select
 from gci_kernels.models import decoder_layers, experts
+from gci_kernels.models.targets import plain_modules
 from gci_kernels.ops.row_linear import check_positions
 from gci_kernels.tuners import fusion, hooks
 
@@ -43,7 +45,7 @@ def resolve(
         ValueError: naming what does not fit the model, or is no row.
     """
     given = _read(positions, quota)
-    modules = dict(_linear_layers(model))
+    modules = {name: module for name, module in plain_modules(model).items() if fusion.has_rows(module)}
     found: dict[str, _ModuleRows]
     if isinstance(given, Mapping) and not all(isinstance(key, int) for key in given):
         found = {_full_name(name, modules): rows for name, rows in given.items()}
@@ -57,36 +59,24 @@ def resolve(
     return rows
 
 
-def _read(positions: Positions, quota: float | None) -> _Given:
+def _read(positions: Any, quota: float | None) -> _Given:
     """The positions in memory; scores are turned into positions by `quota`."""
-    if isinstance(positions, (str, os.PathLike)):
-        return _read_file(positions, quota)
-    _check_quota(False, quota, type(positions).__name__)
-    given: Any = positions.tolist() if isinstance(positions, (np.ndarray, Tensor)) else positions
-    if isinstance(given, Mapping):
-        # numpy's integers are layer numbers too.
-        return {key if isinstance(key, str) else _integer(key): _listed(rows) for key, rows in given.items()}
-    if not isinstance(given, Sequence):
-        raise ValueError(f"positions must be a file, a list or a mapping, got {type(given).__name__}")
-    return [_listed(rows) for rows in given]
-
-
-def _read_file(path: str | os.PathLike, quota: float | None) -> list[list[int]]:
-    has_scores = Path(path).suffix in (".safetensors", *HDF5_SUFFIXES)
-    _check_quota(has_scores, quota, path)
-    return read_positions(path) if quota is None else select(load_scores(path), quota)
-
-
-def _check_quota(has_scores: bool, quota: float | None, source: object) -> None:
+    is_path = isinstance(positions, (str, os.PathLike))
+    has_scores = is_path and Path(positions).suffix in (".safetensors", *HDF5_SUFFIXES)
     if has_scores != (quota is not None):
         raise ValueError(
             "quota selects rows from a scores file (.safetensors, .h5), and is needed for one; other positions say "
-            f"themselves which rows: got quota={quota} with {source}"
+            f"themselves which rows: got quota={quota} with {positions if is_path else type(positions).__name__}"
         )
-
-
-def _integer(key: object) -> object:
-    return key.__index__() if hasattr(key, "__index__") else key
+    if is_path:
+        return read_positions(positions) if quota is None else select(load_scores(positions), quota)
+    given = positions.tolist() if isinstance(positions, (np.ndarray, Tensor)) else positions
+    if isinstance(given, Mapping):
+        # numpy's integers are layer numbers too.
+        return {key.__index__() if hasattr(key, "__index__") else key: _listed(rows) for key, rows in given.items()}
+    if not isinstance(given, Sequence):
+        raise ValueError(f"positions must be a file, a list or a mapping, got {type(given).__name__}")
+    return [_listed(rows) for rows in given]
 
 
 def _listed(rows: Rows) -> _ModuleRows:
@@ -96,15 +86,6 @@ def _listed(rows: Rows) -> _ModuleRows:
     if isinstance(rows, (str, bytes, Tensor)) or not isinstance(rows, Iterable):
         raise ValueError(f"positions must have the rows of each layer, got {rows!r} for those of one")
     return list(rows)
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers by name; of an adapted one its base layer, under the adapted layer's name."""
-    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    for name, module in model.named_modules():
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if fusion.has_rows(base) and not name.startswith(adapted):
-            yield name, base
 
 
 def _full_name(key: object, modules: Mapping[str, nn.Module]) -> str:
@@ -122,16 +103,16 @@ def _by_decoder_layer(
 ) -> dict[str, _ModuleRows]:
     """The rows of each decoder layer's one module."""
     numbers, count = _layer_numbers(model, modules)
-    candidates: dict[int, list[str]] = {}
-    for name, number in numbers.items():
-        if _is_target(name, target_modules):
-            candidates.setdefault(number, []).append(name)
-    count = len(candidates) if count is None else count
+    candidates = {
+        layer: _candidates([name for name, number in numbers.items() if number == layer], target_modules)
+        for layer in set(numbers.values())
+    }
+    count = sum(map(bool, candidates.values())) if count is None else count
     if not isinstance(positions, Mapping) and len(positions) != count:
         raise ValueError(f"positions are for {len(positions)} decoder layers, this model has {count}")
     found: dict[str, _ModuleRows] = {}
     for layer, rows in positions.items() if isinstance(positions, Mapping) else enumerate(positions):
-        names = _preferred(candidates.get(layer, []), target_modules)
+        names = candidates.get(layer, [])
         if len(rows) and len(names) != 1:
             raise ValueError(
                 f"positions: decoder layer {layer} has {len(names)} modules that they could mean "
@@ -164,31 +145,18 @@ def num_decoder_layers(model: nn.Module) -> int | None:
     return config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else None
 
 
-def _is_target(name: str, target_modules: set[str] | str | None) -> bool:
-    if target_modules is None:
-        return name.rpartition(".")[2] in PROJECTIONS and "attn" not in name and "attention" not in name
-    return bool(check_target_module_exists(_TargetModules(target_modules), name))
-
-
-class _TargetModules:
-    """What PEFT's matching reads of a config."""
-
-    exclude_modules = layers_to_transform = layers_pattern = None
-
-    def __init__(self, target_modules: set[str] | str) -> None:
-        self.target_modules = target_modules
-
-
-def _preferred(names: list[str], target_modules: set[str] | str | None) -> list[str]:
-    """Of a layer's candidates those called by the first of PROJECTIONS that any is; all where names were given."""
+def _candidates(names: list[str], target_modules: set[str] | str | None) -> list[str]:
+    """Of one decoder layer's modules the targets; None: those called by the first of PROJECTIONS that any is called."""
     if target_modules is not None:
-        return names
-    leaves = {name: name.rpartition(".")[2] for name in names}
+        others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config = SimpleNamespace(target_modules=target_modules, **others)
+        return [name for name in names if check_target_module_exists(config, name)]
+    leaves = {n: n.rpartition(".")[2] for n in names if "attn" not in n and "attention" not in n}
     first = next((leaf for leaf in PROJECTIONS if leaf in leaves.values()), None)
     return [name for name, leaf in leaves.items() if leaf == first]
 
 
-def _checked_rows(name: str, module: nn.Module, rows: _ModuleRows) -> Tensor:
+def _checked_rows(name: str, module: Any, rows: _ModuleRows) -> Tensor:
     """The rows of the module `name`, ascending [k] int64 on the CPU."""
     try:
         found = torch.as_tensor(rows)
@@ -199,7 +167,7 @@ def _checked_rows(name: str, module: nn.Module, rows: _ModuleRows) -> Tensor:
         raise ValueError(f"positions of {name} must be row indices, got {rows!r}"[:200])
     found = found.to("cpu", torch.int64).sort().values
     try:
-        check_positions(found, cast(int, module.nf if isinstance(module, Conv1D) else module.out_features))
+        check_positions(found, module.nf if isinstance(module, Conv1D) else module.out_features)
     except ValueError as error:
         raise ValueError(f"positions of {name}: {error}") from error
     return found
@@ -214,13 +182,11 @@ class RowPositions(BufferDict):
         self.known: set[str] = set()
 
     def __setitem__(self, name: str, positions: Tensor) -> None:
-        known = positions.numel() > 0 and positions.device.type != "meta" and bool((positions >= 0).all())
+        known = positions.numel() > 0 and not positions.is_meta and bool((positions >= 0).all())
         if known:
             self._check(positions, f"loki_positions.{name}")
         super().__setitem__(name, positions)
-        self.known.discard(name)
-        if known:
-            self.known.add(name)
+        self.known = self.known | {name} if known else self.known - {name}
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)

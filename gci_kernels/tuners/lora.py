@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -10,7 +10,7 @@ from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from gci_kernels.class_swap import Swapped, give_class, subclass
+from gci_kernels.class_swap import Swapped, add_mixin, subclass
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
@@ -52,13 +52,8 @@ def lora_obstacle(layer: Any, name: str, *, hooked: bool = True) -> str | None:
 
 _NOTHING = (None,) * 4  # no mixer's weights, segments, past, seed
 
-if TYPE_CHECKING:  # what the mixin is mixed with
-    _Layer = lora.Linear
-else:
-    _Layer = object
 
-
-class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
+class FusedLora(FusedLayer, ExactMerge):
     """Mixin for a LoRA linear layer of PEFT whose forward becomes :func:`gci_kernels.ops.lora_linear`.
 
     A base layer that is no plain torch.nn.Linear, a quantised one above all, runs its own product, to which the
@@ -68,21 +63,13 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
     """
 
     gci_impl = "auto"  # of the op; gci_kernels.patch sets another on the instance
-
-    def obstacle(self) -> str | None:
-        """Why the active adapters are not fused, or None."""
-        found = (lora_obstacle(self, name) for name in self.adapters())
-        return next((reason for reason in found if reason is not None), None)
-
-    def _present(self) -> dict[str, Any]:
-        modules: dict[str, Any] = self._modules
-        return modules["lora_A"]._modules
+    own: ClassVar[tuple[str, ...]] = ("gci_impl", *ExactMerge.own)
 
     def adapters(self) -> Sequence[str]:
         """The active adapters that the layer has."""
-        return among(self._active_adapter, self._modules["lora_A"]._modules)  # type: ignore[union-attr]  # it is there
+        return among(self._active_adapter, self.lora_A)
 
-    def forward(  # type: ignore[override]  # class_swap.subclass gives own_forward
+    def forward(
         self, own_forward: Callable[..., Tensor], x: Tensor, *args: Any, adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
@@ -94,14 +81,14 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
             return self._mixed(own_forward, x, mix, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return own_forward(self, x, *args, **kwargs)
-        names: Any = self._active_adapter
-        present = self._modules["lora_A"]._modules  # type: ignore[union-attr]  # it is there
-        if type(names) is str or len(names) != 1 or names[0] not in present:  # hardly ever
+        names = self._active_adapter
+        present = self._modules["lora_A"]._modules
+        if type(names) is str or len(names) != 1 or names[0] not in present:  # rare
             names = among(names, present)
         for name in names:
             if lora_obstacle(self, name) is not None:
                 return own_forward(self, x)
-        return self._run(x, names)
+        return self._adapted(x, names)
 
     def _mixed(
         self, own_forward: Callable[..., Tensor], x: Tensor, mix: mixed.MixedBatch, *args: Any, **kwargs: Any
@@ -109,26 +96,23 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         names = mix.expanded(x.shape[0]) if mix.fits(x, self) else mix.names
         self._check_forward_args(x, *args, adapter_names=names, **kwargs)  # PEFT's own words for what is wrong
         mix.check(x, self)
-        present = self._present()
-        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & present.keys())
+        fused = all(lora_obstacle(self, name) is None for name in set(mix.names) & self.lora_A.keys())
         if args or kwargs or self.disable_adapters or self.merged or not fused:
             return own_forward(self, x, *args, adapter_names=names, **kwargs)
-        return self._run_mixed(x, mix.names, present)
+        return self._run_mixed(x, mix.names, self.lora_A)
 
-    def _matrices(self, name: str) -> Any:
-        """Weight and bias of A, and of B, without what looking them up costs by way of nn.Module.__getattr__."""
-        modules: dict[str, Any] = self._modules
+    def _matrices(self, name: str) -> tuple[Any, Any, Any]:
+        """A, B and B's bias, looked up without the cost of nn.Module.__getattr__."""
+        modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         try:
-            a, b = A._parameters, B._parameters
-            return (a["weight"], a["bias"]), (b["weight"], b["bias"])
+            return A._parameters["weight"], B._parameters["weight"], B._parameters["bias"]
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
-            return (A.weight, A.bias), (B.weight, B.bias)
+            return A.weight, B.weight, B.bias
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        modules: dict[str, Any] = self._modules
-        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
-        (A, _), (B, extra) = self._matrices(name)
+        dropout, scaling = self._modules["lora_dropout"]._modules[name], self.scaling[name]
+        A, B, extra = self._matrices(name)
         if extra is not None:
             extra = (extra * scaling).to(x.dtype)
             if weight is not None:
@@ -144,11 +128,10 @@ class FusedLora(FusedLayer, ExactMerge, Swapped, _Layer):
         return str(choose_plan(self.gci_impl, tokens, dtype, device_type, IDENTITY.name))
 
     def _group(self, name: str, count: int, first: int = 0) -> Group | None:
-        modules: dict[str, Any] = self._modules
-        dropout, scaling = modules["lora_dropout"]._modules[name], self.scaling[name]
+        dropout, scaling = self._modules["lora_dropout"]._modules[name], self.scaling[name]
         if type(scaling) is not float:
             scaling = number(scaling)
-        (A, _), (B, bias) = self._matrices(name)
+        A, B, bias = self._matrices(name)
         if bias is not None or scaling is None or dropout.training and type(dropout) is nn.Dropout and dropout.p:
             return None
         return new_record(Group, (A, B, scaling, first, count, None, None, None, 1, False))
@@ -165,19 +148,7 @@ def is_plain_lora(module: nn.Module) -> bool:
     return package == "peft.tuners" and name in _PLAIN and not isinstance(module, FusedLora)
 
 
-def swap(module: Any) -> None:
-    """Gives one of PEFT's linear LoRA layers the fused forward, in place."""
-    kind: Any = type(module)
-    give_class(module, subclass(kind, FusedLora))
-
-
-if TYPE_CHECKING:
-    _Tuner = lora.LoraModel
-else:
-    _Tuner = object
-
-
-class FusedLoraModel(Swapped, _Tuner):
+class FusedLoraModel(Swapped):
     """Mixin for PEFT's tuner: mixed batches of the layers above stay in their thread; see tuners/mixed.py."""
 
     @contextlib.contextmanager
@@ -188,9 +159,9 @@ class FusedLoraModel(Swapped, _Tuner):
                 yield
             return
         taking: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            with mixed.enabled(self, names, args, kwargs, (FusedLora,), taking):
-                yield
+        fused = mixed.enabled(self, names, args, kwargs, (FusedLora,), taking)
+        with super()._enable_peft_forward_hooks(*args, **kwargs), fused:
+            yield
 
     def _takes(self, names: object) -> bool:
         """Whether PEFT has nothing against the names."""
@@ -233,12 +204,4 @@ def swap_tuners(model: nn.Module) -> None:
     """Gives PEFT's LoRA tuners in `model` their mixin, in place."""
     for module in model.modules():
         if type(module) is lora.LoraModel:
-            give_class(module, FusedLoraTuner)
-
-
-def swap_back(module: Any) -> None:
-    """Undoes :func:`swap`, and :func:`swap_tuners` for one of them."""
-    if isinstance(module, ExactMerge):
-        module.forget_unmerged()
-    vars(module).pop("gci_impl", None)
-    give_class(module, module._gci_parts[0])
+            add_mixin(module, FusedLoraModel)

@@ -9,17 +9,10 @@ from gci_kernels.limits import MAX_EXPERTS
 from gci_kernels.ops.bottleneck.mixers import GATE
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
-from gci_kernels.tuners.base import check_integer, check_number
-from gci_kernels.tuners.bottleneck import (
-    BottleneckConfig,
-    BottleneckLayer,
-    BottleneckModel,
-    classes_of,
-    register,
-    uniform,
-    zeros_or_uniform,
-)
+from gci_kernels.tuners.base import check_integer, check_number, uniform, zeros_or_uniform
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.registration import classes_of, register
 
 
 @dataclass
@@ -110,7 +103,7 @@ class _Model(BottleneckModel):
         self.collector.attach(model, [layer.key for layer in model.modules() if isinstance(layer, LoRAMoELinear)])
 
     def _new_layer(self, target: nn.Module, name: str, config: LoRAMoEConfig, key: str) -> BottleneckLayer:
-        layer = LoRAMoELinear(target, name, config, key)
+        layer = LoRAMoELinear(target, name)
         layer.collector = self.collector
         return layer
 

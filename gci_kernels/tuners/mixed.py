@@ -69,12 +69,12 @@ class MixedBatch:
             return
         if self.layers.get(id(layer)) == "expert":
             raise ValueError(
-                "adapter_names: a layer of one expert of a mixture gets tokens in an order of its own, so nobody knows "
+                "adapter_names: one expert of a mixture gets tokens in the order of its router, so it is not known "
                 "whose they are; leave the experts out of target_modules, or run each adapter by itself"
             )
         if self.layers.get(id(layer)) == "tower" and self.equal_media is False:
             raise ValueError(
-                "adapter_names: the inputs have different numbers of images or sounds, so nobody knows whose rows a "
+                "adapter_names: the inputs have different numbers of images or sounds, so it is not known whose rows a "
                 "layer of their tower sees; leave the tower out by exclude_modules, or run each adapter by itself"
             )
         message = f"adapter_names must name an adapter for each of the {x.shape[0]} inputs, got {len(self.names)}"

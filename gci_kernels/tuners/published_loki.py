@@ -1,12 +1,12 @@
 """The published LoKI layer, which keeps trained and frozen rows in two linear layers, with a fused forward."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gci_kernels.class_swap import Swapped, give_class, subclass
+from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.ops.row_linear import MergedRows, identity, partitioned_loki_linear
 from gci_kernels.ops.transforms import transformed
 from gci_kernels.tuners import fusion
@@ -14,11 +14,6 @@ from gci_kernels.tuners import fusion
 _STATE = "_gci_published"
 # What the published versions call the frozen part.
 _FROZEN_NAMES = ("frozen", "fixed")
-
-if TYPE_CHECKING:  # what the mixin is mixed with
-    _Layer = nn.Module
-else:
-    _Layer = object
 
 
 class _State:
@@ -49,7 +44,7 @@ class _State:
         return _State, ()
 
 
-class FusedPublishedLayer(Swapped, _Layer):
+class FusedPublishedLayer(Swapped):
     """Mixin for the published layer: its forward becomes one product with the rows put together.
 
     Where one of the parts is no plain linear layer any more, or the frozen one is trained, the layer's own forward
@@ -57,6 +52,7 @@ class FusedPublishedLayer(Swapped, _Layer):
     """
 
     gci_impl = "auto"  # gci_kernels.patch sets another on the instance
+    own = ("gci_impl", _STATE)
     active: nn.Linear
     active_bias: Tensor | None
     index_map: Tensor
@@ -110,15 +106,7 @@ def swap(module: nn.Module) -> None:
     """Gives a published layer the fused forward, in place."""
     if not isinstance(module, FusedPublishedLayer):
         setattr(module, _STATE, _State())
-        kind: Any = type(module)
-        give_class(module, subclass(kind, FusedPublishedLayer))
-
-
-def swap_back(module: FusedPublishedLayer) -> None:
-    """Undoes :func:`swap`."""
-    vars(module).pop("gci_impl", None)
-    give_class(module, module._gci_parts[0])
-    delattr(module, _STATE)
+        add_mixin(module, FusedPublishedLayer)
 
 
 def published_obstacle(module: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 def number(scaling: Any) -> Any:
     """The scaling's present value, a number; None where it cannot be read now.
 
-    A GPU would have to be waited for, a graph of torch.compile would hold the value fast, and a gradient would be lost.
+    Reading it from a GPU would wait, a graph of torch.compile would keep it as a constant, a gradient would be lost.
     """
     if type(scaling) is float or isinstance(scaling, (float, int)):
         return scaling

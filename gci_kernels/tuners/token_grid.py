@@ -1,5 +1,6 @@
 """Which tokens of a batch a layer of the model sees: the text's, those of an encoder-decoder's targets, or others."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,6 @@ class Grid:
 
     shape: tuple[int, int]
     mask: Tensor | None  # [batch, time], 0 for padding; None: there is none
-
-    @property
-    def tokens(self) -> int:
-        """How many there are, padding included."""
-        return self.shape[0] * self.shape[1]
 
 
 class TokenGrids:
@@ -60,9 +56,8 @@ class TokenGrids:
         if not grids:
             return Grid((seen.shape[0], seen.shape[1]), None) if name and seen.dim() == 3 else None
         grid = grids.get(name or "")
-        if grid is None or (tuple(seen.shape[:-1]) != grid.shape and (seen.dim() != 2 or len(seen) != grid.tokens)):
-            return None
-        return grid
+        fits = grid is not None and tuple(seen.shape[:-1]) in (grid.shape, (math.prod(grid.shape),))
+        return grid if fits else None
 
     def _find(self, key: str) -> str | None:
         if decoder_layers.CROSS_ATTENTION.search(key) or decoder_layers.EXPERT.search(key):

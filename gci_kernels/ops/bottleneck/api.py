@@ -149,6 +149,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on arguments that a user gave."""
     check_impl(impl)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"settings must be integers, got {numbers}")
     x, weight, bias = autocast(*operands[:3])
     t = operands._replace(x=x, weight=weight, bias=bias)
     A, B, weights, past = t.A, t.B, t.weights, t.past
