@@ -111,7 +111,7 @@ def test_a_damaged_file_counts_as_empty_with_a_warning():
         assert tuned.config("project", GPU, *ARGUMENTS) == chosen()
 
 
-@pytest.mark.parametrize("launch", kernels.launches().values(), ids=lambda launch: launch.name)
+@pytest.mark.parametrize("launch", [launch for _, launch in kernels.LAUNCHES.values()], ids=lambda launch: launch.name)
 def test_every_candidate_is_of_a_field_of_the_configuration(launch):
     fields = [field.name for field in dataclasses.fields(launch.config_class)]
     assert launch.candidates.keys() <= set(fields) and callable(launch.choose)

@@ -170,7 +170,7 @@ def adapted_linear(
     operands: tuple[Tensor | None, ...], mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
+    """The op for layers, whose parameters fit each other; x is checked in full only if a quick comparison fails.
 
     Args:
         operands: those of :class:`~gci_kernels.ops.bottleneck.operands.Operands`, the seed None; segments, if any, on
