@@ -138,8 +138,10 @@ def bottleneck_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    operands = Operands(x, weight, bias, A, B, weights)
-    y, output = _checked(operands, mixer, tuple(settings), scaling, dropout_p, impl)
+    numbers = tuple(settings)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"settings must be integers, got {numbers}")
+    y, output = _checked(Operands(x, weight, bias, A, B, weights), mixer, numbers, scaling, dropout_p, impl)
     return y, None if mixer.output is Output.NONE else output
 
 
@@ -149,8 +151,6 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on arguments that a user gave."""
     check_impl(impl)
-    if any(type(number) is not int for number in numbers):
-        raise TypeError(f"settings must be integers, got {numbers}")
     x, weight, bias = autocast(*operands[:3])
     t = operands._replace(x=x, weight=weight, bias=bias)
     A, B, weights, past = t.A, t.B, t.weights, t.past
