@@ -127,7 +127,7 @@ SMALL = Chip(
     cache=4_000_000,
 )  # fmt: skip
 
-# Words that make a product with other counts or rates of one whose words it has too ("NVIDIA H100 PCIe").
+# Words that tell another product, with other counts or rates, from the one whose words it has ("NVIDIA H100 PCIe").
 _OTHER_PRODUCTS = {"40gb", "d", "laptop", "max", "mig", "nvl", "pcie", "server", "super", "ti"}
 
 

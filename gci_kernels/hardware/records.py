@@ -32,7 +32,7 @@ from gci_kernels.hardware.kernels import KERNELS, get, names
 
 _PACKAGE = Path(__file__).parents[1]
 _LOCK = threading.RLock()
-# (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
+# (kernel, the GPU's index) -> the answer that this process has; every call of an op asks.
 _answers: dict[tuple[str, int], bool] = {}
 #: Increased whenever a proof changes: plans that depend on an earlier version have to be made again.
 version = 0
@@ -194,7 +194,7 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-# Dynamo asks when it traces, and the answer is a constant of the compiled function.
+# Dynamo calls this while it traces, and takes the answer for a constant of the compiled function.
 @torch.compiler.assume_constant_result
 def proves(kernel: str, device: torch.device | None = None) -> bool:
     """Whether "auto" may take `kernel` on `device` (None: the current GPU); its first use may run the self check."""
@@ -219,7 +219,7 @@ def _ask(kernel: str, index: int) -> bool:
             return False
         record = find(kernel, device)
         if record is None:
-            # Launches during a capture would become part of the graph. Neither answer is kept: both are for now.
+            # A capture would record the check's launches. Neither of these answers is lasting, so none is stored.
             if os.environ.get("GCI_SELF_CHECK") == "0" or _capturing():
                 return False
             record = renew(kernel, device)
@@ -270,7 +270,7 @@ def _self_check(kernel: str, device: torch.device) -> tuple[bool, str, bool]:
                 failed = [c for c in self_check.check_kernel(kernel, device) if not c.passed]
         except torch.OutOfMemoryError as error:
             return False, f"no memory for the check: {_first_line(error)}", False
-        except Exception as error:  # whatever it is, a kernel that raises is not to be used
+        except Exception as error:  # a kernel that raises anything is not to be used
             return False, f"{type(error).__name__}: {_first_line(error)}", True
         if not failed:
             return True, "", True

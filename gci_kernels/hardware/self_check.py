@@ -21,8 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ODD = Shape(130, 67, 45, 40, 8, 2)
 #: Takes the largest tiles that the kernels have, on every chip, and reads dY once for two products.
 LARGE = Shape(2176, 192, 2304, 16, 4, 4)
-# The kernels return float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. What this leaves to
-# matrix units is that they may cut off a sum's last bits at every step.
+# The bound for float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. Matrix units may truncate
+# the last bits of a sum at every step, which stays below this.
 _UNROUNDED = 2**-15
 
 

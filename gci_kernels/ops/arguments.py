@@ -18,7 +18,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    device_type = x.device.type  # looked up once: it takes as long as everything else here
+    device_type = x.device.type  # looked up once: it takes as long as the rest of this function
     if device_type == "meta":  # torch has no autocast there, and raises when asked
         return None
     if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:

@@ -71,7 +71,7 @@ class ProductConfig:
     num_stages: int
 
 
-#: What `gci-kernels tune` tries of a ProductConfig. What decides most is tried first.
+#: What `gci-kernels tune` tries of a ProductConfig. The most important field is tried first.
 PRODUCT_CANDIDATES = dict(
     block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5), num_warps=(4, 8),
     group=(4, 8, 16),
@@ -85,15 +85,15 @@ def choose_product_config(
     chip = chip_of_capability(capability)
     if dtype == torch.float32:  # no matrix units
         return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 128), 16, 8, num_warps=8, num_stages=2)
-    if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
+    if depth % 16 or width % 16:  # loaded by element, with a pointer each: larger tiles would spill registers
         return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 64), 32, 8, num_warps=4, num_stages=2)
-    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor. Its sums
-    # leave no registers for making a mask.
+    # The larger tile reads the fewest bytes for a product, if there is one for every multiprocessor. Its sums leave no
+    # registers for a mask.
     enough = ceil_div(tokens, 128) * ceil_div(width, 256) >= chip.processors
     if chip.shared > 64 * 1024 and tokens > 64 and enough and not masked:
         block_k, num_stages = (64, 3) if chip.async_products else (32, 4)
-        # Where all of w stays in the cache beside a few rows of x, nothing is read twice. Where it does not, programs
-        # that run together should form a square.
+        # If w fits in the cache beside a few rows of x, nothing is read twice. Else the tiles that are computed at the
+        # same time should form a square.
         group = 8 if 2 * depth * (width + 8 * 128) <= chip.cache else 16
         return ProductConfig(128, 256, block_k, group, num_warps=8, num_stages=num_stages)
     block_t, num_stages = block_size(tokens, 16, 128), 4 if chip.shared > 64 * 1024 else 2

@@ -7,6 +7,7 @@ whatever `impl` says.
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,30 +60,27 @@ def _is_batch(dy: Tensor | None) -> bool:
 
 
 def plain_gradients(
-    formula: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], d_outputs: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+    formula: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], inputs: dict[str, Tensor],
+    d_outputs: Sequence[Tensor | None],
+) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of `inputs`, in PyTorch's own operations, which may be differentiated any number of times.
 
     Args:
         formula: takes `inputs` and returns a tuple of tensors.
-        inputs: may hold the same tensor twice; each has the gradient of its own argument.
+        inputs: may hold the same tensor twice; each has the gradient of its own name.
         d_outputs: gradients of the formula's outputs, None for zeros.
     """
-    if any(map(_is_batch, d_outputs)):
-        return _gradients_of_batch(formula, inputs, d_outputs)
-    outputs, vjp, *_ = torch.func.vjp(formula, *inputs)
-    dense = (torch.zeros_like(y) if dy is None else dy for y, dy in zip(outputs, d_outputs, strict=True))
-    return vjp(tuple(dense))
-
-
-def _gradients_of_batch(
-    formula: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], d_outputs: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+    if not inputs:
+        return {}
+    if not any(map(_is_batch, d_outputs)):
+        outputs, vjp, *_ = torch.func.vjp(formula, inputs)
+        dense = (torch.zeros_like(y) if dy is None else dy for y, dy in zip(outputs, d_outputs, strict=True))
+        return vjp(tuple(dense))[0]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [t.view_as(t) if create_graph else t.detach().requires_grad_() for t in inputs]
-        outputs = formula(*leaves)
+        leaves = {n: t.view_as(t) if create_graph else t.detach().requires_grad_() for n, t in inputs.items()}
+        outputs = formula(leaves)
     pairs = [(y, dy) for y, dy in zip(outputs, d_outputs, strict=True) if dy is not None]
-    return torch.autograd.grad(
-        [y for y, _ in pairs], leaves, [dy for _, dy in pairs], create_graph=create_graph, materialize_grads=True
-    )
+    options: Any = dict(create_graph=create_graph, materialize_grads=True)
+    made = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [dy for _, dy in pairs], **options)
+    return dict(zip(inputs, made, strict=True))

@@ -22,7 +22,7 @@ LIBRARY_MULTIPLIES = {
 }
 # Tokens from which two conversions and a float32 product take less time than the library's 16-bit product and dX;
 # measured with 2 threads at 576x1536. Without AVX-512 the library computes dX one element at a time. With AVX-512 and
-# without AVX512_BF16 oneDNN converts to float32 too, and reaches 0.4 of float32's speed.
+# without AVX512_BF16, oneDNN converts to float32 too and reaches 0.4 of float32's speed.
 _FROM, _FROM_AVX512 = 4, 16
 
 

@@ -97,11 +97,11 @@ def backward(
     do, q, o = (_by_head(t, num_heads, own) for t in (do, q, o))
     k, v = _by_head(k, num_heads, segments), _by_head(v, num_heads, segments)
     scale = q.shape[2] ** -0.5
-    # Padding attends itself with a score of 0; its lse of -inf would make that exp(inf): any finite number will do.
+    # Padding attends itself with a score of 0, and exp(0 - lse) would be inf: any finite lse does.
     lse = lse.masked_fill(lse == float("-inf"), 0).view(*q.shape[:2], 1)
     delta = (do * o).sum(-1, keepdim=True)
     dq = torch.empty_like(q)
-    # Transposed: with the keys as columns the library sums over queries in several accumulators, which rounds less.
+    # Transposed: with keys as columns the library sums over the queries in several accumulators, which rounds less.
     dk, dv = (q.new_zeros(k.shape[0], k.shape[2], keys) for _ in range(2))
     for rows, edge in _blocks(q, keys):
         p = _scores(q, k, num_heads, rows, edge, segments).sub_(lse[:, rows]).exp_()

@@ -63,7 +63,11 @@ def _formula_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None
 ) -> tuple[Tensor, ...]:
     """dq, dk and dv in PyTorch's own operations."""
-    return plain_gradients(lambda q, k, v: reference.forward(q, k, v, num_heads, segments)[:1], (q, k, v), (do,))
+
+    def formula(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return reference.forward(**inputs, num_heads=num_heads, segments=segments)[:1]
+
+    return tuple(plain_gradients(formula, {"q": q, "k": k, "v": v}, (do,)).values())
 
 
 define(

@@ -25,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
         padding = (own < 0).unsqueeze(-1)
         q = q.masked_fill(padding, 0)
         k, v = (t.masked_fill((segments < 0).unsqueeze(-1), 0) for t in (k, v))
-        # Padding attends padding of the same id here, which keeps NaN out of the softmax; its o is set to 0 below.
+        # Padding attends padding of the same id here, so that no softmax is NaN; its o is set to 0 below.
         visible = (visible & (own.unsqueeze(2) == segments.unsqueeze(1))).unsqueeze(1)
     q, k, v = (t.unflatten(2, (num_heads, t.shape[2] // num_heads)).transpose(1, 2) for t in (q, k, v))
     scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~visible, float("-inf"))
@@ -34,19 +34,3 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
     if padding is not None:
         o, lse = o.masked_fill(padding, 0), lse.masked_fill(padding.transpose(1, 2), float("-inf"))
     return o.to(dtype), lse
-
-
-def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous, in q's dtype, by autograd through :func:`forward`; `o` and `lse` are not used.
-
-    Args:
-        do: [batch, time, r], o's gradient.
-        q, k, v, num_heads, segments: what :func:`forward` was given.
-    """
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        recomputed, _ = forward(q, k, v, num_heads, segments)
-    dq, dk, dv = torch.autograd.grad(recomputed, (q, k, v), do)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -49,7 +49,7 @@ def _bounds(segments_ptr, start, begin, end, keys, SIZE: tl.constexpr, CHUNK: tl
     stop, clear = tl.full((CHUNK,), begin, tl.int32), tl.full((CHUNK,), begin, tl.int32)
     for _ in range(begin, end, CHUNK):
         others = tl.load(segments_ptr + at, at < end, -1)
-        # Between the lowest and the highest: more than the segments themselves where ids are in no order.
+        # All ids from the lowest to the highest, which are more than these segments' own where ids are unordered.
         found = (others >= lowest) & (others <= highest)
         first = tl.minimum(first, tl.where(found, at, first))
         stop = tl.maximum(stop, tl.where(found, at + 1, stop))
@@ -93,7 +93,7 @@ def _attention_fwd_kernel(
         segments_ptr += tl.cast(b, tl.int64) * keys
         ids = tl.load(segments_ptr + past + t, known, -1)
         known = ids >= 0
-        ids = tl.where(known, ids, -2)  # padding is equal to nothing, not to itself
+        ids = tl.where(known, ids, -2)  # so that padding attends nothing, not even itself
         first, _, clear, _ = _bounds(segments_ptr, past + start, 0, end, keys, BLOCK_T, CHUNK)
     q = tl.load(_at(q_ptr, b, t, head * D, stride_qb, stride_qt, stride_qc, BLOCK_D), known[:, None] & in_d, 0.0)
     k_ptrs = _at(k_ptr, b, n, head * D, stride_kb, stride_kt, stride_kc, BLOCK_D)
@@ -113,7 +113,7 @@ def _attention_fwd_kernel(
             inside = n < keys - at
             if MASKED and HAS_SEGMENTS:
                 others = tl.load(segments_ptr + tl.minimum(at + n, keys - 1))
-                inside &= others >= 0  # 0 * NaN would be NaN: what padding holds is not read
+                inside &= others >= 0  # padding is not read: it may hold NaN, and 0 * NaN is NaN
             inside = inside[:, None] & in_d
             k = tl.load(k_ptrs + at.to(tl.int64) * stride_kt, inside, 0.0)
             v = tl.load(v_ptrs + at.to(tl.int64) * stride_vt, inside, 0.0)
@@ -124,7 +124,7 @@ def _attention_fwd_kernel(
                     kept &= tl.maximum(others, -1)[None, :] == ids[:, None]
                 scores = tl.where(kept, scores, float("-inf"))
             highest = tl.maximum(top, tl.max(scores, axis=1) * scale)
-            # A row that has seen no key yet: -inf - -inf would be NaN.
+            # For a row without any key so far, -inf - -inf would be NaN.
             shift = tl.where(highest == float("-inf"), 0.0, highest)
             powers = _power(scores * scale - shift[:, None], EXACT)
             shrink = _power(top - shift, EXACT)
@@ -153,7 +153,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | 
     if o.numel() == 0:
         return o, lse
     c, sequences, d = _config(q, num_heads), batch * num_heads, r // num_heads
-    ids = k if segments is None else segments.contiguous()  # k: never loaded
+    ids = k if segments is None else segments.contiguous()  # k as a placeholder, which is not read
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(triton.cdiv(time, c.fwd.block_t) * sequences,)](
             q, k, v, ids, o, lse, sequences, time, keys, num_heads, d**-0.5,
@@ -193,7 +193,7 @@ def _attention_bwd_dq_kernel(
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     row = tl.cast(sequence, tl.int64) * time + t
     lse = tl.load(lse_ptr + row, t < time, float("inf"))
-    # Where nothing is attended, exp2(score - inf) makes the 0 that exp2(score + inf) would not.
+    # Where nothing is attended, lse is -inf: inf in its place gives exp2(score - inf) = 0.
     EXACT: tl.constexpr = q.dtype == tl.float32
     shift = tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * _LOG2_E)
     tl.store(shift_ptr + row, shift, t < time)
@@ -212,7 +212,7 @@ def _attention_bwd_dq_kernel(
             inside = n < keys - at
             if MASKED and HAS_SEGMENTS:
                 others = tl.load(segments_ptr + tl.minimum(at + n, keys - 1))
-                inside &= others >= 0  # 0 * NaN would be NaN: what padding holds is not read
+                inside &= others >= 0  # padding is not read: it may hold NaN, and 0 * NaN is NaN
             inside = inside[:, None] & in_d
             k = tl.load(k_ptrs + at.to(tl.int64) * stride_kt, inside, 0.0)
             v = tl.load(v_ptrs + at.to(tl.int64) * stride_vt, inside, 0.0)
@@ -306,7 +306,7 @@ def backward(
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     c, sequences, d, lse = _config(q, num_heads), batch * num_heads, r // num_heads, lse.contiguous()
-    ids = k if segments is None else segments.contiguous()  # k: never loaded
+    ids = k if segments is None else segments.contiguous()  # k as a placeholder, which is not read
     shift, delta = torch.empty_like(lse), torch.empty_like(lse)
     sizes, strides = (sequences, time, keys, num_heads, d**-0.5), (*do.stride(), *q.stride(), *k.stride(), *v.stride())
     with torch.cuda.device_of(q):

@@ -138,8 +138,10 @@ def bottleneck_linear(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, what was given and what is allowed.
     """
-    operands = Operands(x, weight, bias, A, B, weights)
-    y, output = _checked(operands, mixer, tuple(settings), scaling, dropout_p, impl)
+    numbers = tuple(settings)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"settings must be integers, got {numbers}")
+    y, output = _checked(Operands(x, weight, bias, A, B, weights), mixer, numbers, scaling, dropout_p, impl)
     return y, None if mixer.output is Output.NONE else output
 
 
@@ -149,8 +151,6 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on arguments that a user gave."""
     check_impl(impl)
-    if any(type(number) is not int for number in numbers):
-        raise TypeError(f"settings must be integers, got {numbers}")
     x, weight, bias = autocast(*operands[:3])
     t = operands._replace(x=x, weight=weight, bias=bias)
     A, B, weights, past = t.A, t.B, t.weights, t.past
@@ -170,7 +170,7 @@ def adapted_linear(
     operands: tuple[Tensor | None, ...], mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
+    """The op for layers, whose parameters fit each other; x is checked in full only if a quick comparison fails.
 
     Args:
         operands: those of :class:`~gci_kernels.ops.bottleneck.operands.Operands`, the seed None; segments, if any, on
@@ -190,7 +190,7 @@ def adapted_linear(
         _check_linear(t, scaling, dropout_p)
     formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
-        # A graph cannot hold what the seed's value decides: there dropout is PyTorch's own.
+        # A graph cannot depend on the seed's value: there, dropout is PyTorch's own.
         if dropout_p and not (formula or compiling):
             t = t._replace(seed=philox.draw_seed())
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
@@ -200,7 +200,7 @@ def adapted_linear(
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
-    return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
+    return autograd.run(t, settings, compiling)
 
 
 def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:
@@ -218,7 +218,7 @@ def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:
         check_tensor("bias", bias, (B.shape[0],), x, same_dtype=True)
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
-    if not -math.inf < scaling < math.inf:  # torch.compile can follow that, where numbers are symbols, not isfinite
+    if not -math.inf < scaling < math.inf:  # not isfinite, which torch.compile cannot trace for symbolic numbers
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

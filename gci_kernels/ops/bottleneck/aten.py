@@ -21,8 +21,8 @@ def expand(u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | Non
     m = m.to(u.dtype)
     if w is None:
         return torch.mm(u, m)
-    # The second product is accumulated onto the first. With the adapter's first, the base product's own accumulation
-    # hides the reading of y; in 16 bits it would add to a rounded sum at a lower rate, so there it goes first.
+    # The second product is accumulated onto the first. With the adapter's first, the base product reads y along with
+    # its own accumulation; in 16 bits that is slower and adds to a rounded sum, so there the base product goes first.
     if u.dtype in (torch.float32, torch.float64):
         return F.linear(u, m.t(), bias).addmm_(x, w)
     return F.linear(x, w.t(), bias).addmm_(u, m)

@@ -117,16 +117,14 @@ def _formula_gradients(
 ) -> list[Tensor | None]:
     """:func:`_gradients` in PyTorch's own operations, differentiable again."""
     names, mixer = Operands._fields[:6], MIXERS[s.mixer]
-    wanted = [name for name, needed in zip(names, needs, strict=True) if needed and name != "bias"]
+    wanted = {name: tensor for name, tensor, needed in zip(names, t, needs, strict=False) if needed and name != "bias"}
     carries = mixer.output is Output.DIFFERENTIABLE
 
-    def formula(*chosen: Tensor) -> tuple[Tensor, ...]:
-        outputs = reference.bottleneck(t._replace(bias=None, **dict(zip(wanted, chosen, strict=True))), s, mixer)
+    def formula(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        outputs = reference.bottleneck(t._replace(bias=None, **inputs), s, mixer)
         return outputs if carries else outputs[:1]
 
-    inputs = [getattr(t, name) for name in wanted]
-    made = plain_gradients(formula, inputs, (dy, doutput) if carries else (dy,)) if wanted else ()
-    found = dict(zip(wanted, made, strict=True))
+    found = plain_gradients(formula, wanted, (dy, doutput) if carries else (dy,))
     if needs[2]:
         found["bias"] = dy.reshape(-1, dy.shape[-1]).sum(0)
     return [found.get(name) for name in names]
@@ -167,26 +165,21 @@ class Bottleneck(torch.autograd.Function):
 
 # Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, Bottleneck).apply
+_apply_without_autocast = without_autocast(_apply)
 
 
-def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
-    """The op on operands that fit each other, in eager mode: y, and the mixer's output (None or empty for none).
+def run(t: Operands, s: Settings, compiling: bool) -> tuple[Tensor, Any]:
+    """The op on operands that fit each other: y, and the mixer's output (None or empty for none).
 
-    A subclass of Tensor, fake or in shards, need not have an address for a kernel: its operator is asked.
+    By the Function, except for a compiler, for dispatch modes and for subclasses of Tensor: they get the operator.
     """
     device = t.x.device.type
-    if dispatch_mode_depth() > 0 or type(t.x) not in PLAIN:
-        return run_operator(t, s)
-    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
-        with torch.autocast(device, enabled=False):
-            return _apply(*t, s)
-    return _apply(*t, s)
-
-
-def run_operator(t: Operands, s: Settings) -> tuple[Tensor, Tensor]:
-    """The same by way of the operator."""
-    y, *_, output = torch.ops.gci_kernels.bottleneck(*t, s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
-    return y, output
+    if compiling or dispatch_mode_depth() > 0 or type(t.x) not in PLAIN:
+        plain = (s.mixer, list(s.numbers), s.scaling, s.dropout_p, s.plan.key)
+        y, *_, output = torch.ops.gci_kernels.bottleneck(*t, *plain)
+        return y, output
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return (_apply_without_autocast if autocast else _apply)(*t, s)
 
 
 # The operators

@@ -35,7 +35,7 @@ class ByAutograd:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
         own = weights is not None and not self.mixer.joins
-        # Within an operator autograd is left out of the dispatch: it is taken in again for the formula.
+        # An operator runs with autograd excluded from the dispatch: the formula needs it included again.
         with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
             leaves = [t.detach().requires_grad_() for t in (kept.projected, *((weights,) if own else ()))]
             u, output = self._run(leaves[0], leaves[1] if own else weights, call)

@@ -62,7 +62,7 @@ def choose_project_config(
     if half and chip_of_capability(capability).shared <= 64 * 1024:
         block_k //= 2
     tiles = ceil_div(tokens, block_t) * ceil_div(rank, block_n)
-    # Two programs a processor hide each other's start.
+    # With two programs on a multiprocessor, one computes while the other starts.
     splits = split_count(2 * chip_of_capability(capability).processors, tiles, ceil_div(depth, block_k))
     num_warps, num_stages = 8 if block_n >= (64 if half else 32) or dropout else 4, 3 if half else 2
     return ProjectConfig(block_t, block_n, block_k, splits, num_warps, num_stages)
@@ -76,7 +76,7 @@ def choose_expand_config(
     product = choose_product_config(tokens, depth, width, dtype, capability, masked=dropout)
     matrix_units = dtype != torch.float32 and depth % 16 == width % 16 == 0
     descriptors = matrix_units and chip.async_products and product.block_t >= 64
-    # A step of the rank holds its m in registers while it is rounded, beside all the sums: 16 rows are what fits.
+    # A step over the rank rounds its rows of m in registers, beside all the sums: 16 rows fit.
     return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors)
 
 
@@ -88,7 +88,7 @@ def choose_reduce_config(
     whole_rows = half and chip.async_products and width % 16 == 0
     block_t = 16 if not half else 64 if whole_rows else 32
     block_r = block_size(rank, 16, 128 if half else 64)
-    # A wide tile means few tiles, and so few partial sums for the second stage to read.
+    # Wide tiles are few, and leave few partial sums for the second stage to read.
     block_n = block_size(width, 16, 256 if whole_rows and block_r <= 64 else 128 if half else 64)
     tiles = ceil_div(width, block_n) * ceil_div(rank, block_r)
     splits = split_count((1 if block_n == 256 else 2) * chip.processors, tiles, ceil_div(tokens, block_t))

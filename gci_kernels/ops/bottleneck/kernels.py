@@ -15,7 +15,7 @@ _DROPOUT = (_FOLDER + "dropout.py", "ops/bottleneck/philox.py", "ops/bottleneck/
 _PRODUCT = (*_DROPOUT, _FOLDER + "partial_sums.py", "hardware/tuned.py")
 _BLOCKS_T, _BLOCKS_N, _WARPS = (16, 32, 64, 128, 256), (64, 128, 256, 512), (4, 8)
 
-# What decides most is tried first.
+# The most important field is tried first.
 _PROJECT = LaunchConfig(
     "project", config.ProjectConfig, config.choose_project_config,
     dict(block_t=_BLOCKS_T, block_k=(32, 64, 128, 256), num_stages=(2, 3, 4, 5), num_warps=_WARPS),

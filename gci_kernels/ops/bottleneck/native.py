@@ -81,7 +81,7 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     out = torch.empty(rank, width)
     if _is_half(y):
         partial = torch.empty(threads - 1, rank, width)
-        # Rows that lie a power of two apart would evict each other from the cache: they share its sets.
+        # Rows a power of two apart map to the same cache sets and would evict each other.
         transposed = torch.empty(rank, tokens + 32, dtype=y.dtype)
         transposed[:, :tokens].copy_(u.t())
         lib.reduce_bf16(

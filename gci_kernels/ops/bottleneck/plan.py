@@ -39,17 +39,17 @@ class Plan(NamedTuple):
 _ANY = 2**62
 # The numbers of tokens, from and to, at which a skinny kernel beats the library's product; measured with 2 threads at
 # 2048x2048 and 576x1536, R = 8 to 72, in float32 on AVX2 as well: there the library needs up to twice the time, but
-# packing the small operand of `project` is too much for a few tokens. Without AVX2, the library is ahead. `expand` is
-# the library's in float32: it adds the base product to the adapter's, and no kernel of ours gained on that.
+# for a few tokens, packing the small operand of `project` takes too long. Without AVX2, the library is faster. In
+# float32 `expand` is the library's, which adds the base product onto the adapter's: no kernel of ours was faster.
 # In bfloat16 the kernels are as fast as the library and leave their sums unrounded, which `expand` rounds either way;
 # on AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
 _FLOAT32 = {"project": (256, _ANY), "reduce": (64, _ANY)}
 _BFLOAT16 = {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)}
 
 # The same for the Triton kernels on GPUs: the least tokens at which a stage is taken. Nothing is measured yet: these
-# are predictions. A stage that only reads and writes wins once its launch is not all of its cost. Below that, and in
-# generation, the library's products stay until there are kernels for a few tokens. The base product has to fill the
-# chip before one reading and writing of y less counts; in float32, without matrix units, the library is better tuned.
+# are predictions. A stage that is limited by memory gains once it takes longer than its launch; for fewer tokens the
+# library's products are used. `expand` saves one reading and writing of y, which counts only where the base product
+# fills the chip; in float32, without matrix units, the library is better tuned.
 _TRITON_FROM = dict.fromkeys((*HALVES, torch.float32), 16)
 _TRITON_EXPAND_FROM = dict.fromkeys(HALVES, 512)
 
@@ -67,7 +67,7 @@ def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
     return tokens >= starts.get(dtype, _ANY)
 
 
-# What plan_for has answered: it is asked in every call of a layer.
+# What plan_for has returned: every call of a layer asks it.
 _plans: dict[tuple, Plan] = {}
 
 
@@ -82,7 +82,7 @@ def plan_for(impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer
     plan = _plans.get((key, state))
     if plan is None:
         plan = choose_plan(impl, tokens, dtype, device_type, mixer)
-        if state == _UNSETTLED:  # until now: choosing has asked
+        if state == _UNSETTLED:  # choosing may have settled it
             state = _gpu_state(mixer)
         if state != _UNSETTLED:
             _plans[key, state] = plan

@@ -30,7 +30,7 @@ def bottleneck(operands: Operands, settings: Settings, mixer: Mixer) -> tuple[Te
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if not p:
         return x
-    if seed is None:  # what records or transforms operations could not look into one of ours
+    if seed is None:  # transforms cannot see into an operator of ours
         return F.dropout(x, p)
     keep = philox.keep_mask(x.numel() // x.shape[-1], x.shape[-1], p, int(seed), x.device)
     return x * keep.view(x.shape) / (1 - p)

@@ -119,7 +119,7 @@ def check_attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comp
                     u = [made[g.first : g.first + g.count, : g.A.shape[0]] for g in groups]
                 else:
                     u = [_attend_reference(g, _rows_of(g, _ATTEND_ROWS), x, kv, past, ids, y) for g in groups]
-                # u is right to the cache's rounding: two results may round a value of the new k and v differently.
+                # Rounded as the cache is: two right results may round a value of the new k and v differently.
                 values = {"u": torch.cat([each.flatten() for each in u]).to(x.dtype), "kv": kv, "y": y}
                 results |= {output + name + precision: value for output, value in values.items()}
         return results

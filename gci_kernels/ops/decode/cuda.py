@@ -97,8 +97,8 @@ def stream_of(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
-# The two halves, on the current GPU. expand must directly follow, on its stream, what made its `partial`, for it starts
-# while that runs.
+# The two launches, on the current GPU. On its stream, expand must directly follow the launch that computes its
+# `partial`: it starts before that ends.
 
 
 def project(step: Step, x: Tensor) -> Tensor:

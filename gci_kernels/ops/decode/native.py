@@ -65,8 +65,7 @@ class Step:
         x = x.contiguous()
         if y is None:
             y = x.new_empty(self._output_shapes.get(x.shape) or self._output_shape(x))
-        if isinstance(past, Tensor):
-            past = int(past)
+        past = int(past)
         if not 0 <= past < kv.shape[1]:
             raise IndexError(f"the cache has a capacity of {kv.shape[1]} tokens, {past} of which are filled")
         self._decode_attend(

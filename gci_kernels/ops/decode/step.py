@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from gci_kernels.ops import transforms
@@ -82,7 +82,7 @@ def find_step(
     if is_dynamo_compiling():
         return None if plan_step(x, weight, bias, groups) is None else GraphStep(weight, bias, groups, rows)
     if transforms.dispatch_mode_depth():
-        return None  # the mode would not see what a step does
+        return None  # the mode would not see the kernel's work
     parts: list = [x.dtype, id(weight), id(bias), rows]
     state: list = [x.shape[-1], x.device, groups[0].A.dtype]
     if weight is not None:
@@ -129,7 +129,7 @@ def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Seq
     """The plan for x, weight, bias and groups as :func:`find_step` takes them; None if no kernel takes them."""
     dtype = groups[0].A.dtype
     if x.shape[-1] != groups[0].A.shape[1]:
-        return None  # the library's own product raises the error
+        return None  # the library's product raises the error
     if not all(_is_plain(t, dtype, x.device) for group in groups for t in group.tensors):
         return None
     if not all(t is None or _is_plain(t, x.dtype, x.device) for t in (weight, bias)):
@@ -139,7 +139,7 @@ def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Seq
 
 def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels may read `t` by its address alone: not a subclass, which may be sharded or quantised."""
-    return type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.dtype == dtype and t.device == device
+    return type(t) in transforms.PLAIN and t.is_contiguous() and t.dtype == dtype and t.device == device
 
 
 def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device_type: str) -> DecodePlan | None:

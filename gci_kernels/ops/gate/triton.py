@@ -22,7 +22,7 @@ def _gates(logits_ptr, in_t, e, row, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     logits = tl.load(at, in_t[:, None] & in_e, 0.0).to(tl.float32)
     kept = in_e & in_t[:, None]
     if TOP_K < EXPERTS:
-        # A NaN counts as the largest, as in a sort: it is kept, and the sum carries it to every gate.
+        # NaN counts as the largest, as in a sort: it is kept, and the sum makes every gate NaN.
         key = tl.where(logits == logits, logits, float("inf"))
         key = tl.where(in_e, key, float("-inf"))
         kept = kept & False
@@ -31,7 +31,7 @@ def _gates(logits_ptr, in_t, e, row, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
             kept = kept | (e[None, :] == best[:, None])
     logits = tl.where(in_e & kept, logits, float("-inf"))
     top = tl.max(logits, axis=1)
-    # Rows past the last token have nothing kept; without the guard they would make NaN of -inf - -inf.
+    # Rows past the last token keep nothing: without this guard -inf - -inf would give NaN.
     powers = tl.exp(logits - tl.where(in_t, top, 0.0)[:, None])
     return powers / tl.where(in_t, tl.sum(powers, axis=1), 1.0)[:, None]
 
@@ -126,7 +126,7 @@ def backward(
     dprojected = projected.new_empty(tokens, width + num_experts, dtype=dtype)
     if tokens:
         c = config.choose_gate_config(tokens, num_experts, width // num_experts)
-        loaded = du if dgates is None else dgates  # never loaded where there is none, but a pointer has to be given
+        loaded = du if dgates is None else dgates  # without dgates a placeholder, which is not read
         with torch.cuda.device_of(projected):
             _gate_bwd_kernel[(triton.cdiv(tokens, c.block_t),)](
                 du, loaded, projected, dprojected, u, tokens,

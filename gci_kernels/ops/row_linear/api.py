@@ -35,8 +35,8 @@ def loki_linear(
         active_bias: [k], any floating dtype; used in x's; None: b is used as it is. It needs a bias.
         merged: a MergedRows that the caller keeps for this layer, always the same one: W' is then not made in each
             call. Not used by "reference" and "triton", nor under torch.compile.
-        impl: "auto", "reference", "aten", "upcast" or "triton"; an explicit one that cannot run raises. "native" always
-            does: on a CPU these products are the library's.
+        impl: "auto", "reference", "aten", "upcast" or "triton"; an explicit one that cannot run raises, as "native"
+            always does: on a CPU these products are the library's.
 
     Returns:
         [..., out], x's dtype.
@@ -57,7 +57,7 @@ def adapted_row_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor,
     active_bias: Tensor | None, merged: MergedRows | None, impl: str,
 ) -> Tensor:  # fmt: skip
-    """The op for layers, whose parameters fit each other: what a call brings is compared, and checked where it differs.
+    """The op for layers, whose parameters fit each other; x is checked in full only if a quick comparison fails.
 
     Args: as in :func:`loki_linear`; the values of `positions` are not checked.
     """
@@ -127,7 +127,7 @@ def _check(
     check_tensor("active_weight", active_weight, (None, x.shape[-1]), x, same_dtype=False)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, same_dtype=not any_dtype)
-    # The formula, which runs under transforms, has all gradients.
+    # Under transforms the formula runs, which has all gradients.
     for name, frozen in () if transformed() else (("weight", weight), ("bias", bias)):
         if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen: loki_linear forms no gradient of it; call requires_grad_(False)")

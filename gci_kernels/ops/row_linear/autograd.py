@@ -89,15 +89,14 @@ def _formula_backward(
     dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """The needed ones of [dx, dactive, dactive_bias], in PyTorch's own operations."""
-    inputs = {"x": x, "active_weight": active}
-    wanted = [name for name, needed in zip(inputs, needs, strict=False) if needed]
+    tensors = {"x": x, "active_weight": active}
 
-    def formula(*chosen: Tensor) -> tuple[Tensor]:
-        tensors = inputs | dict(zip(wanted, chosen, strict=True))
-        return (reference.loki_linear(**tensors, weight=weight, bias=None, positions=positions, active_bias=None),)
+    def formula(inputs: dict[str, Tensor]) -> tuple[Tensor]:
+        x, active = (tensors | inputs).values()
+        return (reference.loki_linear(x, weight, None, active, positions, None),)
 
-    made = plain_gradients(formula, [inputs[name] for name in wanted], (dy,)) if wanted else ()
-    found = dict(zip(wanted, made, strict=True))
+    wanted = {name: tensor for (name, tensor), needed in zip(tensors.items(), needs, strict=False) if needed}
+    found = plain_gradients(formula, wanted, (dy,))
     dactive_bias = dy.reshape(-1, dy.shape[-1]).index_select(1, positions).sum(0) if needs[2] else None
     return [found.get("x"), found.get("active_weight"), dactive_bias]
 
@@ -130,6 +129,7 @@ class _RowLinear(torch.autograd.Function):
 
 # Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, _RowLinear).apply
+_apply_without_autocast = without_autocast(_apply)
 
 
 def _is_eager(t: Tensor) -> bool:
@@ -155,7 +155,6 @@ def row_linear(
     if not _is_eager(x):
         return torch.ops.gci_kernels.row_linear.default(x, weight, bias, active, positions, active_bias, form)
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
-        with torch.autocast(device, enabled=False):
-            return _apply(x, weight, bias, active, positions, active_bias, form)
-    return _apply(x, weight, bias, active, positions, active_bias, form)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    apply = _apply_without_autocast if autocast else _apply
+    return apply(x, weight, bias, active, positions, active_bias, form)

@@ -122,7 +122,7 @@ def _write(copy: _Copy, active: Tensor) -> None:
         if copy.weight.device.type == "cpu" or active_identity != copy.active:
             copy.weight.index_copy_(0, copy.positions, rows)
         else:
-            # The same numbers, or ones that changed without torch counting it. Writes through `data` are not counted
-            # for the copy: a backward that still needs it must not fail because of a write that changed nothing.
+            # The same numbers, or ones that changed without torch counting it. Nor is a write through `data` counted:
+            # otherwise a backward that still needs the copy would fail after a write that changed nothing.
             copy.weight.data.index_copy_(0, copy.positions, rows)
     copy.active = active_identity

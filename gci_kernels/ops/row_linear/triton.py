@@ -38,7 +38,7 @@ def _row_linear_kernel(
     x_ptrs = x_ptr + t.to(tl.int64)[:, None] * stride_xt + k.to(tl.int64)[None, :] * stride_xk
     if SUM_ROWS:
         slot = tl.load(source_ptr + k, k < depth, -1)
-    else:  # a row of W' is a column of the product: the same ones in every step
+    else:  # a row of W' is a column of the product: every step has the same ones
         slot = tl.load(source_ptr + n, n < width, -1)
         w_ptrs = _starts(n, slot, w_ptr, active_ptr, stride_wr, stride_ar)[None, :] + k[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -93,7 +93,7 @@ def _product(
     y = x.new_empty(tokens, width)
     if y.numel() == 0:
         return y
-    added = x if bias is None else bias.contiguous()  # x: never loaded
+    added = x if bias is None else bias.contiguous()  # x as a placeholder, which is not read
     with torch.cuda.device_of(x):
         _row_linear_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
             x, weight, active, _source(positions, weight.shape[0]), added, y, tokens, depth, width,

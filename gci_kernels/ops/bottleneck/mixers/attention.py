@@ -59,7 +59,7 @@ def forward(projected: Tensor, qkv: Tensor, call: Call) -> tuple[Tensor, Kept, T
     z = projected.to(call.dtype)
     q, k, v, new = _qkv(z, qkv, call)
     o, lse = implementation("attention", call.impl).forward(q, k, v, call.settings[0], call.segments)
-    # A copy: what is kept for generation must not keep q alive, nor be a view of what another output is.
+    # A copy: a cache that holds it must not keep q alive, and an output must not be a view of another one.
     kept = new_record(Kept, (z, o, lse))
     return recompute(qkv, kept, call), kept, new.clone(memory_format=torch.contiguous_format)
 

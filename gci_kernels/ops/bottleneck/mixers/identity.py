@@ -18,7 +18,7 @@ def formula(h: Tensor, weights: Tensor | None, call: Call) -> Tensor:
 
 def forward(projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Kept, Tensor]:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
-    # Into a tensor of x's dtype: no copy of the sums' dtype is between.
+    # Written in x's dtype at once, without a copy in the sums' dtype.
     u = torch.mul(projected, call.scaling, out=projected.new_empty(projected.shape, dtype=call.dtype))
     nothing = u.new_empty(0)
     return u, new_record(Kept, (nothing, u, u.new_empty(0))), u.new_empty(0)

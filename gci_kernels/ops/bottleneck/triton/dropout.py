@@ -17,7 +17,7 @@ def keep_tile(t, first_column, seed, threshold, BLOCK_C: tl.constexpr):
     c0 = quad[None, :] + tl.zeros_like(t)[:, None]
     c1, zero = t[:, None] + tl.zeros_like(c0), tl.zeros_like(c0)  # the row fits 32 bits: its high word is 0
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero)
-    # Four words for four columns, laid side by side.
+    # Four words, for four adjacent columns.
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (t.shape[0], BLOCK_C))
     return words >= tl.cast(threshold, tl.uint32)
 

@@ -23,7 +23,7 @@ def _add_rank(
     at_r = first + r.to(tl.int64)
     u_ptrs = u_ptr + row * stride_ut + at_r[None, :] * stride_ur
     m_ptrs = m_ptr + at_r[:, None] * stride_mr + col * stride_mn
-    # One step for most adapters: a pipeline would only take shared memory from the base product's loop.
+    # Most adapters take one step: a pipeline would only use shared memory that the base product's loop needs.
     for at in tl.range(first, stop, BLOCK_R, num_stages=1):
         u = tl.load(u_ptrs, in_t & (r[None, :] < stop - at), 0.0)
         m = tl.load(m_ptrs, in_n & (r[:, None] < stop - at), 0.0)
@@ -59,7 +59,7 @@ def _expand_fwd_kernel(
     row, col = t.to(tl.int64)[:, None], n.to(tl.int64)[None, :]
     in_t, in_n = t[:, None] < tokens, n[None, :] < width
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    if DROPOUT:  # first of all, while nothing else is in the sum
+    if DROPOUT:  # first, while the sum holds nothing else
         acc = _add_rank(
             acc, u_ptr, m_ptr, row, col, in_t, in_n, 0, dropped, stride_ut, stride_ur, stride_mr, stride_mn, BLOCK_R
         )
@@ -117,7 +117,7 @@ def expand(
     if y.numel() == 0:
         return y
     has_base, has_bias = w is not None, w is not None and bias is not None
-    # What is absent is never loaded, but a pointer has to be given.
+    # Absent tensors need a placeholder, which is not read.
     added = u if w is None or bias is None else bias.contiguous()
     x, w = (u, m) if w is None else (x, w)
     operands, by_rows = (x, w, y), w.stride(1) == 1

@@ -39,7 +39,7 @@ def _project_fwd_kernel(
         m = tl.load(m_ptrs, in_n & (k[:, None] < stop - at), 0.0).to(x.dtype)
         if DROPOUT:
             if PLAIN:
-                # Two products with zeros in m share the sum and the reading of x; the matrix units have time for both.
+                # Two products, each with a part of m zeroed, share the sum and one reading of x, which takes longer.
                 acc = tl.dot(x, tl.where(n[None, :] < dropped, 0.0, m).to(x.dtype), acc, input_precision="ieee")
                 m = tl.where(n[None, :] < dropped, m, 0.0).to(x.dtype)
             keep = keep_tile(t, at, seed, threshold, BLOCK_K)

@@ -34,7 +34,7 @@ def _reduce_fwd_kernel(
     in_n, in_r = n[None, :] < width, r[None, :] < rank
     u_ptrs = u_ptr + row * stride_ut + r.to(tl.int64)[None, :] * stride_ur
     y_ptrs = y_ptr + row * stride_yt + n.to(tl.int64)[None, :] * stride_yn
-    # The wide side makes the rows of the product: matrix units take 64 of them, and the rank has often 16.
+    # The wide operand gives the rows of the product: matrix units take 64 rows, and the rank is often 16.
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for at in range(start, stop, BLOCK_T):
         u = tl.load(u_ptrs, in_r & (t[:, None] < stop - at), 0.0)
