@@ -5,9 +5,7 @@ GCI_ISA). csrc/cpu/dispatch.cpp chooses the instruction set when the extension i
 which is written here. docs/add_instruction_set.md describes what a new one needs.
 """
 
-import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pybind11
 
-from build_ninja import Object, write_if_changed
+from build_ninja import Object, probe, write_if_changed
 
 FLAGS = ("-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra")
 KERNEL_FLAGS = (
@@ -64,7 +62,8 @@ X86_64 = (
 def instruction_sets(compiler: Sequence[str], machine: str) -> tuple[InstructionSet, ...]:
     """Those of a machine, named as platform.machine() does, without the last ones where the compiler is too old."""
     sets = X86_64 if machine.lower() in ("x86_64", "amd64") else (BASELINE,)
-    while len(sets) > 1 and not accepts(compiler, flags(sets)[-1]):
+    probed = "#include <immintrin.h>\n"
+    while len(sets) > 1 and probe([*compiler, *flags(sets)[-1], "-c"], "probe.cpp", probed).returncode:
         sets = sets[:-1]
     return sets
 
@@ -72,15 +71,6 @@ def instruction_sets(compiler: Sequence[str], machine: str) -> tuple[Instruction
 def flags(sets: Sequence[InstructionSet]) -> list[tuple[str, ...]]:
     """All flags that each of the sets needs."""
     return list(accumulate(each.flags for each in sets))
-
-
-def accepts(compiler: Sequence[str], flags: Sequence[str]) -> bool:
-    """Whether the compiler knows these flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <immintrin.h>\n")
-        command = [*compiler, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
-        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def objects(compiler: Sequence[str], folder: Path, sets: Sequence[InstructionSet]) -> list[Object]:

@@ -11,14 +11,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_ninja import Object, write_if_changed
+from build_ninja import Object, probe, run, write_if_changed
 
 SOURCES = [f"csrc/cuda/decode_{name}.cu" for name in ("expand", "attend", "project")]  # the longest first
 HOST_SOURCES = ["csrc/cuda/checks.cpp", "csrc/cuda/launch.cpp"]
@@ -76,7 +74,7 @@ def decide(environment: Mapping[str, str] = os.environ) -> Plan:
         toolkit = find(environment)
         gpus = () if listed is not None else this_machine(environment)
         targets, remarks = choose(listed or [], toolkit.version, gpus)
-        probe(toolkit, targets, environment)
+        check_compiler(toolkit, targets, environment)
     except Unavailable as reason:
         if wanted == "1":
             sys.exit(f"\nGCI_BUILD_CUDA=1, but gci_kernels cannot build its CUDA kernels: {reason}\n")
@@ -181,14 +179,6 @@ def find(environment: Mapping[str, str]) -> Toolkit:
     return Toolkit(nvcc, version, include[0], runtime[0])
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """The finished command with its output; one that cannot be started counts as failed."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True)
-    except OSError as failure:
-        return subprocess.CompletedProcess(command, 127, "", str(failure))
-
-
 def last_line(text: str) -> str:
     """Of a program's output."""
     return (text.strip().splitlines() or ["nothing"])[-1]
@@ -202,12 +192,10 @@ def command(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str
     return [str(toolkit.nvcc), *host, *FLAGS, *codes]
 
 
-def probe(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> None:
+def check_compiler(toolkit: Toolkit, targets: tuple[str, ...], environment: Mapping[str, str]) -> None:
     """Raise Unavailable unless nvcc can compile; many reject the host compiler that they find."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cu")
-        source.write_text("__global__ void probe(int* p) { *p = 1; }\n")
-        done = run([*command(toolkit, targets[:1], environment), "-c", str(source), "-o", str(source) + ".o"])
+    text = "__global__ void probe(int* p) { *p = 1; }\n"
+    done = probe([*command(toolkit, targets[:1], environment), "-c"], "probe.cu", text)
     if done.returncode:
         said = re.search(r"error.*", done.stdout + done.stderr)
         raise Unavailable(f"{toolkit.nvcc} cannot compile: {said[0] if said else last_line(done.stderr)}")

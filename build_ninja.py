@@ -1,9 +1,10 @@
-"""Compiles sources in parallel, for setup.py, with ninja, which compiles only what has changed."""
+"""Runs compilers for setup.py: one for a probe, many in parallel by ninja, which compiles only what has changed."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,22 @@ class Object:
     path: str
     source: str
     command: tuple[str, ...]  # g++ or nvcc, with all options except the files
+
+
+def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The finished command with its output; one that cannot be started counts as failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as failure:
+        return subprocess.CompletedProcess(command, 127, "", str(failure))
+
+
+def probe(command: Sequence[str], name: str, text: str) -> subprocess.CompletedProcess[str]:
+    """The finished compilation, by `command`, of a source `name` with this text."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, name)
+        source.write_text(text)
+        return run([*command, str(source), "-o", f"{source}.out"])
 
 
 def compile_all(objects: Sequence[Object], folder: Path) -> list[str]:

@@ -7,10 +7,8 @@ build_ninja.py compiles all of it in parallel.
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))  # a build backend runs this file without its folder on the path
 import build_cpu  # noqa: E402
 import build_cuda  # noqa: E402
-from build_ninja import compile_all  # noqa: E402
+from build_ninja import compile_all, probe  # noqa: E402
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.*"))
 
@@ -34,17 +32,12 @@ name one in the environment variable CXX, then run pip install again.
 
 def check_compiler(compiler: list[str]) -> None:
     """End the build with one readable message, instead of a page of compiler output, where nothing can be compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <omp.h>\n#include <optional>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [*compiler, "-std=c++17", "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-            error = done.stderr.strip() if done.returncode else None
-        except OSError as failure:
-            error = str(failure)
-    if error is not None:
-        sys.exit(NO_COMPILER.format(command=" ".join(command[:3]), error="\n".join(error.splitlines()[:5])))
+    command = [*compiler, "-std=c++17", "-fopenmp"]
+    text = "#include <omp.h>\n#include <optional>\nint main() { return omp_get_max_threads() < 1; }\n"
+    done = probe(command, "probe.cpp", text)
+    if done.returncode:
+        error = "\n".join(done.stderr.strip().splitlines()[:5])
+        sys.exit(NO_COMPILER.format(command=" ".join(command[:3]), error=error))
 
 
 class BuildNative(build_ext):

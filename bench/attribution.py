@@ -1,7 +1,6 @@
 """`python -m bench.attribution`: LoKI's attribution against the published procedure, on the same sample."""
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -19,9 +18,9 @@ from gci_kernels.loki.attribution import PATHS
 
 from .correctness import CorrectnessError
 from .loki_baseline import published_attribution
-from .machine import commit, machine, versions
+from .machine import environment, write_json
 from .models import load_model
-from .timing import Timing, interleave
+from .timing import interleave
 from .variants import random_ids
 
 TEXT = (
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_model(args.model, torch.float32, device)
     model.eval().requires_grad_(False)
     ids = sample(model, tokenizer, args.tokens)
-    result = {"machine": machine(device), "versions": versions(), "commit": commit(), "model": args.model}
+    result = {**environment(device), "model": args.model}
     try:
         result["paths"] = [compare(model, ids, path, rounds=args.rounds) for path in args.path]
     except CorrectnessError as error:
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     _print(result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     return 0
 
 
@@ -99,7 +98,7 @@ def _print(result: dict) -> None:
     title = f"{result['model']}, one sample of {result['paths'][0]['tokens']} tokens, seconds"
     table = Table("path", "published", "gci_kernels", "times as fast", "scores differ by", title=title)
     for path in result["paths"]:
-        published, gci = (Timing(**path["seconds"][name]).median for name in ("published", "gci"))
+        published, gci = (path["seconds"][name]["median"] for name in ("published", "gci"))
         speedup = f"{path['speedup']['median']:.1f}"
         table.add_row(path["path"], f"{published:.2f}", f"{gci:.2f}", speedup, f"{path['error']:.1e}")
     Console().print(table)

@@ -144,13 +144,8 @@ def floor_of(case: LayerCase, device: torch.device) -> dict[str, float] | None:
     """The least time of "frozen" and "gci" on `device`; None where it is not known, as of a chip without rates."""
     if case.method not in ("lora", "loramoe", "loki"):
         return None
-    shape = (case.tokens, case.in_features, case.out_features)
-    if isinstance(case, RowCase):
-        layer: costs.BottleneckShape | costs.RowShape = costs.RowShape(*shape, case.rows)
-    else:
-        experts = case.num_experts if case.method == "loramoe" else 0
-        layer = costs.BottleneckShape(*shape, case.rank * case.num_experts, experts)
-    return costs.floor_seconds(layer, case.dtype, case.adapter_dtype, device)
+    shape = layer_shape(case.method, case.tokens, case.in_features, case.out_features)
+    return costs.floor_seconds(shape, case.dtype, case.adapter_dtype, device)
 
 
 @dataclass(frozen=True)
@@ -282,11 +277,8 @@ def _eager_layer(inputs: LayerInputs) -> nn.Module:
         return EagerLoKILinear(inputs.weight, None, inputs.active, inputs.positions)
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(inputs.weight, requires_grad=False)
-    return eager_layer(inputs.method, base, inputs.A, inputs.B, inputs.weights, inputs.scaling, _config(inputs.method))
-
-
-def _config(method: str) -> Any:
-    return None if method == "lora" else adapter_config(method)
+    config = None if inputs.method == "lora" else adapter_config(inputs.method)
+    return eager_layer(inputs.method, base, inputs.A, inputs.B, inputs.weights, inputs.scaling, config)
 
 
 def gci_variant(inputs: LayerInputs, impl: str = "auto") -> LayerVariant:

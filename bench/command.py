@@ -1,8 +1,8 @@
 """`gci-kernels bench`: the frozen base, eager PyTorch and gci_kernels, on one layer and on a whole model."""
 
 import argparse
-import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gci_kernels.files import write_whole
 from gci_kernels.progress import Bar, bar
 
 from . import report
 from .budget import LEAST_ROUNDS, Budget, halvings, largest_fitting
 from .cases import LayerCase, floor_of, layer_case, layer_variants, make_inputs
 from .correctness import CorrectnessError, check_layer, check_model
-from .machine import commit, machine, versions
+from .machine import environment, write_json
 from .models import ModelError, load_model
 from .products import CANDIDATES, fast_dtypes, product_rates, slowness
 from .settings import DTYPES, SIZES, Settings, add_arguments, check_outputs, device_of, settings_of
@@ -46,19 +45,17 @@ def main(args: argparse.Namespace) -> int:
     check_outputs(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    stderr = Console(stderr=True)
     try:
         result = _run(args)
     except CorrectnessError as error:
-        told = f"No times are shown: the correctness gate failed.\n{error}"
-        stderr.print(told, markup=False, highlight=False, soft_wrap=True)
+        print(f"No times are shown: the correctness gate failed.\n{error}", file=sys.stderr)
         return 1
     except ModelError as error:
-        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        print(error, file=sys.stderr)
         return 1
     report.print_tables(result, Console())
     if args.json:
-        write_whole(args.json, json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     if args.plot:
         report.draw(result, args.plot)
     return 0
@@ -74,9 +71,7 @@ def _run(args: argparse.Namespace) -> dict:
     run = _Run(settings, device, slowness(rates))
     return {
         "schema": SCHEMA,
-        "machine": machine(device),
-        "versions": versions(),
-        "commit": commit(),
+        **environment(device),
         "settings": asdict(settings),
         "products": {name: asdict(rate) for name, rate in rates.items()},
         "left_out": [] if args.dtype else [name for name in rates if name not in chosen],
@@ -129,11 +124,12 @@ class _Run:
         if not {*SIZES} & {*self.settings.fixed}:
             self._bar.limit(seconds)
 
-    def _begin(self) -> None:
+    def _begin(self, what: str) -> None:
         """The next step."""
         self._budget.begin_step()
         self._bar.completed = sum(self._weights[: self._begun])
         self._begun += 1
+        self._tell(what)
 
     def _tell(self, what: str) -> None:
         self._bar.step(f"{self._dtype}: {what}")
@@ -164,8 +160,7 @@ class _Run:
     def _layer(self) -> dict:
         """The gate, which the model's gate builds on; and the times, where they are asked for."""
         settings, dtype = self.settings, getattr(torch, self._dtype)
-        self._begin()
-        self._tell("checking one layer")
+        self._begin("checking one layer")
         shrinks = SHRINKS["quick" if settings.quick else "full"]
         cases = [layer_case(settings.method, dtype, settings.adapter(dtype), shrink=shrink) for shrink in shrinks]
         # The gate's steps and its truth, a round to warm up, and those that are timed.
@@ -214,8 +209,7 @@ class _Run:
     def _train(self, variants: dict[str, nn.Module]) -> dict[str, dict]:
         """The gate's errors, and what a train step takes."""
         settings = self.settings
-        self._begin()
-        self._tell("finding the size of a train step")
+        self._begin("finding the size of a train step")
         batch, seq = self._train_size(variants)
         self._note("train step", f"{settings.batch}x{settings.seq}", f"{batch}x{seq}")
         errors = self._check(variants, gate_tokens(batch, seq))
@@ -263,8 +257,7 @@ class _Run:
 
     def _generate(self, part: str, variants: dict[str, nn.Module], tokenizer: Any, batch: int) -> dict:
         settings, what = self.settings, "generating" if batch == 1 else f"generating {batch} sequences together"
-        self._begin()
-        self._tell(what)
+        self._begin(what)
         counts = [settings.new_tokens]
         if "new_tokens" not in settings.fixed:
             counts = halvings(settings.new_tokens, LEAST_NEW_TOKENS)

@@ -7,29 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import Chip, chip_of_device
-
-
-@dataclass(frozen=True)
-class BottleneckShape:
-    """One adapted layer in training: x [tokens, in_features], `rank` columns of B, `experts` of them (0: LoRA)."""
-
-    tokens: int
-    in_features: int
-    out_features: int
-    rank: int
-    experts: int
-    dropout_p: float = 0.0
-
-
-@dataclass(frozen=True)
-class RowShape:
-    """One layer in training of whose out_features rows `trained` are trained (LoKI)."""
-
-    tokens: int
-    in_features: int
-    out_features: int
-    trained: int
 
 
 @dataclass(frozen=True)
@@ -46,21 +25,21 @@ class Cost:
         return max(self.moved / chip.bandwidth, self.operations / rate)
 
 
-def bottleneck_floor(shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
+def bottleneck_floor(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
     """The stages of forward and backward of one adapted layer, every operand and every result once.
 
     x, y and the frozen weight are of `dtype`, the adapter's weights of `adapter_dtype`.
     """
     size, adapter = dtype.itemsize, adapter_dtype.itemsize
     columns = shape.rank + shape.experts
-    x, y = shape.tokens * shape.in_features * size, shape.tokens * shape.out_features * size
-    weight = shape.in_features * shape.out_features * size
+    x, y = shape.tokens * shape.depth * size, shape.tokens * shape.width * size
+    weight = shape.depth * shape.width * size
     u, h, gates = shape.tokens * shape.rank * size, shape.tokens * columns * 4, shape.tokens * shape.experts * 4
-    A, B = columns * shape.in_features * adapter, shape.out_features * shape.rank * adapter
+    A, B = columns * shape.depth * adapter, shape.width * shape.rank * adapter
     dh, du = shape.tokens * columns * size, shape.tokens * shape.rank * 4
-    dA, dB = columns * shape.in_features * 4, shape.out_features * shape.rank * 4
-    base = 2 * shape.tokens * shape.in_features * shape.out_features
-    into, out = 2 * shape.tokens * shape.in_features * columns, 2 * shape.tokens * shape.out_features * shape.rank
+    dA, dB = columns * shape.depth * 4, shape.width * shape.rank * 4
+    base = 2 * shape.tokens * shape.depth * shape.width
+    into, out = 2 * shape.tokens * shape.depth * columns, 2 * shape.tokens * shape.width * shape.rank
     return [
         Cost("forward: project", x + A + h, into),
         Cost("forward: mix", h + u + gates),
@@ -72,32 +51,30 @@ def bottleneck_floor(shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: 
     ]
 
 
-def row_floor(shape: RowShape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
+def row_floor(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
     """The same of a layer with trained rows: the frozen layer's two products, and dY's trained columns times x."""
     forward, dx = frozen_floor(shape, dtype)
     # Both products read the trained rows, in their own dtype, in place of as many rows of W.
-    difference = shape.trained * shape.in_features * (adapter_dtype.itemsize - dtype.itemsize)
-    x, columns = shape.tokens * shape.in_features * dtype.itemsize, shape.tokens * shape.trained * dtype.itemsize
-    dactive = shape.trained * shape.in_features * adapter_dtype.itemsize
+    difference = shape.rows * shape.depth * (adapter_dtype.itemsize - dtype.itemsize)
+    x, columns = shape.tokens * shape.depth * dtype.itemsize, shape.tokens * shape.rows * dtype.itemsize
+    dactive = shape.rows * shape.depth * adapter_dtype.itemsize
     return [
         Cost(forward.name, forward.moved + difference, forward.operations),
         Cost(dx.name, dx.moved + difference, dx.operations),
-        Cost("backward: dactive", columns + x + dactive, 2 * shape.tokens * shape.in_features * shape.trained),
+        Cost("backward: dactive", columns + x + dactive, 2 * shape.tokens * shape.depth * shape.rows),
     ]
 
 
-def frozen_floor(shape: BottleneckShape | RowShape, dtype: torch.dtype) -> list[Cost]:
+def frozen_floor(shape: Shape, dtype: torch.dtype) -> list[Cost]:
     """The same of the frozen layer: y and dX."""
-    elements = shape.tokens * (shape.in_features + shape.out_features) + shape.in_features * shape.out_features
-    operations = 2 * shape.tokens * shape.in_features * shape.out_features
+    elements = shape.tokens * (shape.depth + shape.width) + shape.depth * shape.width
+    operations = 2 * shape.tokens * shape.depth * shape.width
     return [Cost(name, elements * dtype.itemsize, operations) for name in ("forward", "backward: dX")]
 
 
-def floor(shape: BottleneckShape | RowShape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
+def floor(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype) -> list[Cost]:
     """The floor of an adapted layer of either kind."""
-    if isinstance(shape, RowShape):
-        return row_floor(shape, dtype, adapter_dtype)
-    return bottleneck_floor(shape, dtype, adapter_dtype)
+    return (row_floor if shape.rows else bottleneck_floor)(shape, dtype, adapter_dtype)
 
 
 def total_seconds(costs: list[Cost], chip: Chip, dtype: torch.dtype) -> float:
@@ -111,7 +88,7 @@ def chip_of(device: torch.device) -> Chip | None:
 
 
 def floor_seconds(
-    shape: BottleneckShape | RowShape, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
 ) -> dict[str, float] | None:
     """The least time of forward and backward: "frozen" and "gci"; None where the device's rates are not listed."""
     chip = chip_of(device)

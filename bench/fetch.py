@@ -17,6 +17,11 @@ from gci_kernels.files import CacheError, make_cache_dir
 MANIFEST = "SHA256SUMS"
 
 
+def to_stderr(message: str) -> None:
+    """Prints a line on stderr."""
+    print(message, file=sys.stderr)
+
+
 class FetchError(RuntimeError):
     """A file that could not be fetched, or that is not the one that was published."""
 

@@ -31,13 +31,14 @@ from gci_kernels import hardware, native
 from gci_kernels.proof.verify import obstacle
 
 from . import gpu_cases, gpu_decode, gpu_proof, gpu_report
-from .machine import commit, gpu_software, machine, versions
+from .machine import commit, gpu_software, machine, versions, write_json
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 #: The timed steps, each a generator of entries.
 STEPS = {
-    "stages": gpu_cases.stages, "decode": gpu_cases.decode, "layers": gpu_cases.layers, "slices": gpu_cases.slices,
+    "stages": gpu_cases.stages, "decode": lambda sizes, device: gpu_decode.decode(sizes.decode, device),
+    "layers": gpu_cases.layers, "slices": gpu_cases.slices,
 }  # fmt: skip
 # Seconds that a step may take at most, within the limit of the whole run.
 LIMITS = {"prove": 190, "build": 60, "prove decode": 120, "stages": 90, "decode": 150, "layers": 150, "slices": 540}
@@ -86,13 +87,6 @@ class Run:
         """Write the result as it is now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.result)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write `content` as JSON, whole or not at all: a reader never gets half a file."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
 
 
 def start_build(log: TextIO) -> subprocess.Popen[bytes] | None:

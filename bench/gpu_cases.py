@@ -149,11 +149,6 @@ def compare(seconds: dict[str, Timing]) -> Entry:
     return {"seconds": {name: asdict(timing) for name, timing in seconds.items()}, "tax": taxes}
 
 
-def decode(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
-    """Single tokens of a few layers of a Llama, on a static cache."""
-    yield from gpu_decode.decode(sizes.decode, device)
-
-
 def slices(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
     """Train steps of a few layers of a Llama with random weights, bfloat16, adapters on gate, up and down."""
     for number, batch, seq in sizes.slices:

@@ -58,6 +58,12 @@ def _ms(entry: Entry, name: str) -> str:
     return "failed" if "error" in entry else "left out" if name in entry.get("left_out", {}) else ""
 
 
+def _median(entry: Entry, kind: str, name: str, form: str) -> str:
+    """The median of a variant's "tax", "share" or "tokens_per_second", "" where there is none."""
+    found = entry.get(kind, {})
+    return f"{found[name]['median']:{form}}" if name in found else ""
+
+
 def _of_floor(entry: Entry, name: str, floor: float | None) -> str:
     if not floor or name not in entry.get("seconds", {}):
         return ""
@@ -89,7 +95,7 @@ def _layers(entries: list[Entry]) -> Table:
                    *LAYER_COLUMNS)  # fmt: skip
     for entry in entries:
         table.add_row(f"{entry['name']}, ms", *(_ms(entry, name) for name in LAYER_COLUMNS))
-        table.add_row("  adapter tax", *_taxes(entry, LAYER_COLUMNS))
+        table.add_row("  adapter tax", *(_median(entry, "tax", name, ".3f") for name in LAYER_COLUMNS))
         floors = entry.get("floor_seconds")
         if floors:
             cells = (_of_floor(entry, name, floors["frozen" if name == "frozen" else "gci"]) for name in LAYER_COLUMNS)
@@ -97,18 +103,12 @@ def _layers(entries: list[Entry]) -> Table:
     return table
 
 
-def _taxes(entry: Entry, columns: tuple[str, ...]) -> list[str]:
-    taxes = entry.get("tax", {})
-    return [f"{taxes[name]['median']:.3f}" if name in taxes else "" for name in columns]
-
-
 def _slices(entries: list[Entry]) -> Table:
     table = _table("Train steps of Llama layers (eager: the published layer; for LoRA, PEFT's)", "", *SLICE_COLUMNS)
     for entry in entries:
-        rates, peaks = entry.get("tokens_per_second", {}), entry.get("peak_memory", {})
-        cells = (f"{rates[name]['median']:,.0f}" if name in rates else _ms(entry, name) for name in SLICE_COLUMNS)
-        table.add_row(f"{entry['name']}, tokens/s", *cells)
-        table.add_row("  adapter tax", *_taxes(entry, SLICE_COLUMNS))
+        peaks = entry.get("peak_memory", {})
+        table.add_row(f"{entry['name']}, tokens/s", *(_rate(entry, name) for name in SLICE_COLUMNS))
+        table.add_row("  adapter tax", *(_median(entry, "tax", name, ".3f") for name in SLICE_COLUMNS))
         cells = (f"{peaks[name] / 2**30:.2f}" if peaks.get(name) is not None else "" for name in SLICE_COLUMNS)
         table.add_row("  peak memory, GiB", *cells)
     return table
@@ -128,7 +128,9 @@ def _decode(entries: list[Entry]) -> Table:
             cells = []
             for variant in DECODE_COLUMNS:
                 name = f"{variant} {way}".strip()
-                cells += [_rate(entry, name)] + ([_share(entry, name)] if variant != "frozen" else [])
+                cells += [_rate(entry, name)]
+                if variant != "frozen":
+                    cells += [_median(entry, "share", name, ".1%")]
             asked = f"{entry['required']:.0%}" if way == "graph" and "required" in entry else ""
             table.add_row(f"{entry['name']}{f', {way}' if way else ''}", *cells, asked)
         if entry.get("plan"):
@@ -141,10 +143,4 @@ def _decode(entries: list[Entry]) -> Table:
 
 
 def _rate(entry: Entry, name: str) -> str:
-    rates = entry.get("tokens_per_second", {})
-    return f"{rates[name]['median']:,.0f}" if name in rates else _ms(entry, name)
-
-
-def _share(entry: Entry, name: str) -> str:
-    shares = entry.get("share", {})
-    return f"{shares[name]['median']:.1%}" if name in shares else ""
+    return _median(entry, "tokens_per_second", name, ",.0f") or _ms(entry, name)

@@ -14,10 +14,10 @@ import torch
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import KERNELS, Shape
 from gci_kernels.hardware.stages import Stage
-from gci_kernels.proof.verify import obstacle
+from gci_kernels.proof.verify import obstacle, widened
 
 from .correctness import CorrectnessError
-from .costs import BottleneckShape, RowShape, chip_of, floor
+from .costs import chip_of, floor
 from .timing import cold_cache, interleave
 
 Entry = dict[str, Any]
@@ -64,17 +64,13 @@ def stage_entries(method: str, shape: Shape, dtype: torch.dtype, device: torch.d
 
 def _floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """The least time of each stage by name; nothing where the device's rates are not listed."""
-    chip, sizes = chip_of(device), (shape.tokens, shape.depth, shape.width)
-    if chip is None:
-        return {}
-    layer = RowShape(*sizes, shape.rows) if shape.rows else BottleneckShape(*sizes, shape.rank, shape.experts)
-    return {cost.name: cost.seconds(chip, dtype) for cost in floor(layer, dtype, dtype)}
+    chip = chip_of(device)
+    return {} if chip is None else {cost.name: cost.seconds(chip, dtype) for cost in floor(shape, dtype, dtype)}
 
 
 def _check(stage: Stage, dtype: torch.dtype) -> dict[str, list[float]]:
     """The errors of every implementation's results; CorrectnessError where one's exceed twice the library's."""
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in stage.operands.items()}
-    truth = stage.implementations["aten"](wide, torch.float64)
+    truth = stage.implementations["aten"](widened(stage.operands), torch.float64)
     errors = {
         impl: [relative_error(a, t) for a, t in zip(run(stage.operands, dtype), truth, strict=True)]
         for impl, run in stage.implementations.items()

@@ -7,7 +7,8 @@ strides that are 1. resources.py compiles it, traffic.py counts its bytes.
 import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,15 +17,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gci_kernels.hardware import get, gpus, names
+from gci_kernels.hardware import Shape, get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
 from gci_kernels.ops.bottleneck.checks import TRITON
 from gci_kernels.ops.bottleneck.mixer import Kept
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.row_linear import autograd as row_autograd
-
-from .costs import BottleneckShape, RowShape
 
 # The modules that the Triton kernels are made of.
 _KERNEL_MODULES = {
@@ -37,15 +36,16 @@ _KERNEL_MODULES = {
 LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096)]
 QWEN_05B = [(896, 896), (896, 4864), (4864, 896)]
 SHAPES = [
-    BottleneckShape(tokens, *shape, rank, experts)
+    Shape(tokens, *shape, rank, experts, experts)
     for shape in LLAMA_8B + QWEN_05B
     for tokens in (8192, 512)
     for rank, experts in ((16, 0), (32, 8))
 ]
-DROPOUT_SHAPES = [replace(shape, dropout_p=0.05) for shape in SHAPES]
 # LoKI trains rows of down_proj: a tenth of them.
 ROW_SHAPES = [
-    RowShape(tokens, *shape, trained=shape[1] // 10) for shape in (LLAMA_8B[2], QWEN_05B[2]) for tokens in (8192, 512)
+    Shape(tokens, *shape, 0, 0, 0, rows=shape[1] // 10)
+    for shape in (LLAMA_8B[2], QWEN_05B[2])
+    for tokens in (8192, 512)
 ]
 
 
@@ -94,45 +94,42 @@ def record(step: Callable[[], object], capability: str) -> list[Call]:
 
 
 def launches(
-    shape: BottleneckShape | RowShape, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype
+    shape: Shape, capability: str, dtype: torch.dtype, adapter_dtype: torch.dtype, *, dropout_p: float = 0.0
 ) -> list[Launch]:
     """The different launches of forward and backward of a layer, with and without a bias, with gates used and not."""
     calls = []
     for bias, top_k, use_gates in ((True, 0, False), (False, 2, True)):
-        if isinstance(shape, RowShape):
+        if shape.rows:
             step = row_step(shape, dtype, adapter_dtype, bias=bias)
         else:
-            step = training_step(shape, dtype, adapter_dtype, bias=bias, top_k=top_k, use_gates=use_gates)
+            how = dict(dropout_p=dropout_p, bias=bias, top_k=top_k, use_gates=use_gates)
+            step = training_step(shape, dtype, adapter_dtype, **how)
         for direction in step:
             calls += record(direction, capability)
     return list(dict.fromkeys(call.launch for call in calls))
 
 
 def training_step(
-    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype,
-    *, plan: Plan = TRITON, bias: bool = False, top_k: int = 0, use_gates: bool = False,
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype,
+    *, plan: Plan = TRITON, dropout_p: float = 0.0, bias: bool = False, top_k: int = 0, use_gates: bool = False,
 ) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
     """Forward, and backward to x, A, B and the router, on meta tensors; to be called in this order.
 
     The op's functions are called without the dispatcher, which would ask meta tensors for shapes alone.
     """
-
-    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*sizes, dtype=dtype, device="meta")
-
-    experts = shape.experts
+    tensor, experts = partial(torch.empty, dtype=dtype, device="meta"), shape.experts
     operands = Operands(
-        x=tensor(shape.tokens, shape.in_features),
-        weight=tensor(shape.out_features, shape.in_features),
-        bias=tensor(shape.out_features) if bias else None,
-        A=tensor(shape.rank, shape.in_features, dtype=adapter_dtype),
-        B=tensor(shape.out_features, shape.rank, dtype=adapter_dtype),
-        weights=tensor(experts, shape.in_features, dtype=adapter_dtype) if experts else None,
-        seed=torch.tensor(2**61 + 1) if shape.dropout_p else None,
+        x=tensor(shape.tokens, shape.depth),
+        weight=tensor(shape.width, shape.depth),
+        bias=tensor(shape.width) if bias else None,
+        A=tensor(shape.rank, shape.depth, dtype=adapter_dtype),
+        B=tensor(shape.width, shape.rank, dtype=adapter_dtype),
+        weights=tensor(experts, shape.depth, dtype=adapter_dtype) if experts else None,
+        seed=torch.tensor(2**61 + 1) if dropout_p else None,
     )
     mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
-    settings = Settings(mixer, numbers, 2.0, shape.dropout_p, plan)
-    dy = tensor(shape.tokens, shape.out_features)
+    settings = Settings(mixer, numbers, 2.0, dropout_p, plan)
+    dy = tensor(shape.tokens, shape.width)
     dgates = tensor(shape.tokens, experts, dtype=torch.float32) if use_gates and experts else None
     saved: list[Kept] = []
 
@@ -146,18 +143,15 @@ def training_step(
 
 
 def row_step(
-    shape: RowShape, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
+    shape: Shape, dtype: torch.dtype, active_dtype: torch.dtype, *, bias: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward, and backward to x and the active rows and their bias, on meta tensors."""
-
-    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*sizes, dtype=dtype, device="meta")
-
-    x, dy = tensor(shape.tokens, shape.in_features), tensor(shape.tokens, shape.out_features)
-    weight, b = tensor(shape.out_features, shape.in_features), tensor(shape.out_features) if bias else None
-    active = tensor(shape.trained, shape.in_features, dtype=active_dtype)
-    positions = tensor(shape.trained, dtype=torch.int64)
-    active_bias = tensor(shape.trained, dtype=active_dtype) if bias else None
+    tensor = partial(torch.empty, dtype=dtype, device="meta")
+    x, dy = tensor(shape.tokens, shape.depth), tensor(shape.tokens, shape.width)
+    weight, b = tensor(shape.width, shape.depth), tensor(shape.width) if bias else None
+    active = tensor(shape.rows, shape.depth, dtype=active_dtype)
+    positions = tensor(shape.rows, dtype=torch.int64)
+    active_bias = tensor(shape.rows, dtype=active_dtype) if bias else None
 
     def forward() -> None:
         row_autograd.forward(x, weight, b, active, positions, active_bias, "triton")

@@ -1,7 +1,7 @@
 """The published procedure of LoKI's attribution, a whole pass for each layer (arXiv 2505.22120), to compare with."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,21 @@ def published_attribution(
     projections = Architecture.of(model).projections
     outputs, logits = _outputs(model, projections, input_ids)
     target = int(logits.argmax()) if target is None else int(target)
-    move = _last_position if path == "last_position" else _all_positions
-    baselines = None if path == "last_position" else _outputs(model, projections, torch.zeros_like(input_ids))[0]
+    if path == "last_position":
+        moves = [_last_position(output, steps) for output in outputs]
+    else:
+        baselines, _ = _outputs(model, projections, torch.zeros_like(input_ids))
+        moves = [_all_positions(*pair, steps) for pair in zip(outputs, baselines, strict=True)]
     scores = []
-    for layer, (projection, output) in enumerate(zip(projections, outputs, strict=True)):
-        points, weights, difference = move(output, None if baselines is None else baselines[layer], steps)
-        with _replaced(projection, points.requires_grad_()):
+    for projection, (points, weights, difference) in zip(projections, moves, strict=True):
+        with projection.register_forward_hook(partial(_replace_last, points.requires_grad_())):
             logits = model(input_ids=input_ids.expand(steps, -1), use_cache=False, logits_to_keep=1).logits[:, -1]
         (gradients,) = torch.autograd.grad(logits.softmax(-1)[:, target].sum(), points)
         scores.append((weights @ gradients[:, -1]) * difference)
     return torch.stack(scores)
 
 
-def _last_position(output: Tensor, _: None, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _last_position(output: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Points [steps, 1, out] at 0/steps .. (steps-1)/steps of the last position's output, weights, the distance."""
     alphas = torch.arange(steps, dtype=output.dtype, device=output.device) / steps
     return alphas.view(-1, 1, 1) * output[:, -1:], torch.full_like(alphas, 1 / steps), output[0, -1]
@@ -63,26 +65,12 @@ def _outputs(model: nn.Module, projections: tuple[nn.Module, ...], input_ids: Te
     outputs = []
     with contextlib.ExitStack() as stack:
         for projection in projections:
-            stack.enter_context(_hook(projection, lambda _, args, output: outputs.append(output.clone())))
+            hook = projection.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
+            stack.enter_context(hook)
         logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0, -1]
     return outputs, logits
 
 
-@contextlib.contextmanager
-def _replaced(projection: nn.Module, points: Tensor) -> Iterator[None]:
-    """Replaces the projection's output at its last positions by `points` [steps, positions, out]."""
-
-    def replace(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return torch.cat((output[:, : output.shape[1] - points.shape[1]], points), dim=1)
-
-    with _hook(projection, replace):
-        yield
-
-
-@contextlib.contextmanager
-def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _replace_last(points: Tensor, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Replaces a projection's output at its last positions by `points` [steps, positions, out]."""
+    return torch.cat((output[:, : output.shape[1] - points.shape[1]], points), dim=1)

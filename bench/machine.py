@@ -1,13 +1,17 @@
-"""The machine, the versions and the commit that a number was measured with."""
+"""The machine, the versions and the commit that a number was measured with, and the file that it is written to."""
 
+import json
 import os
 import platform
 import re
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from gci_kernels.files import write_whole
 
 PACKAGES = ["gci_kernels", "torch", "transformers", "peft", "triton", "numpy"]
 
@@ -46,19 +50,20 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
 
 
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not installed, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def gpu_software() -> dict[str, str | None]:
     """The driver, the CUDA that torch was built with, and the compiler; None where there is none."""
-
-    def output(*command: str) -> str | None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    nvcc = re.search(r"release (\S+?),", output("nvcc", "--version") or "")
+    nvcc = re.search(r"release (\S+?),", _output("nvcc", "--version") or "")
     return {
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "nvcc": nvcc[1] if nvcc else None,
     }
@@ -67,17 +72,20 @@ def gpu_software() -> dict[str, str | None]:
 def commit() -> dict | None:
     """The commit of this file's checkout ("sha"), and whether files were "changed" since; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
+    git = partial(_output, "git", "-C", str(root))
     # An environment may be inside another project's checkout, whose commit is not this project's.
     toplevel = git("rev-parse", "--show-toplevel")
     sha = git("rev-parse", "HEAD")
     if toplevel is None or sha is None or Path(toplevel).resolve() != root:
         return None
     return {"sha": sha, "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def environment(device: torch.device) -> dict[str, dict | None]:
+    """The machine, the versions and the commit, under these names."""
+    return {"machine": machine(device), "versions": versions(), "commit": commit()}
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a result as JSON, whole or not at all: a reader never gets half a file."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")

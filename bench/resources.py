@@ -20,10 +20,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CAPABILITIES, Chip, chip_of_capability
 
-from .costs import BottleneckShape, RowShape
-from .launches import DROPOUT_SHAPES, ROW_SHAPES, SHAPES, Launch, launches
+from .launches import ROW_SHAPES, SHAPES, Launch, launches
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,18 @@ def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, chip.warps // warps) * warps / chip.warps
 
 
-def rows(
-    capabilities: Iterable[str], shapes: list[BottleneckShape | RowShape]
-) -> Iterator[tuple[str, Launch, Resources]]:
-    """Each different launch of layers of `shapes` in bfloat16, adapters in float32, for each capability."""
+def rows(capabilities: Iterable[str], shapes: list[Shape]) -> Iterator[tuple[str, Launch, Resources]]:
+    """Each different launch of layers of `shapes` in bfloat16, adapters in float32, for each capability.
+
+    Bottleneck adapters are compiled with and without dropout.
+    """
     for capability in capabilities:
-        made = [launch for shape in shapes for launch in launches(shape, capability, torch.bfloat16, torch.float32)]
+        made = [
+            launch
+            for shape in shapes
+            for dropout_p in ((0.0,) if shape.rows else (0.0, 0.05))
+            for launch in launches(shape, capability, torch.bfloat16, torch.float32, dropout_p=dropout_p)
+        ]
         for launch in sorted(set(made), key=lambda launch: (launch.name, str(launch))):
             yield capability, launch, compile_kernel(launch, capability)[0]
 
@@ -107,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     table = Table(title="Resources of the Triton kernels: bfloat16, adapters in float32")
     for column in ("chip", "kernel", "launch", "registers", "stack", "spills", "shared KiB", "occupancy"):
         table.add_column(column, justify="left" if column in ("chip", "kernel", "launch") else "right")
-    for chip, launch, used in rows(args.chip, [*SHAPES, *DROPOUT_SHAPES, *ROW_SHAPES]):
+    for chip, launch, used in rows(args.chip, [*SHAPES, *ROW_SHAPES]):
         table.add_row(
             chip, launch.name, str(launch), str(used.registers), str(used.stack), str(used.spills),
             f"{used.shared / 1024:.1f}", f"{used.occupancy:.0%}",

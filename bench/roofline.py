@@ -9,16 +9,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CHIPS, Chip
 
-from .costs import BottleneckShape, Cost, bottleneck_floor, frozen_floor, total_seconds
+from .costs import Cost, bottleneck_floor, frozen_floor, total_seconds
 from .traffic import PLANS, count
 
 
-def table(shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, plan: str) -> Table:
+def table(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, plan: str) -> Table:
     """Bytes, operations and times of the frozen layer, of the floor and of `plan`, a key of PLANS."""
     title = (
-        f"{shape.tokens} tokens, {shape.in_features} to {shape.out_features}, rank {shape.rank}"
+        f"{shape.tokens} tokens, {shape.depth} to {shape.width}, rank {shape.rank}"
         + (f" in {shape.experts} experts" if shape.experts else "")
         + f", {str(dtype).removeprefix('torch.')}, on {chip.name.upper()}"
     )
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     console = Console(width=None if Console().is_terminal else 120)
     for rank, experts in ((16, 0), (32, 8)):
-        shape = BottleneckShape(args.tokens, args.features[0], args.features[1], rank, experts)
+        shape = Shape(args.tokens, *args.features, rank, experts, experts)
         console.print(table(shape, torch.bfloat16, torch.bfloat16, CHIPS[args.chip], args.plan))
 
 

@@ -14,23 +14,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import Chip
 from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.ops.bottleneck.plan import Plan
 
-from .costs import BottleneckShape, Cost
+from .costs import Cost
 from .launches import Call, record, training_step
 
 PLANS = {"triton": TRITON, "aten": ATEN}
 
 
 def count(
-    shape: BottleneckShape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: Plan = TRITON
-) -> tuple[list[Cost], list[int]]:
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, *, plan: Plan = TRITON,
+    dropout_p: float = 0.0,
+) -> tuple[list[Cost], list[int]]:  # fmt: skip
     """What forward and backward under `plan` move on `chip`, in order; and the bytes of each tensor they allocate."""
     costs: list[Cost] = []
     allocated: list[int] = []
-    directions = training_step(shape, dtype, adapter_dtype, plan=plan)
+    directions = training_step(shape, dtype, adapter_dtype, plan=plan, dropout_p=dropout_p)
     for name, direction in zip(("forward", "backward"), directions, strict=True):
         operations = _Operations(name)
 
@@ -64,7 +66,7 @@ class _Operations(TorchDispatchMode):
         inputs = [arg for arg in pytree.tree_leaves((args, kwargs or {})) if isinstance(arg, Tensor)]
         in_place = any(result is arg for arg in inputs)
         if not in_place:
-            self.allocated.append(_bytes(result))
+            self.allocated.append(result.nbytes)
         name = func._schema.name.removeprefix("aten::")
         if "empty" not in name:
             operations = 0
@@ -72,20 +74,16 @@ class _Operations(TorchDispatchMode):
                 left = inputs[-2]
                 operations = 2 * left.shape[0] * left.shape[1] * result.shape[1]
             # What is added to in place is read as an input and written as the result.
-            moved = sum(map(_bytes, inputs)) + _bytes(result)
+            moved = sum(tensor.nbytes for tensor in inputs) + result.nbytes
             self.costs.append(Cost(f"{self.direction}: {name}", moved, operations))
         return result
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _cost(name: str, call: Call, chip: Chip) -> Cost:
     """Bytes and operations of one Triton launch; ValueError for a kernel that is not counted here."""
     kernel, given = call.launch.name, call.arguments
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
-    size = {key.removesuffix("_ptr"): _bytes(tensor) for key, tensor in tensors.items()}
+    size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
     moved, operations = float(sum(size.values())), 0
     if kernel == "expand_fwd":
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]

@@ -21,6 +21,7 @@ from gci_kernels.hardware import KERNELS, LaunchConfig, Shape, kernels, records,
 from gci_kernels.hardware.stages import Results, Stage
 from gci_kernels.impl import triton_obstacle
 from gci_kernels.progress import bar
+from gci_kernels.proof.verify import widened
 
 from .cases import METHODS, layer_shape
 from .timing import interleave
@@ -57,9 +58,7 @@ def targets(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[
 
 def _targets_of(stage: Stage, dtype: torch.dtype) -> Iterator[Target]:
     run, library = partial(stage.implementations["triton"], stage.operands, dtype), stage.implementations["aten"]
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in stage.operands.items()}
-    truth = library(wide, torch.float64)
-    plain = library(stage.operands, dtype)
+    truth, plain = library(widened(stage.operands), torch.float64), library(stage.operands, dtype)
     bounds = tuple(error_bound(relative_error(p, t), dtype) for p, t in zip(plain, truth, strict=True))
     with tuned.requests() as requests:
         run()

@@ -11,10 +11,19 @@ from gci_kernels import quiet  # noqa: F401
 from gci_kernels import loki, ops, rega
 from gci_kernels.ops import Mixer
 from gci_kernels.patching.patch import LayerReport, Report, patch, report, unpatch
-from gci_kernels.tuners import METHODS, ALoRAConfig, BottleneckConfig, LoKIConfig, LoRAMoEConfig, Method, register
+from gci_kernels.tuners import (
+    METHODS,
+    ALoRAConfig,
+    BottleneckConfig,
+    LoKIConfig,
+    LoRAMoEConfig,
+    Method,
+    register,
+    unregister,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ALoRAConfig", "BottleneckConfig", "LayerReport", "LoKIConfig", "LoRAMoEConfig", "METHODS", "Method", "Mixer",
-    "Report", "loki", "ops", "patch", "register", "rega", "report", "unpatch",
+    "Report", "loki", "ops", "patch", "register", "rega", "report", "unpatch", "unregister",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from gci_kernels import native
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+HALVES = (torch.bfloat16, torch.float16)
 # Of the kernels that "native" means; those of ops/decode take float16 too.
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -54,3 +55,24 @@ def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     return None
+
+
+def upcast_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why impl="upcast" cannot run on such tensors, or None where it can."""
+    if device_type != "cpu":
+        return f"its products are for CPU tensors, not {device_type}"
+    if dtype not in HALVES:
+        return f"its products are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def obstacle(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `impl`, one of :data:`IMPLS`, cannot run on such tensors, or None where it can."""
+    asked = {"native": native_obstacle, "triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl)
+    return None if asked is None else asked(device_type, dtype)
+
+
+def check_runs(impl: str, device_type: str, dtype: torch.dtype) -> None:
+    """ValueError unless `impl` can run on such tensors."""
+    if reason := obstacle(impl, device_type, dtype):
+        raise ValueError(f"impl={impl!r} cannot run here: {reason}")

@@ -190,6 +190,12 @@ def test_many_tiles(small_tiles, time, keys, segments):
     check(make(1, time, keys, 4, torch.float32), 1, make_segments(segments, 1, keys))
 
 
+def test_every_place_of_the_diagonal_in_a_tile(small_tiles):
+    """The last tile that needs no mask ends anywhere before the first query."""
+    for past in range(33):
+        check(make(1, 3, past + 3, 4, torch.float32), 1, None)
+
+
 @pytest.mark.parametrize("segments", ("none", "holes"))
 def test_strides(segments):
     """No stride is 1, columns outside of rows, a gradient of one number, segments of one row for all."""

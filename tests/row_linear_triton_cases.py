@@ -12,7 +12,7 @@ from gci_kernels import ops
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import tuned
 from gci_kernels.ops import launching
-from gci_kernels.ops.row_linear import config, reference
+from gci_kernels.ops.row_linear import reference
 from gci_kernels.ops.row_linear import triton as row_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -99,7 +99,7 @@ def test_active_rows_in_another_dtype(active_dtype, dtype):
 @pytest.mark.parametrize(("tokens", "depth", "out"), [(40, 80, 70), (81, 50, 33)])
 def test_every_tile_is_visited_once(monkeypatch, group, tokens, depth, out):
     """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the sum."""
-    small = config.RowLinearConfig(16, 16, 16, group, num_warps=4, num_stages=1)
+    small = launching.ProductConfig(16, 16, 16, group, num_warps=4, num_stages=1)
     monkeypatch.setitem(tuned._trying, "row_linear", small)
     check(*make(tokens, depth, out, out // 3, torch.float32))
 
@@ -165,7 +165,7 @@ class Guarded:
 @pytest.mark.parametrize("block_k", (16, 32))
 @pytest.mark.parametrize(("tokens", "depth", "out"), [(21, 37, 33), (3, 32, 50), (1, 1, 1)])
 def test_nothing_outside_is_touched(monkeypatch, tokens, depth, out, block_k):
-    small = config.RowLinearConfig(16, 16, block_k, 2, num_warps=4, num_stages=1)
+    small = launching.ProductConfig(16, 16, block_k, 2, num_warps=4, num_stages=1)
     monkeypatch.setitem(tuned._trying, "row_linear", small)
     guarded = Guarded(row_linear._row_linear_kernel, monkeypatch)
     monkeypatch.setattr(row_linear, "_row_linear_kernel", guarded)

@@ -16,7 +16,7 @@ from torch import nn
 import gci_kernels
 from gci_kernels import native
 from gci_kernels.accuracy import relative_error
-from gci_kernels.bench import cases, command, models, report, timing, variants
+from gci_kernels.bench import cases, command, correctness, models, report, timing, variants
 from gci_kernels.bench.baselines import EagerLoKILinear, EagerLoRAMoELinear, adapter_leaves, collect_grads, stack
 from gci_kernels.bench.budget import LEAST_ROUNDS
 from gci_kernels.bench.cases import LayerCase, layer_variants, make_case, make_inputs
@@ -337,6 +337,12 @@ def test_model_gate_passes_and_stops_a_wrong_adapter(tiny) -> None:
             check_model(tiny, ids)
     finally:
         handle.remove()
+
+
+def test_a_tensor_of_the_model_gate_passes_by_most_of_its_trials() -> None:
+    good, bad = ({"eager": 1.0, "gci": error, "bound": 2.0} for error in (1.0, 3.0))
+    for trials, kept in (([good, bad, bad], bad), ([bad, good, good], good), ([good, bad], bad), ([good], good)):
+        assert correctness._median_trial(trials) == kept
 
 
 def test_model_gate_stops_a_stale_copy(monkeypatch) -> None:

@@ -127,15 +127,20 @@ def decodings(monkeypatch) -> Callable[..., dict]:
     return measure
 
 
-def test_a_graph_that_stays_behind_gets_no_time(decodings):
-    """One whose adapters see one token too few is found, beside the base that has none."""
+@pytest.mark.parametrize(
+    ("length", "wrong"),
+    [(12, lambda at: at > gpu_decode.SHORT), (3, lambda at: at <= gpu_decode.SHORT + gpu_decode.CHECKED)],
+    ids=["long", "short"],
+)
+def test_a_graph_that_stays_behind_gets_no_time(decodings, length, wrong):
+    """One whose adapters see one token too few, at some lengths alone, is found beside the base that has none."""
 
     def behind(decoding):
         right = decoding.step
 
         def step():
             kept = getattr(decoding.cache, "gci_adapters", None)
-            if kept is not None and decoding.at > gpu_decode.SHORT:
+            if kept is not None and wrong(decoding.at):
                 for entry in kept._entries.values():
                     entry.kv[:, decoding.at - 1] = 0
             return right()
@@ -143,7 +148,8 @@ def test_a_graph_that_stays_behind_gets_no_time(decodings):
         decoding.step = step
 
     entry = decodings("alora", behind)
-    assert entry["left_out"].keys() == {"gci graph"} and "after 12 tokens it differs" in entry["left_out"]["gci graph"]
+    assert entry["left_out"].keys() == {"gci graph"}
+    assert f"after {length} tokens it differs" in entry["left_out"]["gci graph"]
     assert set(entry["share"]) == {"eager", "gci"} and "frozen graph" in entry["seconds"]
     console = Console(file=open(os.devnull, "w"), record=True, width=150)
     console.print(gpu_report._decode([entry | {"name": "a case"}]))

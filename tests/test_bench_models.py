@@ -48,7 +48,7 @@ def test_a_damaged_copy_is_made_again(monkeypatch, cache: Path) -> None:
     built: list[Path] = []
 
     def dequantise(gguf: Path, folder: Path) -> Path:
-        models._random_llama("tiny", torch.float32, CPU).save_pretrained(folder)
+        models.random_llama(models.RANDOM_LLAMAS["tiny"], torch.float32, CPU).save_pretrained(folder)
         built.append(folder)
         return folder
 

@@ -125,7 +125,8 @@ def test_what_unpatch_leaves_is_seen(method, monkeypatch):
 
     monkeypatch.setattr(gci_kernels, "unpatch", unpatch)
     found = outcome(method)
-    assert found["outcome"] == table.FAILS and found["why"].startswith("unpatch: ")
+    what = "the logits of PEFT's layers" if method == "lora" else "changed: "
+    assert found["outcome"] == table.FAILS and found["why"].startswith(f"unpatch: {what}")
 
 
 def test_a_refusal_is_told_from_an_error(monkeypatch):

@@ -55,6 +55,15 @@ def test_loramoe_from_published(tmp_path, dtype):
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
 
 
+def test_more_than_ten_experts_keep_their_order(tmp_path):
+    """By name, A10 stands before A2."""
+    published = with_experts(tiny_llama(), r=1, count=12)
+    source = save_published(tmp_path / "published", published_weights(published), r=1, lora_nums=12)
+    convert(source, tmp_path / "ours", progress=False)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    assert relative_error(logits(model), logits(published)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_loramoe_to_published(tmp_path, dtype):
     model = patch(tiny_llama(dtype), LoRAMoEConfig(r=3, num_experts=4, lora_alpha=8, init_weights=False)).eval()

@@ -10,7 +10,7 @@ from decode_cases import expected, group_of, make, run
 
 from gci_kernels.accuracy import relative_error
 from gci_kernels.native import DTYPE_CODES
-from gci_kernels.ops.decode import choose_decode, find_step, plan, step
+from gci_kernels.ops.decode import Group, choose_decode, find_step, plan, step
 from gci_kernels.tuners import fusion
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,9 +45,18 @@ def test_what_no_kernel_takes_is_left_alone():
     for changed in (
         dict(x=x.double(), y=y.double()), dict(A=A.t().contiguous().t()), dict(B=B.bfloat16()), dict(x=x.repeat(9, 1)),
         dict(y=None, weight=torch.randn(20, 9).t()), dict(y=None, weight=torch.randn(9, 20, dtype=torch.bfloat16)),
-        dict(x=x[:, :19]),
+        dict(x=x[:, :19]), dict(B=torch.randn(9, 7)), dict(router=torch.randn(2, 19)), dict(router=torch.randn(3, 20)),
+        dict(y=None, weight=torch.randn(9, 19)), dict(y=None, weight=torch.randn(8, 20)),
+        dict(y=None, weight=torch.randn(9, 20), bias=torch.randn(8)),
     ):  # fmt: skip
         assert run(**dict(y=y, x=x, A=A, router=router, B=B) | changed) is None, changed.keys()
+
+
+def test_attention_whose_shapes_do_not_fit_is_left_alone():
+    x, A, _, B, _ = make(2, 20, 9, 8, 0, torch.float32, torch.float32)
+    for qkv, heads, taken in ((24, 2, True), (16, 2, False), (24, 3, False)):
+        group = Group(A, B, 2.0, 0, 2, qkv=torch.randn(qkv, 8), num_heads=heads)
+        assert (find_step(x, torch.randn(9, 20), None, (group,)) is not None) == taken, (qkv, heads)
 
 
 class Wrapped(torch.Tensor):
@@ -99,6 +108,15 @@ def test_no_step_for_another_width_at_the_same_address():
     assert run(x, A, None, B, y) is not None
     A.data = A.view(16, 10)
     assert run(x[:, :10].contiguous(), A, None, B, y) is None  # B has 8 columns, A now 16 rows
+
+
+def test_no_step_for_x_on_another_device():
+    """The library's product says what is wrong; a kernel would read an address of the other device."""
+    x, A, router, B, _ = make(1, 20, 9, 2, 4, torch.float32, torch.float32)
+    weight, groups = torch.randn(9, 20), (group_of(A, router, B, count=1),)
+    known = find_step(x, weight, None, groups)
+    assert known is not None and find_step(x.to("meta"), weight, None, groups) is None
+    assert find_step(x, weight, None, groups) is known
 
 
 def test_a_known_step_is_found_and_run_in_few_python_calls():

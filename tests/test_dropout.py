@@ -66,11 +66,11 @@ def test_rate_and_mean(p):
 def test_layer_equals_reference_with_the_same_seed(impl):
     def run(impl):
         torch.manual_seed(3)
-        g = [torch.randn(s, dtype=torch.float64) for s in [(6, 5, 20), (12, 20), (8, 20), (12, 8), (4, 20)]]
+        g = [torch.randn(s, dtype=torch.float64) for s in [(6, 5, 20), (12, 20), (12,), (8, 20), (12, 8), (4, 20)]]
         leaves = [t.requires_grad_() for t in g]
-        x, weight, A, B, router = leaves
+        x, weight, bias, A, B, router = leaves
         torch.manual_seed(11)
-        y, gates = ops.loramoe_linear(x, weight, None, A, B, router, scaling=2.0, dropout_p=0.4, impl=impl)
+        y, gates = ops.loramoe_linear(x, weight, bias, A, B, router, scaling=2.0, dropout_p=0.4, impl=impl)
         return [y, gates, *torch.autograd.grad((y.square().sum() + gates.square().sum()), leaves)]
 
     for actual, expected in zip(run(impl), run("reference"), strict=True):

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from toy_rega import INSTRUCTIONS, WORDS, llama, tokenizer
 
 import gci_kernels
 from gci_kernels import native, rega
+from gci_kernels.bench import machine
 from gci_kernels.bench.forgetting import __main__ as command
 from gci_kernels.bench.forgetting import evaluate, general, materials, rates, report, runs, sources
 from gci_kernels.bench.forgetting.__main__ import Comparison
@@ -41,7 +42,7 @@ def texts(monkeypatch):
     monkeypatch.setattr(general, "gloss_choices", lambda count, seed: CHOICES[:count])
     monkeypatch.setattr(materials, "CENTRAL", "you are a helpful model")
     monkeypatch.setattr(materials, "ROLES", rega.Roles("you are a helpful model", {"law": "you are a lawyer"}))
-    monkeypatch.setattr(command, "load_tokenizer", lambda name, log: tokenizer())
+    monkeypatch.setattr(command, "load_tokenizer", lambda name: tokenizer())
     monkeypatch.setattr(command, "load_model", lambda name, dtype, device, log: (llama().to(dtype), tokenizer()))
 
 
@@ -247,7 +248,7 @@ def test_a_killed_command_goes_on(texts, tmp_path, monkeypatch):
 def test_the_command_searches_rates(texts, tmp_path, monkeypatch, capsys):
     """Downwards from the method's own rate while the target is reached; the table shows what was tried, once."""
     monkeypatch.setattr(command, "QUICK", replace(TINY, seeds=(0,)))
-    monkeypatch.setattr(runs, "matched", lambda points, target: points[-1].json())
+    monkeypatch.setattr(runs, "matched", lambda points, target: asdict(points[-1]))
     monkeypatch.setattr(rates, "GRID", (5e-5, METHODS["lora"].learning_rate, 0.1))
     arguments = ["--quick", "--folder", str(tmp_path), "--threads", "1", "--methods", "lora", "lora_rega"]
     assert command.main([*arguments, "--search"]) == 0
@@ -271,5 +272,5 @@ def test_other_settings_are_kept_elsewhere():
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
-        runs._write_json(tmp_path / "a.json", {"a": object()})
+        machine.write_json(tmp_path / "a.json", {"a": object()})
     assert not list(tmp_path.iterdir())

@@ -69,6 +69,20 @@ def test_ties_go_to_the_lower_expert(impl):
     assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 3
 
 
+def test_the_formula_takes_the_softmax_in_float32():
+    logits = torch.randn(20, 6).bfloat16()
+    assert torch.equal(reference.gates(logits, 6), logits.float().softmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_formula_in_a_graph_keeps_the_same_experts():
+    """ONNX has no stable sort, so a graph counts which experts come before each."""
+    logits = torch.randint(3, (40, 6)).float()  # many of them equal
+    for top_k in (1, 2, 5, 6):
+        traced = torch.jit.trace(lambda t, k=top_k: reference.gates(t, k), (torch.randn(2, 6),), check_trace=False)
+        assert torch.equal(traced(logits), reference.gates(logits, top_k))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_extreme_logits_stay_finite(impl, dtype):

@@ -80,7 +80,7 @@ def test_a_kernels_files_are_all_that_it_imports_of_ours(kernel):
     def imported(name: str) -> set[str]:
         found = set()
         for node in ast.walk(ast.parse((package / name).read_text())):
-            if isinstance(node, ast.ImportFrom) and re.match(r"gci_kernels\.(ops|hardware)", node.module):
+            if isinstance(node, ast.ImportFrom) and re.match(r"gci_kernels\.(ops|hardware|limits)", node.module):
                 for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
                     path = module.removeprefix("gci_kernels.").replace(".", "/") + ".py"
                     found |= {path} if (package / path).exists() else set()
@@ -137,7 +137,7 @@ def test_shipped_records_are_the_packages_own_data():
 def registry(monkeypatch):
     """A copy of it."""
     monkeypatch.setattr(kernels, "KERNELS", dict(kernels.KERNELS))
-    monkeypatch.setattr(kernels, "_launches", dict(kernels._launches))
+    monkeypatch.setattr(kernels, "LAUNCHES", dict(kernels.LAUNCHES))
 
 
 def test_a_kernel_is_registered_once(registry):

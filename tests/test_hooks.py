@@ -6,12 +6,13 @@ import functools
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
 from peft import LoraConfig, PeftModel, get_peft_model
 from toy_decoding import IDS, adapted, config, settings, tiny_llama
 
 from gci_kernels import LoKIConfig, patch, report, unpatch
 from gci_kernels.accuracy import relative_error
+from gci_kernels.tuners import hooks
 from gci_kernels.tuners.lora import FusedLora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -159,6 +160,27 @@ def test_hooks_of_other_kinds_run(method, hook):
             remove_hook_from_submodules(layer)
             layer.base_layer.register_forward_hook(lambda module, args, y: hook.post_forward(module, y))
         assert relative_error(actual, model(LONG).logits) < 1e-5
+
+
+def test_an_input_on_another_device_is_left_to_its_hook():
+    layer = add_hook_to_module(torch.nn.Linear(4, 3), AlignDevicesHook(execution_device="cpu"))
+    assert hooks.obstacle(layer) is None and hooks.obstacle(layer, torch.ones(2, 4)) is None
+    assert hooks.obstacle(layer, torch.ones(2, 4, device="meta")) == "a hook of accelerate moves its input"
+
+
+@pytest.mark.parametrize("kind", ("forward_pre", "forward", "full_backward_pre", "full_backward"))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_hook_of_torch_runs(method, kind):
+    """A kernel that reads a layer's weight calls none of them."""
+    model, fired = with_adapter(method), []
+    model.enable_input_require_grads()
+    layers = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    if method == "lora":
+        layers += [module for name, module in model.named_modules() if "lora_A." in name]
+    for layer in layers:
+        getattr(layer, f"register_{kind}_hook")(lambda module, *_: fired.append(module))
+    model(LONG).logits.sum().backward()
+    assert set(fired) == set(layers) and len(fired) == len(layers)
 
 
 @named("move", (cpu_offload, disk_offload, part_on_disk, dispatch))

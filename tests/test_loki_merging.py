@@ -63,8 +63,10 @@ def test_safe_merge_refuses_nan_and_merging_into_what_is_no_plain_weight_raises(
     first.loki_active["default"].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems"):
         model.merge_and_unload(safe_merge=True)
+    base = first.base_layer.weight.detach().clone()
     model.merge_adapter()
     model.unmerge_adapter()
+    assert torch.equal(first.base_layer.weight, base), "not a number is no change that somebody made meanwhile"
     first.base_layer.weight = type("Packed", (nn.Parameter,), {})(first.base_layer.weight.data)
     with pytest.raises(ValueError, match="cannot be merged into a Packed"):
         first.merge()

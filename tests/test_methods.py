@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from toy_adapters import llama, logits, saver
 from toy_methods import HydraLoRAConfig
@@ -46,7 +46,9 @@ def registry(monkeypatch):
             monkeypatch.setitem(each, name, each[name])
     before = [dict(each) for each in (METHODS, MIXERS, STAGES)]
     yield
-    for each, kept in zip((METHODS, MIXERS, STAGES), before, strict=True):
+    for name in METHODS.keys() - before[0].keys():
+        gci_kernels.unregister(name)
+    for each, kept in zip((MIXERS, STAGES), before[1:], strict=True):
         for name in each.keys() - kept.keys():
             del each[name]
 
@@ -94,7 +96,10 @@ def test_a_base_weight_that_is_changed_while_a_method_is_merged_keeps_the_change
     [
         (dict(example=None), "method 'Made' needs an example, a small MadeConfig with an effect"),
         (dict(parameters=lambda c, i, o: {"A": torch.ones(2, i)}), "`parameters` must return A, B and at most one"),
-        (dict(parameters=lambda c, i, o: {"A": torch.ones(2, i), "B": torch.ones(o, 3)}), r"B must be \[any, 2\]"),
+        (
+            dict(parameters=lambda c, i, o: {"A": torch.ones(2, i), "B": torch.ones(o, 3)}),
+            r"`parameters` must return B \[6, 2\], got \[6, 3\]",
+        ),
         (dict(config=BottleneckConfig, example=None), "a dataclass derived from BottleneckConfig with `method`"),
     ],
 )
@@ -118,7 +123,7 @@ def test_a_mixer_whose_outputs_are_not_what_it_declares(registry, mixer: Mixer, 
 
 
 def test_names_are_registered_once(registry):
-    with pytest.raises(ValueError, match="a method 'LoRAMoE' is registered already; give this one another name"):
+    with pytest.raises(ValueError, match="a method 'LoRAMoE' is registered already, .*; give this one another name"):
         gci_kernels.register(METHODS["LoRAMoE"])
     with pytest.raises(ValueError, match="a mixer 'gate' is registered already"):
         register_mixer(Mixer("gate", lambda h, w, call: h))
@@ -158,6 +163,7 @@ def test_the_operator_is_what_torch_compile_expects(method: Method):
         tensors[n].requires_grad_() for n in ("x", "weight", "bias", *verify._adapter(tensors))
     )
     plan = ops.bottleneck.choose_plan("native", 5, torch.float32, "cpu", method.mixer.name)
+    assert plan.mix == ("native" if "native" in method.mixer.implementations else "aten")
     options = (method.mixer.name, list(case.numbers), 2.0, 0.0, plan.key)
     others = (*(weights or (None,)), None, None, None)
     torch.library.opcheck(torch.ops.gci_kernels.bottleneck.default, (x, weight, bias, A, B, *others, *options))
@@ -166,6 +172,23 @@ def test_the_operator_is_what_torch_compile_expects(method: Method):
 @every
 def test_verify_has_a_case_of_it(method: Method):
     assert any(case.method == method.name.lower() for case in verify.cases())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "says"),
+    [
+        (torch.ones(2, 8), ValueError, r"A must be \[any, 8\], got \[2, 9\]"),
+        (torch.ones(2, 9, dtype=torch.float64), TypeError, "weight must have x's dtype torch.float64, got"),
+        (torch.ones(2, 9, dtype=torch.int64), TypeError, "x must be floating point, got torch.int64"),
+        (torch.ones(2, 9, device="meta"), ValueError, "A must be on x's device meta, got cpu"),
+    ],
+)
+@pytest.mark.parametrize("config_cls", (HydraLoRAConfig, LoraConfig))
+def test_an_input_that_does_not_fit_is_named(config_cls, x: Tensor, error, says: str):
+    """A layer's parameters fit each other; what a call brings is checked where it does not fit them."""
+    layer = patch(nn.Sequential(nn.Linear(9, 6)), config_cls(r=2, target_modules=["0"]))
+    with pytest.raises(error, match=says):
+        layer(x)
 
 
 def test_an_adapter_in_two_functions():

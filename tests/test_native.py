@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_neighbouring_memory_is_not_read_into_the_result(dtype):
             view[:, :7], torch.ones(7, 33), torch.ones(9, 1, dtype=dtype), torch.ones(1, 33, dtype=dtype), None
         )
         assert (y == 8).all()
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_operands_that_do_not_fit_each_other_are_refused(dtype):
+    """A kernel knows addresses alone: it would read past the end of the smaller one."""
+    x = torch.ones(9, 35, dtype=dtype)
+    calls = [lambda: stages.project(x, torch.ones(34, 3)), lambda: stages.reduce(torch.ones(8, 3, dtype=dtype), x)]
+    if dtype == torch.bfloat16:
+        w = torch.ones(35, 33, dtype=dtype)
+        for u, m in (((9, 4), (5, 33)), ((9, 4), (4, 32)), ((8, 4), (4, 33))):
+            calls.append(partial(stages.expand, torch.ones(u, dtype=dtype), torch.ones(m), x, w, None))
+    for call in calls:
+        with pytest.raises(ValueError, match="the operands of a product do not fit each other"):
+            call()
 
 
 def test_empty_sum():

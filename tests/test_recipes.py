@@ -92,7 +92,7 @@ def folder(prepared, tmp_path, monkeypatch):
 def test_blocks_say_what_they_are():
     """Python, shell, a change of the sources, or nothing for a program's input; each language has its test."""
     languages = {language for text in DOCUMENTS.values() for language, _ in FENCE.findall(text)}
-    assert languages <= {"python", "sh", "diff", ""}
+    assert languages <= {"python", "sh", "diff", "py", ""}  # "py": a fragment, which is not run
     assert len(PYTHON) >= 9 and len(COMMANDS) >= 10
     for document, text in DOCUMENTS.items():
         assert text.count("```") == 2 * len(FENCE.findall(text)), f"{document}: a fence is open, or indented"

@@ -7,9 +7,7 @@ import torch
 
 from gci_kernels.bench import costs, roofline, traffic
 from gci_kernels.bench.costs import (
-    BottleneckShape,
     Cost,
-    RowShape,
     bottleneck_floor,
     frozen_floor,
     row_floor,
@@ -17,11 +15,12 @@ from gci_kernels.bench.costs import (
 )
 from gci_kernels.bench.launches import record
 from gci_kernels.bench.traffic import PLANS, count
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CHIPS
 from gci_kernels.ops.bottleneck import triton as stages
 
 H200 = CHIPS["h200"]
-LORA, LORAMOE = BottleneckShape(8192, 4096, 4096, 16, 0), BottleneckShape(8192, 4096, 4096, 32, 8)
+LORA, LORAMOE = Shape(8192, 4096, 4096, 16, 0, 0), Shape(8192, 4096, 4096, 32, 8, 8)
 
 
 def total(entries):
@@ -38,22 +37,17 @@ def test_the_plan_moves_at_most_1_15_of_the_floor(case, adapter_dtype):
 @pytest.mark.parametrize("dropout_p", (0.0, 0.05))
 @pytest.mark.parametrize("case", (LORA, LORAMOE), ids=("lora", "loramoe"))
 def test_no_temporary_of_tokens_by_features_but_y_and_dx(case, dropout_p):
-    case = BottleneckShape(case.tokens, case.in_features, case.out_features, case.rank, case.experts, dropout_p)
-    _, allocated = count(case, torch.bfloat16, torch.bfloat16, H200)
+    _, allocated = count(case, torch.bfloat16, torch.bfloat16, H200, dropout_p=dropout_p)
     y = 8192 * 4096 * 2
     assert sorted(allocated)[-2:] == [y, y] and sorted(allocated)[-3] <= y / 4
-    _, allocated = count(
-        BottleneckShape(8192, 4096, 4096, 32, 8, 0.05), torch.bfloat16, torch.bfloat16, H200, plan=PLANS["aten"]
-    )
+    _, allocated = count(LORAMOE, torch.bfloat16, torch.bfloat16, H200, plan=PLANS["aten"], dropout_p=0.05)
     assert sum(size >= y for size in allocated) > 2, "the count sees the library plan's masked copies"
 
 
 @pytest.mark.smoke
 def test_floor_by_hand():
     """2 tokens, 3 to 5, two experts of rank 1, float32: every operand and result of every stage."""
-    entries = {
-        entry.name: entry for entry in bottleneck_floor(BottleneckShape(2, 3, 5, 2, 2), torch.float32, torch.float32)
-    }
+    entries = {entry.name: entry for entry in bottleneck_floor(Shape(2, 3, 5, 2, 2, 2), torch.float32, torch.float32)}
     numbers = {name: entry.moved / 4 for name, entry in entries.items()}
     assert numbers == {
         "forward: project": 6 + 12 + 8,
@@ -65,7 +59,7 @@ def test_floor_by_hand():
         "backward: dA": 6 + 8 + 12,
     }
     assert entries["forward: expand"].operations == 2 * 2 * 3 * 5 + 2 * 2 * 2 * 5
-    assert total(frozen_floor(BottleneckShape(2, 3, 5, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
+    assert total(frozen_floor(Shape(2, 3, 5, 2, 2, 2), torch.float32)) / 4 == 2 * (6 + 15 + 10)
 
 
 def test_operations_do_not_depend_on_the_plan():
@@ -137,7 +131,7 @@ def test_table(capsys):
 def test_rows_floor_by_hand():
     """2 tokens, 3 to 5, two rows trained: W' = [W's 3 other rows, 2 trained ones], and two of dY's columns with x."""
     for dtype, adapter_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
-        forward, dx, dactive = row_floor(RowShape(2, 3, 5, 2), dtype, adapter_dtype)
+        forward, dx, dactive = row_floor(Shape(2, 3, 5, 0, 0, 0, 2), dtype, adapter_dtype)
         size, adapter = dtype.itemsize, adapter_dtype.itemsize
         merged = 3 * 3 * size + 2 * 3 * adapter
         assert forward.moved == dx.moved == 2 * 3 * size + merged + 2 * 5 * size
@@ -157,7 +151,7 @@ def test_floor_seconds_on_a_gpu(monkeypatch):
         bottleneck_floor(LORAMOE, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16
     )
     assert least["frozen"] < least["gci"]
-    rows = RowShape(8192, 4096, 4096, 409)
+    rows = Shape(8192, 4096, 4096, 0, 0, 0, 409)
     least = costs.floor_seconds(rows, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
     assert least["gci"] == total_seconds(row_floor(rows, torch.bfloat16, torch.bfloat16), H200, torch.bfloat16)
     assert least["frozen"] < least["gci"]

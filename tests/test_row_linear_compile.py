@@ -4,15 +4,15 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, compile_within_limits
 
-from gci_kernels.bench.costs import RowShape
 from gci_kernels.bench.launches import ROW_SHAPES, launches
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CAPABILITIES
 from gci_kernels.ops import launching
 from gci_kernels.ops.row_linear import config
 
-ODD_SHAPES = [RowShape(tokens, 896, 4096, 89) for tokens in (1, 16, 100)] + [RowShape(8192, 4097, 4099, 17)]
+ODD_SHAPES = [Shape(tokens, 896, 4096, 0, 0, 0, 89) for tokens in (1, 16, 100)] + [Shape(8192, 4097, 4099, 0, 0, 0, 17)]
 # Triton makes a constant of an argument that is 1.
-ONES = [RowShape(1, 1, 1, 1), RowShape(1, 16, 1, 1), RowShape(1, 1, 16, 2)]
+ONES = [Shape(1, 1, 1, 0, 0, 0, 1), Shape(1, 16, 1, 0, 0, 0, 1), Shape(1, 1, 16, 0, 0, 0, 2)]
 
 
 def check(cases, chip, dtype, active_dtype):

@@ -34,7 +34,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
         from gci_kernels.ops.row_linear import triton as row_linear
 
         # dY read once for two products: at this size, only where it is asked for.
-        small = config.ProjectReduceConfig(16, 16, 16, 2, 4, 1)
+        small = config.ReduceConfig(16, 16, 16, 2, 4, 1)
         odd, even = self_check.ODD, Shape(48, 64, 48, 16, 2, 2)
 
         def failed(kernel, *shapes):
@@ -45,7 +45,7 @@ def test_self_check_passes_right_kernels_and_stops_wrong_ones():
 
         reduce, both = kernels.get_launch("project_reduce")
         choose = lambda tokens, *_: small if tokens == 48 else None
-        kernels._launches["project_reduce"] = reduce, replace(both, choose=choose)
+        kernels.LAUNCHES["project_reduce"] = reduce, replace(both, choose=choose)
         for kernel in hardware.names("triton"):
             print("right", kernel, failed(kernel, odd, even))
 

@@ -8,8 +8,8 @@ import torch
 from architectures import ARCHITECTURES, compile_within_limits
 
 from gci_kernels.bench import resources
-from gci_kernels.bench.costs import BottleneckShape
-from gci_kernels.bench.launches import DROPOUT_SHAPES, SHAPES, launches, record
+from gci_kernels.bench.launches import SHAPES, launches, record
+from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CAPABILITIES, chip_of_capability
 from gci_kernels.ops import launching
 from gci_kernels.ops.bottleneck import config
@@ -18,16 +18,14 @@ from gci_kernels.ops.bottleneck import triton as stages
 KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "project_reduce_fwd", "sum_splits", "gate_fwd", "gate_bwd"}
 # In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.
 ADAPTERS = (torch.float32, torch.bfloat16)
-ODD_SHAPES = [BottleneckShape(tokens, 4096, 4096, 160, 0) for tokens in (1, 16, 100)] + [
-    BottleneckShape(8192, 4097, 4099, 17, 0)
-]
+ODD_SHAPES = [Shape(tokens, 4096, 4096, 160, 0, 0) for tokens in (1, 16, 100)] + [Shape(8192, 4097, 4099, 17, 0, 0)]
 # Triton makes a constant of an argument that is 1.
-ONES = [BottleneckShape(1, 1, 1, 1, 0), BottleneckShape(1, 16, 1, 1, 1), BottleneckShape(1, 1, 16, 2, 2)]
+ONES = [Shape(1, 1, 1, 1, 0, 0), Shape(1, 16, 1, 1, 1, 1), Shape(1, 1, 16, 2, 2, 2)]
 
 
-def check(cases, chip, dtype, adapter_dtype):
+def check(cases, chip, dtype, adapter_dtype, **dropout):
     """Compiles each different launch once; the names of the kernels seen."""
-    seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, dtype, adapter_dtype))
+    seen = dict.fromkeys(launch for case in cases for launch in launches(case, chip, dtype, adapter_dtype, **dropout))
     for launch in seen:
         _, assembly = compile_within_limits(launch, chip)
         if chip == "sm_90" and launch.name == "expand_fwd" and dtype == torch.bfloat16:
@@ -44,7 +42,7 @@ def test_training_in_bfloat16(chip, adapter_dtype):
 @pytest.mark.parametrize("chip", ARCHITECTURES)
 def test_dropout_inside_the_products(chip):
     """The mask is made where x is read: nothing else is launched for it."""
-    assert check(DROPOUT_SHAPES, chip, torch.bfloat16, torch.float32) == KERNELS
+    assert check(SHAPES, chip, torch.bfloat16, torch.float32, dropout_p=0.05) == KERNELS
 
 
 @pytest.mark.smoke
@@ -67,7 +65,7 @@ def test_sizes_of_one(chip):
 def test_the_largest_tiles_fit_99_kib(chip):
     """Of 99 KiB that a program may take: the tiles of `expand` for many tokens, and for a few."""
     for tokens in (8192, 100):
-        made = launches(BottleneckShape(tokens, 4096, 4096, 16, 0), chip, torch.bfloat16, torch.float32)
+        made = launches(Shape(tokens, 4096, 4096, 16, 0, 0), chip, torch.bfloat16, torch.float32)
         tiles = next(launch for launch in made if launch.name == "expand_fwd")
         used, _ = compile_within_limits(tiles, chip)
         assert used.shared > 64 * 1024, f"{tiles}: {used}"
@@ -124,7 +122,7 @@ def test_unknown_chips_count_as_small():
 
 def test_launches_are_what_a_launcher_would_launch():
     """The strides that are 1 and the arguments divisible by 16 are Triton's business, so they are part of a launch."""
-    case = BottleneckShape(512, 896, 4864, 16, 0)
+    case = Shape(512, 896, 4864, 16, 0, 0)
     made = [each for each in launches(case, "sm_90", torch.bfloat16, torch.float32) if each.name == "expand_fwd"]
     forward = next(each for each in made if not dict(each.constants)["W_BY_ROWS"])
     constants, types = dict(forward.constants), dict(forward.types)
@@ -137,8 +135,7 @@ def test_launches_are_what_a_launcher_would_launch():
 
 
 def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(resources, "SHAPES", [BottleneckShape(512, 896, 896, 16, 0)])
-    monkeypatch.setattr(resources, "DROPOUT_SHAPES", [])
+    monkeypatch.setattr(resources, "SHAPES", [Shape(512, 896, 896, 16, 0, 0)])
     monkeypatch.setattr(resources, "ROW_SHAPES", [])
     resources.main(["--chip", "sm_90"])
     table = capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_expand_under_dropout(tokens, depth, width, rank, columns, dtype):
 def test_project_reduce(monkeypatch, tokens, width, rank):
     """Also for sizes at which two readings are fewer bytes, and with shares of the tokens that end inside a block."""
     block_r = max(16, 1 << (rank - 1).bit_length())
-    config_ = config.ProjectReduceConfig(16, 64, block_r, splits=3, num_warps=4, num_stages=1)
+    config_ = config.ReduceConfig(16, block_r, 64, splits=3, num_warps=4, num_stages=1)
     monkeypatch.setitem(tuned._trying, "project_reduce", config_)
     for layout in LAYOUTS.values():
         y, u = gapped(tokens, width, torch.float16), layout(tokens, rank, torch.float16)
@@ -158,7 +158,7 @@ def test_project_reduce(monkeypatch, tokens, width, rank):
 
 def test_project_reduce_is_part_of_backward(monkeypatch):
     """Where the configuration wants one reading of dY: forward and every gradient of the whole op."""
-    calls, config_ = [], config.ProjectReduceConfig(64, 64, 16, splits=2, num_warps=4, num_stages=1)
+    calls, config_ = [], config.ReduceConfig(64, 16, 64, splits=2, num_warps=4, num_stages=1)
     monkeypatch.setitem(tuned._trying, "project_reduce", config_)
     project_reduce = stages.project_reduce
     monkeypatch.setattr(stages, "project_reduce", lambda *args: calls.append(1) or project_reduce(*args))
@@ -196,7 +196,7 @@ def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows)
 @pytest.mark.parametrize(("tokens", "width", "depth"), [(40, 70, 48), (81, 33, 50)])
 def test_every_tile_of_expand_is_visited_once(monkeypatch, group, tokens, width, depth):
     """Small tiles: many rows and columns of them, the last group of rows not full, several steps of the rank."""
-    monkeypatch.setitem(tuned._trying, "expand", config.ExpandConfig(16, 16, 16, 16, group, 4, 1))
+    monkeypatch.setitem(tuned._trying, "expand", config.ExpandConfig(16, 16, 16, group, 4, 1, block_r=16))
     u, m, x, w = (torch.randn(s) for s in ((tokens, 35), (35, width), (tokens, depth), (depth, width)))
     truth = u.double() @ m.double() + x.double() @ w.double()
     check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float32)
@@ -332,9 +332,9 @@ def test_tuning_runs_every_launch(monkeypatch, tmp_path, sizes, names):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware.records, "gpu", lambda device: ("an interpreter", "sm_90"))
     few = {"reduce": dict(block_t=(16,)), "expand": dict(group=(3,)), "row_linear": dict(group=(3,))}
-    for name, (kernel, launch) in hardware.kernels._launches.items():
+    for name, (kernel, launch) in hardware.kernels.LAUNCHES.items():
         launch = dataclasses.replace(launch, candidates=few.get(name, dict(num_warps=(2,))))
-        monkeypatch.setitem(hardware.kernels._launches, name, (kernel, launch))
+        monkeypatch.setitem(hardware.kernels.LAUNCHES, name, (kernel, launch))
     clock = iter(range(1000, 0, -1))
     rank, experts = sizes
     shape = hardware.Shape(40, 32, 48, rank, experts, experts, rows=0 if rank else 4)

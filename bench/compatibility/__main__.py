@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is made here, nothin
 
 import gci_kernels  # noqa: E402
 
-from ..machine import commit, versions  # noqa: E402
+from ..machine import commit, versions, write_json  # noqa: E402
 from . import __doc__ as about  # noqa: E402
 from .sweep import sweep  # noqa: E402
 from .table import METHODS, Row, counts  # noqa: E402
@@ -45,21 +45,13 @@ def main(argv: list[str] | None = None) -> int:
         count = f"{len(rows) - before}/{len(names)}"
         print(f"[{count}] {row['name']}: {outcome}  {seconds:.1f} s", file=sys.stderr, flush=True)
         if args.json:
-            _write(args.json, rows)
+            # After every class, so that a run that is stopped leaves its rows.
+            result = {"versions": versions() | {"gci_kernels": gci_kernels.__version__}, "commit": COMMIT}
+            write_json(args.json, result | {"classes": [rows[name] for name in sorted(rows)]})
 
     sweep(names, methods, args.processes, done)
     print(counts({"classes": rows.values()}, methods))
     return 0
-
-
-def _write(path: Path, rows: dict[str, Row]) -> None:
-    """Called after every class, so that a run that is stopped leaves its rows."""
-    result = {
-        "versions": versions() | {"gci_kernels": gci_kernels.__version__},
-        "commit": COMMIT,
-        "classes": [rows[name] for name in sorted(rows)],
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ EFFECT = 1e-5  # a smaller change is rounding; an adapter in a router changes li
 
 Make = Callable[[PreTrainedModel], PeftConfig]
 
+# Of each bottleneck method the class of its configs, its sizes, and what "all-linear but some" leaves out by name.
+SIZES: dict[str, tuple[Any, dict[str, int], list[str]]] = {
+    "lora": (LoraConfig, {"r": 4}, ["out_proj"]),
+    "loramoe": (LoRAMoEConfig, {"r": 2, "num_experts": 4}, []),
+    "alora": (ALoRAConfig, {"r": 4, "num_heads": 2}, []),
+}
+
 
 class Difference(Exception):
     """A result differs from the reference, or the adapter has no effect."""
@@ -40,7 +48,7 @@ class Results:
     """What is compared of a model: logits, gradients of trained parameters by name, and generated tokens."""
 
     logits: Tensor
-    gradients: dict[str, Tensor | None]
+    gradients: dict[str, Tensor]
     tokens: Tensor
 
 
@@ -79,35 +87,30 @@ def check(base: PreTrainedModel, inputs: Inputs, method: str) -> dict[str, str]:
             run.all()
             return {"outcome": YES, "targets": targets}
         except Exception as error:
-            latest = {"outcome": _outcome(error, run.stage), "targets": targets, "why": _reason(error, run.stage)}
+            outcome = ANYWAY if run.stage == "reference" else REFUSED if _is_refusal(error) else FAILS
+            latest = {"outcome": outcome, "targets": targets, "why": _reason(error, run.stage)}
             if not found or found["outcome"] == FAILS:
                 found = latest
             # Other targets may work where patching fails; a failure in a patched model counts in any case.
-            if latest["outcome"] == FAILS and run.stage != "patch":
+            if outcome == FAILS and run.stage != "patch":
                 return latest
     return found
 
 
 def configs(method: str) -> dict[str, Make]:
     """The configs to try, by the name of their targets: the method's default first, then those for every model."""
-    if method == "lora":
-        options: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
-        return {
-            "all-linear": lambda model: LoraConfig(**options),
-            "all-linear but some": lambda model: LoraConfig(**options, exclude_modules=["out_proj", *_derived(model)]),
-        }
     if method == "loki":
         return {
             "default": lambda model: LoKIConfig(positions={0: [1, 5, 9], 1: [0, 3]}),
             "by name": lambda model: LoKIConfig(positions=_last_linears(model)),
         }
-    sizes: dict[str, Any] = {"r": 2, "num_experts": 4} if method == "loramoe" else {"r": 4, "num_heads": 2}
-    cls: Any = LoRAMoEConfig if method == "loramoe" else ALoRAConfig
-    options = {**sizes, "target_modules": "all-linear"}
+    cls, sizes, excluded = SIZES[method]
+    everywhere = partial(cls, **sizes, target_modules="all-linear")
+    default = {} if method == "lora" else {"default": lambda model: cls(**sizes)}
     return {
-        "default": lambda model: cls(**sizes),
-        "all-linear": lambda model: cls(**options),
-        "all-linear but some": lambda model: cls(**options, exclude_modules=_derived(model)),
+        **default,
+        "all-linear": lambda model: everywhere(),
+        "all-linear but some": lambda model: everywhere(exclude_modules=[*excluded, *_derived(model)]),
     }
 
 
@@ -145,11 +148,11 @@ class _Run:
         if wanted is None:
             wanted = self._by_formula(patched)
         self.stage = "forward"
-        self._same("logits", logits_of(patched, self.inputs), wanted.logits)
+        _same("logits", logits_of(patched, self.inputs), wanted.logits)
         if relative_error(logits_of(self.base, self.inputs), wanted.logits) < EFFECT:
             raise Difference("the adapter has no effect")
         self.stage = "backward"
-        self._same_gradients(gradients_of(patched, self.inputs), wanted.gradients)
+        _same_gradients(gradients_of(patched, self.inputs), wanted.gradients)
         self.stage = "generate"
         tokens = tokens_of(patched, self.inputs)
         if not torch.equal(tokens, wanted.tokens):
@@ -163,7 +166,7 @@ class _Run:
         model: Any = get_peft_model(copy.deepcopy(self.base), self.make(self.base)).eval()
         randomize(model)
         wanted = results(model, self.inputs)
-        self._same("logits after saving and loading", logits_of(self._saved(model), self.inputs), wanted.logits)
+        _same("logits after saving and loading", logits_of(self._saved(model), self.inputs), wanted.logits)
         return wanted
 
     def _saved(self, model: Any) -> PeftModel:
@@ -191,10 +194,10 @@ class _Run:
         self.stage = "save and load"
         loaded = self._saved(patched)
         own = logits_of(loaded, self.inputs)
-        self._same("logits", own, wanted.logits)
+        _same("logits", own, wanted.logits)
         if self.method == "lora":
             gci_kernels.patch(loaded)
-            self._same("logits", logits_of(loaded, self.inputs), wanted.logits)
+            _same("logits", logits_of(loaded, self.inputs), wanted.logits)
             self.stage = "unpatch"
             gci_kernels.unpatch(loaded)
             if not torch.equal(logits_of(loaded, self.inputs), own):
@@ -213,29 +216,24 @@ class _Run:
         if not torch.equal(logits_of(plain, self.inputs), logits_of(self.base, self.inputs)):
             raise Difference("the model's logits differ from those before")
 
-    @staticmethod
-    def _same(what: str, actual: Tensor, wanted: Tensor) -> None:
-        error = relative_error(actual, wanted)
-        if not error <= TOLERANCE:
-            raise Difference(f"{what} differ by {error:.1e}")
 
-    @staticmethod
-    def _same_gradients(actual: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
-        if actual.keys() != wanted.keys():
-            raise Difference(f"trained parameters differ: {sorted(actual.keys() ^ wanted.keys())[:2]}")
-        largest = max((float(each.norm()) for each in wanted.values() if each is not None), default=0.0)
-        if not largest > 1e-3:
-            raise Difference("the adapter gets no gradient")
-        for name, gradient in wanted.items():
-            own = actual[name]
-            if gradient is None and own is None:
-                continue
-            zeros = torch.zeros_like(own if gradient is None else gradient)
-            gradient, own = (zeros if each is None else each for each in (gradient, own))
-            # A gradient much smaller than the others may consist of rounding errors.
-            error = float((own - gradient).norm()) / max(float(gradient.norm()), 1e-2 * largest)
-            if not error <= GRADIENT_TOLERANCE:
-                raise Difference(f"the gradient of {name} differs by {error:.1e}")
+def _same(what: str, actual: Tensor, wanted: Tensor) -> None:
+    error = relative_error(actual, wanted)
+    if not error <= TOLERANCE:
+        raise Difference(f"{what} differ by {error:.1e}")
+
+
+def _same_gradients(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    if actual.keys() != wanted.keys():
+        raise Difference(f"trained parameters differ: {sorted(actual.keys() ^ wanted.keys())[:2]}")
+    largest = max((float(gradient.norm()) for gradient in wanted.values()), default=0.0)
+    if not largest > 1e-3:
+        raise Difference("the adapter gets no gradient")
+    for name, gradient in wanted.items():
+        # A gradient much smaller than the others may consist of rounding errors.
+        error = float((actual[name] - gradient).norm()) / max(float(gradient.norm()), 1e-2 * largest)
+        if not error <= GRADIENT_TOLERANCE:
+            raise Difference(f"the gradient of {name} differs by {error:.1e}")
 
 
 @torch.no_grad()
@@ -266,8 +264,11 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
         return _forward(model, inputs)
 
 
-def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
-    """The gradients of trained parameters in training mode, by the parameters' names in the base model."""
+def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The gradients of trained parameters in training mode, by the parameters' names in the base model.
+
+    They are zero where a parameter takes no part.
+    """
     model.train()
     try:
         logits = _forward(model, inputs)
@@ -277,7 +278,12 @@ def gradients_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
     finally:
         model.eval()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name.removeprefix("base_model.model."): parameter.grad for name, parameter in trained.items()}
+    return {
+        name.removeprefix("base_model.model."): torch.zeros_like(parameter)
+        if parameter.grad is None
+        else parameter.grad
+        for name, parameter in trained.items()
+    }
 
 
 def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -289,12 +295,6 @@ def tokens_of(model: nn.Module, inputs: Inputs) -> Tensor:
         **given, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
     )
     return made if isinstance(made, Tensor) else made.sequences
-
-
-def _outcome(error: Exception, stage: str) -> str:
-    if stage == "reference":
-        return ANYWAY
-    return REFUSED if _is_refusal(error) else FAILS
 
 
 def _is_refusal(error: Exception) -> bool:

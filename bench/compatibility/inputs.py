@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def _arguments(model: PreTrainedModel) -> Any:
     return inspect.signature(model.forward).parameters
 
 
-def _generator(seed: int = 2) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
 
 
 def _tokens(length: int) -> Tensor:
@@ -74,12 +75,11 @@ def _images(model: PreTrainedModel) -> Iterator[Inputs]:
             mask = torch.ones(BATCH, LENGTH, 1, dtype=torch.long)
             yield {"pixel_values": pixels[:, None], "image_attention_mask": mask}
         if "aspect_ratio_ids" in known:
-            tiles = pixels[:, None, None].repeat(1, 1, 4, 1, 1, 1)
-            ratios = {
-                "aspect_ratio_ids": torch.ones(BATCH, 1).long(),
-                "aspect_ratio_mask": torch.ones(BATCH, 1, 4).long(),
-            }
-            yield {"pixel_values": tiles, "cross_attention_mask": torch.ones(BATCH, LENGTH, 1, 4).long(), **ratios}
+            ones = partial(torch.ones, dtype=torch.long)
+            yield {
+                "pixel_values": pixels[:, None, None].repeat(1, 1, 4, 1, 1, 1), "aspect_ratio_ids": ones(BATCH, 1),
+                "aspect_ratio_mask": ones(BATCH, 1, 4), "cross_attention_mask": ones(BATCH, LENGTH, 1, 4),
+            }  # fmt: skip
     grid = torch.tensor([[1, 4, 4]] * BATCH)
     patches = torch.randn(BATCH * 16, 3 * temporal * patch * patch, generator=_generator())
     yield {"pixel_values": patches, "image_grid_thw": grid}
@@ -99,10 +99,7 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 def _with_image(model: PreTrainedModel, image: Inputs) -> Inputs:
     """The image, and texts with a token for each feature of it, where the model has such tokens."""
     inputs = _text(model)
-    token = next(
-        (value for name in ("image_token_id", "image_token_index") if (value := getattr(model.config, name, None))),
-        None,
-    )
+    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
     reader = next((each for each in (model, model.base_model) if hasattr(each, "get_image_features")), None)
     if token is None or reader is None:
         return inputs | image

@@ -69,7 +69,11 @@ def sweep(
             spent = time.monotonic() - begun
             if ours not in ready and spent < seconds:
                 continue
-            rows[name] = _received(ours, name, process, seconds) if ours in ready else _late(name, process, seconds)
+            if ours in ready:
+                rows[name] = _received(ours, name, process)
+            else:
+                process.kill()
+                rows[name] = _lost(name, f"takes more than {seconds:.0f} seconds")
             process.join()
             ours.close()
             del running[ours]
@@ -84,17 +88,12 @@ def _child(connection: Connection, name: str, methods: tuple[str, ...]) -> None:
     connection.send(check_class(name, methods))
 
 
-def _received(connection: Connection, name: str, process: Any, seconds: float) -> Row:
+def _received(connection: Connection, name: str, process: Any) -> Row:
     try:
         return connection.recv()
     except EOFError:
         process.join()
         return _lost(name, f"its process ended with {process.exitcode}")
-
-
-def _late(name: str, process: Any, seconds: float) -> Row:
-    process.kill()
-    return _lost(name, f"takes more than {seconds:.0f} seconds")
 
 
 def _lost(name: str, why: str) -> Row:

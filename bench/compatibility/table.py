@@ -1,5 +1,6 @@
 """The rows of a run as Markdown: how many classes each method works in, and what happens in each of them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -72,11 +73,4 @@ def _cell(row: Row, method: str, reasons: dict[str, int]) -> str:
 
 def _escape(text: str) -> str:
     """The text with Markdown's special characters escaped."""
-    return (
-        text.replace("<", "&lt;")
-        .replace("*", "\\*")
-        .replace("_", "\\_")
-        .replace("`", "'")
-        .replace("](", "] (")
-        .replace("[", "\\[")
-    )
+    return re.sub(r"[*_\[]", r"\\\g<0>", text.replace("<", "&lt;").replace("`", "'").replace("](", "] ("))

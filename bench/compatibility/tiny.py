@@ -62,9 +62,18 @@ _INDEXER = {
 
 # Further fields that configs need, their own and those of their parts, by the name of the config's class.
 _EXTRA_FIELDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("Ernie4_5_VLMoeTextConfig", "Glm4vTextConfig", "GlmOcrTextConfig", "PaddleOCRTextConfig",
+         "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig", "Qwen2VLTextConfig"),
+        {"rope_parameters": _MROPE},
+    ),
+    **dict.fromkeys(("Blip2Config", "InstructBlipConfig"), {"image_token_index": 101}),
+    **dict.fromkeys(("Gemma3Config", "T5Gemma2EncoderConfig"), {"mm_tokens_per_image": 4}),
+    **dict.fromkeys(("HunYuanDenseV1Config", "HunYuanMoEV1Config", "MinistralConfig"), {"head_dim": _HEAD}),
+    **dict.fromkeys(("MusicgenDecoderConfig", "MusicgenMelodyDecoderConfig"), {"num_codebooks": 1}),
+    **dict.fromkeys(("Qwen2_5OmniThinkerConfig", "Qwen3OmniMoeThinkerConfig"), {"vision_start_token_id": 103}),
     "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
     "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 16},
-    "Blip2Config": {"image_token_index": 101},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 101}},
     "CohereCompassTextConfig": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -75,20 +84,13 @@ _EXTRA_FIELDS: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {"num_experts_per_tok": 2},
     "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "Ernie4_5_VLMoeTextConfig": {"rope_parameters": _MROPE},
     "Florence2VisionConfig": {
         "depths": [1, 1, 1, 1], "embed_dim": [32, 32, 32, 64], "num_heads": [2, 2, 2, 2], "num_groups": [2, 2, 2, 2]
     },
-    "Gemma3Config": {"mm_tokens_per_image": 4},
     "Glm4vMoeTextConfig": {"rope_parameters": _HALF_MROPE},
-    "Glm4vTextConfig": {"rope_parameters": _MROPE},
-    "GlmOcrTextConfig": {"rope_parameters": _MROPE},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"], "mamba_d_head": 16},
-    "HunYuanDenseV1Config": {"head_dim": _HEAD},
-    "HunYuanMoEV1Config": {"head_dim": _HEAD},
     "HunYuanVLTextConfig": {"head_dim": _HEAD, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
-    "InstructBlipConfig": {"image_token_index": 101},
     "InstructBlipVideoConfig": {"video_token_index": 101},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Kosmos2Config": {"latent_query_num": 4},
@@ -96,19 +98,10 @@ _EXTRA_FIELDS: dict[str, dict[str, Any]] = {
     "Llama4VisionConfig": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64},
     "LongcatFlashConfig": {"qk_head_dim": 32},
     "Mamba2Config": {"num_heads": 8},
-    "MinistralConfig": {"head_dim": _HEAD},
     "MllamaTextConfig": {"cross_attention_layers": [1]},
     "MllamaVisionConfig": {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 128},
     "Molmo2AdapterConfig": {"vision_feature_layer": [-1, -2]},
-    "MusicgenDecoderConfig": {"num_codebooks": 1},
-    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "NemotronConfig": {"num_key_value_heads": 2},
-    "PaddleOCRTextConfig": {"rope_parameters": _MROPE},
-    "Qwen2_5_VLTextConfig": {"rope_parameters": _MROPE},
-    "Qwen2_5OmniTextConfig": {"rope_parameters": _MROPE},
-    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 103},
-    "Qwen2VLTextConfig": {"rope_parameters": _MROPE},
-    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 103},
     "Qwen4ExpTextConfig": _INDEXER,
     "RecurrentGemmaConfig": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
     "ReformerConfig": {
@@ -117,7 +110,6 @@ _EXTRA_FIELDS: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "local"],
     },
     "Step3p7TextConfig": {"sliding_window": 8, "num_sliding_attention_heads": 4},
-    "T5Gemma2EncoderConfig": {"mm_tokens_per_image": 4},
     "xLSTMConfig": {"qk_dim_factor": 1.0},
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {

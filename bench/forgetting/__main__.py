@@ -4,21 +4,19 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from gci_kernels import native
 from gci_kernels.files import cache_dir
+from gci_kernels.progress import Bar, bar
 
-from ..fetch import FetchError
-from ..machine import machine, versions
+from ..fetch import FetchError, to_stderr
+from ..machine import machine, versions, write_json
 from ..models import ModelError, load_model, load_tokenizer
 from . import rates
 from .materials import Materials, Sizes
@@ -76,58 +74,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    console = Console(stderr=True)
     comparison = QUICK if args.quick else FULL
     folder = args.folder or cache_dir() / "forgetting" / comparison.name()
     folder.mkdir(parents=True, exist_ok=True)
-
-    def log(message: str) -> None:
-        console.print(message, markup=False, highlight=False)
-
-    log(f"runs are stored in {folder}; the same command resumes a stopped comparison")
+    to_stderr(f"runs are stored in {folder}; the same command resumes a stopped comparison")
     try:
         native.extension()  # raises where it is missing: without it the times would be those of library calls
-        runs = prepare(comparison, folder, log)
+        runs = prepare(comparison, folder)
         if args.search:
-            print(search(runs, args.methods, log, console))
+            print(search(runs, args.methods))
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        result = compare(runs, comparison, args.methods, log, console)
+        result = compare(runs, comparison, args.methods)
     except (FetchError, ModelError, ImportError) as error:
-        log(str(error))
+        to_stderr(str(error))
         return 1
-    (args.out / "forgetting.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out / "forgetting.json", result)
     (args.out / "forgetting.md").write_text(markdown(result))
     draw(result, args.out / "forgetting.png")
     print(markdown(result))
     return 0
 
 
-def prepare(comparison: Comparison, folder: Path, log: Callable[[str], None]) -> Runs:
+def prepare(comparison: Comparison, folder: Path) -> Runs:
     """The runs of a comparison, with the material that they share, computed or read."""
-    tokenizer = load_tokenizer("smollm2", log=log)
+    tokenizer = load_tokenizer("smollm2")
 
     def load(dtype: torch.dtype) -> nn.Module:
         return load_model("smollm2", dtype, DEVICE, log=lambda message: None)[0]
 
-    materials = Materials(folder, tokenizer, comparison.sizes, log)
+    materials = Materials(folder, tokenizer, comparison.sizes, to_stderr)
     materials.prepare(load)
     return Runs(folder / "runs", materials, load, comparison.schedule)
 
 
-def search(runs: Runs, methods: list[str], log: Callable[[str], None], console: Console) -> str:
+def search(runs: Runs, methods: list[str]) -> str:
     """Searches every method's learning rate in trial runs; returns their results as a Markdown table."""
     searched = [name for name in rates.SEARCHED if name in methods]
-    with _bar(console, len(searched)) as show:
+    with bar("searching rates", len(searched)) as progress:
         for name in searched:
-            found = rates.search(runs, name, show(METHODS[name].title))
-            log(f"{METHODS[name].title}: {'no rate reaches the target' if found is None else f'{found:g}'}")
+            found = rates.search(runs, name, _begin(progress, METHODS[name].title))
+            progress.print(f"{METHODS[name].title}: {'no rate reaches the target' if found is None else f'{found:g}'}")
+            progress.advance()
     return trials_table(rates.trials(runs))
 
 
-def compare(
-    runs: Runs, comparison: Comparison, methods: list[str], log: Callable[[str], None], console: Console
-) -> dict:
+def compare(runs: Runs, comparison: Comparison, methods: list[str]) -> dict:
     """Does every run that has no result yet; returns all results with their summary."""
     untouched = runs.untouched()
     # Seed by seed, so that a comparison that is stopped early has results of every method.
@@ -135,12 +127,16 @@ def compare(
     if "loramoe" in methods:
         wanted += [(name, method, comparison.seeds[0]) for name, method in EAGER.items()]
     results = []
-    with _bar(console, len(wanted)) as show:
+    with bar("comparing", len(wanted)) as progress:
         for name, method, seed in wanted:
-            results.append(runs.run(name, method, seed, show(f"{method.title}, seed {seed}")))
+            title = f"{method.title}, seed {seed}"
+            results.append(runs.run(name, method, seed, _begin(progress, title)))
             last = results[-1]["points"][-1]
-            log(f"{method.title}, seed {seed}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
-                 f"general {last['general_loss']:.3f}, KL {last['kl_texts']:.3f} and {last['kl_own']:.3f}")  # fmt: skip
+            progress.print(
+                f"{title}: domain {last['domain_loss']:.3f} after {last['step']} steps, "
+                f"general {last['general_loss']:.3f}, KL {last['kl_texts']:.3f} and {last['kl_own']:.3f}"
+            )
+            progress.advance()
     return {
         "machine": machine(DEVICE),
         "versions": versions(),
@@ -152,26 +148,15 @@ def compare(
     }
 
 
-@contextmanager
-def _bar(console: Console, total: int) -> Iterator[Callable[[str], Callable[[History], None]]]:
-    """A progress bar of runs: each call begins the next run, and returns the function to call after an evaluation."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    begun = 0
-    with Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=True) as bar:
-        task = bar.add_task("", total=total, state="")
+def _begin(progress: Bar, title: str) -> Callable[[History], None]:
+    """Shows a run that begins; returns what shows each evaluation of it."""
+    progress.step(title)
 
-        def show(description: str) -> Callable[[History], None]:
-            nonlocal begun
-            bar.update(task, description=description, completed=begun, state="")
-            begun += 1
+    def after(history: History) -> None:
+        last = history.points[-1]
+        progress.step(title, f"step {last.step}, domain {last.domain_loss:.3f}, KL {last.kl_own:.3f}")
 
-            def after(history: History) -> None:
-                last = history.points[-1]
-                bar.update(task, state=f"step {last.step}: domain {last.domain_loss:.3f}, KL {last.kl_own:.3f}")
-
-            return after
-
-        yield show
+    return after
 
 
 if __name__ == "__main__":

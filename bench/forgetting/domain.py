@@ -62,13 +62,10 @@ def make(texts: dict[str, str], *, train: int, held_out: int, seed: int) -> tupl
 
 def _tasks(clauses: list[Clause], count: int, rng: random.Random, side: str) -> list[Task]:
     each = count // len(GROUPS)
-    tasks = [
-        *_drawn(
-            "term", [replace(c, text=part) for c in clauses for part in term.passages(c.text)], _term, each, rng, side
-        ),
-        *_drawn("summary", [c for c in clauses if _is_informative(c)], _summary, each, rng, side),
-        *_permissions(clauses, each, rng, side),
-    ]
+    terms = [replace(clause, text=part) for clause in clauses for part in term.passages(clause.text)]
+    tasks = _drawn("term", terms, _term, each, rng, side)
+    tasks += _drawn("summary", list(filter(_is_informative, clauses)), _summary, each, rng, side)
+    tasks += _permissions(clauses, each, rng, side)
     rng.shuffle(tasks)
     return tasks
 
@@ -196,10 +193,7 @@ def score(task: Task, text: str) -> float:
 
 def _shared_words(heading: str, text: str) -> float:
     """The F1 score of the words, counted with repetitions."""
-    expected, given = (Counter(normalised(words).split()) for words in (heading, _first_line(text)))
+    first_line = text.strip().partition("\n")[0]
+    expected, given = (Counter(normalised(words).split()) for words in (heading, first_line))
     shared = (expected & given).total()
     return 2 * shared / (expected.total() + given.total()) if shared else 0.0
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]

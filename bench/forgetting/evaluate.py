@@ -1,7 +1,7 @@
 """Evaluation of a trained model: losses, the KL divergence from the original model, and answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,6 @@ class Point:
     general_loss: float
     kl_texts: float
     kl_own: float
-
-    def json(self) -> dict:
-        """The values by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -82,16 +78,12 @@ class Evaluator:
         self.general = {"texts": self._batches(held_out.texts), "own": self._batches(held_out.own)}
         with torch.inference_mode():
             self.reference = {
-                name: [self._counted(untouched, batch) for batch in batches] for name, batches in self.general.items()
+                name: [batch.logits(untouched)[0][batch.targets != IGNORED] for batch in batches]
+                for name, batches in self.general.items()
             }
 
     def _batches(self, examples: list[Example]) -> list[Batch]:
         return [collate([examples[i] for i in rows], self.pad) for rows in by_length(examples, BATCH)]
-
-    @staticmethod
-    def _counted(model: nn.Module, batch: Batch) -> Tensor:
-        """The logits of the targets that count, [targets, vocabulary]."""
-        return batch.logits(model)[0][batch.targets != IGNORED].clone()
 
     @torch.inference_mode()
     def point(self, model: nn.Module, step: int, tokens: int) -> Point:
@@ -100,11 +92,10 @@ class Evaluator:
         general, distances = [], {name: [] for name in self.general}
         for name, batches in self.general.items():
             for batch, reference in zip(batches, self.reference[name], strict=True):
-                logits = self._counted(model, batch)
-                distances[name].append(_kl(reference, logits))
+                logits = batch.logits(model)[0]
+                distances[name].append(_kl(reference, logits[batch.targets != IGNORED]))
                 if name == "texts":
-                    counted = batch.targets[batch.targets != IGNORED]
-                    general.append(F.cross_entropy(logits.float(), counted, reduction="none"))
+                    general.append(batch.losses(logits))
         means = (torch.cat(found).double().mean().item() for found in (domain, general, *distances.values()))
         return Point(step, tokens, *means)
 

@@ -1,5 +1,7 @@
 """How LoRAMoE's routers share the two types of tasks among the experts."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -30,13 +32,11 @@ def mean_gates(model: nn.Module, batches: list[Batch]) -> list[list[float]] | No
             sums[task_type] += chosen.sum(0)
             counts[task_type] += len(chosen)
 
-    handles = [layer.register_forward_pre_hook(add) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(add))
         for batch in batches:
             batch.logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return (sums / counts[:, None]).tolist()
 
 

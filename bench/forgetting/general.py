@@ -8,8 +8,9 @@ import random
 import zlib
 from dataclasses import dataclass
 
+from ..fetch import to_stderr
 from .numbers import in_words
-from .sources import Gloss, Log, documentation, glosses, to_stderr
+from .sources import Gloss, Log, documentation, glosses
 
 # A small model hardly knows rarer words before any training.
 COMMON = 4500

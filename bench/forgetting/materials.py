@@ -75,11 +75,8 @@ class Materials:
 
     def chat(self, instruction: str) -> list[int]:
         """Token ids of a request under the central prompt, up to the beginning of the answer."""
-        return list(
-            self.tokenizer.apply_chat_template(
-                rega.messages(CENTRAL, instruction), add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        )
+        turns = rega.messages(CENTRAL, instruction)
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def _encode(self, instruction: str, answer: str) -> dict[str, list[int]]:
         return rega.encode(self.tokenizer, rega.messages(CENTRAL, instruction, answer))
@@ -105,16 +102,12 @@ class Materials:
             raise RuntimeError(f"only {len(pairs)} of {len(questions)} own answers are usable, {wanted} are needed")
         self.own, general_pairs = pairs[: self.sizes.own], pairs[self.sizes.own : wanted]
         # An answer that was cut off would teach the model to stop anywhere.
-        whole = {record["index"] for record in read_records(self.folder / "distilled.jsonl") if record["finished"]}
-        finished = {questions[index] for index in whole}
+        records = read_records(self.folder / "distilled.jsonl")
+        finished = {record["instruction"] for record in records if record["finished"]}
         self.replayed = [pair for pair in general_pairs if pair.instruction in finished]
         self.log(f"LoKI's attribution over {self.sizes.attributed} of them")
-        samples = [self._encode(*pair)["input_ids"] for pair in self._pairs(general_pairs[: self.sizes.attributed])]
+        samples = [self._encode(p.instruction, p.answer)["input_ids"] for p in general_pairs[: self.sizes.attributed]]
         loki.attribute_file(model.float().requires_grad_(False), samples, self.scores)
-
-    @staticmethod
-    def _pairs(pairs: list[rega.Pair]) -> list[tuple[str, str]]:
-        return [(pair.instruction, pair.answer) for pair in pairs]
 
     def held_out(self) -> HeldOut:
         """The material for evaluation; :meth:`prepare` comes first."""
@@ -127,7 +120,7 @@ class Materials:
             texts=[
                 plain(self.tokenizer(text)["input_ids"][:128]) for text in general.held_out_texts(sizes.texts, seed=0)
             ],
-            own=[Example.of(self._encode(*pair)) for pair in self._pairs(self.own)],
+            own=[Example.of(self._encode(pair.instruction, pair.answer)) for pair in self.own],
             arithmetic=general.arithmetic(sizes.arithmetic, seed=0),
             glosses=general.gloss_choices(sizes.glosses, seed=0),
         )

@@ -17,26 +17,11 @@ _VERBS = frozenset(
     "supply take transfer translate transmit use view waive".split()
 )
 _PARTICIPLES = {
-    "used": "use",
-    "removed": "remove",
-    "altered": "alter",
-    "called": "call",
-    "misrepresented": "misrepresent",
-    "distributed": "distribute",
-    "copied": "copy",
-    "changed": "change",
-    "deleted": "delete",
-    "modified": "modify",
-    "sold": "sell",
-    "included": "include",
-    "combined": "combine",
-    "made": "make",
-    "revoked": "revoke",
-    "added": "add",
-    "published": "publish",
-    "redistributed": "distribute",
-    "transferred": "transfer",
-}
+    "used": "use", "removed": "remove", "altered": "alter", "called": "call", "misrepresented": "misrepresent",
+    "distributed": "distribute", "copied": "copy", "changed": "change", "deleted": "delete", "modified": "modify",
+    "sold": "sell", "included": "include", "combined": "combine", "made": "make", "revoked": "revoke", "added": "add",
+    "published": "publish", "redistributed": "distribute", "transferred": "transfer",
+}  # fmt: skip
 _WHO = r"(?:[Yy]ou|(?:[Tt]he |[Aa] )?(?:[Ll]icensee|LICENSEE|[Rr]ecipient|[Uu]ser)s?|[Aa]nyone|[Ee]veryone)"
 _ALLOWED = re.compile(
     rf"\b(?:{_WHO} may|{_WHO} (?:are|is) (?:free|permitted|allowed) to|[Pp]ermission is (?:hereby )?granted to"

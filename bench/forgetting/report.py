@@ -1,6 +1,6 @@
 """The summary of all runs, tables in Markdown, and whether the orderings that papers report hold here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median, stdev
 
 from ..markdown import at_commit, table
@@ -135,51 +135,51 @@ def _over(seeds: int) -> str:
     return f"Mean over {seeds} seeds, ± standard deviation." if seeds > 1 else "One seed."
 
 
+# The cells of a method's row, by the heading of the column.
+_CELLS: dict[str, Callable[[dict], str]] = {
+    "method": lambda row: row["title"],
+    "trained": lambda row: f"{row['trainable'] / 1e6:.1f}M",
+    "reached": lambda row: f"{row['reached']} of {row['runs']}",
+    "tokens": lambda row: _cell(row["tokens"], ".0f"),
+    MEASURES["general_loss"]: lambda row: _cell(row["general_loss"], "+.3f"),
+    MEASURES["kl_texts"]: lambda row: _cell(row["kl_texts"], ".3f"),
+    MEASURES["kl_own"]: lambda row: _cell(row["kl_own"], ".3f"),
+    **{name: lambda row, name=name: _cell(row["answers"][name], ".2f") for name in ANSWERS},
+    **dict.fromkeys(("tokens/s", "training, tokens/s"), lambda row: _cell(row["tokens_per_second"], ".0f")),
+    "memory": lambda row: f"{row['memory']['mean'] / 1e9:.1f} GB",
+    "learning rate": lambda row: f"{row['learning_rate']:g}",
+    "memory, GB": lambda row: f"{row['memory']['mean'] / 1e9:.2f}",
+    "domain loss at the end": lambda row: _cell(row["last_domain_loss"], ".3f"),
+    "difference of shares": lambda row: _cell(row["separation"], ".4f"),
+}
+
+
+def _table(head: Sequence[str], rows: Iterable[dict], first: Sequence[Sequence[str]] = ()) -> str:
+    """A row of cells for each of `rows`, the methods' summaries, below those of `first`."""
+    return table(head, [*first, *([_CELLS[name](row) for name in head] for row in rows)])
+
+
 def _forgetting(result: dict) -> str:
     head = ["method", "trained", "reached", "tokens", *MEASURES.values(), *ANSWERS]
-    rows = [
-        ["untouched", "", "", "", "0", "0", "0", *(f"{result['untouched']['answers'][name]:.2f}" for name in ANSWERS)]
-    ]
-    for row in _compared(result):
-        rows.append(
-            [
-                row["title"], f"{row['trainable'] / 1e6:.1f}M", f"{row['reached']} of {row['runs']}",
-                _cell(row["tokens"], ".0f"), _cell(row["general_loss"], "+.3f"), _cell(row["kl_texts"], ".3f"),
-                _cell(row["kl_own"], ".3f"),
-                *(_cell(row["answers"][name], ".2f") for name in ANSWERS),
-            ]
-        )  # fmt: skip
-    return table(head, rows)
+    answers = result["untouched"]["answers"]
+    untouched = ["untouched", "", "", "", "0", "0", "0", *(f"{answers[name]:.2f}" for name in ANSWERS)]
+    return _table(head, _compared(result), [untouched])
 
 
 def short_table(result: dict) -> str:
     """What every method forgot, and its cost: the table of the documentation."""
     head = ["method", "trained", *MEASURES.values(), "training, tokens/s", "memory"]
-    rows = [
-        [
-            row["title"], f"{row['trainable'] / 1e6:.1f}M", _cell(row["general_loss"], "+.3f"),
-            _cell(row["kl_texts"], ".3f"), _cell(row["kl_own"], ".3f"), _cell(row["tokens_per_second"], ".0f"),
-            f"{row['memory']['mean'] / 1e9:.1f} GB",
-        ]
-        for row in result["summary"]["rows"].values()
-    ]  # fmt: skip
-    return table(head, rows)
+    return _table(head, result["summary"]["rows"].values())
 
 
 def _compared(result: dict) -> list[dict]:
+    """The rows of the compared methods, without those that are there to compare the time with."""
     return [row for name, row in result["summary"]["rows"].items() if name in METHODS]
 
 
 def _cost(result: dict) -> str:
     head = ["method", "learning rate", "tokens/s", "memory, GB", "domain loss at the end"]
-    rows = [
-        [
-            row["title"], f"{row['learning_rate']:g}", _cell(row["tokens_per_second"], ".0f"),
-            f"{row['memory']['mean'] / 1e9:.2f}", _cell(row["last_domain_loss"], ".3f"),
-        ]
-        for row in result["summary"]["rows"].values()
-    ]  # fmt: skip
-    return table(head, rows) + (
+    return _table(head, result["summary"]["rows"].values()) + (
         "\n\nTokens are those of the batches without padding; the time is that of whole steps, the optimizer's part "
         "included. Memory: weights, AdamW's moments and the peak of a step above both. Full fine-tuning trains in "
         "float32, all others in bfloat16 with float32 adapters; all are looked at in bfloat16. Runs come seed by seed, "
@@ -189,11 +189,7 @@ def _cost(result: dict) -> str:
 
 
 def _gates(result: dict) -> str:
-    rows = [
-        [row["title"], _cell(row["separation"], ".4f")]
-        for row in _compared(result)
-        if row["separation"]["mean"] is not None
-    ]
+    rows = [row for row in _compared(result) if row["separation"]["mean"] is not None]
     if not rows:
         return ""
     return (
@@ -201,7 +197,7 @@ def _gates(result: dict) -> str:
         "How far apart the shares of the gates are that the first half of the experts gets for one type of task "
         "(calculating, type 1) and for the other (type 0): 0 where both halves serve both alike. The published "
         "constraint evens out weight times gate, so each half gets less of the type that it is weighted up for.\n\n"
-    ) + table(["method", "difference of shares"], rows)
+    ) + _table(["method", "difference of shares"], rows)
 
 
 def _claims(result: dict) -> str:

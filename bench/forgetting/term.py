@@ -53,15 +53,14 @@ _MULTIPLES = {2: "twice", 3: "three times", 4: "four times"}
 
 def find(text: str) -> tuple[int, str] | None:
     """The number and unit of a text's only term, such as (30, "day"); None where it has none or several."""
-    durations = {(_value(match), match[4].lower()) for match in _DURATION.finditer(text)}
+    durations = {
+        (int(match[1] or match[2] or _IN_WORDS[match[3].lower()]), match[4].lower())
+        for match in _DURATION.finditer(text)
+    }
     percents = {(int(match[1]), "percent") for match in _PERCENT.finditer(text)}
     terms = durations | percents
     (term,) = terms if len(terms) == 1 else (None,)
     return term if term and 2 <= term[0] <= 365 else None
-
-
-def _value(match: re.Match[str]) -> int:
-    return int(match[1] or match[2] or _IN_WORDS[match[3].lower()])
 
 
 def passages(text: str) -> list[str]:
@@ -93,11 +92,8 @@ def _multiple(number: int, unit: str, rng: random.Random) -> tuple[str, str, str
     factor = rng.choice(sorted(_MULTIPLES))
     result = factor * number
     text = f"The parties agree on {_MULTIPLES[factor]} the period in the clause. How many {unit}s is that?"
-    return (
-        text,
-        f"The clause gives {number} {unit}s. {factor} x {number} = {result}, so {result} {unit}s.",
-        str(result),
-    )
+    answer = f"The clause gives {number} {unit}s. {factor} x {number} = {result}, so {result} {unit}s."
+    return text, answer, str(result)
 
 
 def _remainder(number: int, unit: str, rng: random.Random) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -154,7 +154,7 @@ def _save_checkpoint(
     state = {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),
-        "history": vars(history) | {"points": [point.json() for point in history.points]},
+        "history": vars(history) | {"points": [asdict(point) for point in history.points]},
     }
     scratch = checkpoint.with_name(checkpoint.name + ".writing")
     torch.save(state, scratch)

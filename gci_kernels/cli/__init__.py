@@ -4,7 +4,8 @@ import argparse
 import errno
 import os
 import sys
-from pathlib import Path
+from itertools import groupby
+from operator import attrgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -30,32 +31,31 @@ def verify(args: argparse.Namespace) -> int:
     from gci_kernels import hardware
     from gci_kernels.files import make_cache_dir
     from gci_kernels.progress import bar
-    from gci_kernels.proof.verify import DTYPES, IMPLS, cases
+    from gci_kernels.proof.verify import DTYPES, IMPLS, Check, cases
     from gci_kernels.proof.verify import verify as run
 
     on_gpu = torch.device(args.device).type == "cuda"
     if on_gpu:
         make_cache_dir()  # raises, before the minutes of checking, where no record could be kept
-    groups = []
+    checks: list[Check] = []
     with bar("verify", len(cases()) * len(DTYPES) * len(IMPLS)) as progress:
-        for checks in run(args.device):
-            groups.append(checks)
+        for found in run(args.device):
+            checks += found
             progress.advance()
     table = Table("impl", "dtype", "checks", "worst tensor", "in case", "error", "allowed", "")
-    kinds: dict[tuple[str, str], list] = {}
-    for checks in groups:
-        kinds.setdefault((checks[0].impl, checks[0].dtype), []).extend(checks)
-    for (impl, dtype), checks in sorted(kinds.items()):
-        worst = max(checks, key=lambda check: check.error / check.bound)
+    kind = attrgetter("impl", "dtype")
+    for (impl, dtype), group in groupby(sorted(checks, key=kind), key=kind):
+        found = list(group)
+        worst = max(found, key=lambda check: check.error / check.bound)
         table.add_row(
-            impl, dtype, str(len(checks)), worst.tensor, worst.case, f"{worst.error:.1e}", f"{worst.bound:.1e}",
+            impl, dtype, str(len(found)), worst.tensor, worst.case, f"{worst.error:.1e}", f"{worst.bound:.1e}",
             "ok" if worst.passed else "FAILED",
         )  # fmt: skip
-    failed = [check for checks in groups for check in checks if not check.passed]
+    failed = [check for check in checks if not check.passed]
     Console().print(table)
     for check in failed:
         print(f"FAILED {check.impl} {check.dtype} {check.case}: {check.tensor} {check.error:.2e} > {check.bound:.2e}")
-    print(f"{sum(map(len, groups)) - len(failed)} of {sum(map(len, groups))} checks passed")
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
     unproved = False
     if on_gpu:
         whole = next((f"{c.case} {c.dtype}: {c.tensor}" for c in failed if c.impl == "triton"), None)
@@ -90,57 +90,32 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     from gci_kernels.bench import command as bench
     from gci_kernels.bench import tune
-    from gci_kernels.cli import convert, loki, rega
+    from gci_kernels.cli import convert, loki, rega, registering
 
-    # First of all: the methods that they register are choices of other options.
-    register_files(sys.argv[1:] if argv is None else argv)
+    registering.register_files(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="gci-kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("info", help="what this machine has and which kernels run on it")
-    command.set_defaults(run=info)
-    command = commands.add_parser("verify", help="check every kernel against the float64 reference")
-    add_register(command)
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    command.set_defaults(run=verify)
-    command = commands.add_parser("bench", help="frozen base, eager PyTorch and gci_kernels side by side")
-    add_register(command)
-    bench.add_arguments(command)
-    command.set_defaults(run=bench.main)
-    command = commands.add_parser("tune", help="find faster launch configurations of the Triton kernels on this GPU")
-    tune.add_arguments(command)
-    command.set_defaults(run=tune.main)
-    command = commands.add_parser("attribute", help="LoKI: score a model's knowledge vectors on a text file")
-    loki.add_attribute_arguments(command)
-    command.set_defaults(run=loki.attribute)
-    command = commands.add_parser("select", help="LoKI: choose rows to train by their scores")
-    loki.add_select_arguments(command)
-    command.set_defaults(run=loki.choose)
-    command = commands.add_parser("convert", help="checkpoints of the published LoRAMoE and LoKI to ours, and back")
-    convert.add_arguments(command)
-    command.set_defaults(run=convert.main)
-    command = commands.add_parser("rega", help="REGA: general answers by the model itself, and mixtures to train on")
-    rega.add_arguments(command)
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, run, about in (
+        ("info", info, "what this machine has and which kernels run on it"),
+        ("verify", verify, "check every kernel against the float64 reference"),
+        ("bench", bench.main, "frozen base, eager PyTorch and gci_kernels side by side"),
+        ("tune", tune.main, "find faster launch configurations of the Triton kernels on this GPU"),
+        ("attribute", loki.attribute, "LoKI: score a model's knowledge vectors on a text file"),
+        ("select", loki.choose, "LoKI: choose rows to train by their scores"),
+        ("convert", convert.main, "checkpoints of the published LoRAMoE and LoKI to ours, and back"),
+        ("rega", None, "REGA: general answers by the model itself, and mixtures to train on"),
+    ):
+        found[name] = commands.add_parser(name, help=about)
+        found[name].set_defaults(run=run)
+    for name in registering.COMMANDS:
+        registering.add_register(found[name])
+    found["verify"].add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    bench.add_arguments(found["bench"])
+    tune.add_arguments(found["tune"])
+    loki.add_attribute_arguments(found["attribute"])
+    loki.add_select_arguments(found["select"])
+    convert.add_arguments(found["convert"])
+    rega.add_arguments(found["rega"])  # each of its commands has its own `run`
     args = parser.parse_args(argv)
     return args.run(args)
-
-
-def add_register(command: argparse.ArgumentParser) -> None:
-    """The option that brings methods which gci_kernels does not have."""
-    command.add_argument(
-        "--register", action="append", metavar="FILE", help="a Python file that registers a method; may be repeated"
-    )
-
-
-def register_files(argv: list[str]) -> None:
-    """Runs the files that follow --register, as modules named after them."""
-    import importlib.util
-
-    for option, path in zip(argv, argv[1:], strict=False):
-        name = Path(path).stem
-        if option != "--register" or name in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None or not Path(path).is_file():
-            raise SystemExit(f"--register {path}: this is no Python file")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gci_kernels.cli.options import fail
+from gci_kernels.cli.options import reports
 from gci_kernels.convert.conversions import TO, convert, recognise
 from gci_kernels.convert.files import ConvertError
 
@@ -23,14 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> int:
-    """Convert a checkpoint; exit status 1 and one line on stderr where that is not possible."""
-    try:
-        print(f"{args.source}: {recognise(args.source).description}")
-        done = convert(args.source, args.target, to=args.to, base=args.base, positions=args.positions)
-        print(f"{args.target}: {recognise(args.target).description}, {done.modules} modules")
-    except (ConvertError, OSError) as error:
-        return fail(error)
+@reports(ConvertError, OSError)
+def main(args: argparse.Namespace) -> None:
+    """Convert a checkpoint."""
+    print(f"{args.source}: {recognise(args.source).description}")
+    done = convert(args.source, args.target, to=args.to, base=args.base, positions=args.positions)
+    print(f"{args.target}: {recognise(args.target).description}, {done.modules} modules")
     for note in done.notes:
         print(f"note: {note}")
-    return 0

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from gci_kernels.bench.settings import positive
-from gci_kernels.cli.options import add_model, fail, load_model
+from gci_kernels.cli.options import add_model, load_model, reports
 from gci_kernels.files import check_output
 from gci_kernels.loki.attribution import PATHS
 from gci_kernels.loki.files import attribute_file
 from gci_kernels.loki.plot import draw_positions
-from gci_kernels.loki.scores import HDF5_SUFFIXES, load_scores
+from gci_kernels.loki.scores import HDF5_SUFFIXES, h5py_module, load_scores
 from gci_kernels.loki.selection import STRATEGIES, select, write_positions
 
 
@@ -44,40 +44,34 @@ def add_select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the chosen rows by layer")
 
 
-def attribute(args: argparse.Namespace) -> int:
+@reports(ValueError, FloatingPointError, OSError)
+def attribute(args: argparse.Namespace) -> None:
     """Score a model's knowledge vectors on a text file. The same command resumes a killed run."""
-    try:
-        check_output(args.out)
-        if args.out.suffix in HDF5_SUFFIXES and importlib.util.find_spec("h5py") is None:
-            raise ValueError("HDF5 files need the package h5py: pip install 'gci_kernels[loki]'")
-        texts = read_texts(args.text, args.limit)
-        model, tokenizer = load_model(args)
-        samples = [_tokens(tokenizer, text)[: args.max_tokens] for text in texts]
-        attribute_file(model, samples, args.out, path=args.path, steps=args.steps, batch=args.batch)
-    except (ValueError, FloatingPointError, OSError) as error:
-        return fail(error)
+    check_output(args.out)
+    if args.out.suffix in HDF5_SUFFIXES:
+        h5py_module()  # raises, before the work, where it is missing
+    texts = read_texts(args.text, args.limit)
+    model, tokenizer = load_model(args)
+    samples = [_tokens(tokenizer, text)[: args.max_tokens] for text in texts]
+    attribute_file(model, samples, args.out, path=args.path, steps=args.steps, batch=args.batch)
     print(f"{args.out}: scores of {len(samples)} samples")
-    return 0
 
 
-def choose(args: argparse.Namespace) -> int:
+@reports(ValueError, OSError)
+def choose(args: argparse.Namespace) -> None:
     """Scores -> positions JSON."""
-    try:
-        for path in filter(None, (args.out, args.plot)):
-            check_output(path)
-        if args.plot and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'gci_kernels[bench]'")
-        scores = load_scores(args.scores)
-        positions = select(scores, args.quota, args.strategy)
-        write_positions(positions, args.out)
-        if args.plot:
-            title = f"{args.strategy.replace('_', ' ')}, {args.quota:g} percent of {len(scores)} samples' scores"
-            draw_positions(positions, scores.shape[2], args.plot, title)
-    except (ValueError, OSError) as error:
-        return fail(error)
+    for path in filter(None, (args.out, args.plot)):
+        check_output(path)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'gci_kernels[bench]'")
+    scores = load_scores(args.scores)
+    positions = select(scores, args.quota, args.strategy)
+    write_positions(positions, args.out)
+    if args.plot:
+        title = f"{args.strategy.replace('_', ' ')}, {args.quota:g} percent of {len(scores)} samples' scores"
+        draw_positions(positions, scores.shape[2], args.plot, title)
     chosen, rows = sum(map(len, positions)), scores.shape[1] * scores.shape[2]
     print(f"{args.out}: {chosen} of {rows} rows in {len(positions)} layers, from {len(scores)} samples")
-    return 0
 
 
 def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str | list[dict]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gci_kernels.cli.options import add_model, fail, load_model
+from gci_kernels.cli.options import add_model, load_model, reports
 from gci_kernels.files import check_output
 from gci_kernels.rega.distill import distill
 from gci_kernels.rega.distilled import read_distilled, read_records
@@ -65,47 +65,41 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def run_distill(args: argparse.Namespace) -> int:
+@reports(ValueError, OSError)
+def run_distill(args: argparse.Namespace) -> None:
     """Answer a file's instructions. The same command resumes a killed run."""
-    try:
-        check_output(args.out)
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit must be at least 1, got {args.limit}")
-        prompt = Roles.load(args.roles).central if args.roles else args.prompt
-        instructions, problems = read_instructions(args.instructions)
-        _print_problems(args.instructions, problems)
-        model, tokenizer = load_model(args)
-        distill(
-            model, tokenizer, instructions[: args.limit], out=args.out, prompt=prompt, temperature=args.temperature,
-            top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.batch, seed=args.seed,
-        )  # fmt: skip
-        _show_answers(args.out)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    return 0
+    check_output(args.out)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    prompt = Roles.load(args.roles).central if args.roles else args.prompt
+    instructions, problems = read_instructions(args.instructions)
+    _print_problems(args.instructions, problems)
+    model, tokenizer = load_model(args)
+    distill(
+        model, tokenizer, instructions[: args.limit], out=args.out, prompt=prompt, temperature=args.temperature,
+        top_p=args.top_p, max_new_tokens=args.max_new_tokens, batch_size=args.batch, seed=args.seed,
+    )  # fmt: skip
+    _show_answers(args.out)
 
 
-def run_mix(args: argparse.Namespace) -> int:
+@reports(ValueError, OSError)
+def run_mix(args: argparse.Namespace) -> None:
     """Mix pairs under the roles' prompts into training data."""
-    from gci_kernels.bench.models import ModelError, load_tokenizer
+    from gci_kernels.bench.models import load_tokenizer
 
-    try:
-        check_output(args.out)
-        roles = Roles.load(args.roles)
-        names = [name for name, _ in args.domain]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"--domain {repeated[0]} is given twice")
-        general = read_distilled(args.general) if is_distilled(args.general) else _pairs(args.general)
-        domains = {name: _pairs(path) for name, path in args.domain}
-        tokenizer = None
-        if args.model and (tokenizer := load_tokenizer(args.model)) is None:
-            raise ValueError(f"--model {args.model} has no tokenizer, and so no chat template")
-        result = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
-        write_mixture(result, args.out)
-    except (ValueError, OSError, ModelError) as error:
-        return fail(error)
+    check_output(args.out)
+    roles = Roles.load(args.roles)
+    names = [name for name, _ in args.domain]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--domain {repeated[0]} is given twice")
+    general = read_distilled(args.general) if is_distilled(args.general) else _pairs(args.general)
+    domains = {name: _pairs(path) for name, path in args.domain}
+    tokenizer = None
+    if args.model and (tokenizer := load_tokenizer(args.model)) is None:
+        raise ValueError(f"--model {args.model} has no tokenizer, and so no chat template")
+    result = mixture(general, domains, roles, integration=args.integration, seed=args.seed, tokenizer=tokenizer)
+    write_mixture(result, args.out)
     _show_mixture(result, args.out)
-    return 0
 
 
 def _pairs(path: Path) -> list[Pair]:

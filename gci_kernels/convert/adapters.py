@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from gci_kernels.convert import files
 from gci_kernels.convert.files import ConvertError, Plan
+from gci_kernels.progress import bar
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -117,5 +118,6 @@ def write_adapter(source: Path, out: Path, config: PeftConfig, plan: Plan, text:
     with files.new_folder(out) as scratch:
         config.save_pretrained(str(scratch))
         files.copy_companions(source, scratch)
-        with files.progress_bar(text, sum(tensor.nbytes for tensor in plan.values()), progress) as advance:
-            files.write_safetensors(scratch / ADAPTER, plan, advance)
+        total = sum(tensor.nbytes for tensor in plan.values())
+        with bar(text, total, in_bytes=True, shown=progress) as shown:
+            files.write_safetensors(scratch / ADAPTER, plan, shown.advance)

@@ -96,6 +96,9 @@ class Checkpoint:
         folder: holds the file `name`, or else shards and their index.
         name: the single file's.
 
+    Attributes:
+        files: the opened files by their names.
+
     Raises:
         ConvertError: a file is missing or damaged, or the index does not fit the shards.
     """
@@ -105,10 +108,10 @@ class Checkpoint:
         self.sharded = not (folder / name).is_file() and name == MODEL and index.is_file()
         self.path = index if self.sharded else folder / name
         self._where: dict[str, str] = _weight_map(index) if self.sharded else {}
-        self._files = {file: _open(folder / file) for file in (sorted(set(self._where.values())) or [name])}
-        present = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}
+        self.files = {file: _open(folder / file) for file in (sorted(set(self._where.values())) or [name])}
+        present = {tensor: file for file, opened in self.files.items() for tensor in opened.keys()}
         for tensor, file in self._where.items():
-            if tensor not in self._files[file].keys():
+            if tensor not in self.files[file].keys():
                 raise ConvertError(f"{folder / file} lacks {tensor}, which {INDEX} says is there")
         if self.sharded and present.keys() != self._where.keys():
             extra = min(present.keys() - self._where.keys())
@@ -123,11 +126,10 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Tensor:
         """A view of the mapped file."""
-        path = self.file(name)
         try:
-            return self._files[path.name].get_tensor(name)
+            return self.files[self._where[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ConvertError(f"{path}: {name} cannot be read ({error})") from error
+            raise ConvertError(f"{self.file(name)}: {name} cannot be read ({error})") from error
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -135,11 +137,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading its values."""
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+        return tuple(self.files[self._where[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype, without reading its values; ConvertError for one that PyTorch has not."""
-        code = self._files[self._where[name]].get_slice(name).get_dtype()
+        code = self.files[self._where[name]].get_slice(name).get_dtype()
         if code not in _DTYPES:
             raise ConvertError(f"{self.file(name)}: {name} has dtype {code}; known: {', '.join(_DTYPES)}")
         return _DTYPES[code]
@@ -147,10 +149,6 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         """The size of a tensor's values."""
         return self.lazy(name).nbytes
-
-    def shards(self) -> dict[str, list[str]]:
-        """The names of the tensors in each file."""
-        return {file: [name for name in self if self._where[name] == file] for file in self._files}
 
     def lazy(self, name: str) -> "LazyTensor":
         """A tensor, to be written unchanged."""
@@ -224,16 +222,13 @@ def _write_values(file: BinaryIO, tensor: Tensor) -> None:
 
 def write_model(folder: Path, source: Checkpoint, replaced: Mapping[str, Plan], text: str, progress: bool) -> None:
     """Writes a model's weights in the shards of `source`, with some tensors replaced by others (or by none)."""
-    plans: dict[str, dict[str, LazyTensor]] = {}
-    for file, names in source.shards().items():
-        plan: dict[str, LazyTensor] = {}
-        for name in names:
-            plan |= replaced.get(name, {name: source.lazy(name)})
-        plans[file] = plan
+    plans: dict[str, dict[str, LazyTensor]] = {file: {} for file in source.files}
+    for name in source:
+        plans[source.file(name).name] |= replaced.get(name, {name: source.lazy(name)})
     total = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
-    with progress_bar(text, total, progress) as advance:
+    with bar(text, total, in_bytes=True, shown=progress) as shown:
         for file, plan in plans.items():
-            write_safetensors(folder / file, plan, advance)
+            write_safetensors(folder / file, plan, shown.advance)
     if source.sharded:
         where = {name: file for file, plan in plans.items() for name in plan}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
@@ -272,10 +267,3 @@ def copy_companions(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and _COMPANIONS.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, in bytes, removed at the end; yields the function that advances it."""
-    with bar(text, total, in_bytes=True, shown=shown) as shown_bar:
-        yield shown_bar.advance

@@ -23,6 +23,7 @@ from gci_kernels.convert.formats import PLAIN, Conversion, Converted, Format, ad
 from gci_kernels.convert.published_layers import CONFIG, PublishedLayer
 from gci_kernels.loki import write_positions
 from gci_kernels.ops.row_linear import check_positions
+from gci_kernels.progress import bar
 from gci_kernels.tuners import LoKIConfig
 from gci_kernels.tuners.adapter_file import is_settings
 
@@ -173,16 +174,15 @@ def _compare(
     if lone:
         lacking, having = (base, checkpoint) if lone[0] in own else (checkpoint, base)
         raise ConvertError(f"{lacking.path} lacks {lone[0]}, which {having.path} has: is this the model's base?")
-    with files.progress_bar(
-        "comparing with the base", sum(checkpoint.nbytes(name) for name in where), progress
-    ) as advance:
+    total = sum(checkpoint.nbytes(name) for name in where)
+    with bar("comparing with the base", total, in_bytes=True, shown=progress) as shown:
         for name, (original, published) in where.items():
             if original in base and not _same(checkpoint[name], base[original], published):
                 raise ConvertError(
                     f"{checkpoint.file(name)}: {name} is not what {base.file(original)} has: that is another model, or "
                     "more than rows was trained"
                 )
-            advance(checkpoint.nbytes(name))
+            shown.advance(checkpoint.nbytes(name))
 
 
 def _same(found: Tensor, base: Tensor, layer: PublishedLayer | None) -> bool:

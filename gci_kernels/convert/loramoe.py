@@ -18,6 +18,7 @@ from gci_kernels.convert import adapters, files
 from gci_kernels.convert.adapters import ADAPTER, ADAPTER_CONFIG, PREFIX
 from gci_kernels.convert.files import Checkpoint, ConvertError, LazyTensor
 from gci_kernels.convert.formats import Conversion, Converted, Format, adapter_format
+from gci_kernels.progress import bar
 from gci_kernels.tuners import LoRAMoEConfig, LoRAMoELinear
 from gci_kernels.tuners.adapter_file import is_settings, rename
 
@@ -89,13 +90,14 @@ def loramoe_to_published(folder: str | os.PathLike, out: str | os.PathLike, *, p
     parts, saved = _sort(weights, _OUR_PART, config.modules_to_save, path)
     width, source = config.num_experts * config.r, f"r={config.r} and num_experts={config.num_experts}"
     weights = {PREFIX + name: tensor.clone() for name, tensor in saved.items()}
-    with files.progress_bar("splitting experts", sum(_nbytes(found) for found in parts.values()), progress) as advance:
+    total = sum(_nbytes(found) for found in parts.values())
+    with bar("splitting experts", total, in_bytes=True, shown=progress) as shown:
         for module, found in parts.items():
             inner, outer = _sizes(found.get("A"), found.get("lora_B"))
             allowed = {"A": (width, inner), "lora_B": (outer, width), "router": (config.num_experts, inner)}
             _check_tensors(found, allowed, path, f"{module}.loramoe_{{}}", source)
             weights |= _experts(PREFIX + module, found, config.r)
-            advance(_nbytes(found))
+            shown.advance(_nbytes(found))
     with files.new_folder(out) as scratch:
         files.write_json(scratch / ADAPTER_CONFIG, _their_config(config, set(parts)))
         files.copy_companions(folder, scratch)
@@ -197,7 +199,7 @@ def _published_config(path: Path) -> dict[str, Any]:
     config = {"modules_to_save": None, "task_type": None, "base_model_name_or_path": None} | config
     config |= {field: config[field] or 0.0 for field in ("blc_alpha", "blc_weight")}
     for field in _NUMBERS:
-        if not isinstance(config[field], (int, float)) or isinstance(config[field], bool):
+        if type(config[field]) not in (int, float):
             raise ConvertError(f"{path}: {field} must be a number, got {config[field]!r}")
     for field in ("target_modules", "modules_to_save"):
         _check_modules(path, field, config[field])

@@ -61,10 +61,6 @@ class LaunchConfig:
     candidates: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
-def _no_stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One kernel, as far as code outside its op needs to know it. What is proved, is proved of a whole `Kernel`.
@@ -85,13 +81,14 @@ class Kernel:
     check: Callable[[Shape, torch.dtype, torch.device], Comparison]
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
-    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = _no_stages
+    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = lambda shape, dtype, device: {}
     needs: tuple[str, ...] = ()
 
 
 #: Every registered kernel by its name, in the order of registration. Only :func:`register` writes to it.
 KERNELS: dict[str, Kernel] = {}
-_launches: dict[str, tuple[Kernel, LaunchConfig]] = {}
+#: Every launch of a registered kernel by its name, and its kernel.
+LAUNCHES: dict[str, tuple[Kernel, LaunchConfig]] = {}
 
 
 def register(kernel: Kernel) -> None:
@@ -106,13 +103,13 @@ def register(kernel: Kernel) -> None:
             "; register each kernel once, and give another kernel another name"
         )
     for launch in kernel.launches:
-        if launch.name in _launches:
+        if launch.name in LAUNCHES:
             raise ValueError(
                 f"a launch named {launch.name!r} is registered already, by the GPU kernel "
-                f"{_launches[launch.name][0].name!r}; give the one of {kernel.name!r} another name"
+                f"{LAUNCHES[launch.name][0].name!r}; give the one of {kernel.name!r} another name"
             )
     KERNELS[kernel.name] = kernel
-    _launches.update({launch.name: (kernel, launch) for launch in kernel.launches})
+    LAUNCHES.update({launch.name: (kernel, launch) for launch in kernel.launches})
 
 
 def get(name: str) -> Kernel:
@@ -135,14 +132,9 @@ def get_launch(name: str) -> tuple[Kernel, LaunchConfig]:
     Raises:
         ValueError: there is none.
     """
-    if name not in _launches:
-        raise ValueError(f"no launch of a GPU kernel is named {name!r}; there are {', '.join(_launches)}")
-    return _launches[name]
-
-
-def launches() -> dict[str, LaunchConfig]:
-    """Every launch of every registered kernel, by name."""
-    return {name: launch for name, (_, launch) in _launches.items()}
+    if name not in LAUNCHES:
+        raise ValueError(f"no launch of a GPU kernel is named {name!r}; there are {', '.join(LAUNCHES)}")
+    return LAUNCHES[name]
 
 
 def names(language: Language) -> tuple[str, ...]:

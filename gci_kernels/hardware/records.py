@@ -17,6 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +34,7 @@ _PACKAGE = Path(__file__).parents[1]
 _LOCK = threading.RLock()
 # (kernel, the GPU's index) -> what this process read or found out; asked at every call of an op.
 _answers: dict[tuple[str, int], bool] = {}
-#: Rises when what is proved changes: what was chosen by it before has to be chosen again.
+#: Increased whenever a proof changes: plans that depend on an earlier version have to be made again.
 version = 0
 
 
@@ -184,7 +185,7 @@ def state(kernel: str, device: torch.device) -> str:
 
 
 def _current_index() -> int | None:
-    """None without a GPU. The slower question is asked only as long as the quick one says no."""
+    """None without a GPU. is_available, which is slow, is called only until CUDA is initialised."""
     usable = torch.cuda.is_initialized() or torch.cuda.is_available()
     return torch.cuda.current_device() if usable else None
 
@@ -262,27 +263,23 @@ def _self_check(kernel: str, device: torch.device) -> tuple[bool, str, bool]:
     In a thread of its own, where nothing of the caller's is in force: no autocast, inference mode, fake tensors,
     default device or tracing, and another current stream.
     """
-    answer: list[tuple[bool, str, bool]] = []
 
-    def check() -> None:
+    def check() -> tuple[bool, str, bool]:
         try:
             with torch.no_grad(), torch.cuda.device(device):
                 failed = [c for c in self_check.check_kernel(kernel, device) if not c.passed]
         except torch.OutOfMemoryError as error:
-            answer.append((False, f"no memory for the check: {_first_line(error)}", False))
+            return False, f"no memory for the check: {_first_line(error)}", False
         except Exception as error:  # whatever it is, a kernel that raises is not to be used
-            answer.append((False, f"{type(error).__name__}: {_first_line(error)}", True))
-        else:
-            reason = "" if not failed else (
-                f"{len(failed)} checks, first {failed[0].case} {failed[0].dtype} {failed[0].tensor}: error "
-                f"{failed[0].error:.1e}, allowed {failed[0].bound:.1e}"
-            )  # fmt: skip
-            answer.append((not failed, reason, True))
+            return False, f"{type(error).__name__}: {_first_line(error)}", True
+        if not failed:
+            return True, "", True
+        case = f"{failed[0].case} {failed[0].dtype} {failed[0].tensor}"
+        errors = f"error {failed[0].error:.1e}, allowed {failed[0].bound:.1e}"
+        return False, f"{len(failed)} checks, first {case}: {errors}", True
 
-    thread = threading.Thread(target=check, name=f"gci_kernels check of {kernel}")
-    thread.start()
-    thread.join()
-    return answer[0]
+    with ThreadPoolExecutor(1, f"gci_kernels check of {kernel}") as thread:
+        return thread.submit(check).result()
 
 
 def _first_line(error: Exception) -> str:

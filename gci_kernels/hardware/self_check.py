@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.accuracy import Check, error_bound, relative_error
-from gci_kernels.hardware.kernels import Shape, get
+from gci_kernels.hardware.kernels import Comparison, Outputs, Shape, get
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: No size is a multiple of another, and activations lie in rows of a wider tensor.
@@ -43,6 +43,18 @@ def drawing(shape: Shape, device: torch.device) -> Callable[..., Tensor]:
     return draw
 
 
+def compare(
+    outputs: Callable[[Any, dict[str, Tensor]], Outputs], kernel: Any, plain: Any, inputs: dict[str, Tensor],
+    rounded_to: torch.dtype | None = None,
+) -> Comparison:  # fmt: skip
+    """Compare outputs(kernel, inputs) with outputs(plain, inputs); the truth is outputs(plain, inputs in float64).
+
+    `rounded_to`: the dtype to which the op rounds all of its inputs first, where some of them are wider.
+    """
+    wide = {name: (t if rounded_to is None else t.to(rounded_to)).double() for name, t in inputs.items()}
+    return Comparison(lambda: outputs(kernel, inputs), outputs(plain, inputs), outputs(plain, wide))
+
+
 def check_kernel(
     name: str, device: torch.device, *, dtypes: Iterable[torch.dtype] = DTYPES, shapes: Iterable[Shape] = (ODD, LARGE)
 ) -> Iterator[Check]:
@@ -55,19 +67,15 @@ def check_kernel(
                 actual, repeated = compared.kernel(), compared.kernel()
             for output, value in actual.items():
                 truth, plain = compared.truth[output], compared.plain[output]
+                bound = error_bound(relative_error(plain, truth), dtype)
                 check = Check(
                     f"{name} {' '.join(f'{k}={v}' for k, v in vars(shape).items())}",
                     kernel.language, str(dtype).removeprefix("torch."), output, relative_error(value, truth),
-                    _bound(relative_error(plain, truth), dtype, value.dtype),
+                    bound if value.dtype == dtype else min(bound, _UNROUNDED),
                 )  # fmt: skip
                 yield check
                 same = torch.equal(value, repeated[output])
                 yield dataclasses.replace(check, tensor=f"{output}, twice", error=0.0 if same else 1.0, bound=0.0)
-
-
-def _bound(plain_error: float, dtype: torch.dtype, out_dtype: torch.dtype) -> float:
-    bound = error_bound(plain_error, dtype)
-    return bound if dtype == out_dtype else min(bound, _UNROUNDED)
 
 
 @contextlib.contextmanager

@@ -28,13 +28,13 @@ class Stage(NamedTuple):
     implementations: dict[str, Callable[[Operands, torch.dtype], Results]]
 
 
-def make_stage(op: str, operands: Operands, run: Run) -> Stage:
-    """A stage that `run` computes by the modules aten and triton of an op, which are imported when they are called."""
+def make_stages(op: str, operands: Operands, runs: dict[str, Run]) -> dict[str, Stage]:
+    """Stages that `runs` compute by the modules aten and triton of an op, which are imported when they are called."""
 
-    def by(impl: str) -> Callable[[Operands, torch.dtype], Results]:
+    def by(impl: str, run: Run) -> Callable[[Operands, torch.dtype], Results]:
         return lambda operands, dtype: run(implementation(op, impl), operands, dtype)
 
-    return Stage(operands, {impl: by(impl) for impl in ("aten", "triton")})
+    return {name: Stage(operands, {impl: by(impl, run) for impl in ("aten", "triton")}) for name, run in runs.items()}
 
 
 def drawing_on(device: torch.device) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from gci_kernels.files import cache_dir, cache_error, make_cache_dir, write_whole
 from gci_kernels.hardware import records
-from gci_kernels.hardware.kernels import get_launch, launches
+from gci_kernels.hardware.kernels import LAUNCHES, get_launch
 from gci_kernels.hardware.self_check import DTYPES
 
 Request = tuple[str, tuple[object, ...]]
@@ -69,7 +69,8 @@ def keep(launch: str, arguments: tuple[object, ...], best: Any, device: torch.de
     Raises:
         CacheError: the cache folder can't be written.
     """
-    entry = _stamp(launch, device) | {"arguments": _serialized(arguments), "config": dataclasses.asdict(best)}
+    written = [str(value) if isinstance(value, torch.dtype) else value for value in arguments]
+    entry = _stamp(launch, device) | {"arguments": written, "config": dataclasses.asdict(best)}
     others = [old for old in _entries(path()) if any(old.get(key) != entry[key] for key in entry if key != "config")]
     make_cache_dir()
     try:
@@ -81,11 +82,13 @@ def keep(launch: str, arguments: tuple[object, ...], best: Any, device: torch.de
 
 @functools.cache
 def _table(file: Path, index: int) -> dict[Request, Any]:
-    device, table, known = torch.device("cuda", index), {}, launches()
+    device, table = torch.device("cuda", index), {}
+    dtypes = {str(dtype): dtype for dtype in DTYPES}
     for entry in _entries(file):
         name = entry.get("launch")  # an earlier version wrote other keys
-        if name in known and _stamp(name, device).items() <= entry.items():
-            table[name, _parsed(entry["arguments"])] = known[name].config_class(**entry["config"])
+        if name in LAUNCHES and _stamp(name, device).items() <= entry.items():
+            arguments = tuple(dtypes.get(value, value) for value in entry["arguments"])
+            table[name, arguments] = LAUNCHES[name][1].config_class(**entry["config"])
     return table
 
 
@@ -104,13 +107,3 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         records.warn_once(f"gci_kernels: {file} could not be read, so nothing is taken as tuned: {error}")
         return []
-
-
-def _serialized(arguments: tuple[object, ...]) -> list[object]:
-    return [str(value) if isinstance(value, torch.dtype) else value for value in arguments]
-
-
-def _parsed(arguments: list[object]) -> tuple[object, ...]:
-    """The arguments that :func:`_serialized` wrote."""
-    dtypes = {str(dtype): dtype for dtype in DTYPES}
-    return tuple(dtypes.get(value, value) if isinstance(value, str) else value for value in arguments)

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,24 +168,6 @@ class _WriteLast(torch.autograd.Function):
         return None, dfull[:, :, -1:]
 
 
-def hidden_and_kwargs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """A layer's hidden states [batch, tokens, hidden], and its other arguments, all by name.
-
-    Raises:
-        ValueError: the layer gets ALiBi's distances, which streams in one sequence cannot have.
-    """
-    names = list(inspect.signature(layer.forward).parameters)
-    kwargs = dict(zip(names, args, strict=False)) | kwargs
-    if kwargs.get("alibi") is not None:
-        raise ValueError("attribution does not support ALiBi, an attention that depends on distances in the sequence")
-    return kwargs.pop("hidden_states"), kwargs
-
-
-def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
-    """A layer's output with other hidden states."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 def hidden_of(output: Tensor | tuple) -> Tensor:
     """The hidden states in a layer's output, which may be a tuple that begins with them."""
     return output[0] if isinstance(output, tuple) else output
@@ -209,29 +192,35 @@ def hooks(
     with contextlib.ExitStack() as stack:
         for number, (layer, projection) in enumerate(zip(arch.layers, arch.projections, strict=True)):
             if before:
-                handle = layer.register_forward_pre_hook(_before_hook(number, before), with_kwargs=True)
-                stack.callback(handle.remove)
-            if projected:
-                stack.callback(projection.register_forward_hook(_output_hook(number, projected)).remove)
-            if after:
-                stack.callback(layer.register_forward_hook(_output_hook(number, after)).remove)
+                hook = partial(_before_layer, before, number)
+                stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            for module, function in ((projection, projected), (layer, after)):
+                if function:
+                    stack.enter_context(module.register_forward_hook(partial(_with_output, function, number)))
         yield
 
 
-def _before_hook(number: int, before: BeforeLayer) -> Callable:
-    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        changed = before(number, *hidden_and_kwargs(layer, args, kwargs))
-        return None if changed is None else ((changed[0],), changed[1])
+def _before_layer(
+    before: BeforeLayer, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """A forward pre-hook that passes `before` all arguments but the hidden states by name.
 
-    return hook
+    Raises:
+        ValueError: the layer gets ALiBi's distances, which streams in one sequence cannot have.
+    """
+    kwargs = dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)) | kwargs
+    if kwargs.get("alibi") is not None:
+        raise ValueError("attribution does not support ALiBi, an attention that depends on distances in the sequence")
+    changed = before(number, kwargs.pop("hidden_states"), kwargs)
+    return None if changed is None else ((changed[0],), changed[1])
 
 
-def _output_hook(number: int, function: OutputHook) -> Callable:
-    def hook(_: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        changed = function(number, hidden_of(output))
-        return None if changed is None else with_hidden(output, changed)
-
-    return hook
+def _with_output(
+    function: OutputHook, number: int, _: nn.Module, args: tuple, output: Tensor | tuple
+) -> Tensor | tuple | None:
+    """A forward hook that passes `function` the hidden states alone."""
+    changed = function(number, hidden_of(output))
+    return (changed, *output[1:]) if changed is not None and isinstance(output, tuple) else changed
 
 
 @contextlib.contextmanager

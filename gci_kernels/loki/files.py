@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gci_kernels.loki.architecture import Architecture
 from gci_kernels.loki.attribution import attribute, samples_together
@@ -65,7 +66,8 @@ def attribute_file(
         for first in range(0, len(missing), size):
             numbers = missing[first : first + size]
             device: Any = model.device
-            ids, mask = _padded([samples[number] for number in numbers], device)
+            rows = [torch.as_tensor(samples[number], dtype=torch.int64, device=device) for number in numbers]
+            ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, list(map(torch.ones_like, rows))))
             scores = attribute(model, ids, mask, path=path, steps=steps, projection=projection)
             for number, found in zip(numbers, scores, strict=True):
                 file.write(number, found)
@@ -75,13 +77,3 @@ def attribute_file(
     if hdf5:
         write_hdf5(out, growing)
         growing.unlink()
-
-
-def _padded(samples: list[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, samples))
-    ids = torch.zeros(len(samples), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(samples):
-        ids[row, : len(tokens)] = torch.as_tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    return ids.to(device), mask.to(device)

@@ -161,7 +161,8 @@ def load_scores(path: str | os.PathLike) -> Tensor:
     return scores
 
 
-def _h5py() -> ModuleType:
+def h5py_module() -> ModuleType:
+    """The package h5py, which HDF5 files need; ScoresError where it is missing."""
     try:
         import h5py
     except ImportError as error:
@@ -175,7 +176,7 @@ def write_hdf5(path: Path, source: Path) -> None:
     Raises:
         ScoresError: `source` is unfinished or damaged, or there is no h5py.
     """
-    h5py = _h5py()
+    h5py = h5py_module()
     scores, (settings, _, texts, _) = load_scores(source), _read(source)
     scratch = path.with_name(path.name + ".tmp")
     with h5py.File(scratch, "w") as file:
@@ -193,7 +194,7 @@ def read_hdf5(path: Path) -> tuple[Tensor, dict[str, str], np.ndarray | None]:
     Raises:
         ScoresError: the file is damaged or of another layout, or there is no h5py.
     """
-    h5py = _h5py()
+    h5py = h5py_module()
     try:
         with h5py.File(path, "r") as file:
             if "dataset" not in file or file["dataset"].ndim != 3:

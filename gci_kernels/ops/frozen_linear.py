@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from gci_kernels import native
+from gci_kernels.impl import upcast_obstacle
 from gci_kernels.ops.arguments import check_tensor, check_x, from_rows, rows, without_autocast
-from gci_kernels.ops.transforms import differentiated_again, no_derivative, transformed
-from gci_kernels.ops.upcast import large_product, upcast_from, upcast_obstacle
+from gci_kernels.ops.operators import define, no_derivative
+from gci_kernels.ops.transforms import differentiated_again, transformed
+from gci_kernels.ops.upcast import large_product, upcast_from
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,18 +55,14 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @without_autocast
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    def finish(sums: Tensor, _: slice, columns: slice) -> Tensor:
-        return sums if bias is None else sums.add_(bias[columns])
-
     y = x.new_empty(x.numel() // x.shape[-1], weight.shape[0])
-    return from_rows(large_product(rows(x), y, lambda columns: weight[columns].float().t(), finish), x)
+    return from_rows(large_product(rows(x), y, lambda columns: weight[columns].float().t(), bias), x)
 
 
 @without_autocast
 def _dx(dy: Tensor, weight: Tensor) -> Tensor:
     dx = dy.new_empty(dy.numel() // weight.shape[0], weight.shape[1])
-    large_product(rows(dy), dx, lambda columns: weight[:, columns].float(), lambda sums, *_: sums)
-    return dx.view(*dy.shape[:-1], weight.shape[1])
+    return large_product(rows(dy), dx, lambda columns: weight[:, columns].float()).view(*dy.shape[:-1], weight.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -79,19 +77,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
     return torch.ops.gci_kernels.frozen_linear_dx(dy, weight) if ctx.needs_input_grad[0] else None, None, None
 
 
-_library = torch.library.Library("gci_kernels", "FRAGMENT")
-_library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("frozen_linear_dx(Tensor dy, Tensor weight) -> Tensor")
-_library.impl("frozen_linear", _forward, "CompositeExplicitAutograd")
-_library.impl("frozen_linear_dx", _dx, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "gci_kernels::frozen_linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_library
-)
-torch.library.register_fake(
-    "gci_kernels::frozen_linear_dx", lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]), lib=_library
-)
-torch.library.register_autograd("gci_kernels::frozen_linear", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "gci_kernels::frozen_linear_dx", no_derivative("frozen_linear_dx", "use dy @ weight where one is needed"),
-    lib=_library,
+define(
+    "frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward, lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), _backward, _setup_context,
+)  # fmt: skip
+define(
+    "frozen_linear_dx(Tensor dy, Tensor weight) -> Tensor",
+    _dx, lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+    no_derivative("frozen_linear_dx", "use dy @ weight where one is needed"),
 )  # fmt: skip

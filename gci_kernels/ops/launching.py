@@ -5,9 +5,12 @@ tuned while a model runs: the same call takes the same blocks, and so gives the 
 """
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gci_kernels.hardware.chips import chip_of_capability
 
 #: Triton decides when a kernel is defined whether it is interpreted, so a later change of the variable means nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -54,3 +57,44 @@ def split_count(programs: int, tiles: int, steps: int) -> int:
     splits = max(min(programs // max(tiles, 1), steps // 4, 64), 1)
     share = ceil_div(max(steps, 1), splits)
     return ceil_div(max(steps, 1), share)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Blocks of x @ w [tokens, width] and of its sum over the depth."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    group: int  # rows of tiles that share their columns of w in L2
+    num_warps: int
+    num_stages: int
+
+
+#: What `gci-kernels tune` tries of a ProductConfig. What decides most is tried first.
+PRODUCT_CANDIDATES = dict(
+    block_t=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_stages=(2, 3, 4, 5), num_warps=(4, 8),
+    group=(4, 8, 16),
+)  # fmt: skip
+
+
+def choose_product_config(
+    tokens: int, depth: int, width: int, dtype: torch.dtype, capability: str, masked: bool = False
+) -> ProductConfig:
+    """For [tokens, depth] @ [depth, width]; `masked`: the sums go through a mask that the kernel makes."""
+    chip = chip_of_capability(capability)
+    if dtype == torch.float32:  # no matrix units
+        return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 128), 16, 8, num_warps=8, num_stages=2)
+    if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
+        return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 64), 32, 8, num_warps=4, num_stages=2)
+    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor. Its sums
+    # leave no registers for making a mask.
+    enough = ceil_div(tokens, 128) * ceil_div(width, 256) >= chip.processors
+    if chip.shared > 64 * 1024 and tokens > 64 and enough and not masked:
+        block_k, num_stages = (64, 3) if chip.async_products else (32, 4)
+        # Where all of w stays in the cache beside a few rows of x, nothing is read twice. Where it does not, programs
+        # that run together should form a square.
+        group = 8 if 2 * depth * (width + 8 * 128) <= chip.cache else 16
+        return ProductConfig(128, 256, block_k, group, num_warps=8, num_stages=num_stages)
+    block_t, num_stages = block_size(tokens, 16, 128), 4 if chip.shared > 64 * 1024 else 2
+    return ProductConfig(block_t, block_size(width, 16, 128), 64, 8, 8 if block_t == 128 else 4, num_stages)

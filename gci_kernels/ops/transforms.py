@@ -7,19 +7,21 @@ whatever `impl` says.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Called in every call of a layer: bound once, and in C where there is such a function. torch.compile takes their
-# results for constants.
+# Every call of a layer calls these, so they are looked up once, and are C functions where there are any. torch.compile
+# takes their results for constants.
 _tracing_state = torch._C._get_tracing_state
 _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 
 #: How many modes see every operation as it runs (make_fx, FakeTensorMode, a counter of products); 0: none.
 dispatch_mode_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+#: Types of a tensor that a kernel may read at its address. A subclass, fake or in shards, need not have one.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 # torch.jit.trace warns wherever Python reads a size. This package reads sizes to check arguments.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gci_kernels")
@@ -84,17 +86,3 @@ def _gradients_of_batch(
     return torch.autograd.grad(
         [y for y, _ in pairs], leaves, [dy for _, dy in pairs], create_graph=create_graph, materialize_grads=True
     )
-
-
-def no_derivative(op: str, remedy: str = "use impl='reference' where one is needed") -> Callable[..., None]:
-    """For torch.library.register_autograd: the derivative of an operator that has none, which raises RuntimeError.
-
-    Args:
-        op: the operator's name, without "gci_kernels::".
-        remedy: what the message tells the user to do.
-    """
-
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> None:
-        raise RuntimeError(f"gci_kernels::{op} has no derivative; {remedy}")
-
-    return backward

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HALVES = (torch.bfloat16, torch.float16)
+from gci_kernels.impl import HALVES
 
 _BLOCK = 1 << 22  # float32 numbers in a block
-_ROWS = 1024  # of x in a block at most: for so many, converting the weight once a block costs next to nothing
+_ROWS = 1024  # of x in a block at most; with so many, converting the weight for each block costs little
 #: Whether PyTorch says that it has a fast product of this dtype on this CPU. Constants, so that torch.compile can trace
 #: the functions that choose a plan.
 LIBRARY_MULTIPLIES = {
@@ -40,15 +40,6 @@ def upcast_from(dtype: torch.dtype, isa: str, library: bool | None = None) -> in
     return _FROM_AVX512 if dtype == torch.bfloat16 and isa == "avx512" else None
 
 
-def upcast_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why impl="upcast" cannot run on such tensors, or None where it can."""
-    if device_type != "cpu":
-        return f"its products are for CPU tensors, not {device_type}"
-    if dtype not in HALVES:
-        return f"its products are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
 def product(x: Tensor, m: Tensor) -> Tensor:
     """x @ m in float32 for x [tokens, depth] and a small m [depth, width] of any floating dtype."""
     out, m = torch.empty(x.shape[0], m.shape[1]), m.float()
@@ -66,21 +57,27 @@ def reduced(u: Tensor, y: Tensor) -> Tensor:
 
 
 def large_product(
-    x: Tensor, y: Tensor, block: Callable[[slice], Tensor], finish: Callable[[Tensor, slice, slice], Tensor]
-) -> Tensor:
-    """y = finish(x @ w), computed block by block and written into y [tokens, width], which is returned.
+    x: Tensor, y: Tensor, block: Callable[[slice], Tensor], bias: Tensor | None = None,
+    finish: Callable[[Tensor, slice, slice], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """y = finish(x @ w + bias), computed block by block and written into y [tokens, width], which is returned.
 
     Args:
         x: [tokens, depth], bfloat16 or float16, on a CPU.
         block: takes a slice of columns; returns these columns of w [depth, width] in float32.
-        finish: takes a block of x @ w in float32, its rows and its columns; returns what is rounded and stored.
+        bias: [width], any floating dtype, or None.
+        finish: takes a block of the sums in float32, its rows and its columns; returns what is rounded and stored;
+            None: the sums are.
     """
     (tokens, depth), width = x.shape, y.shape[1]
     height = min(_ROWS, max(_BLOCK // max(depth, 1), 1))
     for rows in _blocks(tokens, height):
         wide = x[rows].float()
         for columns in _blocks(width, _BLOCK // max(depth, min(height, tokens), 1)):
-            y[rows, columns] = finish(torch.mm(wide, block(columns)), rows, columns)
+            sums = torch.mm(wide, block(columns))
+            if bias is not None:
+                sums += bias[columns]
+            y[rows, columns] = sums if finish is None else finish(sums, rows, columns)
     return y
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -78,6 +78,10 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     if not isinstance(config, (AdaptedConfig, LoraConfig)):
         own = {c.__name__: c for c in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(c, AdaptedConfig)}
         raise TypeError(f"config must be a {', '.join(own)} or peft.LoraConfig, got {type(config).__name__}")
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ValueError(
+            f"{type(config).__name__}: its method is not registered; call gci_kernels.register for it first"
+        )
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already: use its add_adapter, then patch(model) without a config")
     _check_targets(model, config)

@@ -85,21 +85,16 @@ def _plans(gpus: list[torch.device]) -> Table:
 
 def _kernels(devices: list[torch.device]) -> Table | str:
     """Kernels by GPU: the ones of this machine; without any, those that the shipped records name."""
+    gpus = [torch.cuda.get_device_name(device) for device in devices] or [r.gpu for r in hardware.shipped()]
+    if not gpus:
+        return f"GPU kernels: no GPU here, and {NO_RECORD}."
     cells: dict[tuple[str, str], hardware.Record | None] = {}
-    gpus: list[str] = []
-    if devices:
-        for device in devices:
-            gpus.append(torch.cuda.get_device_name(device))
-            cells |= {(kernel, gpus[-1]): hardware.find(kernel, device) for kernel in hardware.KERNELS}
-    else:
-        if not hardware.shipped():
-            return f"GPU kernels: no GPU here, and {NO_RECORD}."
-        for record in hardware.shipped():
-            gpus.append(record.gpu)
-            if record.kernel in hardware.KERNELS and record.digest == hardware.digest(record.kernel):
-                cells[record.kernel, record.gpu] = record
-    table = Table("GPU kernel", title="What is proved where")
+    for kernel in hardware.KERNELS:
+        cells |= {(kernel, gpu): hardware.find(kernel, device) for gpu, device in zip(gpus, devices, strict=False)}
+        shipped = [record for record in hardware.shipped() if record.kernel == kernel and not devices]
+        cells |= {(kernel, record.gpu): record for record in shipped if record.digest == hardware.digest(kernel)}
     gpus = list(dict.fromkeys(gpus))
+    table = Table("GPU kernel", title="What is proved where")
     for gpu in gpus:
         table.add_column(escape(gpu))
     for kernel in hardware.KERNELS:

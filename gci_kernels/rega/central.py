@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,9 +133,9 @@ def central_prompt_cache(model: nn.Module, tokenizer: Any, roles: Roles) -> Cent
     if model.training:
         raise RegaError("the model is in training mode, in which dropout changes what is kept: call model.eval()")
     system = supports_system(tokenizer)
-    prefix = _shared(
-        [tokens(tokenizer, messages(roles.central, text, system=system), generation=True) for text in _BEGINNINGS]
-    )
+    rows = [tokens(tokenizer, messages(roles.central, text, system=system), generation=True) for text in _BEGINNINGS]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    prefix = [column[0] for column in same]
     if not prefix:
         raise ValueError("the chat template puts nothing in front of the instruction, so requests have no common token")
     device: Any = model.device
@@ -145,12 +146,3 @@ def central_prompt_cache(model: nn.Module, tokenizer: Any, roles: Roles) -> Cent
     ):
         raise ValueError("the model keeps more of past tokens than keys and values, or none: its prompt can't be kept")
     return CentralPrompt(model, tokenizer, roles.central, system, prefix, cache)
-
-
-def _shared(rows: list[list[int]]) -> list[int]:
-    length = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return rows[0][:length]

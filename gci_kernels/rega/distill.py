@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from gci_kernels.models import model_state
@@ -20,22 +20,6 @@ from gci_kernels.rega.instructions import Pair
 from gci_kernels.rega.prompts import messages, render, require_text, supports_system, template_of
 
 LOOP_WORDS, LOOP_TIMES = 8, 3  # so many words, repeated so often, make an answer a loop
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of generate(); top_k=0, as the default of transformers is 50."""
-        if not self.temperature:
-            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        return {
-            "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0,
-            "max_new_tokens": self.max_new_tokens,
-        }  # fmt: skip
 
 
 def distill(
@@ -89,13 +73,13 @@ def distill(
     _special_tokens(model, tokenizer)  # raises before the file is created
     system = supports_system(tokenizer)
     texts = [render(tokenizer, messages(prompt, text, system=system), generation=True) for text in instructions]
-    sampling = _Sampling(float(temperature), float(top_p), max_new_tokens)
+    sampling = {"temperature": float(temperature), "top_p": float(top_p), "max_new_tokens": max_new_tokens}
     seeds = [_batch_seed(seed, index // batch_size) for index in range(len(instructions))]
     with contextlib.ExitStack() as stack:
         file, records = None, []
         if out is not None:
             header = {
-                **_identity(model, tokenizer, instructions), **vars(sampling),
+                **_identity(model, tokenizer, instructions), **sampling,
                 "prompt": prompt, "batch_size": batch_size, "seed": seed,
             }  # fmt: skip
             file = stack.enter_context(DistilledFile(Path(out), header, instructions, seeds, batch_size))
@@ -184,25 +168,21 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
 def _answers(
-    model: Any, tokenizer: Any, texts: Sequence[str], sampling: _Sampling, seed: int
+    model: Any, tokenizer: Any, texts: Sequence[str], sampling: dict[str, Any], seed: int
 ) -> Iterator[tuple[str, int, bool]]:
     """For each text the answer, the number of its tokens, and whether it is finished."""
     ends, pad = _special_tokens(model, tokenizer)
-    ids, mask = _padded([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], pad)
-    device = _device(model)
-    with torch.no_grad(), _seeded(seed):
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=pad,
-            **sampling.options(),
-        )  # fmt: skip
+    rows = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(_device(model))
+    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left").to(ids.device)
+    # The default of transformers for top_k is 50.
+    options = {"do_sample": True, "top_k": 0, **sampling}
+    if not sampling["temperature"]:
+        options = {"do_sample": False, "max_new_tokens": sampling["max_new_tokens"]}
+    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=ends, pad_token_id=pad, **options)
     for row in output[:, ids.shape[1] :].tolist():
         stop = next((index for index, token in enumerate(row) if token in ends), None)
         count = len(row) if stop is None else stop + 1
@@ -218,13 +198,6 @@ def _special_tokens(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     if not ends:
         raise ValueError("no answer would end: the model's generation_config and the tokenizer have no eos token")
     return ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 def _record(

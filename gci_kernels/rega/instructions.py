@@ -92,13 +92,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _plain(line: str) -> str:
-    return _text("the line", _utf8(line).strip())
+    return require_text("the line", _utf8(line).strip())
 
 
 def _instruction(line: str) -> str:
     value = _json(line)
     if isinstance(value, str):
-        return _text("the instruction", value)
+        return require_text("the instruction", value)
     if not isinstance(value, dict):
         raise ValueError("must be a string or an object")
     if "messages" in value:
@@ -131,17 +131,11 @@ def _json(line: str) -> Any:
         raise ValueError("not JSON that can be read: nested too deeply") from error
 
 
-def _text(what: str, value: object) -> str:
-    require_text(what, value)
-    assert isinstance(value, str)
-    return value
-
-
 def _field(value: dict, names: tuple[str, ...]) -> str:
     name = next((name for name in names if name in value), None)
     if name is None:
         raise ValueError(f"has no {', '.join(names[:-1])} or {names[-1]}")
-    return _text(name, value[name])
+    return require_text(name, value[name])
 
 
 def _turn(turns: object, role: str, start: int) -> tuple[int, str]:
@@ -150,5 +144,5 @@ def _turn(turns: object, role: str, start: int) -> tuple[int, str]:
         raise ValueError("messages must be a list of objects with role and content")
     for index, turn in enumerate(turns[start:], start):
         if turn.get("role") == role:
-            return index, _text(f"the {role}'s content", turn.get("content"))
+            return index, require_text(f"the {role}'s content", turn.get("content"))
     raise ValueError(f"messages has no {role}'s turn{' after the user' if start else ''}")

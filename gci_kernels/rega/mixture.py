@@ -69,7 +69,9 @@ def mixture(
         ValueError: there are no general pairs or none of a domain, a pair is not two strings with text in them, a
             domain has no role prompt, or integration or seed is out of range.
     """
-    share, rng = _share(integration), _rng(seed)
+    share = _share(integration)
+    check_seed(seed)
+    rng = random.Random(seed)
     if not domains:
         raise ValueError("domains must hold at least one domain's pairs")
     for name in domains:
@@ -101,11 +103,6 @@ def _share(integration: float) -> Fraction:
         raise ValueError(f"integration must be from 0 to 1, got {integration}")
     # By its decimals: 0.29 of 50 is 14.5, which floating point would make a little less.
     return Fraction(str(float(integration)))
-
-
-def _rng(seed: int) -> random.Random:
-    check_seed(seed)
-    return random.Random(seed)
 
 
 def _pairs(what: str, pairs: Pairs) -> Iterator[Pair]:

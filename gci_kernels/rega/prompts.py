@@ -63,12 +63,13 @@ class Roles:
             raise ValueError(f"{path}: {error}") from error
 
 
-def require_text(what: str, value: object) -> None:
-    """Raises ValueError unless `value` is a string that holds more than whitespace and can be written as UTF-8."""
+def require_text(what: str, value: object) -> str:
+    """`value`; ValueError unless it is a string that holds more than whitespace and can be written as UTF-8."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} must be a string with text in it, got {value!r:.60}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{what} holds half of a surrogate pair, which no UTF-8 file can: {value!r:.60}")
+    return value
 
 
 def messages(prompt: str | None, instruction: str, answer: str | None = None, *, system: bool = True) -> list[dict]:

@@ -19,8 +19,9 @@ from gci_kernels.ops.bottleneck.mixers import ATTENTION
 from gci_kernels.ops.decode import find_step, has_kernels
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
-from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel, classes_of, register
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.registration import classes_of, register
 
 
 @dataclass

@@ -65,6 +65,8 @@ class AdaptedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(getattr(self, "method", None), str):
+            raise TypeError(f"{type(self).__name__} has no `method`: derive a config from it that names its method")
         kind = method_type(self.method)
         # A config of an adapter that an earlier version saved gives the type as a plain string without our name.
         self.earlier = type(self.peft_type) is str and self.peft_type == kind.value

@@ -1,4 +1,4 @@
-"""One config base, layer and tuner for every method whose layers are bottleneck adapters; and their registration."""
+"""One config base, layer and tuner for every method whose layers are bottleneck adapters."""
 
 import copy
 import math
@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import is_all_linear, matched
-from gci_kernels.ops import bottleneck_linear
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
-from gci_kernels.ops.bottleneck import register as register_mixer
 from gci_kernels.ops.decode import Group
-from gci_kernels.tuners import mixed, registered
+from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.fused_layer import FusedLayer
-from gci_kernels.tuners.methods import METHODS, Method, register_with_peft
+from gci_kernels.tuners.methods import Method, new_tensors, settings_of
 from gci_kernels.tuners.scaling import applied, number
 
 
@@ -70,12 +68,16 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
 
     def update_layer(self, name: str, config: Any) -> None:
         """Adds the adapter `name`, or makes it anew."""
-        method = self.method
-        self.configs[name], self.r[name], self.settings[name] = config, config.r, method.settings(config)
+        made = new_tensors(self.method, config, self.in_features, self.out_features)
+        if tuple(made) != self.roles:
+            raise ValueError(
+                f"method {self.method.name!r}: `parameters` returned {', '.join(made)} for a layer "
+                f"{self.in_features} -> {self.out_features}, and {', '.join(self.roles)} when it was registered"
+            )
+        self.configs[name], self.r[name], self.settings[name] = config, config.r, settings_of(self.method, config)
         self.scaling[name], self.dropout_p[name] = config.lora_alpha / config.r, config.lora_dropout
-        made = method.parameters(config, self.in_features, self.out_features)
-        for container, part in zip(self.adapter_layer_names, parts_of(method, made), strict=True):
-            getattr(self, container)[name] = nn.Parameter(made[part])
+        for container, tensor in zip(self.adapter_layer_names, made.values(), strict=True):
+            getattr(self, container)[name] = nn.Parameter(tensor)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -134,6 +136,12 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
     def _check_merge(self, names: Sequence[str]) -> None:
         if self.method.mixer.merge is None:
             raise ValueError(no_merge(self.method))
+        base = self.get_base_layer()
+        if names and fusion.computes_otherwise(base):
+            raise ValueError(
+                f"{self.method.name} cannot be merged into a {type(base).__name__}, which computes something else than "
+                "x @ W.T + b: use unload()"
+            )
 
     def _merged(self, name: str, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
         """The whole weight, plus scaling * B @ merge(A)."""
@@ -141,22 +149,9 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
         A, B, weights = self.tensors(name)
         wide = torch.promote_types(weight.dtype, torch.float32)
         scaling, B = applied(self.scaling[name], B.to(wide))
+        weights = None if weights is None else weights.to(wide)
         change = scaling * (B @ merge(A.to(wide), weights, self.settings[name]))
         return slice(None), {"weight": (weight.to(wide) + change).to(weight.dtype)}
-
-
-def parts_of(method: Method, made: dict[str, Tensor]) -> tuple[str, ...]:
-    """The names of an adapter's tensors in the order in which layers keep them: A, B, and the mixer's weights.
-
-    Raises:
-        ValueError: there are others, or too many.
-    """
-    others = [part for part in made if part not in ("A", "B")]
-    if not {"A", "B"} <= made.keys() or len(others) > 1:
-        raise ValueError(
-            f"method {method.name!r}: `parameters` must return A, B and at most one tensor more, got {sorted(made)}"
-        )
-    return "A", "B", *others
 
 
 def no_merge(method: Method) -> str:
@@ -194,71 +189,3 @@ class BottleneckModel(AdaptedModel):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self._detach()
         return model
-
-
-def register(
-    method: Method, layer: type[BottleneckLayer] = BottleneckLayer, tuner: type[BottleneckModel] = BottleneckModel
-) -> Method:
-    """Makes a method known to gci_kernels and PEFT: its config then works in patch, get_peft_model and from_pretrained.
-
-    Args:
-        layer, tuner: bases of the method's own classes, for one that does more than its record says.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError, TypeError: naming what the record lacks, or what does not fit together.
-    """
-    roles, prefix = _check(method), method.prefix or f"gci_{method.name.lower()}_"
-    names = tuple(prefix + (method.B if role == "B" else role) for role in roles)
-    settings = prefix + "settings"
-    own = {
-        "method": method, "method_name": method.name, "roles": roles, "adapter_layer_names": names,
-        "other_param_names": ("r", "scaling", "dropout_p", "settings", "configs", settings), "settings_name": settings,
-        "__annotations__": dict.fromkeys(names, nn.ParameterDict),
-    }  # fmt: skip
-    made_layer = _subclass(f"{method.name}Linear", layer, own)
-    own = {"method": method, "prefix": prefix, "tuner_layer_cls": made_layer}
-    made_tuner = _subclass(f"{method.name}Model", tuner, own)
-    METHODS[method.name] = method
-    register_with_peft(method.config, made_tuner)
-    return method
-
-
-def _check(method: Method) -> tuple[str, ...]:
-    """The names of the method's tensors, as :func:`parts_of`; raises where the record is not whole."""
-    config = method.config
-    derived = isinstance(config, type) and issubclass(config, BottleneckConfig)
-    if not derived or not isinstance(vars(config).get("method"), str):
-        raise TypeError(
-            f"config must be a dataclass derived from BottleneckConfig with `method`, the method's name, got {config!r}"
-        )
-    if method.name in METHODS:
-        raise ValueError(f"a method {method.name!r} is registered already; give this one another name")
-    if not isinstance(method.example, config):
-        raise TypeError(
-            f"method {method.name!r} needs an example, a small {config.__name__} with an effect (init_weights=False), "
-            f"which tests, verify and the benchmark adapt with; got {method.example!r}"
-        )
-    register_mixer(method.mixer)
-    made = method.parameters(method.example, 8, 6)
-    roles = parts_of(method, made)
-    A, B, *weights = (made[role] for role in roles)
-    # The formula runs once, and says where it is not what the mixer declares.
-    bottleneck_linear(
-        torch.ones(2, 3, 8), None, None, A, B, *weights, mixer=method.mixer, settings=method.settings(method.example),
-        scaling=1.0, impl="reference",
-    )  # fmt: skip
-    return roles
-
-
-def _subclass(name: str, base: type, attributes: dict[str, Any]) -> Any:
-    made = type(name, (base,), attributes | {"__module__": registered.__name__, "__doc__": base.__doc__})
-    setattr(registered, name, made)
-    return made
-
-
-def classes_of(method: Method) -> tuple[Any, Any]:
-    """The layer and the tuner that :func:`register` made of a method."""
-    return getattr(registered, f"{method.name}Linear"), getattr(registered, f"{method.name}Model")

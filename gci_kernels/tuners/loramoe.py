@@ -10,8 +10,9 @@ from gci_kernels.ops.bottleneck.mixers import GATE
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
 from gci_kernels.tuners.base import check_integer, check_number, uniform, zeros_or_uniform
-from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel, classes_of, register
+from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
+from gci_kernels.tuners.registration import classes_of, register
 
 
 @dataclass

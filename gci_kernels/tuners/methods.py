@@ -4,8 +4,9 @@ import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Method:
         config: its config, a dataclass derived from BottleneckConfig with `method`, the method's name.
         mixer: what stands between A and B; a registered gci_kernels.ops.Mixer.
         parameters: (config, in_features, out_features) -> the new adapter's tensors: "A" [rank, in], "B" [out, columns]
-            and, where the mixer has weights, one more, under a name of its own.
+            and, where the mixer has weights, one more matrix, under a name of its own.
         describe: of a config, the adapter's size, short: for reports.
         example: a small config with an effect: what the tests, `gci-kernels verify` and the benchmark adapt with.
         settings: of a config, the mixer's numbers.
@@ -78,8 +79,53 @@ class Method:
         return self.config.method
 
 
+def new_tensors(method: Method, config: Any, in_features: int, out_features: int) -> dict[str, Tensor]:
+    """A new adapter's tensors by name: A [rank, in], B [out, columns], then the mixer's weights, if it has any.
+
+    Each has memory of its own, whatever `parameters` shares among the layers.
+
+    Raises:
+        TypeError, ValueError: `parameters` returns something else.
+    """
+    says = f"method {method.name!r}: `parameters` must return"
+    made = method.parameters(config, in_features, out_features)
+    if not isinstance(made, dict) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in made.values()):
+        raise TypeError(f"{says} a dictionary of floating-point tensors by name, got {made!r}")
+    others = [part for part in made if part not in ("A", "B")]
+    if not {"A", "B"} <= made.keys() or len(others) > 1:
+        raise ValueError(f"{says} A, B and at most one tensor more, got {sorted(made)}")
+    if method.mixer.joins and not others:
+        raise ValueError(f"{says} the weights that the mixer {method.mixer.name!r} joins with A, got A and B alone")
+    width = in_features if method.mixer.joins else None
+    rows = [_rows(f"{says} {part}", made[part], width) for part in others]
+    columns = method.mixer.columns(_rows(f"{says} A", made["A"], in_features), *(rows or [0]))
+    if tuple(made["B"].shape) != (out_features, columns):
+        raise ValueError(f"{says} B [{out_features}, {columns}], got {list(made['B'].shape)}")
+    return {part: made[part].detach().clone(memory_format=torch.contiguous_format) for part in ("A", "B", *others)}
+
+
+def _rows(says: str, tensor: Tensor, width: int | None) -> int:
+    """The rows of a matrix; ValueError unless it is one, of `width` columns."""
+    if tensor.dim() != 2 or not tensor.shape[0] or width not in (None, tensor.shape[1]):
+        raise ValueError(f"{says} [at least 1, {'any' if width is None else width}], got {list(tensor.shape)}")
+    return tensor.shape[0]
+
+
+def settings_of(method: Method, config: Any) -> tuple[int, ...]:
+    """The mixer's numbers of an adapter; TypeError where they are no integers."""
+    numbers = method.settings(config)
+    if not isinstance(numbers, tuple) or any(type(n) is not int for n in numbers):
+        raise TypeError(f"method {method.name!r}: `settings` must return a tuple of integers, got {numbers!r}")
+    return numbers
+
+
 METHODS: dict[str, Method] = {}
 """The registered methods by name: LoRAMoE, ALoRA, and those of other modules."""
+
+
+def is_known_to_peft(name: str) -> bool:
+    """Whether a method of this name, in any case, is registered."""
+    return method_type(name) in PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def register_with_peft(config: Any, tuner: Any) -> None:
@@ -93,3 +139,10 @@ def register_with_peft(config: Any, tuner: Any) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[names] = config
     PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
+
+
+def forget_with_peft(config: Any) -> None:
+    """Takes back what :func:`register_with_peft` did."""
+    for kind in (method_type(config.method), type_in_file(config)):
+        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+            cast(dict, mapping).pop(kind, None)

@@ -1,4 +1,4 @@
-"""The layer and tuner classes that tuners/bottleneck.py makes of registered methods: here pickle finds them."""
+"""The layer and tuner classes that tuners/registration.py makes of registered methods: here pickle finds them."""
 
 from typing import Any
 

@@ -11,17 +11,8 @@ from torch import Tensor
 from gci_kernels.impl import implementation
 from gci_kernels.ops.arguments import without_autocast
 from gci_kernels.ops.attention import reference
-from gci_kernels.ops.transforms import differentiated_again, no_derivative, plain_gradients
-
-_library = torch.library.Library("gci_kernels", "FRAGMENT")
-_library.define(
-    "low_rank_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? segments, str impl) "
-    "-> (Tensor o, Tensor lse)"
-)
-_library.define(
-    "low_rank_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, int num_heads, "
-    "Tensor? segments, str impl) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
+from gci_kernels.ops.operators import define, no_derivative
+from gci_kernels.ops.transforms import differentiated_again, plain_gradients
 
 
 @without_autocast
@@ -31,9 +22,7 @@ def _forward(
     return implementation("attention", impl).forward(q, k, v, num_heads, segments)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, segments: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=lse_dtype)
 
@@ -46,10 +35,7 @@ def _backward(
     return implementation("attention", impl).backward(do, q, k, v, o, lse, num_heads, segments)
 
 
-def _backward_fake(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, num_heads: int, segments: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -80,14 +66,14 @@ def _formula_backward(
     return plain_gradients(lambda q, k, v: reference.forward(q, k, v, num_heads, segments)[:1], (q, k, v), (do,))
 
 
-_library.impl("low_rank_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("low_rank_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gci_kernels::low_rank_attention", _forward_fake, lib=_library)
-torch.library.register_fake("gci_kernels::low_rank_attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "gci_kernels::low_rank_attention", _derivative, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "gci_kernels::low_rank_attention_backward", no_derivative("low_rank_attention_backward"), lib=_library
-)
+define(
+    "low_rank_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? segments, str impl) "
+    "-> (Tensor o, Tensor lse)",
+    _forward, _forward_fake, _derivative, _setup_context,
+)  # fmt: skip
+define(
+    "low_rank_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, int num_heads, "
+    "Tensor? segments, str impl) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward, _backward_fake, no_derivative("low_rank_attention_backward"),
+)  # fmt: skip
 attention = torch.ops.gci_kernels.low_rank_attention.default

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gci_kernels.hardware.chips import chip_of_capability
+from gci_kernels.limits import MAX_HEAD_SIZE
 from gci_kernels.ops.launching import block_size
 
 
@@ -30,13 +31,13 @@ class AttentionConfig:
 
 
 def choose_attention_config(r: int, num_heads: int, dtype: torch.dtype, capability: str) -> AttentionConfig:
-    """Neither batch nor length has a say: a sequence gives the same bits in any company, and nothing compiles again.
+    """Tiles do not depend on batch or length: a sequence gives the same bits in any batch, and nothing compiles again.
 
-    Nor would a smaller tile serve a few queries sooner: a tile of 64 rows is 16 for each of four warps, and 16 is what
-    a matrix unit takes. Tiles are the largest whose scores, and in the backward pass those of do @ v.T too, leave
-    registers for several programs on a processor: one exponentiates while another waits for its products.
+    A smaller tile would be no faster for a few queries: 64 rows are 16 for each of four warps, and a matrix unit takes
+    16. Tiles are the largest whose scores, and in the backward pass those of do @ v.T too, leave registers for several
+    programs on a multiprocessor, of which one computes exponentials while another waits for its products.
     """
-    chip, block_d = chip_of_capability(capability), block_size(r // num_heads, 16, 64)
+    chip, block_d = chip_of_capability(capability), block_size(r // num_heads, 16, MAX_HEAD_SIZE)
     if dtype == torch.float32:  # no matrix units: both sides of a product are in registers too
         fwd, dq, dkv = (32, 32), (32, 32), (32 if block_d == 16 else 16, 32)
     elif chip.shared <= 64 * 1024:
@@ -45,6 +46,6 @@ def choose_attention_config(r: int, num_heads: int, dtype: torch.dtype, capabili
         fwd, dq, dkv = (64, 64), (64, 32), (32, 64)
     else:
         fwd, dq, dkv = (64, 64), (64, 64), (64, 64)
-    # Two stages: a step takes as long as what it loads for the next.
+    # Two stages: computing one step takes as long as loading the next.
     tiles = (Tile(block_t, block_k, num_warps=4, num_stages=2) for block_t, block_k in (fwd, dq, dkv))
     return AttentionConfig(block_d, 1024, *tiles)

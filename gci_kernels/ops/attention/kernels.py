@@ -5,11 +5,7 @@ from gci_kernels.ops import launching
 from gci_kernels.ops.attention import checks
 from gci_kernels.ops.attention.config import AttentionConfig, choose_attention_config
 
-register(
-    Kernel(
-        name="attention",
-        files=("ops/attention/triton.py", "ops/attention/config.py", *launching.FILES),
-        check=checks.check,
-        launches=(LaunchConfig("attention", AttentionConfig, choose_attention_config),),
-    )
-)
+register(Kernel(
+    "attention", ("ops/attention/triton.py", "ops/attention/config.py", "limits.py", *launching.FILES), checks.check,
+    launches=(LaunchConfig("attention", AttentionConfig, choose_attention_config),),
+))  # fmt: skip

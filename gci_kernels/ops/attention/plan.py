@@ -3,7 +3,7 @@
 import torch
 
 from gci_kernels import hardware
-from gci_kernels.impl import native_obstacle, triton_obstacle
+from gci_kernels.impl import check_runs, native_obstacle, triton_obstacle
 
 # Tokens from which the Triton kernels are expected to be faster than library products on a GPU: a prediction, nothing
 # is measured yet.
@@ -31,11 +31,8 @@ def choose_attention(
     """
     if impl == "upcast":
         raise ValueError("impl='upcast' cannot run here: it is of the products of linear layers; attention has none")
-    if impl in ("reference", "aten"):
-        return impl
     if impl != "auto":
-        if obstacle := (triton_obstacle if impl == "triton" else native_obstacle)(device_type, dtype):
-            raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
+        check_runs(impl, device_type, dtype)
         return impl
     if device_type != "cuda":
         return "aten" if native_obstacle(device_type, dtype) else "native"

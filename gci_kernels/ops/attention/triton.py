@@ -1,13 +1,13 @@
 """The attention as Triton kernels, for GPU tensors: flash attention for tiny heads.
 
-A program has one head, padded with zeros to the 16 columns that matrix units take at least. Tiny heads lose nothing by
-it, for exponentials decide: a pair of positions takes 1/16 of a clock for its exponential on an H100's processor, and
-1/256 for a product of 16 columns. Nor would a tile with the scores of all heads read less: it has fewer queries for it.
+A program has one head, padded with zeros to 16 columns, the least that matrix units take. The padding costs no time,
+which exponentials dominate: on an H100's multiprocessor, a pair of positions takes 1/16 of a clock for its exponential
+and 1/256 for a product of 16 columns. A tile with the scores of all heads would not read less: it holds fewer queries.
 
-Scores of narrow dtypes are in units of log2: one multiplication with a subtraction gives exp2 its exponent. In float32
-it is q that is scaled, so that the largest score less itself is 0 however large it is. Only tiles on the diagonal, or
-of several segments, pay for a mask. No sum is shared by programs: the same call gives the same bits, in any batch. Row
-offsets are int64. Blocks come from config.py.
+Scores of narrow dtypes are in units of log2: one fused multiply-add makes the exponent for exp2. In float32 q is scaled
+instead, so that the largest score minus itself is exactly 0. Only tiles on the diagonal, or of several segments, apply
+a mask. No sum is shared by programs: the same call gives the same bits, in any batch. Row offsets are int64. Blocks
+come from config.py.
 """
 
 import torch

@@ -149,6 +149,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on arguments that a user gave."""
     check_impl(impl)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"settings must be integers, got {numbers}")
     x, weight, bias = autocast(*operands[:3])
     t = operands._replace(x=x, weight=weight, bias=bias)
     A, B, weights, past = t.A, t.B, t.weights, t.past
@@ -192,17 +194,13 @@ def adapted_linear(
         if dropout_p and not (formula or compiling):
             t = t._replace(seed=philox.draw_seed())
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
-        return without_autocast(_formula)(x, t, settings, mixer)
+        return without_autocast(lambda _: reference.bottleneck(t, settings, mixer))(x)
     choose = choose_plan if compiling else plan_for
     plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
     return autograd.run_operator(t, settings) if compiling else autograd.run(t, settings)
-
-
-def _formula(x: Tensor, t: Operands, settings: Settings, mixer: Mixer) -> tuple[Tensor, Tensor]:
-    return reference.bottleneck(t, settings, mixer)
 
 
 def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:

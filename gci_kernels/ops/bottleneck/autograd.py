@@ -1,11 +1,11 @@
 """Forward and backward of every mixer and plan: a torch.autograd.Function, and the same as registered operators.
 
 Saved for backward: x, the parameters and what the mixer keeps, a few numbers a token; none of them is written to.
-Dropout is made again from its seed. Gradients that will be differentiated or transformed themselves are those of the
-formula, which is then computed again.
+The dropout mask is computed again from its seed. Gradients that will be differentiated or transformed themselves are
+computed from the formula.
 
-The Function is called in eager mode, for it costs a third of an operator's dispatch. The operators
-gci_kernels::bottleneck and ::bottleneck_backward are what torch.compile, fake tensors and dispatch modes see.
+Eager mode calls the Function, which costs a third of an operator's dispatch. torch.compile, fake tensors and dispatch
+modes see the operators gci_kernels::bottleneck and ::bottleneck_backward.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,16 @@ from gci_kernels.ops.bottleneck.mixer import Call, Kept, Output
 from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, make_call
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
-from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth, plain_gradients
+from gci_kernels.ops.operators import define, no_derivative
+from gci_kernels.ops.transforms import PLAIN, differentiated_again, dispatch_mode_depth, plain_gradients
 
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     """What `project` and `reduce` return for operands of `dtype`: our own products leave their sums unrounded."""
     return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _stacked(t: Operands, joins: bool) -> Tensor:
-    """What `project` multiplies with: A, and the mixer's weights where they join it."""
-    return torch.cat((t.A, t.weights)) if joins and t.weights is not None else t.A
 
 
 def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
@@ -44,20 +38,10 @@ def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
     stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
     drop = None if t.seed is None else dropout_of(t, s)
     projected = stages.project(plan, x, stack.t(), drop)
+    lead, sums = tuple(t.x.shape[:-1]), projected.dtype
     call = new_record(
-        Call,
-        (
-            s.numbers,
-            s.scaling,
-            tuple(t.x.shape[:-1]),
-            A.shape[0],
-            x.dtype,
-            projected.dtype,
-            plan.mix,
-            t.segments,
-            t.past,
-        ),
-    )
+        Call, (s.numbers, s.scaling, lead, A.shape[0], x.dtype, sums, plan.mix, t.segments, t.past)
+    )  # fmt: skip
     u, kept, output = STAGES[s.mixer].forward(projected, t.weights, call)
     y = stages.expand(plan, u, t.B.t(), x, None if t.weight is None else t.weight.t(), t.bias)
     return from_rows(y, t.x), kept, output
@@ -66,9 +50,9 @@ def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
 def backward(
     dy: Tensor, doutput: Tensor | None, t: Operands, kept: Kept, s: Settings, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order; dstack is that of :func:`_stacked`.
+    """The needed ones of [dx, dweight, dbias, dstack, dB, dweights], in this order.
 
-    dweights is needed only of weights that do not join.
+    dstack is that of A and, behind it, of weights that join; dweights is needed only of weights that do not.
     """
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
     x, dy, plan, mixer = rows(t.x), rows(dy), s.plan, STAGES[s.mixer]
@@ -84,7 +68,8 @@ def backward(
         if needs_B and dB is None:
             dB = stages.reduce(plan, u, dy)
     if needs_x:
-        dx = stages.expand(plan, dprojected, _stacked(t, MIXERS[s.mixer].joins), dy, t.weight, None, drop)
+        stack = torch.cat((t.A, t.weights)) if MIXERS[s.mixer].joins else t.A
+        dx = stages.expand(plan, dprojected, stack, dy, t.weight, None, drop)
         gradients.append(dx.view(t.x.shape))
     if needs_weight:
         gradients.append(torch.mm(dy.t(), x))
@@ -131,9 +116,8 @@ def _formula_gradients(
     dy: Tensor, doutput: Tensor | None, t: Operands, s: Settings, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """:func:`_gradients` in PyTorch's own operations, differentiable again."""
-    names = ("x", "weight", "A", "B", "weights")
-    wanted = [name for name, needed in zip(("x", "weight", "bias", "A", "B", "weights"), needs, strict=True) if needed]
-    mixer, wanted = MIXERS[s.mixer], [name for name in wanted if name in names]
+    names, mixer = Operands._fields[:6], MIXERS[s.mixer]
+    wanted = [name for name, needed in zip(names, needs, strict=True) if needed and name != "bias"]
     carries = mixer.output is Output.DIFFERENTIABLE
 
     def formula(*chosen: Tensor) -> tuple[Tensor, ...]:
@@ -143,8 +127,9 @@ def _formula_gradients(
     inputs = [getattr(t, name) for name in wanted]
     made = plain_gradients(formula, inputs, (dy, doutput) if carries else (dy,)) if wanted else ()
     found = dict(zip(wanted, made, strict=True))
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[2] else None
-    return [found.get("x"), found.get("weight"), dbias, found.get("A"), found.get("B"), found.get("weights")]
+    if needs[2]:
+        found["bias"] = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return [found.get(name) for name in names]
 
 
 def _saved(tensors: Sequence[Any]) -> tuple[Operands, Kept]:
@@ -174,14 +159,13 @@ class Bottleneck(torch.autograd.Function):
         return y, None if declared is Output.NONE else output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, doutput: Tensor | None) -> tuple[Tensor | None, ...]:
-        """See :func:`_gradients`."""
-        t, kept = _saved(ctx.saved_tensors)
-        return *_gradients(dy, doutput, t, kept, ctx.settings, ctx.needs_input_grad[:6]), None, None, None, None
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the Function and of the operator: those of :func:`_gradients`, and None for the other inputs."""
+        (t, kept), needs = _saved(ctx.saved_tensors), ctx.needs_input_grad
+        return *_gradients(dy, others[-1], t, kept, ctx.settings, needs[:6]), *[None] * (len(needs) - 6)
 
 
-# torch.autograd.Function.apply looks at every argument for wrappers of torch.func, which never reach this: its
-# transforms see the formula.
+# Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, Bottleneck).apply
 
 
@@ -191,9 +175,9 @@ def run(t: Operands, s: Settings) -> tuple[Tensor, Any]:
     A subclass of Tensor, fake or in shards, need not have an address for a kernel: its operator is asked.
     """
     device = t.x.device.type
-    if dispatch_mode_depth() > 0 or type(t.x) not in _PLAIN:
+    if dispatch_mode_depth() > 0 or type(t.x) not in PLAIN:
         return run_operator(t, s)
-    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
         with torch.autocast(device, enabled=False):
             return _apply(*t, s)
     return _apply(*t, s)
@@ -206,18 +190,6 @@ def run_operator(t: Operands, s: Settings) -> tuple[Tensor, Tensor]:
 
 
 # The operators
-
-_library = torch.library.Library("gci_kernels", "DEF")
-_SETTINGS = "str mixer, int[] numbers, float scaling, float dropout_p, str plan"
-_OPERANDS = "Tensor? weights, Tensor? segments, Tensor? past, Tensor? seed"
-_library.define(
-    f"bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, {_OPERANDS}, {_SETTINGS}) "
-    "-> (Tensor y, Tensor projected, Tensor mixed, Tensor stats, Tensor output)"
-)
-_library.define(
-    f"bottleneck_backward(Tensor dy, Tensor? doutput, Tensor x, Tensor? weight, Tensor A, Tensor B, "
-    f"{_OPERANDS}, Tensor projected, Tensor mixed, Tensor stats, {_SETTINGS}, bool[6] needs) -> Tensor[]"
-)
 
 
 def _settings(mixer: str, numbers: list[int], scaling: float, dropout_p: float, plan: str) -> Settings:
@@ -264,19 +236,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, weight, *rest, *kept)
 
 
-def _derivative(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of gci_kernels::bottleneck, formed only where something needs them."""
-    t, kept = _saved(ctx.saved_tensors)
-    return *_gradients(dy, others[-1], t, kept, ctx.settings, ctx.needs_input_grad[:6]), *[None] * 8
-
-
-def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("gci_kernels::bottleneck_backward has no derivative; use impl='reference' where one is needed")
-
-
-_library.impl("bottleneck", _bottleneck, "CompositeExplicitAutograd")
-_library.impl("bottleneck_backward", _bottleneck_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gci_kernels::bottleneck", _bottleneck_fake, lib=_library)
-torch.library.register_fake("gci_kernels::bottleneck_backward", _bottleneck_backward_fake, lib=_library)
-torch.library.register_autograd("gci_kernels::bottleneck", _derivative, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("gci_kernels::bottleneck_backward", _no_double_backward, lib=_library)
+_SETTINGS = "str mixer, int[] numbers, float scaling, float dropout_p, str plan"
+_OPERANDS = "Tensor? weights, Tensor? segments, Tensor? past, Tensor? seed"
+define(
+    f"bottleneck(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, {_OPERANDS}, {_SETTINGS}) "
+    "-> (Tensor y, Tensor projected, Tensor mixed, Tensor stats, Tensor output)",
+    _bottleneck, _bottleneck_fake, Bottleneck.backward, _setup_context,
+)  # fmt: skip
+define(
+    f"bottleneck_backward(Tensor dy, Tensor? doutput, Tensor x, Tensor? weight, Tensor A, Tensor B, "
+    f"{_OPERANDS}, Tensor projected, Tensor mixed, Tensor stats, {_SETTINGS}, bool[6] needs) -> Tensor[]",
+    _bottleneck_backward, _bottleneck_backward_fake, no_derivative("bottleneck_backward"),
+)  # fmt: skip

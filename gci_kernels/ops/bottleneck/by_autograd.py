@@ -76,6 +76,8 @@ def apply(mixer: Mixer, h: Tensor, weights: Tensor | None, call: Call, rows: int
         ValueError: they are not what the mixer declares.
     """
     made = mixer.formula(h, weights, call)
+    if isinstance(made, tuple) and len(made) != 2:
+        raise ValueError(f"mixer {mixer.name!r}: its formula returned {len(made)} values, not u, or u and an output")
     u, output = made if isinstance(made, tuple) else (made, None)
     declared = mixer.columns(call.rank, rows)
     if not isinstance(u, Tensor) or tuple(u.shape) != (*h.shape[:-1], declared):

@@ -1,13 +1,12 @@
 """The checks of the bottleneck's Triton kernels, each against the library's form of its stage in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
-from gci_kernels.hardware.self_check import drawing
+from gci_kernels.hardware.self_check import compare, drawing
 from gci_kernels.impl import implementation
 from gci_kernels.ops.bottleneck import stages
 from gci_kernels.ops.bottleneck.philox import Dropout
@@ -18,88 +17,73 @@ ATEN, TRITON = (Plan(*[impl] * len(Plan._fields)) for impl in ("aten", "triton")
 _SEED = 2**61 + 12345
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the stages of one adapted layer read; every dtype but those of `stack` and B is that of x."""
-
-    x: Tensor  # [tokens, depth]
-    dy: Tensor  # [tokens, width]
-    weight: Tensor  # [width, depth]
-    bias: Tensor  # [width]
-    stack: Tensor  # [rank + experts, depth], A and the router; float32 like B: PEFT's default, rounded by the stages
-    B: Tensor  # [width, rank]
-    u: Tensor  # [tokens, rank]
-    dprojected: Tensor  # [tokens, rank + experts]
-
-    @property
-    def drop(self) -> Dropout:
-        """Of A's rows. With p = 0.5 values are doubled, which rounds nothing, whenever a stage rounds."""
-        return Dropout(0.5, _SEED, self.u.shape[1])
-
-    def double(self) -> "_Inputs":
-        """The same numbers, as the stages round them, in float64."""
-        return _Inputs(**{name: t.to(self.x.dtype).double() for name, t in vars(self).items()})
+Stage = Callable[[Plan, dict[str, Tensor]], dict[str, Tensor]]
 
 
-Stage = Callable[[_Inputs, Plan], dict[str, Tensor]]
+def make_operands(
+    draw: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What the stages of one adapted layer read; `stack` is A and the router."""
+    std, hidden = shape.depth**-0.5, shape.rank + shape.experts
+    return {
+        "x": draw(shape.tokens, shape.depth, dtype), "dy": draw(shape.tokens, shape.width, dtype),
+        "weight": draw(shape.width, shape.depth, dtype, std), "bias": draw(1, shape.width, dtype)[0],
+        "stack": draw(hidden, shape.depth, adapter_dtype, std),
+        "B": draw(shape.width, shape.rank, adapter_dtype, shape.rank**-0.5),
+        "u": draw(shape.tokens, shape.rank, dtype), "dprojected": draw(shape.tokens, hidden, dtype),
+    }  # fmt: skip
 
 
 def check(stage: Stage, shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     """Compare `stage`, one of the functions below, by Triton and by the library."""
-    draw, hidden, std = drawing(shape, device), shape.rank + shape.experts, shape.depth**-0.5
-    inputs = _Inputs(
-        x=draw(shape.tokens, shape.depth, dtype),
-        dy=draw(shape.tokens, shape.width, dtype),
-        weight=draw(shape.width, shape.depth, dtype, std),
-        bias=draw(1, shape.width, dtype)[0],
-        stack=draw(hidden, shape.depth, torch.float32, std),
-        B=draw(shape.width, shape.rank, torch.float32, shape.rank**-0.5),
-        u=draw(shape.tokens, shape.rank, dtype),
-        dprojected=draw(shape.tokens, hidden, dtype),
-    )
-    plain, truth = stage(inputs, ATEN), stage(inputs.double(), ATEN)
-    return Comparison(lambda: stage(inputs, TRITON), plain, truth)
+    # The adapter in float32, PEFT's default: the stages round it.
+    inputs = make_operands(drawing(shape, device), shape, dtype, torch.float32)
+    return compare(stage, TRITON, ATEN, inputs, rounded_to=dtype)
 
 
-def project(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+def _drop(t: dict[str, Tensor]) -> Dropout:
+    """Of A's rows. With p = 0.5 values are doubled, which rounds nothing, whenever a stage rounds."""
+    return Dropout(0.5, _SEED, t["u"].shape[1])
+
+
+def project(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
     """In forward, with and without router and dropout, and of dY."""
     return {
-        "projected": stages.project(plan, t.x, t.stack.t()),
-        "projected, dropout": stages.project(plan, t.x, t.stack.t(), t.drop),
-        "h, dropout": stages.project(plan, t.x, t.stack[: t.u.shape[1]].t(), t.drop),
-        "du": stages.project(plan, t.dy, t.B),
+        "projected": stages.project(plan, t["x"], t["stack"].t()),
+        "projected, dropout": stages.project(plan, t["x"], t["stack"].t(), _drop(t)),
+        "h, dropout": stages.project(plan, t["x"], t["stack"][: t["u"].shape[1]].t(), _drop(t)),
+        "du": stages.project(plan, t["dy"], t["B"]),
     }
 
 
-def expand(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+def expand(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
     """In forward, with and without the base product, and dX with and without dropout."""
     return {
-        "y": stages.expand(plan, t.u, t.B.t(), t.x, t.weight.t(), t.bias),
-        "update": stages.expand(plan, t.u, t.B.t(), t.x, None, None),
-        "dx": stages.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None),
-        "dx, dropout": stages.expand(plan, t.dprojected, t.stack, t.dy, t.weight, None, t.drop),
+        "y": stages.expand(plan, t["u"], t["B"].t(), t["x"], t["weight"].t(), t["bias"]),
+        "update": stages.expand(plan, t["u"], t["B"].t(), t["x"], None, None),
+        "dx": stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None),
+        "dx, dropout": stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None, _drop(t)),
     }
 
 
-def reduce(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
-    """dA with and without dropout and dB; and dU and dB from one reading of dY."""
-    rank = t.u.shape[1]
-    return {
-        "dA": stages.reduce(plan, t.dprojected, t.x),
-        "dA, dropout": stages.reduce(plan, t.dprojected, t.x, t.drop),
-        "dB": stages.reduce(plan, t.u, t.dy),
-    } | dict(zip(("du, one reading", "dB, one reading"), _one_reading(t, plan, rank), strict=False))
+def reduce(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """dA with and without dropout and dB; and dU and dB from one reading of dY, where Triton takes one."""
+    made = {
+        "dA": stages.reduce(plan, t["dprojected"], t["x"]),
+        "dA, dropout": stages.reduce(plan, t["dprojected"], t["x"], _drop(t)),
+        "dB": stages.reduce(plan, t["u"], t["dy"]),
+    }
+    if plan is ATEN:
+        du, dB = stages.project(plan, t["dy"], t["B"]), made["dB"]
+    elif stages.one_reading(plan, t["dy"], t["u"].shape[1]):
+        du, dB = stages.project_reduce(plan, t["dy"], t["B"], t["u"])
+    else:
+        return made
+    return made | {"du, one reading": du, "dB, one reading": dB}
 
 
-def _one_reading(t: _Inputs, plan: Plan, rank: int) -> tuple[Tensor, ...]:
-    """Nothing from Triton where it would not read dY once."""
-    if plan is not TRITON:
-        return stages.project(plan, t.dy, t.B), stages.reduce(plan, t.u, t.dy)
-    return stages.project_reduce(plan, t.dy, t.B, t.u) if stages.one_reading(plan, t.dy, rank) else ()
-
-
-def dropout(t: _Inputs, plan: Plan) -> dict[str, Tensor]:
+def dropout(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy, in place, and the mask."""
-    module = implementation("bottleneck", plan.dropout)
-    dropped, in_place = module.dropout(t.x, 0.3, _SEED), module.dropout_(t.x.clone(), 0.3, _SEED)
+    module, x = implementation("bottleneck", plan.dropout), t["x"]
+    dropped, in_place = module.dropout(x, 0.3, _SEED), module.dropout_(x.clone(), 0.3, _SEED)
     return {"dropped": dropped, "dropped in place": in_place, "kept": (dropped != 0).float()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gci_kernels.hardware.chips import chip_of_capability
-from gci_kernels.ops.launching import block_size, ceil_div, split_count
+from gci_kernels.ops.launching import ProductConfig, block_size, ceil_div, choose_product_config, split_count
 
 
 @dataclass(frozen=True)
@@ -24,38 +24,20 @@ class ProjectConfig:
 
 
 @dataclass(frozen=True)
-class ExpandConfig:
-    """Blocks of x @ w + u @ m [tokens, width], whose sums run over the depth (block_k) and the rank (block_r)."""
+class ExpandConfig(ProductConfig):
+    """Blocks of x @ w + u @ m [tokens, width]: those of the first product, and of the second's sum over the rank."""
 
-    block_t: int
-    block_n: int
-    block_k: int
     block_r: int
-    group: int  # rows of tiles that share their columns of w in L2
-    num_warps: int
-    num_stages: int
     descriptors: bool = False  # whole tiles by the copy engine, where the layout allows
 
 
 @dataclass(frozen=True)
 class ReduceConfig:
-    """Blocks of u.T @ y [rank, width], a sum over the tokens."""
+    """Blocks of u.T @ y [rank, width], a sum over the tokens; and of y @ m where both come from one reading of y."""
 
     block_t: int
     block_r: int
     block_n: int
-    splits: int  # of the tokens
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class ProjectReduceConfig:
-    """Blocks of y [tokens, width], read once for y @ m and u.T @ y."""
-
-    block_t: int
-    block_n: int
-    block_r: int
     splits: int  # of the tokens
     num_warps: int
     num_stages: int
@@ -90,29 +72,12 @@ def choose_expand_config(
     tokens: int, depth: int, width: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
 ) -> ExpandConfig:
     """For [tokens, depth] @ [depth, width] + [tokens, rank] @ [rank, width], `dropout` on the second product."""
+    chip = chip_of_capability(capability)
+    product = choose_product_config(tokens, depth, width, dtype, capability, masked=dropout)
+    matrix_units = dtype != torch.float32 and depth % 16 == width % 16 == 0
+    descriptors = matrix_units and chip.async_products and product.block_t >= 64
     # A step of the rank holds its m in registers while it is rounded, beside all the sums: 16 rows are what fits.
-    chip, block_r = chip_of_capability(capability), 16
-    if dtype == torch.float32:  # no matrix units
-        return ExpandConfig(
-            block_size(tokens, 16, 64), block_size(width, 16, 128), 16, block_r, 8, num_warps=8, num_stages=2
-        )
-    if depth % 16 or width % 16:  # read number by number, with a pointer for each: larger tiles would spill
-        return ExpandConfig(
-            block_size(tokens, 16, 64), block_size(width, 16, 64), 32, block_r, 8, num_warps=4, num_stages=2
-        )
-    # The larger tile moves the fewest bytes a product, where there are enough of them for every processor. Its sums
-    # leave no registers for making a mask.
-    enough = ceil_div(tokens, 128) * ceil_div(width, 256) >= chip.processors
-    if chip.shared > 64 * 1024 and tokens > 64 and enough and not dropout:
-        block_k, num_stages = (64, 3) if chip.async_products else (32, 4)
-        # Where all of w stays in the cache beside a few rows of x, nothing is read twice. Where it does not, programs
-        # that run together should form a square.
-        group = 8 if 2 * depth * (width + 8 * 128) <= chip.cache else 16
-        return ExpandConfig(128, 256, block_k, block_r, group, 8, num_stages, descriptors=chip.async_products)
-    block_t, num_stages = block_size(tokens, 16, 128), 4 if chip.shared > 64 * 1024 else 2
-    num_warps = 8 if block_t == 128 else 4
-    descriptors = chip.async_products and block_t >= 64
-    return ExpandConfig(block_t, block_size(width, 16, 128), 64, block_r, 8, num_warps, num_stages, descriptors)
+    return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors)
 
 
 def choose_reduce_config(
@@ -133,7 +98,7 @@ def choose_reduce_config(
 
 def choose_project_reduce_config(
     tokens: int, width: int, rank: int, dtype: torch.dtype, capability: str
-) -> ProjectReduceConfig | None:
+) -> ReduceConfig | None:
     """For y @ m and u.T @ y, y [tokens, width], from one reading of y; None where two are faster."""
     chip, block_r = chip_of_capability(capability), block_size(rank, 16, 128)
     if dtype == torch.float32 or rank > block_r or width % 16:
@@ -149,7 +114,7 @@ def choose_project_reduce_config(
     more_bytes = 8 * rank * (tiles * tokens + splits * width) >= 2 * tokens * width
     if more_bytes or 2 * tiles * splits < chip.processors:
         return None
-    return ProjectReduceConfig(block_t, block_n, block_r, splits, num_warps=8, num_stages=2)
+    return ReduceConfig(block_t, block_r, block_n, splits, num_warps=8, num_stages=2)
 
 
 def choose_dropout_config(tokens: int, width: int) -> DropoutConfig:

@@ -18,7 +18,7 @@ class Dropout(NamedTuple):
     Attributes:
         p: the probability in [0, 1) with which an element is dropped.
         seed: of the generator; 64 bits.
-        columns: how many columns of the product see the operand after dropout; the others see it before.
+        columns: how many columns of the product are computed from the masked operand; the others are not.
     """
 
     p: float

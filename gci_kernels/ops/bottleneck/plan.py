@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import check_impl, native_obstacle, triton_obstacle
+from gci_kernels.impl import HALVES, check_impl, check_runs, native_obstacle, triton_obstacle
 from gci_kernels.ops.bottleneck.registry import find
-from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
+from gci_kernels.ops.upcast import upcast_from
 
 
 class Plan(NamedTuple):
@@ -45,39 +45,26 @@ _ANY = 2**62
 # on AMX `reduce` takes up to a third longer than the library's, the price of sums that are not rounded.
 _FLOAT32 = {"project": (256, _ANY), "reduce": (64, _ANY)}
 _BFLOAT16 = {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)}
-_WINS = {
-    ("amx", torch.float32): _FLOAT32,
-    ("avx512bf16", torch.float32): _FLOAT32,
-    ("avx512", torch.float32): _FLOAT32,
-    ("avx2", torch.float32): _FLOAT32,
-    ("amx", torch.bfloat16): _BFLOAT16,
-    ("avx512bf16", torch.bfloat16): _BFLOAT16,
-}
 
 # The same for the Triton kernels on GPUs: the least tokens at which a stage is taken. Nothing is measured yet: these
 # are predictions. A stage that only reads and writes wins once its launch is not all of its cost. Below that, and in
 # generation, the library's products stay until there are kernels for a few tokens. The base product has to fill the
 # chip before one reading and writing of y less counts; in float32, without matrix units, the library is better tuned.
-_FROM_16 = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
-_TRITON_FROM = {
-    "project": _FROM_16,
-    "mix": _FROM_16,
-    "expand": {torch.bfloat16: 512, torch.float16: 512},
-    "reduce": _FROM_16,
-    "dropout": _FROM_16,
-}
+_TRITON_FROM = dict.fromkeys((*HALVES, torch.float32), 16)
+_TRITON_EXPAND_FROM = dict.fromkeys(HALVES, 512)
 
 # The numbers of tokens at which a plan may change: between two of them all calls have the same one.
 _EDGES = sorted(
     {edge for wins in (_FLOAT32, _BFLOAT16) for low, high in wins.values() for edge in (low, high + 1)}
-    | {start for starts in _TRITON_FROM.values() for start in starts.values()}
-    | {start for dtype in (torch.bfloat16, torch.float16) for start in (upcast_from(dtype, native.ISA),) if start}
+    | {*_TRITON_FROM.values(), *_TRITON_EXPAND_FROM.values()}
+    | {start for start in (upcast_from(dtype, native.ISA) for dtype in HALVES) if start}
 )
 
 
 def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
     """Whether a stage, a field of Plan, is expected to be faster in Triton than in the library, on a GPU."""
-    return tokens >= _TRITON_FROM[stage].get(dtype, _ANY)
+    starts = _TRITON_EXPAND_FROM if stage == "expand" else _TRITON_FROM
+    return tokens >= starts.get(dtype, _ANY)
 
 
 # What plan_for has answered: it is asked in every call of a layer.
@@ -134,23 +121,19 @@ def choose_plan(
         ValueError: an implementation is asked for that is unknown or cannot run.
     """
     check_impl(impl)
-    asked = {"triton": triton_obstacle, "upcast": upcast_obstacle}.get(impl, native_obstacle)
-    obstacle = asked(device_type, dtype)
-    if impl in ("native", "triton", "upcast") and obstacle:
-        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
+    check_runs(impl, device_type, dtype)
+    if impl in ("aten", "reference"):
+        return Plan(*[impl] * len(Plan._fields))
     if impl == "triton":
         return Plan(impl, _mix(mixer, impl), impl, impl, impl)
     if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
         return _gpu_plan(tokens, dtype, mixer, proved)
     isa = native.ISA if isa is None else isa
     start = upcast_from(dtype, isa, library) if impl == "auto" and device_type == "cpu" else None
+    other = "aten" if native_obstacle(device_type, dtype) else "native"
     if impl == "upcast" or start is not None and tokens >= start:
-        other = "aten" if native_obstacle(device_type, dtype) else "native"
         return Plan("upcast", _mix(mixer, other), "upcast", "upcast", other)
-    if impl in ("aten", "reference") or obstacle:
-        stage = "reference" if impl == "reference" else "aten"
-        return Plan(*[stage] * len(Plan._fields))
-    return _cpu_plan(impl, tokens, dtype, isa, mixer)
+    return Plan(*[other] * len(Plan._fields)) if other == "aten" else _cpu_plan(impl, tokens, dtype, isa, mixer)
 
 
 def _mix(mixer: str, impl: str) -> str:
@@ -164,22 +147,18 @@ def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str, proved: frozenset[str
             return "aten"
         return "triton" if (hardware.proves(kernel) if proved is None else kernel in proved) else "aten"
 
-    return Plan(
-        project=choice("project", "project"),
-        mix=choice("mix", find(mixer).kernel),
-        expand=choice("expand", "expand"),
-        reduce=choice("reduce", "reduce"),
-        dropout=choice("dropout", "dropout"),
-    )
+    mix = choice("mix", find(mixer).kernel)
+    return Plan(choice("project", "project"), mix, *(choice(stage, stage) for stage in ("expand", "reduce", "dropout")))
 
 
 def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str, mixer: str) -> Plan:
-    wins = _WINS.get((isa, dtype), {})
     half = dtype == torch.bfloat16 and isa in ("avx512bf16", "amx")
-    exist = {"project", "expand", "reduce"} if half else {"project", "reduce"} if dtype == torch.float32 else set()
+    kernels = _BFLOAT16 if half else _FLOAT32 if dtype == torch.float32 else {}
+    vectors = isa in ("avx2", "avx512", "avx512bf16", "amx")
 
     def choice(stage: str) -> str:
-        low, high = wins.get(stage, (1, 0))
-        return "native" if stage in exist and (impl == "native" or low <= tokens <= high) else "aten"
+        low, high = kernels.get(stage, (1, 0))
+        wins = vectors and low <= tokens <= high
+        return "native" if stage in kernels and (impl == "native" or wins) else "aten"
 
     return Plan(choice("project"), _mix(mixer, "native"), choice("expand"), choice("reduce"), "native")

@@ -23,7 +23,6 @@ def register(mixer: Mixer) -> Mixer:
 
 def find(name: str) -> Mixer:
     """The registered mixer `name`; ValueError names those that there are."""
-    try:
-        return MIXERS[name]
-    except KeyError:
-        raise ValueError(f"no mixer {name!r} is registered; there are {', '.join(sorted(MIXERS))}") from None
+    if name not in MIXERS:
+        raise ValueError(f"no mixer {name!r} is registered; there are {', '.join(sorted(MIXERS))}")
+    return MIXERS[name]

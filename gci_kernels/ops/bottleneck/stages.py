@@ -1,7 +1,8 @@
-"""The stages, each by the implementation that a plan names, and dropout around those that do not make it themselves.
+"""Each stage by the implementation that a plan names, with dropout for the implementations that have none.
 
-`drop` None, or a :class:`~gci_kernels.ops.bottleneck.philox.Dropout`: what its first `columns` vectors see of the wide
-operand goes through the mask. The Triton products make the mask while they read. The others work on a masked copy.
+`drop` is None or a :class:`~gci_kernels.ops.bottleneck.philox.Dropout`: the first `drop.columns` vectors of the narrow
+operand are multiplied with the masked wide operand, the others with the wide operand itself. The Triton products
+compute the mask while they read; the other implementations work on a masked copy.
 """
 
 import torch
@@ -31,7 +32,7 @@ def project(plan: Plan, x: Tensor, m: Tensor, drop: Dropout | None = None) -> Te
 def expand(
     plan: Plan, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bias: Tensor | None, drop: Dropout | None = None
 ) -> Tensor:
-    """u [tokens, rank] @ m + x [tokens, depth] @ w [depth, width] + bias; `drop` masks what u's first columns add."""
+    """u [tokens, rank] @ m + x [tokens, depth] @ w [depth, width] + bias; `drop` masks u's first columns' product."""
     stage = implementation("bottleneck", plan.expand)
     if drop is None:
         return stage.expand(u, m, x, w, bias)

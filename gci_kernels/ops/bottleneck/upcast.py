@@ -38,4 +38,4 @@ def _accumulate(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor, bias: Ten
             sums += bias[columns]
         return sums.add_(y[rows, columns]) if add else sums
 
-    return large_product(x, y, lambda columns: w[:, columns].float(), finish)
+    return large_product(x, y, lambda columns: w[:, columns].float(), finish=finish)

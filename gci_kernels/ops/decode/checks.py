@@ -3,20 +3,19 @@
 Tokens are a few rows of the inputs, in no order, with adapters of different kinds and without one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gci_kernels.hardware import Comparison, Shape
-from gci_kernels.hardware.self_check import drawing
+from gci_kernels.hardware.self_check import compare, drawing
 from gci_kernels.ops.attention import reference as attention
 from gci_kernels.ops.decode import cuda
 from gci_kernels.ops.decode.group import Group
 from gci_kernels.ops.gate.reference import gate
 
-Outputs = dict[str, Tensor]
 Tensors = dict[str, Tensor]
 _STEP_ROWS = (19, 3, 0, 7, 5, 6, 8, 1, 2, 9, 10, 18, 4, 12, 16, 14)
 _ATTEND_ROWS = (2, 1, 0, 3)  # row 3 is padding, and token 3 has no adapter
@@ -61,8 +60,8 @@ def _add_reference(y: Tensor, group: Group, rows: list[int], u: Tensor) -> None:
 def check_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
     """In the layer's direction and, for a longer sum, in the other; with nine tokens an adapter, four and one."""
 
-    def outputs(t: Tensors, kernel: bool) -> Outputs:
-        results: Outputs = {}
+    def outputs(kernel: bool, t: Tensors) -> Tensors:
+        results: Tensors = {}
         layer = (t["x"], t["y"], t["A"], t["router"], t["B"])
         reverse = (t["y"], t["x"], t["B"].t(), t["router of y"], t["A"].t())
         for direction, (x, y, *adapter) in (("", layer), (", reverse", reverse)):
@@ -83,7 +82,7 @@ def check_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Compar
                         results[f"{name}{direction}{precision}, {most} tokens"] = made
         return results
 
-    return _compare(outputs, _make_inputs(shape, dtype, device))
+    return compare(outputs, True, False, _make_inputs(shape, dtype, device))
 
 
 def _step_reference(group: Group, rows: list[int], x: Tensor, y: Tensor) -> None:
@@ -101,8 +100,8 @@ def check_attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comp
     segments[3] = -1
     past_on_device = torch.tensor(past, dtype=torch.int32, device=device)
 
-    def outputs(t: Tensors, kernel: bool) -> Outputs:
-        x, results = t["x"], Outputs()
+    def outputs(kernel: bool, t: Tensors) -> Tensors:
+        x, results = t["x"], Tensors()
         for precision, (A, B, qkv) in _adapters(x.dtype, t["A"], t["B"], x / 4):
             groups = [
                 Group(
@@ -125,7 +124,7 @@ def check_attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> Comp
                 results |= {output + name + precision: value for output, value in values.items()}
         return results
 
-    return _compare(outputs, _make_inputs(shape, dtype, device))
+    return compare(outputs, True, False, _make_inputs(shape, dtype, device))
 
 
 def _attend_reference(
@@ -143,8 +142,3 @@ def _attend_reference(
     u = u + z if group.residual else u
     _add_reference(y, group, rows, u)
     return u
-
-
-def _compare(outputs: Callable[[Tensors, bool], Outputs], inputs: Tensors) -> Comparison:
-    wide = {name: t.double() for name, t in inputs.items()}
-    return Comparison(lambda: outputs(inputs, True), outputs(inputs, False), outputs(wide, False))

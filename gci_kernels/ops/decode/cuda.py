@@ -28,9 +28,6 @@ class Step:
         rows: which row of x, y and the cache each token is; at most 16, none twice.
         dtype: of x and y; float32, bfloat16 or float16.
         weight, bias: [out, in] and [out] or None; weight None: y comes with the base product.
-
-    Attributes:
-        launches: the kernels that one call launches behind the base product, in their order.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class Step:
         self.columns = max(group.columns for group in groups)
         self.splits = 1 if first.qkv is not None else module.decode_splits(len(rows), self.columns, first.A.shape[1])
         self.sums = (self.splits, len(rows), self.columns)
-        self.launches = ("decode_project" if first.qkv is None else "decode_attend", "decode_expand")
         self._base = tuple(None if t is None else weakref.ref(t) for t in (weight, bias))
         self._project, self._attend, self._expand = module.cuda_project, module.cuda_attend, module.cuda_expand
 

@@ -2,21 +2,11 @@
 
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from gci_kernels.ops.decode.graph import GraphStep
 from gci_kernels.ops.decode.group import Group
-from gci_kernels.ops.decode.step import AnyStep, find_step
-
-_library = torch.library.Library("gci_kernels", "FRAGMENT")
-_BASE = "Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor[] A, Tensor[] B"
-_TOKENS = "int[] rows, int[] counts"
-_library.define(f"decode({_BASE}, Tensor?[] router, float[] scaling, int[] top_k, {_TOKENS}) -> Tensor")
-_library.define(
-    f"decode_attend({_BASE}, Tensor[] qkv, Tensor(a!) kv, Tensor past, Tensor? segments, float[] scaling, "
-    f"int[] num_heads, bool[] residual, {_TOKENS}) -> Tensor"
-)
+from gci_kernels.ops.decode.step import AnyStep, GraphStep, find_step
+from gci_kernels.ops.operators import define
 
 
 def _find(
@@ -62,6 +52,11 @@ def _fake(
     return x.new_empty(*x.shape[:-1], B[0].shape[0])
 
 
-for _name, _function in (("decode", _decode), ("decode_attend", _decode_attend)):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gci_kernels::{_name}", _fake, lib=_library)
+_BASE = "Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor[] A, Tensor[] B"
+_TOKENS = "int[] rows, int[] counts"
+define(f"decode({_BASE}, Tensor?[] router, float[] scaling, int[] top_k, {_TOKENS}) -> Tensor", _decode, _fake)
+define(
+    f"decode_attend({_BASE}, Tensor[] qkv, Tensor(a!) kv, Tensor past, Tensor? segments, float[] scaling, "
+    f"int[] num_heads, bool[] residual, {_TOKENS}) -> Tensor",
+    _decode_attend, _fake,
+)  # fmt: skip

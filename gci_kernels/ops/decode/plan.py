@@ -8,7 +8,6 @@ from gci_kernels import hardware, native
 from gci_kernels.limits import MAX_DECODE_COLUMNS, MAX_DECODE_HEAD_SIZE, MAX_DECODE_TOKENS, MAX_EXPERTS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Device -> the dtypes of x that its kernels were built for.
 #: The dtypes that kernels of this build take, by device type.
 BUILT: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": _DTYPES if native.available() else (),

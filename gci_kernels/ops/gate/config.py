@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gci_kernels.limits import MAX_EXPERTS
 from gci_kernels.ops.launching import block_size
 
 
@@ -17,6 +18,6 @@ class GateConfig:
 
 def choose_gate_config(tokens: int, experts: int, r: int) -> GateConfig:
     """Tiles of at most 2,048 numbers, 16 a thread, cut along r first and then along the tokens."""
-    block_e = block_size(experts, 1, 256)
+    block_e = block_size(experts, 1, MAX_EXPERTS)
     block_r = block_size(r, 1, 2048 // block_e)
     return GateConfig(block_size(tokens, 1, 2048 // (block_e * block_r)), block_e, block_r, num_warps=4)

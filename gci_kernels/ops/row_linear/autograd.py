@@ -15,19 +15,10 @@ from torch.compiler import is_dynamo_compiling
 
 from gci_kernels.impl import implementation
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
+from gci_kernels.ops.operators import define, no_derivative
 from gci_kernels.ops.row_linear import reference
-from gci_kernels.ops.transforms import differentiated_again, dispatch_mode_depth, no_derivative, plain_gradients
+from gci_kernels.ops.transforms import PLAIN, differentiated_again, dispatch_mode_depth, plain_gradients
 from gci_kernels.ops.upcast import reduced
-
-_library = torch.library.Library("gci_kernels", "FRAGMENT")
-_library.define(
-    "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor active, Tensor positions, Tensor? active_bias, str form) "
-    "-> Tensor"
-)
-_library.define(
-    "row_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor active, Tensor positions, str form, bool[3] needs) "
-    "-> Tensor[]"
-)
 
 
 def _products(form: str) -> ModuleType:
@@ -45,13 +36,6 @@ def forward(
     return from_rows(_products(form).forward(rows(x), weight, bias, active, positions, form), x)
 
 
-def _row_linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, positions: Tensor, active_bias: Tensor | None,
-    form: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 @without_autocast
 def _row_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, form: str, needs: list[bool]
@@ -64,22 +48,16 @@ def _row_linear_backward(
     if needs_x:
         gradients.append(_products(form).dx(dy, weight, active, positions, dy_active, form).view(x.shape))
     if needs_active:
-        gradients.append(_dactive(dy_active, rows(x), form))
+        x = rows(x)
+        gradients.append(reduced(dy_active, x).to(x.dtype) if form == "upcast" else torch.mm(dy_active.t(), x))
     if needs_bias:
         gradients.append(dy_active.sum(0))
     return gradients
 
 
-def _dactive(dy_active: Tensor, x: Tensor, form: str) -> Tensor:
-    """dy_active.T @ x [k, in], in x's dtype."""
-    return reduced(dy_active, x).to(x.dtype) if form == "upcast" else torch.mm(dy_active.t(), x)
-
-
-def _row_linear_backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, form: str, needs: list[bool]
-) -> list[Tensor]:
+def _row_linear_backward_fake(dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, *others: Any) -> list[Tensor]:
     shapes = (x.shape, active.shape, active.shape[:1])
-    return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+    return [x.new_empty(shape) for shape, needed in zip(shapes, others[-1], strict=True) if needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -100,9 +78,9 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         op = _row_linear_backward if _is_eager(dy) else torch.ops.gci_kernels.row_linear_backward
         gradients = iter(op(dy, *ctx.saved_tensors, ctx.form, needs))
         dx, dactive, dactive_bias = (next(gradients) if needed else None for needed in needs)
-    active_dtype, bias_dtype = ctx.dtypes
-    dactive = None if dactive is None else dactive.to(active_dtype)
-    dactive_bias = None if dactive_bias is None else dactive_bias.to(bias_dtype)
+    dactive, dactive_bias = (
+        None if t is None else t.to(dtype) for t, dtype in zip((dactive, dactive_bias), ctx.dtypes, strict=True)
+    )
     return dx, None, None, dactive, None, dactive_bias, None
 
 
@@ -111,26 +89,30 @@ def _formula_backward(
     dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, positions: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """The needed ones of [dx, dactive, dactive_bias], in PyTorch's own operations."""
+    inputs = {"x": x, "active_weight": active}
+    wanted = [name for name, needed in zip(inputs, needs, strict=False) if needed]
 
-    inputs = (x, active)
-    wanted = [t for t, needed in zip(inputs, needs[:2], strict=True) if needed]
+    def formula(*chosen: Tensor) -> tuple[Tensor]:
+        tensors = inputs | dict(zip(wanted, chosen, strict=True))
+        return (reference.loki_linear(**tensors, weight=weight, bias=None, positions=positions, active_bias=None),)
 
-    def formula(*variables: Tensor) -> tuple[Tensor]:
-        remaining = iter(variables)
-        x, active = (next(remaining) if needed else t for t, needed in zip(inputs, needs[:2], strict=True))
-        return (reference.loki_linear(x, weight, None, active, positions, None),)
-
-    gradients = iter(plain_gradients(formula, wanted, (dy,)) if wanted else ())
+    made = plain_gradients(formula, [inputs[name] for name in wanted], (dy,)) if wanted else ()
+    found = dict(zip(wanted, made, strict=True))
     dactive_bias = dy.reshape(-1, dy.shape[-1]).index_select(1, positions).sum(0) if needs[2] else None
-    return [*(next(gradients) if needed else None for needed in needs[:2]), dactive_bias]
+    return [found.get("x"), found.get("active_weight"), dactive_bias]
 
 
-_library.impl("row_linear", without_autocast(forward), "CompositeExplicitAutograd")
-_library.impl("row_linear_backward", _row_linear_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gci_kernels::row_linear", _row_linear_fake, lib=_library)
-torch.library.register_fake("gci_kernels::row_linear_backward", _row_linear_backward_fake, lib=_library)
-torch.library.register_autograd("gci_kernels::row_linear", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("gci_kernels::row_linear_backward", no_derivative("row_linear_backward"), lib=_library)
+define(
+    "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor active, Tensor positions, Tensor? active_bias, str form) "
+    "-> Tensor",
+    without_autocast(forward), lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    _backward, _setup_context,
+)  # fmt: skip
+define(
+    "row_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor active, Tensor positions, str form, bool[3] needs) "
+    "-> Tensor[]",
+    _row_linear_backward, _row_linear_backward_fake, no_derivative("row_linear_backward"),
+)  # fmt: skip
 
 
 class _RowLinear(torch.autograd.Function):
@@ -146,13 +128,13 @@ class _RowLinear(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# torch.autograd.Function.apply searches its arguments for tensors of torch.func, under which the formula runs instead.
+# Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.
 _apply = super(torch.autograd.Function, _RowLinear).apply
 
 
 def _is_eager(t: Tensor) -> bool:
     """Whether nothing has to see an operator: no compiler, no dispatch mode, no subclass such as a fake tensor."""
-    return not is_dynamo_compiling() and dispatch_mode_depth() == 0 and type(t) in (Tensor, torch.nn.Parameter)
+    return not is_dynamo_compiling() and dispatch_mode_depth() == 0 and type(t) in PLAIN
 
 
 def row_linear(
@@ -173,7 +155,7 @@ def row_linear(
     if not _is_eager(x):
         return torch.ops.gci_kernels.row_linear.default(x, weight, bias, active, positions, active_bias, form)
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # what is cast already is meant to stay so
+    if device != "meta" and torch.is_autocast_enabled(device):  # the operands have their dtypes already
         with torch.autocast(device, enabled=False):
             return _apply(x, weight, bias, active, positions, active_bias, form)
     return _apply(x, weight, bias, active, positions, active_bias, form)

@@ -52,48 +52,33 @@ class MergedRows:
         self._copies.clear()
 
     def renewed(
-        self,
-        frozen: Tensor,
-        active: Tensor,
-        positions: Tensor,
-        dtype: torch.dtype,
+        self, frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype,
         frozen_positions: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The up-to-date copy, W' [out, in] in `dtype` on frozen's device; not to be written to.
 
         The arguments are those of :func:`merge_rows`.
         """
-        device = frozen.device
-        copy = self._copies.get(device)
-        if copy is None or copy.weight.dtype is not dtype or identity(frozen) != copy.frozen:
-            return self._make(frozen, active, positions, dtype, frozen_positions)
-        if device.type != "cpu":
-            if identity(positions) != copy.positions_identity:
-                return self._make(frozen, active, positions, dtype, frozen_positions)
-            _write(copy, active)
-            return copy.weight
-        # Nothing here is recorded for a gradient: the usual call needs no guards.
-        if not torch.equal(frozen.detach()[copy.sampled], copy.sample) or not torch.equal(positions, copy.positions):
-            return self._make(frozen, active, positions, dtype, frozen_positions)
-        if not torch.equal(copy.weight.index_select(0, copy.positions), active.detach().to(dtype)):
-            _write(copy, active)
-        return copy.weight
-
-    def _make(
-        self, frozen: Tensor, active: Tensor, positions: Tensor, dtype: torch.dtype, frozen_positions: Tensor | None
-    ) -> Tensor:
+        copy, on_cpu = self._copies.get(frozen.device), frozen.device.type == "cpu"
+        if copy is not None and copy.weight.dtype is dtype and identity(frozen) == copy.frozen:
+            if on_cpu:  # nothing here is recorded for a gradient: the usual call needs no guards
+                same = torch.equal(frozen.detach()[copy.sampled], copy.sample)
+                same = same and torch.equal(positions, copy.positions)
+            else:
+                same = identity(positions) == copy.positions_identity
+            if same:
+                if not on_cpu or not torch.equal(
+                    copy.weight.index_select(0, copy.positions), active.detach().to(dtype)
+                ):
+                    _write(copy, active)
+                return copy.weight
         sampled = tuple(slice(None, None, max(size // _SAMPLES, 1)) for size in frozen.shape)
         with torch.inference_mode(False), torch.no_grad():
             weight = merge_rows(frozen, active, positions, dtype, frozen_positions)
             self._copies[frozen.device] = _Copy(
-                weight=weight,
-                frozen=identity(frozen),
-                sampled=sampled,
-                sample=frozen.detach()[sampled].clone(),
-                positions=positions.clone(),
-                positions_identity=identity(positions),
-                active=identity(active),
-            )
+                weight, identity(frozen), sampled, frozen.detach()[sampled].clone(), positions.clone(),
+                identity(positions), identity(active),
+            )  # fmt: skip
         return weight
 
     def __deepcopy__(self, memo: dict) -> "MergedRows":

@@ -3,8 +3,8 @@
 import torch
 
 from gci_kernels import hardware, native
-from gci_kernels.impl import check_impl, triton_obstacle
-from gci_kernels.ops.upcast import upcast_from, upcast_obstacle
+from gci_kernels.impl import check_impl, check_runs, triton_obstacle
+from gci_kernels.ops.upcast import upcast_from
 
 #: "kept": the caller keeps a copy of W that holds the active rows; "merge": such a copy is made for each product;
 #: "overwrite": W is used, and the outputs of its rows at the active positions are replaced; "upcast": the active rows
@@ -44,8 +44,12 @@ def choose_form(
     Raises:
         ValueError: `impl` is unknown, or the implementation that is asked for cannot run, as "native" never can.
     """
-    if impl != "auto" and impl != "aten":
-        return _explicit_form(impl, dtype, device_type)
+    if impl not in ("auto", "aten"):
+        check_impl(impl)
+        if impl == "native":
+            raise ValueError(f"impl={impl!r} cannot run here: {NO_NATIVE}")
+        check_runs(impl, device_type, dtype)
+        return impl
     if impl == "auto" and device_type == "cpu":
         start = upcast_from(dtype, native.ISA if isa is None else isa, library)
         if start is not None and tokens >= start:
@@ -56,21 +60,6 @@ def choose_form(
         if hardware.proves("row_linear") if proved is None else "row_linear" in proved:
             return "triton"
     return "merge" if tokens * share >= _MERGE_FROM.get(device_type, _MERGE_FROM["cuda"]) else "overwrite"
-
-
-def _explicit_form(impl: str, dtype: torch.dtype, device_type: str) -> str:
-    """`impl`, which is no form of the library's; ValueError if it is unknown or cannot run."""
-    check_impl(impl)
-    obstacle = None
-    if impl == "native":
-        obstacle = NO_NATIVE
-    elif impl == "triton":
-        obstacle = triton_obstacle(device_type, dtype)
-    elif impl == "upcast":
-        obstacle = upcast_obstacle(device_type, dtype)
-    if obstacle:
-        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
-    return impl
 
 
 def _prefers_triton(tokens: int, dtype: torch.dtype) -> bool:

@@ -45,7 +45,7 @@ def _row_linear_kernel(
     for at in range(0, depth, BLOCK_K):
         if SUM_ROWS:
             w_ptrs = _starts(at + k, slot, w_ptr, active_ptr, stride_wr, stride_ar)[:, None] + n[None, :]
-            # For the next step: where a tile waits for a load of its own step, its copy starts only one step ahead.
+            # Loaded one step early: a copy whose address is loaded in the same step would start only one step ahead.
             slot = tl.load(source_ptr + at + BLOCK_K + k, k < depth - at - BLOCK_K, -1)
         if EVEN_K:
             x, w = tl.load(x_ptrs, in_t, 0.0), tl.load(w_ptrs, in_n, 0.0)

@@ -27,10 +27,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, posi
         rows.index_copy_(0, positions[inside] - columns.start, active[inside].float())
         return rows.t()
 
-    def finish(sums: Tensor, _: slice, columns: slice) -> Tensor:
-        return sums if bias is None else sums.add_(bias[columns])
-
-    return large_product(x, x.new_empty(x.shape[0], weight.shape[0]), block, finish)
+    return large_product(x, x.new_empty(x.shape[0], weight.shape[0]), block, bias)
 
 
 def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, dy_active: Tensor, form: str) -> Tensor:
@@ -46,4 +43,4 @@ def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, dy_active:
     def block(columns: slice) -> Tensor:
         return weight[:, columns].float().index_copy_(0, positions, active[:, columns].float())
 
-    return large_product(dy, dy.new_empty(dy.shape[0], weight.shape[1]), block, lambda sums, *_: sums)
+    return large_product(dy, dy.new_empty(dy.shape[0], weight.shape[1]), block)

@@ -95,15 +95,8 @@ def shapes(qkv: Tensor, call: Call) -> list[Shape]:
     return [((batch * time, r), dtype), ((batch, time, r), dtype), lse, ((batch, time, 2 * r), dtype)]
 
 
-ATTENTION = register(
-    Mixer(
-        "attention",
-        formula,
-        output=Output.CONSTANT,
-        check=check,
-        stages=sys.modules[__name__],
-        implementations=frozenset(("native", "triton")),
-        kernel="attention",
-        decode=lambda qkv, settings: (None, None, qkv, settings[0], bool(settings[1])),
-    )
-)
+ATTENTION = register(Mixer(
+    "attention", formula, output=Output.CONSTANT, check=check, stages=sys.modules[__name__],
+    implementations=frozenset(("native", "triton")), kernel="attention",
+    decode=lambda qkv, settings: (None, None, qkv, settings[0], bool(settings[1])),
+))  # fmt: skip

@@ -67,16 +67,8 @@ def shapes(router: Tensor, call: Call) -> list[Shape]:
     return [((tokens, call.rank + experts), call.sum_dtype), ((0,), call.dtype), ((0,), call.dtype), gates]
 
 
-GATE = register(
-    Mixer(
-        "gate",
-        formula,
-        joins=True,
-        output=Output.DIFFERENTIABLE,
-        check=check,
-        stages=sys.modules[__name__],
-        implementations=frozenset(("native", "triton")),
-        kernel="gate",
-        decode=lambda router, settings: (router, settings[0], None, 1, False),
-    )
-)
+GATE = register(Mixer(
+    "gate", formula, joins=True, output=Output.DIFFERENTIABLE, check=check, stages=sys.modules[__name__],
+    implementations=frozenset(("native", "triton")), kernel="gate",
+    decode=lambda router, settings: (router, settings[0], None, 1, False),
+))  # fmt: skip

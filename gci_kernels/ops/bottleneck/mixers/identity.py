@@ -16,13 +16,9 @@ def formula(h: Tensor, weights: Tensor | None, call: Call) -> Tensor:
     return h
 
 
-def _scaled(h: Tensor, call: Call) -> Tensor:
-    """scaling * h in x's dtype, without a copy between."""
-    return torch.mul(h, call.scaling, out=h.new_empty(h.shape, dtype=call.dtype))
-
-
 def forward(projected: Tensor, weights: Tensor | None, call: Call) -> tuple[Tensor, Kept, Tensor]:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
+    # Into a tensor of x's dtype: no copy of the sums' dtype is between.
     u = torch.mul(projected, call.scaling, out=projected.new_empty(projected.shape, dtype=call.dtype))
     nothing = u.new_empty(0)
     return u, new_record(Kept, (nothing, u, u.new_empty(0))), u.new_empty(0)
@@ -37,7 +33,8 @@ def backward(
     du: Tensor, doutput: Tensor | None, weights: Tensor | None, kept: Kept, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See :class:`~gci_kernels.ops.bottleneck.mixer.Stages`."""
-    return _scaled(du, call), None, kept.mixed
+    dh = torch.mul(du, call.scaling, out=du.new_empty(du.shape, dtype=call.dtype))
+    return dh, None, kept.mixed
 
 
 def shapes(weights: Tensor | None, call: Call) -> list[Shape]:
@@ -46,12 +43,7 @@ def shapes(weights: Tensor | None, call: Call) -> list[Shape]:
     return [((0,), call.dtype), ((tokens, call.rank), call.dtype), ((0,), call.dtype), ((0,), call.dtype)]
 
 
-IDENTITY = register(
-    Mixer(
-        "identity",
-        formula,
-        stages=sys.modules[__name__],
-        decode=lambda weights, settings: (None, None, None, 1, False),
-        merge=lambda A, weights, settings: A,
-    )
-)
+IDENTITY = register(Mixer(
+    "identity", formula, stages=sys.modules[__name__],
+    decode=lambda weights, settings: (None, None, None, 1, False), merge=lambda A, weights, settings: A,
+))  # fmt: skip

@@ -48,7 +48,7 @@ def _project_reduce_fwd_kernel(
     tl.store(dm_ptr + dm_row + n[:, None], dm, in_n[:, None] & in_r[None, :])
 
 
-def _config(y: Tensor, rank: int) -> config.ProjectReduceConfig | None:
+def _config(y: Tensor, rank: int) -> config.ReduceConfig | None:
     capability = gpus.device_capability(y.device)
     return tuned.config("project_reduce", y.device, y.shape[0], y.shape[1], rank, y.dtype, capability)
 
