@@ -13,7 +13,7 @@ import pybind11
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-FILES = [str(TESTS / name) for name in ("test_gpu_decode.py", "test_gpu_decode_layers.py")]
+FILES = [str(TESTS / name) for name in ("test_gpu_decode.py", "test_gpu_decode_attend.py", "test_gpu_decode_layers.py")]
 
 
 def test_on_cpu(tmp_path):

@@ -10,129 +10,29 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from toy_loramoe import (
+    IDS,
+    MASK,
+    TRAINING_BATCH,
+    adapted,
+    adapter_gradients,
+    assert_same_gradients,
+    balanced_config,
+    logits,
+    moe_config,
+    moe_layers,
+    restated,
+    tiny_llama,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gci_kernels import LoRAMoEConfig, patch
 from gci_kernels.accuracy import relative_error
 from gci_kernels.tuners import LoRAMoELinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-DELTA, WEIGHT = 0.3, 0.7
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 77], [1, 1, 1, 62, 8, 30, 21], [1, 44, 2, 96, 55, 13, 70]])
-# Padding is token 1, whose embedding is zero: the gates of the first layer tie there.
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
-TASKS = torch.tensor([1, 0, 0])
-LABELS = IDS.masked_fill(MASK == 0, -100)
-TRAINING_BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS, "task_types": TASKS}
-
-
-def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    """The same model at every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def moe_config(**overrides) -> LoRAMoEConfig:
-    """Small, with an effect (B is random), and with uneven sizes."""
-    return LoRAMoEConfig(**{"r": 3, "num_experts": 4, "lora_alpha": 6, "init_weights": False, **overrides})
-
-
-def balanced_config(**overrides) -> LoRAMoEConfig:
-    return moe_config(**{"balance_weight": WEIGHT, "balance_delta": DELTA, **overrides})
-
-
-def adapted(config: LoRAMoEConfig | None = None, dtype: torch.dtype = torch.float64) -> PeftModel:
-    """A tiny Llama with LoRAMoE, in training mode."""
-    model = tiny_llama(dtype)
-    torch.manual_seed(1)
-    return get_peft_model(model, config or moe_config()).train()
-
-
-def moe_layers(model: nn.Module) -> dict[str, LoRAMoELinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRAMoELinear)}
-
-
-class RestatedLoRAMoE(nn.Module):
-    """The sentence of the method, expert by expert, with copies of the adapters' weights; it remembers its gates."""
-
-    def __init__(self, base: nn.Module, layer: LoRAMoELinear, configs: dict[str, LoRAMoEConfig]) -> None:
-        super().__init__()
-        self.base, self.gates = base, {}
-        self.configs = {name: config for name, config in configs.items() if name in layer.loramoe_A}
-        for part in ("loramoe_A", "loramoe_lora_B", "loramoe_router"):
-            copies = {name: nn.Parameter(getattr(layer, part)[name].detach().clone()) for name in self.configs}
-            setattr(self, part, nn.ParameterDict(copies))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        for name, config in self.configs.items():
-            experts, top_k, scaling = config.num_experts, config.top_k, config.lora_alpha / config.r
-            scores = torch.exp(x @ self.loramoe_router[name].T)
-            gates = scores / scores.sum(-1, keepdim=True)
-            if top_k is not None:
-                kept = gates.sort(stable=True, dim=-1, descending=True).indices[..., :top_k]
-                gates = gates * torch.zeros_like(gates).scatter(-1, kept, 1)
-                gates = gates / gates.sum(-1, keepdim=True)
-            self.gates[name] = gates
-            As, Bs = self.loramoe_A[name].chunk(experts, 0), self.loramoe_lora_B[name].chunk(experts, 1)
-            for n in range(experts):
-                y = y + scaling * gates[..., n : n + 1] * (x @ As[n].T @ Bs[n].T)
-        return y
-
-
-def restated(plain: nn.Module, model: PeftModel, names: list[str] | None = None) -> nn.Module:
-    """`plain` with the restatement in the place of every LoRAMoE layer of `model`, frozen but for the adapters."""
-    plain.requires_grad_(False)
-    for name, layer in moe_layers(model.get_base_model()).items():
-        configs = {adapter: model.peft_config[adapter] for adapter in names or ["default"]}
-        plain.set_submodule(name, RestatedLoRAMoE(plain.get_submodule(name), layer, configs))
-    return plain.train(model.training)
-
-
-def restated_balance(model: nn.Module, *, include_padding: bool = False) -> torch.Tensor:
-    """Sum over layers and adapters of weight * var(Z) / mean(Z)^2, one sample and one expert at a time."""
-    total = 0.0
-    for layer in model.modules():
-        for gates in layer.gates.values() if isinstance(layer, RestatedLoRAMoE) else ():
-            experts, z = gates.shape[-1], []
-            for b, task in enumerate(TASKS.tolist()):
-                for n in range(experts):
-                    counted = [t for t in range(IDS.shape[1]) if include_padding or MASK[b, t]]
-                    mass = sum(gates[b, t, n] for t in counted)
-                    favoured = (n < experts // 2) == (task == 1)
-                    z.append(mass * (1 + DELTA if favoured else 1 - DELTA))
-            z = torch.stack(z)
-            variance = ((z - z.mean()) ** 2).sum() / (len(z) - 1)
-            total = total + WEIGHT * variance / (z.mean() ** 2 + 1e-10)
-    return total
-
-
-def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients of the parameters that train, under their names in the plain model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name: parameter.grad for name, parameter in base.named_parameters() if parameter.requires_grad}
-
-
-def assert_same_gradients(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-10) -> None:
-    actual, expected = adapter_gradients(actual), adapter_gradients(expected)
-    assert actual.keys() == expected.keys()
-    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
-    assert all(expected[name].any() for name in expected)
-    assert max(errors.values()) < tolerance, errors
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK).logits
-
-
 # The model's output and gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.smoke
@@ -409,149 +309,6 @@ def test_unload_returns_the_plain_model():
     assert [type(module) for module in unloaded.modules()] == [type(module) for module in tiny_llama().modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
     assert torch.equal(logits(unloaded), logits(tiny_llama()))
-
-
-# The balance loss
-
-
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("include_padding", [False, True])
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_balance_loss_joins_the_loss(task_type, include_padding, top_k):
-    config = balanced_config(balance_include_padding=include_padding, task_type=task_type, top_k=top_k)
-    model = adapted(config)
-    output = model(**TRAINING_BATCH)
-
-    expected = restated(tiny_llama(), model)
-    plain_loss = expected(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
-    balance = restated_balance(expected, include_padding=include_padding)
-    assert relative_error(output.balance_loss, balance) < 1e-10
-    assert relative_error(output.loss, plain_loss + balance) < 1e-6  # transformers computes its loss in float32
-
-    output.loss.backward()
-    (plain_loss + balance).backward()
-    assert_same_gradients(model, expected)
-
-
-def test_balance_loss_reaches_the_routers():
-    model = adapted(balanced_config())
-    with_balance, without = (model(**{**TRAINING_BATCH, "task_types": tasks}) for tasks in (TASKS, None))
-    difference = with_balance.loss - without.loss
-    difference.backward()
-    routers = {name: grad for name, grad in adapter_gradients(model).items() if "router" in name}
-    assert len(routers) == 6
-    assert all(gradient.abs().max() > 1e-6 for gradient in routers.values())
-
-
-def test_balance_loss_sums_over_active_adapters():
-    model = adapted(balanced_config())
-    model.add_adapter("other", balanced_config(num_experts=2, r=1, target_modules=["q_proj", "up_proj"]))
-    model.base_model.set_adapter(["default", "other"])
-    expected = restated(tiny_llama(), model, ["default", "other"])
-    expected(input_ids=IDS, attention_mask=MASK)
-    assert relative_error(model(**TRAINING_BATCH).balance_loss, restated_balance(expected)) < 1e-10
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("weight", [WEIGHT, 0.0])
-@pytest.mark.parametrize("task_types", [TASKS, None], ids=["task_types", "none"])
-def test_balance_loss_is_added_only_in_training_with_weight_and_task_types(training, weight, task_types):
-    model = adapted(balanced_config(balance_weight=weight)).train(training)
-    plain = {name: value for name, value in TRAINING_BATCH.items() if name != "task_types"}
-    wanted = model(**plain).loss
-    output = model(**plain, task_types=task_types)
-    added = training and weight > 0 and task_types is not None
-    assert ("balance_loss" in output) == added
-    assert torch.equal(output.loss, wanted) != added
-
-
-def test_balance_loss_without_labels_is_given_beside_the_logits():
-    model = adapted(balanced_config())
-    output = model(input_ids=IDS, attention_mask=MASK, task_types=TASKS)
-    assert torch.equal(output.balance_loss, model(**TRAINING_BATCH).balance_loss)
-    assert output.loss is None
-
-
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-def test_balance_loss_with_tuples(task_type):
-    model = adapted(balanced_config(task_type=task_type))
-    output = model(**TRAINING_BATCH)
-    loss, tuple_logits, *_ = model(**TRAINING_BATCH, return_dict=False)
-    assert torch.equal(loss, output.loss)
-    assert torch.equal(tuple_logits, output.logits)
-
-
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-def test_balance_loss_with_tuples_needs_labels(task_type):
-    model = adapted(balanced_config(task_type=task_type))
-    with pytest.raises(TypeError, match="task_types"):
-        model(input_ids=IDS, attention_mask=MASK, task_types=TASKS, return_dict=False)
-
-
-def test_balance_loss_without_gradients():
-    model = adapted(balanced_config())
-    with torch.no_grad():
-        loss = model(**TRAINING_BATCH).loss
-    assert torch.equal(loss, model(**TRAINING_BATCH).loss)
-
-
-def test_balance_loss_takes_tasks_as_a_list_and_the_mask_by_position():
-    model = adapted(balanced_config())
-    output = model.get_base_model()(IDS, MASK, labels=LABELS, task_types=TASKS.tolist())
-    assert torch.equal(output.loss, model(**TRAINING_BATCH).loss)
-
-
-def test_balance_loss_under_gradient_checkpointing():
-    plain, checkpointed = adapted(balanced_config()), adapted(balanced_config())
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    calls = []
-    layer = checkpointed.get_base_model().model.layers[0].mlp
-    layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    outputs = [each(**TRAINING_BATCH) for each in (plain, checkpointed)]
-    for output in outputs:
-        output.loss.backward()
-    assert len(calls) == 2, "nothing was checkpointed"
-    assert torch.equal(outputs[0].loss, outputs[1].loss)
-    assert torch.equal(outputs[0].balance_loss, outputs[1].balance_loss)
-    assert_same_gradients(checkpointed, plain, tolerance=1e-14)
-
-
-def test_balance_loss_refuses_reentrant_checkpointing():
-    model = adapted(balanced_config())
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(RuntimeError, match="use_reentrant.*False"):
-        model(**TRAINING_BATCH)
-    plain = {name: value for name, value in TRAINING_BATCH.items() if name != "task_types"}
-    model(**plain).loss.backward()  # without the constraint there is nothing against it
-    assert all(gradient.any() for gradient in adapter_gradients(model).values())
-
-
-def test_pass_ends_where_the_forward_raises():
-    model = adapted(balanced_config())
-
-    def stop(module, args):
-        raise KeyError("stop")
-
-    handle = model.get_base_model().lm_head.register_forward_pre_hook(stop)
-    with pytest.raises(KeyError, match="stop"):
-        model(**TRAINING_BATCH)
-    handle.remove()
-    assert not model.base_model.collector.active
-    fresh = adapted(balanced_config())
-    assert torch.equal(model(**TRAINING_BATCH).balance_loss, fresh(**TRAINING_BATCH).balance_loss)
-
-
-@pytest.mark.parametrize(
-    ("task_types", "error"),
-    [(torch.tensor([1, 0]), ValueError), (torch.tensor([[1, 0, 0]]), ValueError), (torch.ones(3), TypeError)],
-    ids=["length", "rank", "float"],
-)
-def test_bad_task_types_are_named(task_types, error):
-    model = adapted(balanced_config())
-    with pytest.raises(error, match="^task_types must be"):
-        model(**{**TRAINING_BATCH, "task_types": task_types})
-    assert "balance_loss" in model(**TRAINING_BATCH)
 
 
 # Bad configurations
