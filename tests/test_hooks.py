@@ -96,8 +96,8 @@ def test_lora_that_is_patched_under_hooks(move, tmp_path, monkeypatch):
     wanted = outputs(model)
     patch(move(model, tmp_path))
     assert_same(outputs(model), wanted)
-    fused, own = [], FusedLora._run
-    monkeypatch.setattr(FusedLora, "_run", lambda self, *args: fused.append(self) or own(self, *args))
+    fused, own = [], FusedLora._adapted
+    monkeypatch.setattr(FusedLora, "_adapted", lambda self, *args: fused.append(self) or own(self, *args))
     with torch.no_grad():
         model(LONG)
     lines = report(model)

@@ -73,3 +73,14 @@ def test_unpatching_keeps_a_change_made_while_merged():
     peft_model.merge_adapter()
     add(peft_model)
     torch.testing.assert_close(unpatch(peft_model)[0].weight.detach(), before + 1.0, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_change_of_the_bias_stays(method):
+    model = patched(method)
+    bias = model.base_model.model[0].base_layer.bias
+    before = bias.detach().clone()
+    model.merge_adapter()
+    bias.data.add_(1.0)
+    model.unmerge_adapter()
+    torch.testing.assert_close(bias.detach(), before + 1.0, atol=1e-5, rtol=0)

@@ -79,10 +79,13 @@ def test_a_method_that_merges_gives_its_bits_back(registry):
 def test_a_base_weight_that_is_changed_while_a_method_is_merged_keeps_the_change(registry):
     gci_kernels.register(record())
     config = PlainConfig(r=4, init_weights=False, target_modules=["0", "1"])
-    model = patch(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), config)
+    model = patch(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), config).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = model(x)
     weights = [layer.base_layer.weight.data for layer in model.base_model.model]
     before = [weight.clone() for weight in weights]
     model.merge_adapter()
+    assert relative_error(model(x), expected) < 1e-12
     weights[0][2] += 1.0
     model.unmerge_adapter()
     before[0][2] += 1.0

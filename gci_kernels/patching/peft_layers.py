@@ -8,9 +8,9 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from gci_kernels.tuners import AdaptedLinear, fusion, hooks
+from gci_kernels.tuners import AdaptedLinear, hooks
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle
 
 
@@ -68,7 +68,10 @@ def _dtype(module: Any) -> torch.dtype | None:
     if isinstance(module, ParamWrapper):
         return module.get_param().dtype
     base = module.get_base_layer()
-    return base.in_proj_weight.dtype if isinstance(base, nn.MultiheadAttention) else fusion.matmul_dtype(base)
+    weight = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return getattr(base, "compute_dtype", None)  # what it is dequantised to
 
 
 def not_running(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:

@@ -28,12 +28,11 @@ UNUSED = (
 
 @dataclass
 class _LayerGates:
-    """What one layer recorded, with the settings of its adapter."""
+    """What one layer recorded, with the config of its adapter."""
 
     gates: Tensor  # [batch, time, num_experts]
     mask: Tensor | None  # [batch, time], of the tokens that count; None: all
-    weight: float
-    delta: float
+    config: Any  # LoRAMoEConfig
 
 
 @dataclass
@@ -58,9 +57,11 @@ class _ForwardPass:
         """
         losses = []
         for layer in self.recorded:
-            gates, types = layer.gates, self.task_types.to(layer.gates.device)
-            loss = balance_loss(gates, types, delta=layer.delta, attention_mask=layer.mask, num_experts=gates.shape[-1])
-            losses.append((layer.weight * loss).to(self.recorded[0].gates.device))
+            gates, config, types = layer.gates, layer.config, self.task_types.to(layer.gates.device)
+            loss = balance_loss(
+                gates, types, delta=config.balance_delta, attention_mask=layer.mask, num_experts=gates.shape[-1]
+            )
+            losses.append((config.balance_weight * loss).to(self.recorded[0].gates.device))
         return torch.stack(losses).sum()
 
 
@@ -94,17 +95,14 @@ class BalanceCollector:
             return next(iter(self.passes.values()))
         return self.passes[threading.get_ident()]
 
-    def record(
-        self, key: str, gates: Tensor, output: Tensor, *, weight: float, delta: float, include_padding: bool,
-        trained: bool,
-    ) -> None:  # fmt: skip
+    def record(self, key: str, gates: Tensor, output: Tensor, *, config: Any, trained: bool) -> None:
         """Takes one layer's gates.
 
         Args:
             key: the layer's name in the model.
             gates: [batch, time, num_experts], or [batch * time, num_experts] where the model gives the layer that.
             output: of the layer for the same tokens.
-            weight, delta, include_padding: the adapter's balance_weight, balance_delta and balance_include_padding.
+            config: the adapter's, a LoRAMoEConfig.
             trained: whether the gates should carry a gradient.
 
         Raises:
@@ -124,8 +122,8 @@ class BalanceCollector:
         if grid is None:
             forward_pass.left_out.append(key)
             return
-        mask = None if include_padding else grid.mask
-        forward_pass.recorded.append(_LayerGates(gates.reshape(*grid.shape, -1), mask, weight, delta))
+        mask = None if config.balance_include_padding else grid.mask
+        forward_pass.recorded.append(_LayerGates(gates.reshape(*grid.shape, -1), mask, config))
         forward_pass.output = output
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

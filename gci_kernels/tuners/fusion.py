@@ -127,11 +127,3 @@ def computes_otherwise(module: nn.Module) -> bool:
         if not isinstance(y, Tensor) or y.shape != wanted.shape:
             return True
         return not bool((y - wanted).norm() <= 1e-5 * wanted.norm())
-
-
-def matmul_dtype(module: nn.Module) -> torch.dtype | None:
-    """The floating dtype of the layer's weight, or that which it is dequantised to; None where neither is known."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.dtype
-    return getattr(module, "compute_dtype", None)

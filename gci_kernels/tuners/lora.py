@@ -167,7 +167,7 @@ class FusedLoraModel(Swapped):
         """Whether PEFT has nothing against the names."""
         if self.training or not isinstance(names, (list, tuple)):
             return False
-        layers = [module for module in self.modules() if isinstance(module, lora.LoraLayer)]
+        layers = (module for module in self.modules() if isinstance(module, lora.LoraLayer))
         known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
         return set(names) <= known | {mixed.BASE}
 

@@ -78,10 +78,8 @@ class _Layer(BottleneckLayer):
         y, gates = self._compute(x, name, weight, bias)
         config = self.configs[name]
         if config.balance_weight and self.collector.active:
-            self.collector.record(
-                self.key, gates, y, weight=config.balance_weight, delta=config.balance_delta,
-                include_padding=config.balance_include_padding, trained=self.tensors(name)[2].requires_grad,
-            )  # fmt: skip
+            trained = self.tensors(name)[2].requires_grad
+            self.collector.record(self.key, gates, y, config=config, trained=trained)
         return y
 
     def _group(self, name: str, count: int, first: int = 0) -> Group | None:

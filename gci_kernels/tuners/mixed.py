@@ -69,8 +69,8 @@ class MixedBatch:
             return
         if self.layers.get(id(layer)) == "expert":
             raise ValueError(
-                "adapter_names: one expert of a mixture gets tokens in the order of its router, so it is not known "
-                "whose they are; leave the experts out of target_modules, or run each adapter by itself"
+                "adapter_names: a layer of one expert of a mixture gets tokens in the order of the router, so it is "
+                "unknown whose they are; leave the experts out of target_modules, or run each adapter by itself"
             )
         if self.layers.get(id(layer)) == "tower" and self.equal_media is False:
             raise ValueError(
