@@ -111,6 +111,17 @@ def test_a_damaged_file_counts_as_empty_with_a_warning():
         assert tuned.config("project", GPU, *ARGUMENTS) == chosen()
 
 
+@pytest.mark.parametrize("part", ("arguments", "config"))
+def test_a_damaged_entry_is_left_out_with_a_warning(part):
+    tuned.keep("project", ARGUMENTS, dataclasses.replace(chosen(), num_stages=5), GPU)
+    content = json.loads(tuned.path().read_text())
+    del content["tuned"][0][part]
+    tuned.path().write_text(json.dumps(content))
+    tuned._table.cache_clear()
+    with pytest.warns(RuntimeWarning, match="an entry of project is not whole"):
+        assert tuned.config("project", GPU, *ARGUMENTS) == chosen()
+
+
 @pytest.mark.parametrize("launch", [launch for _, launch in kernels.LAUNCHES.values()], ids=lambda launch: launch.name)
 def test_every_candidate_is_of_a_field_of_the_configuration(launch):
     fields = [field.name for field in dataclasses.fields(launch.config_class)]

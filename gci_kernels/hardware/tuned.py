@@ -86,9 +86,13 @@ def _table(file: Path, index: int) -> dict[Request, Any]:
     dtypes = {str(dtype): dtype for dtype in DTYPES}
     for entry in _entries(file):
         name = entry.get("launch")  # an earlier version wrote other keys
-        if name in LAUNCHES and _stamp(name, device).items() <= entry.items():
+        if name not in LAUNCHES or not _stamp(name, device).items() <= entry.items():
+            continue
+        try:
             arguments = tuple(dtypes.get(value, value) for value in entry["arguments"])
             table[name, arguments] = LAUNCHES[name][1].config_class(**entry["config"])
+        except (KeyError, TypeError) as error:
+            records.warn_once(f"gci_kernels: {file}: an entry of {name} is not whole and is left out: {error!r}")
     return table
 
 
