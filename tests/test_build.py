@@ -83,10 +83,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gci_kernels
 from gci_kernels import native
 from gci_kernels.proof import verify
-from gci_kernels.bench import run
+from gci_kernels.bench import command
 
 folder = Path(sys.prefix).resolve()
-for module in (gci_kernels, native.extension(), run):
+for module in (gci_kernels, native.extension(), command):
     assert folder in Path(module.__file__).resolve().parents, module
 checks = [check for group in itertools.islice(verify.verify("cpu"), 9) for check in group]
 assert len(checks) > 9 and all(check.passed for check in checks)
