@@ -18,7 +18,7 @@ from gci_kernels.models.targets import matched
 from gci_kernels.patching.peft_layers import obstacle
 from gci_kernels.patching.report import LayerReport, Report, report
 from gci_kernels.patching.undo import Snapshot, Undo, make_undoable, unmerge
-from gci_kernels.tuners import frozen, published_loki
+from gci_kernels.tuners import frozen, published_loki, sharding
 from gci_kernels.tuners.base import AdaptedConfig, check_modules_to_save
 from gci_kernels.tuners.lora import FusedLora, FusedLoraModel, is_plain_lora, place, swap_tuners
 from gci_kernels.tuners.merging import inside_attention
@@ -88,7 +88,11 @@ def _add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     config = copy.deepcopy(config)
     if not isinstance(config, LoraConfig):
         return get_peft_model(model, config, adapter_name=adapter_name)
-    parents.warn(model, config, matched(model, config))
+    targets = matched(model, config)
+    for name, module in targets.items():
+        if sharding.is_tensor_parallel(module):
+            raise ValueError(sharding.refusal("a fused LoRA", name))
+    parents.warn(model, config, targets)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     place(peft_model, config, adapter_name)
     _fuse_lora(peft_model)
@@ -131,7 +135,7 @@ def _fuse_lora(model: nn.Module, needed: bool = True) -> None:
             f"layers of the published LoKI repository, found {found}. Pass a config to add an adapter"
         )
     for _, module in adapted:
-        if is_plain_lora(module):
+        if is_plain_lora(module) and not sharding.is_tensor_parallel(module.get_base_layer()):
             add_mixin(module, FusedLora)
     swap_tuners(model)
 

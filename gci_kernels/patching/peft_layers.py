@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from gci_kernels.tuners import AdaptedLinear, hooks
+from gci_kernels.tuners import AdaptedLinear, hooks, sharding
 from gci_kernels.tuners.lora import FusedLora, is_plain_lora, lora_obstacle
 
 
@@ -22,6 +22,8 @@ def obstacle(module: Any, *, active_only: bool = False) -> str | None:
         return None
     if not isinstance(module, FusedLora) and not is_plain_lora(module):
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} has no fused form"
+    if sharding.is_tensor_parallel(module.get_base_layer()):
+        return "tensor parallelism has divided its weight among processes, which PEFT's own forward knows of"
     names = [name for name in module.lora_A if not active_only or name in module.active_adapters]
     found = (lora_obstacle(module, name, hooked=active_only) for name in names)
     reasons = [reason for reason in found if reason is not None]

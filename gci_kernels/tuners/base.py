@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gci_kernels.models import experts, parents
 from gci_kernels.ops.decode import DecodePlan
-from gci_kernels.tuners import adapter_file, fusion, hooks, mixed
+from gci_kernels.tuners import adapter_file, fusion, hooks, mixed, sharding
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
 from gci_kernels.tuners.merging import Mergeable
@@ -257,6 +257,8 @@ class AdaptedModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; {self.tuner_layer_cls.method_name} adapts "
                 "torch.nn.Linear, layers derived from it, transformers' Conv1D, and quantised layers that PEFT knows"
             )
+        if sharding.is_tensor_parallel(base):
+            raise ValueError(sharding.refusal(self.tuner_layer_cls.method_name, current_key))
         config = peft_config.of_module(current_key)
         # The whole base weight, on the device where the layer computes, is there for the new adapter.
         with gather_params_ctx(list(base.parameters(recurse=False)), modifier_rank=None), hooks.onloaded(base):
