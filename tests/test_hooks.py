@@ -6,13 +6,20 @@ import functools
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from toy_decoding import IDS, adapted, config, settings, tiny_llama
 
 from gci_kernels import LoKIConfig, patch, report, unpatch
 from gci_kernels.accuracy import relative_error
-from gci_kernels.tuners import hooks
+from gci_kernels.tuners import bottleneck, hooks, loki, lora
 from gci_kernels.tuners.lora import FusedLora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -313,3 +320,67 @@ def test_parameters_that_are_gathered_when_they_are_looked_up(method):
     for module in model.modules():
         module._parameters = Gathering(module._parameters)
     assert_same(outputs(model), wanted)
+
+
+@pytest.fixture
+def fused_on(monkeypatch):
+    """The devices of the base weights that fused products read, one entry a call."""
+    devices = []
+
+    def counted(op, *args):
+        weight = args[0][1] if isinstance(args[0], tuple) else args[1]
+        devices.append(None if weight is None else weight.device.type)
+        return op(*args)
+
+    modules = {bottleneck: "adapted_linear", lora: "adapted_linear", loki: "adapted_row_linear"}
+    for module, name in (*modules.items(), (loki, "adapted_linear")):
+        monkeypatch.setattr(module, name, functools.partial(counted, getattr(module, name)))
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter_first"),
+    # LoKI's rows and PEFT's adapters would have no values on the meta device.
+    [("lora", True), ("loki", True), *((method, first) for method in ("loramoe", "alora") for first in (True, False))],
+)
+def test_a_model_on_two_devices_is_fused_on_both(method, adapter_first, fused_on):
+    model = with_adapter(method) if adapter_first else tiny_llama()
+    llama = model.get_base_model() if adapter_first else model
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    where |= {"model.layers.1": "meta", "model.norm": "meta", "lm_head": "meta"}
+    accelerate.dispatch_model(llama, where, main_device="cpu")
+    model = model if adapter_first else patch(model, config(method)).eval()
+    remove_hook_from_module(llama)  # which would bring the output back; there is no way from the meta device
+    with torch.no_grad():
+        assert model(LONG, use_cache=False).logits.device.type == "meta"
+    each = 1 if method == "loki" else 3  # adapted layers in a decoder layer
+    assert fused_on == ["cpu"] * each + ["meta"] * each
+
+
+@pytest.mark.parametrize("grad", (True, False))
+@pytest.mark.parametrize("method", ("lora", "loramoe", "loki", "loki*"))
+def test_an_input_that_the_hook_has_to_move_is_moved_first(method, grad, fused_on):
+    """As before a layer that begins a part of the device map; the adapter lies where the hook brings the input."""
+    layer = with_adapter(method).base_model.model.model.layers[0].mlp.down_proj.to("meta")
+    add_hook_to_module(layer.base_layer, AlignDevicesHook(execution_device="meta"))
+    x = torch.randn(2, 20, layer.in_features, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert y.device.type == "meta" and y.shape == (2, 20, layer.out_features) and y.requires_grad == grad
+    assert fused_on == ["meta"]
+
+
+def test_where_hooks_move_input_and_output():
+    layer, x, meta = torch.nn.Linear(4, 3), torch.ones(2, 4), torch.device("meta")
+
+    def devices(*made):
+        layer._hf_hook = SequentialHook(*made)
+        return hooks.devices(layer, x)
+
+    def align(device, same=False):
+        return AlignDevicesHook(execution_device=device, io_same_device=same)
+
+    assert hooks.devices(torch.nn.Linear(4, 3), x) is None
+    assert devices(align("cpu"), align("cpu", True), align(None), Doubling()) is None
+    assert devices(align("meta")) == (meta, meta) == devices(align("meta"), align("meta", True))
+    assert devices(align("meta", True)) == (meta, CPU) == devices(align("cpu", True), align("meta"))

@@ -1,58 +1,105 @@
-"""LoKI under torch's fully_shard, two processes: the kept copy follows weights that come and go with each layer."""
+"""LoKI under torch's fully_shard, two processes: nothing whole is kept of a weight that is divided."""
 
 import subprocess
 import sys
 
 PROGRAM = """
-import sys, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 import gci_kernels
+from gci_kernels.ops.row_linear import api, aten, merged
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+ids = torch.randint(0, 97, (2, 400), generator=torch.Generator().manual_seed(0))
+made = [0]  # merged weights
 
 
-def model():
+def counted(module, name):
+    own = getattr(module, name)
+
+    def call(*args):
+        made[0] += 1
+        return own(*args)
+
+    setattr(module, name, call)
+
+
+for module, name in ((aten, "merge"), (merged, "merge_rows"), (api, "merge_rows")):
+    counted(module, name)
+
+
+def patched(checkpointing):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    plain = LlamaForCausalLM(config)
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2))
+    if checkpointing:
+        plain.gradient_checkpointing_enable({"use_reentrant": False})
+        plain.enable_input_require_grads()
     torch.manual_seed(1)
-    return gci_kernels.patch(plain, gci_kernels.LoKIConfig(positions=[[3, 1], [5], [31, 0, 7]], init_weights=False))
+    config = gci_kernels.LoKIConfig(positions=[range(12), range(3, 12), [31, 0, 7, 9]], init_weights=False)
+    return gci_kernels.patch(plain, config).train()
 
 
-whole, sharded = model(), model()
-mesh = init_device_mesh("cpu", (2,))
-for layer in sharded.base_model.model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
-trained = [[p for p in each.parameters() if p.requires_grad] for each in (whole, sharded)]
-assert all(isinstance(p, DTensor) for p in trained[1])
-optimizers = [torch.optim.AdamW(parameters, lr=0.05) for parameters in trained]
-for _ in range(4):
-    losses = []
-    for each, optimizer in zip((whole, sharded), optimizers):
-        optimizer.zero_grad()
-        loss = each(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert abs(losses[0] - losses[1]) < 1e-5, losses
-copies = [m.merged_rows.has(torch.device("cpu")) for m in sharded.modules() if hasattr(m, "merged_rows")]
-assert copies == [True] * 3, copies
-with torch.no_grad():
-    assert torch.allclose(whole(input_ids=ids).logits, sharded(input_ids=ids).logits, atol=1e-4)
+def copies(model):
+    return [m.merged_rows.copies() for m in model.modules() if hasattr(m, "merged_rows")]
+
+
+def whole_weights(one):
+    # How many down projections this process holds whole, beside those of `one`.
+    gc.collect()
+    own = {t.untyped_storage()._cdata for t in (*one.parameters(), *sum(copies(one), []))}
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, DTensor)]
+    storages = [t.untyped_storage() for t in tensors if t.shape == (32, 48)]
+    return len({s._cdata for s in storages if s.size()} - own)
+
+
+def compare(reshard, checkpointing):
+    one, many = patched(checkpointing), patched(checkpointing)
+    many(input_ids=ids, labels=ids).loss.backward()
+    many.zero_grad()
+    assert list(map(len, copies(many))) == [1] * 3  # of the time before the weights are divided
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*many.base_model.model.model.layers, many):
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+    trained = [[p for p in each.parameters() if p.requires_grad] for each in (one, many)]
+    assert all(isinstance(p, DTensor) for p in trained[1])
+    optimizers = [torch.optim.AdamW(parameters, lr=0.05) for parameters in trained]
+    for step in range(3):
+        losses, builds = [], []
+        for each, optimizer in zip((one, many), optimizers):
+            optimizer.zero_grad()
+            made[0] = 0
+            loss = each(input_ids=ids, labels=ids).loss
+            if each is many and reshard:
+                assert whole_weights(one) == 0
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item()), builds.append(made[0])
+        assert abs(losses[0] - losses[1]) < 1e-5, losses
+        # The whole model makes its copies once. Of a weight that is gathered one is made for each product: in forward,
+        # in the replay, and for the gradient of the input, which the first layer's has only for the replay's sake.
+        assert builds == [3 * (step == 0), 9 if checkpointing else 5], builds
+        assert not reshard or whole_weights(one) == 0
+    with torch.no_grad():
+        for length in (5, 60, 400):  # for which the products take different forms
+            assert torch.allclose(one(ids[:, :length]).logits, many(ids[:, :length]).logits, atol=1e-4)
+    assert copies(many) == [[]] * 3 and list(map(len, copies(one))) == [1] * 3
+    assert {line.plan for line in gci_kernels.report(one)} == {"rows=kept"}
+
+
+for case in ((True, False), (False, False), (True, True)):
+    compare(*case)
 print("same")
 dist.destroy_process_group()
 """
 
 
-def test_sharded_training_is_training(tmp_path):
+def test_sharded_training_is_training_and_keeps_nothing_whole(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
@@ -60,6 +107,6 @@ def test_sharded_training_is_training(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    for rank in ranks:
-        output = rank.communicate(timeout=300)[0]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0 and output.endswith("same\n"), output

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
-from gci_kernels.tuners import fusion, mixed
+from gci_kernels.tuners import fusion, hooks, mixed
 
 
 class FusedLayer:
@@ -32,6 +32,8 @@ class FusedLayer:
         base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]  # of the layer that this is mixed with
         if not names:
             return base(x)
+        if hooks.HOOK in base.__dict__ and (moved := hooks.devices(base, x)) is not None:
+            return self._adapted(x.to(moved[0]), names).to(moved[1])  # so that the base product is fused there
         steps = not torch.is_grad_enabled() and fusion.takes_steps(self.gci_impl, x)
         weight, bias, y = fusion.base_operands(base, x)
         owned = y is None  # whether y may be written to: a hook may have kept what it saw

@@ -46,6 +46,21 @@ def obstacle(module: nn.Module, x: Tensor | None = None) -> str | None:
     return None
 
 
+def devices(module: nn.Module, x: Tensor) -> tuple[torch.device, torch.device] | None:
+    """Where the module's hook moves x before its forward, and the output after it; None where it moves neither."""
+    if HOOK not in vars(module):
+        return None
+    there, back = x.device, None
+    for hook in _single_hooks(vars(module)[HOOK]):
+        if type(hook) is not AlignDevicesHook:
+            continue
+        if hook.io_same_device:
+            back = there
+        if not _is_on(there, hook.execution_device):
+            there = torch.device(hook.execution_device)
+    return None if there == x.device else (there, there if back is None else back)
+
+
 def is_class_forward(module: nn.Module, forward: object) -> bool:
     """Whether `forward` is the method of the module's class, bound to the module."""
     return getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module

@@ -13,12 +13,14 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.models import parents
 from gci_kernels.ops.arguments import index_copy
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
-from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form
-from gci_kernels.tuners import fusion, hooks, mixed
+from gci_kernels.ops.row_linear import MergedRows, adapted_row_linear, choose_form, padded
+from gci_kernels.ops.transforms import transformed
+from gci_kernels.tuners import fusion, hooks, mixed, sharding
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number, uniform
 from gci_kernels.tuners.loki_positions import Positions, RowPositions, num_decoder_layers, resolve
 from gci_kernels.tuners.methods import register_with_peft
@@ -138,6 +140,8 @@ class LoKILinear(AdaptedLinear):
             if not names:
                 return base(x)
             self._check_disjoint(names)
+        if hooks.HOOK in base.__dict__ and (moved := hooks.devices(base, x)) is not None:
+            return self._adapted(x.to(moved[0]), names).to(moved[1])
         weight, bias, product = fusion.base_operands(base, x)
         # In a decoding step the cheapest way is to overwrite columns of the base product, which no one else holds.
         in_place = (
@@ -172,10 +176,19 @@ class LoKILinear(AdaptedLinear):
         active_bias = self.parameter("loki_active_bias", name) if bias is not None else None
         if not self.r[name]:
             active = self.parameter("loki_active", name)
-            return adapted_row_linear(x, weight, bias, active, positions, active_bias, self.merged_rows, self.gci_impl)
+            merged = self._merged_rows()
+            return adapted_row_linear(x, weight, bias, active, positions, active_bias, merged, self.gci_impl)
         if bias is not None and active_bias is not None:
             bias = index_copy(bias, 0, positions, active_bias.to(bias.dtype))
         return self._low_rank(x, weight, bias, name)
+
+    def _merged_rows(self) -> MergedRows | None:
+        """The layer's copy of the weight, where one may be kept; none of a weight that is whole for a call alone."""
+        merged = self.merged_rows
+        if merged is None or not sharding.is_gathered(self._modules["base_layer"]):  # type: ignore[arg-type]
+            return merged
+        merged.drop()  # of the time before it was divided
+        return None
 
     def _low_rank(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
         """LoKI*'s update, with the base product where a weight is given."""
@@ -195,7 +208,7 @@ class LoKILinear(AdaptedLinear):
         active_bias = self.parameter("loki_active_bias", name).to(y.dtype) if name in biases else None
         if not self.r[name]:
             active = self.parameter("loki_active", name).to(y.dtype)
-            columns = F.linear(x.to(y.dtype), active, active_bias).to(y.dtype)
+            columns = _linear(x.to(y.dtype), active, active_bias).to(y.dtype)
             return y.index_copy_(-1, positions, columns) if in_place else index_copy(y, -1, positions, columns)
         y = y + self._low_rank(x, None, None, name).to(y.dtype)
         if active_bias is None:
@@ -254,9 +267,21 @@ class LoKILinear(AdaptedLinear):
         if fusion.obstacle(self.base_layer) is not None:
             return "rows=replaced"  # in what the base layer returns
         share = self.loki_positions[name].shape[0] / self.out_features
-        keep = self.merged_rows is not None
+        keep = self.merged_rows is not None and not sharding.is_gathered(self.base_layer)
         form = choose_form(self.gci_impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep)
         return f"rows={form}"
+
+
+def _linear(x: Tensor, active: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ active.T + bias, [..., k]; rows of zeros are added to `active` [k, in] where a GPU's products need them.
+
+    That copies `active`, which for a few tokens takes longer than the product; an exported graph is for any number.
+    """
+    k = active.shape[0]
+    more = padded(k, x.device.type) - k
+    if more and not transformed() and x.numel() > MAX_DECODE_TOKENS * x.shape[-1]:
+        active, bias = F.pad(active, (0, 0, 0, more)), None if bias is None else F.pad(bias, (0, more))
+    return F.linear(x, active, bias)[..., :k]
 
 
 def dequantised_weight(base: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gci_kernels.class_swap import Swapped, add_mixin
 from gci_kernels.ops.row_linear import MergedRows, identity, partitioned_loki_linear
 from gci_kernels.ops.transforms import transformed
-from gci_kernels.tuners import fusion
+from gci_kernels.tuners import fusion, sharding
 
 _STATE = "_gci_published"
 # What the published versions call the frozen part.
@@ -69,8 +69,12 @@ class FusedPublishedLayer(Swapped):
         if frozen_bias is not None:
             bias = frozen_bias.new_zeros(self.index_map.shape[0]).index_copy_(0, rest, frozen_bias.detach())
             active_bias = self.active_bias
+        merged: MergedRows | None = state.merged
+        if sharding.is_gathered(frozen):
+            state.merged.drop()  # of the time before it was divided
+            merged = None
         return partitioned_loki_linear(
-            x, frozen.weight, bias, self.active.weight, positions, rest, active_bias, merged=state.merged
+            x, frozen.weight, bias, self.active.weight, positions, rest, active_bias, merged=merged
         )
 
     def _check_impl(self) -> None:

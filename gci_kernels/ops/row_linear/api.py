@@ -93,12 +93,13 @@ def adapted_row_linear(
 
 def partitioned_loki_linear(
     x: Tensor, frozen: Tensor, bias: Tensor | None, active_weight: Tensor, positions: Tensor, frozen_positions: Tensor,
-    active_bias: Tensor | None, *, merged: MergedRows,
+    active_bias: Tensor | None, *, merged: MergedRows | None,
 ) -> Tensor:  # fmt: skip
     """:func:`loki_linear` for a weight stored in two parts, frozen and active rows, as the published layer stores it.
 
     Args:
-        x, active_weight, positions, active_bias, merged: as there.
+        x, active_weight, positions, active_bias: as there.
+        merged: as there; None: W' is made in each call, and kept for its backward.
         frozen: [out - k, in], without a gradient.
         bias: [out], without a gradient, or None; with an active_bias, its values at `positions` are not used.
         frozen_positions: [out - k] int64: the rows of the weight that `frozen` holds; with `positions`, every row once.
@@ -113,7 +114,7 @@ def partitioned_loki_linear(
     dtype = autocast_dtype(x) or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     check_x(x)
-    make_weight = merge_rows if torch.compiler.is_compiling() else merged.renewed
+    make_weight = merge_rows if merged is None or torch.compiler.is_compiling() else merged.renewed
     weight = make_weight(frozen, active_weight, positions, dtype, frozen_positions)
     return row_linear(x, weight, bias, active_weight, positions, active_bias, "kept")
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gci_kernels.ops.row_linear.plan import padded
+
 
 def merge(weight: Tensor, active: Tensor, positions: Tensor) -> Tensor:
     """A contiguous copy of `weight` [out, in] with the rows at `positions` [k] replaced by `active` [k, in]."""
@@ -31,7 +33,17 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, posi
         return F.linear(x, weight if form == "kept" else merge(weight, active, positions), bias)
     y = F.linear(x, weight, bias)
     own_bias = None if bias is None else bias.index_select(0, positions)
-    return y.index_copy_(1, positions, F.linear(x, active.to(x.dtype), own_bias))
+    return y.index_copy_(1, positions, _active_columns(x, active.to(x.dtype), own_bias))
+
+
+def _active_columns(x: Tensor, active: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ active.T + bias, [tokens, k], on a GPU within rows that start at multiples of 16 bytes."""
+    k = active.shape[0]
+    width = padded(k, x.device.type)
+    if width == k:
+        return F.linear(x, active, bias)
+    y = x.new_empty(x.shape[0], width)[:, :k]
+    return torch.mm(x, active.t(), out=y) if bias is None else torch.addmm(bias, x, active.t(), out=y)
 
 
 def dx(dy: Tensor, weight: Tensor, active: Tensor, positions: Tensor, dy_active: Tensor, form: str) -> Tensor:

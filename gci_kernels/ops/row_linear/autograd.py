@@ -17,6 +17,7 @@ from gci_kernels.impl import implementation
 from gci_kernels.ops.arguments import from_rows, rows, without_autocast
 from gci_kernels.ops.operators import define, no_derivative
 from gci_kernels.ops.row_linear import reference
+from gci_kernels.ops.row_linear.plan import padded
 from gci_kernels.ops.transforms import PLAIN, differentiated_again, dispatch_mode_depth, plain_gradients
 from gci_kernels.ops.upcast import reduced
 
@@ -44,15 +45,22 @@ def _row_linear_backward(
     needs_x, needs_active, needs_bias = needs
     dy, gradients = rows(dy), []
     # One copy for all uses: the columns are not contiguous, so reading them costs as much as reading all of dy.
-    dy_active = dy.index_select(1, positions)
+    columns, k = _columns(dy, positions), positions.shape[0]
+    dy_active = columns[:, :k]
     if needs_x:
         gradients.append(_products(form).dx(dy, weight, active, positions, dy_active, form).view(x.shape))
     if needs_active:
         x = rows(x)
-        gradients.append(reduced(dy_active, x).to(x.dtype) if form == "upcast" else torch.mm(dy_active.t(), x))
+        gradients.append(reduced(dy_active, x).to(x.dtype) if form == "upcast" else torch.mm(columns.t(), x)[:k])
     if needs_bias:
         gradients.append(dy_active.sum(0))
     return gradients
+
+
+def _columns(dy: Tensor, positions: Tensor) -> Tensor:
+    """dy's columns at `positions` [k], [tokens, padded(k)]; those behind the k-th repeat the first, to no use."""
+    more = padded(positions.shape[0], dy.device.type) - positions.shape[0]
+    return dy.index_select(1, torch.cat((positions, positions[:1].expand(more))) if more else positions)
 
 
 def _row_linear_backward_fake(dy: Tensor, x: Tensor, weight: Tensor, active: Tensor, *others: Any) -> list[Tensor]:

@@ -20,6 +20,8 @@ _KEPT_FROM = 16
 # one number of W read and written against two operations a token. On a CPU measured with 2 threads in float32; on a
 # GPU a prediction.
 _MERGE_FROM = {"cpu": 80, "cuda": 300}
+# Columns to a multiple of which a GPU's matrices are widened; 8 would do for 16-bit dtypes, and 16 divide tiles evenly.
+_ALIGNED = 16
 # Tokens from which the Triton kernel is expected to be faster than the copy and the library's product; a prediction.
 _TRITON_FROM = 512
 
@@ -60,6 +62,15 @@ def choose_form(
         if hardware.proves("row_linear") if proved is None else "row_linear" in proved:
             return "triton"
     return "merge" if tokens * share >= _MERGE_FROM.get(device_type, _MERGE_FROM["cuda"]) else "overwrite"
+
+
+def padded(k: int, device_type: str) -> int:
+    """How many columns a matrix of k columns is stored with.
+
+    On a GPU a multiple of 16, so that all rows start at multiples of 16 bytes: the library's fast products load as many
+    at a time, and it has slower ones for other rows. On a CPU k.
+    """
+    return k if device_type == "cpu" else -(-k // _ALIGNED) * _ALIGNED
 
 
 def _prefers_triton(tokens: int, dtype: torch.dtype) -> bool:
