@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gci_kernels.models import decoder_layers
+from gci_kernels.ops.attention.sequence import assert_on_device, may_read
 from gci_kernels.ops.transforms import transformed
 
 # Encoders; for many of them nothing else shows that they are.
@@ -85,7 +86,8 @@ def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> Non
         batch, time: of the forward's tokens.
 
     Raises:
-        ValueError: one does. In a graph of torch.compile it is a RuntimeError, raised when the graph runs.
+        ValueError: one does. In a graph of torch.compile it is a RuntimeError, raised when the graph runs; on a GPU,
+            whose values are not waited for, CUDA's error of a device-side assertion, with the message printed.
     """
     if transformed():  # values cannot be read there, and a graph would keep this result for all other masks
         return
@@ -102,7 +104,7 @@ def check_mask(mask: Any, segments: Tensor | None, batch: int, time: int) -> Non
         return
     if segments is not None:
         allowed = allowed & (segments[:, None, : time - 1] >= 0).to(allowed.device)
-    if torch.compiler.is_compiling():
-        torch._assert_async(~allowed.any(), _MASK)
+    if torch.compiler.is_compiling() or not may_read(allowed):
+        assert_on_device(~allowed.any(), _MASK)
     elif bool(allowed.any()):
         raise ValueError(_MASK)

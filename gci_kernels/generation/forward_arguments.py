@@ -10,6 +10,7 @@ from transformers import Cache, EncoderDecoderCache
 from gci_kernels.generation.direction import check_mask
 from gci_kernels.generation.model_cache import SUPPORTED
 from gci_kernels.ops.attention import Sequence
+from gci_kernels.ops.attention.sequence import assert_on_device, may_read
 
 # What models call a cache or a state, where it is none of transformers' Cache.
 _NAMES = {
@@ -139,8 +140,8 @@ def _key_mask(mask: Tensor, time: int, past: int) -> Tensor:
     """The 2-D mask, bool [batch, keys], from which transformers made `mask` [batch, 1, time, >= keys].
 
     The last query attends to every key that is not padded. More queries could have been given any mask, so for them
-    `mask` is compared with what follows from the 2-D one, which waits for the device; a single query, as in decoding,
-    cannot tell a custom mask from padding, and need not.
+    `mask` is compared with what follows from the 2-D one, on a GPU by the GPU, for which nothing waits; a single query,
+    as in decoding, cannot tell a custom mask from padding, and need not.
     """
     keys = past + time
     if mask.shape[1] != 1 or mask.shape[2] != time:
@@ -156,10 +157,13 @@ def _key_mask(mask: Tensor, time: int, past: int) -> Tensor:
         same = ((allowed == expected) | ~expected.any(-1, keepdim=True)).all()
         if floating:
             same &= ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()
-        if not bool(same):
+        readable = may_read(same)
+        if not (readable and bool(same)):
             if not past:
                 check_mask(mask, unpadded.int() - 1, mask.shape[0], time)  # its message fits better if it looks ahead
-            raise ValueError(_CUSTOM_MASK)
+            if readable:
+                raise ValueError(_CUSTOM_MASK)
+            assert_on_device(same, _CUSTOM_MASK)
     return unpadded
 
 

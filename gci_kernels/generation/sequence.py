@@ -15,9 +15,9 @@ that replays `__call__` instead (torch's checkpoint_wrapper) loses it, and adapt
 a call is thread-local, and each model's forward sets its own: models, nested calls and threads do not mix.
 
 torch.compile traces all of it. The graph breaks where a new cache gets the adapters' beside it (see model_cache),
-where the values of cu_seq_lens_q are read, and where a 4-D mask is checked. A compiled forward with gradients that is
-given no cache stores nothing of its adapters, so a cache that it returns is refused later; without gradients it does,
-with a break. Gradient checkpointing inside of one graph needs
+and, on a CPU, where the values of cu_seq_lens_q are read and where a 4-D mask is checked. A compiled forward with
+gradients that is given no cache stores nothing of its adapters, so a cache that it returns is refused later; without
+gradients it does, with a break. Gradient checkpointing inside of one graph needs
 torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint, for torch traces no change of Python's state there;
 a layer restores what it sets when it returns, so nothing is skipped.
 """

@@ -13,10 +13,11 @@ from gci_kernels.ops.transforms import transformed
 class Sequence:
     """The sequences in a batch. Each row holds `keys` positions, of which the last `keys - past` are queries.
 
-    The classmethods read their tensors' values to check them, which waits for a GPU: make one Sequence for each batch,
-    not for each layer. Their `segments` is None if every row is one sequence without padding. Under torch.jit.trace,
-    torch.export, torch.func and forward-mode differentiation they read no values and keep `segments`: a traced graph
-    has to work for other values too.
+    The classmethods check their tensors' values. On a CPU they read them, raise, and leave `segments` None if every row
+    is one sequence without padding. On a GPU, where to read a value is to wait for all that was launched before, they
+    keep `segments` and let the device check: a wrong value ends in CUDA's error of a device-side assertion, as an index
+    that an embedding does not have, and CUDA prints the message. Under torch.jit.trace, torch.export, torch.func and
+    forward-mode differentiation `segments` are kept too, unchecked: a traced graph has to work for other values.
 
     Attributes:
         segments: int32 [batch, keys], any device: the id of the packed sequence that a position belongs to, negative
@@ -107,11 +108,28 @@ class Sequence:
             raise TypeError(f"cu_seqlens must have an integer dtype, got {cu_seqlens.dtype}")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must be [n + 1] with n >= 1, got {list(cu_seqlens.shape)}")
-        if not transformed():
-            _check_starts(cu_seqlens.tolist(), tokens)
         lengths = cu_seqlens.diff()
+        if not may_read(cu_seqlens):
+            rises = (lengths > 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
+            assert_on_device(rises, "cu_seqlens must rise from 0 to the number of tokens")
+        elif not transformed():
+            _check_starts(cu_seqlens.tolist(), tokens)
         ids = torch.arange(lengths.shape[0], dtype=torch.int32, device=cu_seqlens.device)
         return _make(ids.repeat_interleave(lengths, output_size=tokens).unsqueeze(0), 0)
+
+
+def may_read(t: Tensor) -> bool:
+    """Whether the values of `t` are there to be read: not on a GPU, which computes them later, nor on a meta device."""
+    return t.device.type not in ("cuda", "meta")
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Lets the device of `condition`, bool [], check it when it is there, and stop with `message` if it is False.
+
+    CUDA prints 255 characters of the message, and every later call of it raises.
+    """
+    if not transformed():
+        torch._assert_async(condition, message)
 
 
 def _check_starts(starts: list[int], tokens: int) -> None:
@@ -126,9 +144,9 @@ def _check_starts(starts: list[int], tokens: int) -> None:
 
 
 def _make(segments: Tensor, past: int) -> Sequence:
-    """A Sequence, without `segments` if they are all 0: then every row is one sequence without padding."""
+    """A Sequence; without `segments` if they are seen to be all 0: every row is then one sequence without padding."""
     sequence = Sequence(segments, past)
-    return sequence if transformed() or segments.any() else Sequence(None, past)
+    return sequence if transformed() or not may_read(segments) or segments.any() else Sequence(None, past)
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
@@ -139,14 +157,16 @@ def _check_matrix(name: str, value: Tensor) -> None:
 
 
 def _check_mask(attention_mask: Tensor) -> Tensor:
-    """The mask as bool; ValueError where it holds anything but 0 and 1."""
+    """The mask as bool; it may hold 0 and 1 only."""
     _check_matrix("attention_mask", attention_mask)
     if attention_mask.dtype == torch.bool:
         return attention_mask
     if transformed():
         return attention_mask != 0
-    mask = attention_mask == 1
+    mask, allowed = attention_mask == 1, "attention_mask must hold 0 and 1 only"
     invalid = ~mask & (attention_mask != 0)
-    if invalid.any():
-        raise ValueError(f"attention_mask must hold 0 and 1 only, got {attention_mask[invalid][0].item()}")
+    if not may_read(invalid):
+        assert_on_device(~invalid.any(), allowed)
+    elif invalid.any():
+        raise ValueError(f"{allowed}, got {attention_mask[invalid][0].item()}")
     return mask
