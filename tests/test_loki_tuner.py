@@ -159,6 +159,23 @@ def test_the_kept_copy_is_there_in_training_and_where_it_is_wanted(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("by", ("FSDP", "ZeRO-3"))
+def test_no_copy_is_kept_of_a_weight_that_is_gathered_for_a_call(by):
+    """By the marks that torch and DeepSpeed set; test_loki_sharded.py has torch's sharding itself."""
+    model = adapted()
+    gradients(model)
+    layers = loki_layers(model).values()
+    assert all(layer.merged_rows.copies() for layer in layers)
+    for layer in layers:
+        marked, name = (
+            (layer.base_layer, "_is_fsdp_managed_module") if by == "FSDP" else (layer.base_layer.weight, "ds_id")
+        )
+        setattr(marked, name, 1)
+    assert_same(model, restated(model))
+    assert not any(layer.merged_rows.copies() for layer in layers)
+    assert all("kept" not in line.plan for line in report(model) if line.plan)
+
+
 def test_on_top_of_a_lora_layer_of_peft():
     """PEFT's tuners can be stacked; the lower one is then called as it is."""
     lower = get_peft_model(plain(), LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))

@@ -109,6 +109,17 @@ def test_same_numbers_in_every_step_of_a_training(cls, bias, renewals):
     assert len(renewals) == 2 * 4
 
 
+def test_no_copy_is_kept_of_rows_that_are_gathered_for_a_call(renewals):
+    model = patch(Model())
+    gradients(model, X)
+    states = [vars(layer)["_gci_published"] for layer in (model.down, model.last)]
+    assert all(state.merged.copies() for state in states)
+    for layer in (model.down, model.last):
+        layer.frozen._is_fsdp_managed_module = True
+    assert_same(model, Model(), X)
+    assert not any(state.merged.copies() for state in states) and len(renewals) == 2
+
+
 def test_parameters_names_and_classes_stay_and_unpatch_is_exact():
     model = Model()
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
