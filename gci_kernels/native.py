@@ -72,3 +72,19 @@ CUDA_DIGEST: str = _extension.cuda_digest if _extension is not None else ""
 ISAS: tuple[str, ...] = _extension.isas if _extension is not None else ()
 #: The one in use; "none" without the extension. A constant, so that torch.compile traces through plans.
 ISA: str = _extension.isa() if _extension is not None else "none"
+
+
+def driver_obstacle() -> str:
+    """Why this machine's driver cannot run the CUDA kernels, in one sentence; empty where it can or there is none.
+
+    A driver runs what was built for its own major version of CUDA and for earlier ones.
+    """
+    asked = getattr(torch._C, "_cuda_getDriverVersion", None)  # not there in a PyTorch for CPUs
+    driver = asked() if asked is not None else 0
+    needed = CUDA_COMPILER.removeprefix("nvcc ").partition(".")[0]
+    if not driver or not needed or driver // 1000 >= int(needed):
+        return ""
+    return (
+        f"built by {CUDA_COMPILER}, which the driver of this machine, for CUDA {driver // 1000}.{driver % 1000 // 10}, "
+        f"is too old for: install a driver for CUDA {needed}, or gci_kernels with nvcc of CUDA {driver // 1000}"
+    )

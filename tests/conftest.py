@@ -1,5 +1,6 @@
 """Fixtures shared by several files."""
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch  # noqa: E402
 
 import gci_kernels  # noqa: E402
 from gci_kernels import native  # noqa: E402
-from gci_kernels.hardware import records  # noqa: E402
+from gci_kernels.hardware import proving, records, timing  # noqa: E402
 from gci_kernels.ops.decode import cuda  # noqa: E402
 from gci_kernels.tuners import ALoRALinear, FusedLoraLinear, LoRAMoELinear, fusion  # noqa: E402
 
@@ -28,7 +29,7 @@ if importlib.util.find_spec("hypothesis"):
 # bench/gpu.py tests a checkout in which nothing is installed: bench/ lies beside the package there, not in it.
 if importlib.util.find_spec("gci_kernels.bench") is None:
     gci_kernels.__path__.append(str(Path(__file__).parents[1]))
-from toy_gpu import forget  # noqa: E402
+from toy_gpu import TIMES, forget  # noqa: E402
 
 from gci_kernels.bench import gpu_proof  # noqa: E402
 
@@ -97,8 +98,9 @@ def imagined_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GCI_SELF_CHECK", raising=False)
     monkeypatch.setattr(records, "gpu", lambda device: ("Imagined 1000", "sm_90"))
-    monkeypatch.setattr(records, "_current_index", lambda: 0)
-    monkeypatch.setattr(records, "_capturing", lambda: False)
+    monkeypatch.setattr(proving, "_current_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(proving, "_capturing", lambda: False)
     monkeypatch.setattr(records, "shipped_folder", lambda: tmp_path / "proved")
     for name, value in (("CUDA_DIGEST", "of csrc"), ("CUDA_COMPILER", "nvcc 13.0"), ("CUDA_BUILD", "all of it")):
         monkeypatch.setattr(native, name, value)
@@ -109,14 +111,15 @@ def imagined_gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def self_checks(monkeypatch) -> list[str]:
-    """The kernels whose self check was run; "expand" fails it and all others pass."""
+    """The kernels whose self check was run; "expand" fails it and all others pass, with the times TIMES."""
     asked: list[str] = []
 
-    def check(kernel, device):
+    def check(kernel, device, dtypes, dropouts):
         asked.append(kernel)
         return (False, "it is wrong", True) if kernel == "expand" else (True, "", True)
 
-    monkeypatch.setattr(records, "_self_check", check)
+    monkeypatch.setattr(proving, "_self_check", check)
+    monkeypatch.setattr(timing, "measure", lambda kernel, dtype, device: TIMES)
     return asked
 
 

@@ -18,21 +18,21 @@ def test_auto_takes_the_native_kernels_where_they_can_run():
         )
 
 
-PROVED, DTYPES = frozenset({"attention"}), (torch.float32, torch.bfloat16, torch.float16)
+STARTS, DTYPES = {"attention": 16}, (torch.float32, torch.bfloat16, torch.float16)
 
 
-def chosen(impl="auto", tokens=16, dtype=torch.float32, device_type="cuda", proved=PROVED):
-    return choose_attention(impl, tokens=tokens, dtype=dtype, device_type=device_type, proved=proved)
+def chosen(impl="auto", tokens=16, dtype=torch.float32, device_type="cuda", starts=STARTS):
+    return choose_attention(impl, tokens=tokens, dtype=dtype, device_type=device_type, starts=starts)
 
 
 def test_the_choice_is_a_function_of_tokens_dtype_and_device(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for dtype in DTYPES:
         assert chosen(dtype=dtype) == "triton" and chosen(tokens=15, dtype=dtype) == "aten"
-        assert chosen(dtype=dtype, proved=frozenset()) == chosen(dtype=dtype, impl="aten") == "aten"
+        assert chosen(dtype=dtype, starts={}) == chosen(dtype=dtype, impl="aten") == "aten"
         assert chosen(dtype=dtype, device_type="cpu") == ("aten" if dtype == torch.float16 else "native")
         assert chosen(dtype=dtype, device_type="meta") == "aten"
-        assert chosen("triton", 1, dtype, proved=frozenset()) == "triton"  # asked for by name, it need not be proved
+        assert chosen("triton", 1, dtype, starts={}) == "triton"  # asked for by name, it need not be proved
     assert chosen(dtype=torch.float64) == "aten" and chosen(dtype=torch.float64, device_type="cpu") == "native"
     for impl, dtype, device_type in (("native", DTYPES[0], "cuda"), ("triton", DTYPES[0], "cpu")):
         with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here: its kernels run on"):
@@ -46,16 +46,17 @@ def test_the_same_is_chosen_for_alora_linear():
         for device_type in ("cpu", "cuda", "meta"):
             for tokens in (1, 15, 16, 5000):
                 where = {"tokens": tokens, "dtype": dtype, "device_type": device_type}
-                for proved in (frozenset(), PROVED):
-                    plan = choose_plan("auto", **where, mixer="attention", proved=proved)
-                    assert plan.mix == chosen(**where, proved=proved), where
+                for starts in ({}, STARTS):
+                    plan = choose_plan("auto", **where, mixer="attention", starts=starts)
+                    assert plan.mix == chosen(**where, starts=starts), where
 
 
 def test_auto_asks_the_chooser(monkeypatch):
     asked = []
     monkeypatch.setattr(api, "choose_attention", lambda impl, **what: asked.append((impl, what)) or "aten")
     low_rank_attention(**base())
-    assert asked == [("auto", {"tokens": 10, "dtype": torch.float32, "device_type": "cpu"})]
+    where = {"dtype": torch.float32, "device_type": "cpu", "device": torch.device("cpu")}
+    assert asked == [("auto", {"tokens": 10} | where)]
 
 
 def base(**change):

@@ -60,7 +60,7 @@ def test_the_self_check_proves(kernel, monkeypatch, tmp_path):
     with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
         record = hardware.renew(kernel, device)
     assert record.passed, record.reason
-    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
+    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel, torch.bfloat16)
 
 
 # Past 2^31 elements, where an index in 32 bits would wrap
@@ -183,7 +183,7 @@ def test_one_stage_among_others(kernel, others, monkeypatch):
     """A plan as "auto" makes it while some kernels are proved and others are not."""
     stage, own = "mix" if kernel in ("gate", "attention") else kernel, "triton" if others == "aten" else "aten"
     plan = Plan(**{name: own if name == stage else others for name in Plan._fields})
-    monkeypatch.setattr(api, "choose_plan", lambda impl, **_: plan)
+    monkeypatch.setattr(api, "plan_for", lambda *_, **__: plan)
     for case in MIXED_CASES:
         tensors = make_inputs(case, HALF, DEVICE)
         truth = run_case(case, widened(tensors), "reference")

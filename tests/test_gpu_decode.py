@@ -123,7 +123,7 @@ def test_self_check_proves(kernel, monkeypatch, tmp_path):
     with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
         record = hardware.renew(kernel, device)
     assert record.passed, record.reason
-    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel)
+    assert hardware.find(kernel, device).source == str(hardware.own_path()) and hardware.proves(kernel, torch.bfloat16)
 
 
 @only_gpu

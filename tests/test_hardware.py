@@ -1,25 +1,26 @@
 """The registry of GPU kernels, records of what works on which GPU, and when a kernel is checked; on an imagined GPU."""
 
 import ast
-import contextlib
 import dataclasses
 import json
 import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from toy_gpu import ALL, GPU, forget, ship
+from toy_gpu import ALL, GPU, TIMES, forget, ship
 
 from gci_kernels import hardware, native
 from gci_kernels.accuracy import Check
-from gci_kernels.hardware import kernels, records, self_check
+from gci_kernels.hardware import kernels, proving, records, self_check, timing
 
 pytestmark = pytest.mark.usefixtures("imagined_gpu")
+HALF = torch.bfloat16
 
 
 # Records
@@ -29,7 +30,7 @@ def test_a_shipped_record_counts_without_a_check(tmp_path, self_checks):
     made = [hardware.make_record("project", GPU, True), hardware.make_record("expand", GPU, False, "wrong")]
     ship(tmp_path, *made)
     assert [hardware.state(kernel, GPU) for kernel in ("project", "expand", "gate")] == ["proved", "failed", "unproved"]
-    assert hardware.proves("project") and not hardware.proves("expand")
+    assert hardware.proves("project", HALF) and not hardware.proves("expand", HALF)
     assert self_checks == [] and not hardware.own_path().exists()
     assert str(hardware.find("expand", GPU)).startswith(f"failed: wrong ({tmp_path / 'proved' / 'imagined.json'}, 20")
 
@@ -94,19 +95,32 @@ def test_a_kernels_files_are_all_that_it_imports_of_ours(kernel):
 def test_own_records_come_first_and_are_replaced(tmp_path, self_checks):
     ship(tmp_path, hardware.make_record("gate", GPU, True))
     hardware.keep(hardware.make_record("gate", GPU, False, "not here"), hardware.make_record("reduce", GPU, True))
-    assert not hardware.proves("gate") and hardware.proves("reduce")
+    assert not hardware.proves("gate", HALF) and hardware.proves("reduce", HALF)
     hardware.keep(hardware.make_record("gate", GPU, True))
-    assert hardware.proves("gate") and len(hardware.own()) == 2
-    assert [path.name for path in hardware.own_path().parent.iterdir()] == ["hardware.json"]
+    assert hardware.proves("gate", HALF) and len(hardware.own()) == 2
+    files = sorted(path.name for path in hardware.own_path().parent.iterdir())
+    assert files == ["hardware.json", "hardware.lock"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"proved": [{"gpu": 1}]}', '{"proved": 3}', "\xff"])
+DAMAGED_TIMES = json.dumps(
+    {
+        "proved": [
+            dict.fromkeys(("gpu", "capability", "compiler", "kernel", "digest", "reason", "when"), "")
+            | {"passed": True, "times": {"forward": [1, 2, 3]}}
+        ]
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"proved": [{"gpu": 1}]}', DAMAGED_TIMES, '{"proved": 3}', "\xff"]
+)
 def test_a_damaged_file_counts_as_empty_and_is_warned_of_once(content, self_checks):
     hardware.own_path().parent.mkdir(parents=True)
     hardware.own_path().write_bytes(content.encode("latin-1"))
     with pytest.warns(RuntimeWarning, match=r"hardware\.json could not be read and counts as empty") as caught:
         assert hardware.state("gate", GPU) == "unproved"
-        assert hardware.proves("gate")
+        assert hardware.proves("gate", HALF)
     assert len(caught) == 1
     assert json.loads(hardware.own_path().read_text())["proved"][0]["kernel"] == "gate"
 
@@ -116,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(monkeypatch, tmp_path
     monkeypatch.setenv("GCI_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match="could not be written, so kernels are checked again") as caught:
         for _ in range(3):
-            assert hardware.proves("gate") and hardware.proves("reduce")
+            assert hardware.proves("gate", HALF) and hardware.proves("reduce", HALF)
     assert len(caught) == 1 and self_checks == ["gate", "reduce"]
 
 
@@ -158,7 +172,7 @@ def test_an_unknown_name_is_an_error_that_names_the_known(self_checks):
     with pytest.raises(ValueError, match="no launch of a GPU kernel is named 'gates'"):
         kernels.get_launch("gates")
     with pytest.raises(ValueError, match="no GPU kernel is named 'gates'"):
-        hardware.proves("gates")
+        hardware.proves("gates", HALF)
     assert self_checks == []
 
 
@@ -168,51 +182,49 @@ def test_an_unknown_name_is_an_error_that_names_the_known(self_checks):
 @pytest.mark.smoke
 def test_first_use_checks_once_and_remembers(self_checks):
     with pytest.warns(RuntimeWarning, match="'expand' failed its check on Imagined 1000 and is left out: it is wrong"):
-        assert not hardware.proves("expand")
+        assert not hardware.proves("expand", HALF)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hardware.proves("project") and hardware.proves("project") and not hardware.proves("expand")
+        assert (
+            hardware.proves("project", HALF)
+            and hardware.proves("project", HALF)
+            and not hardware.proves("expand", HALF)
+        )
         assert self_checks == ["expand", "project"]
         forget()  # another process
-        assert hardware.proves("project") and not hardware.proves("expand")
+        assert hardware.proves("project", HALF) and not hardware.proves("expand", HALF)
     assert self_checks == ["expand", "project"]
-    record = hardware.find("expand", GPU)
+    record = hardware.find("expand", GPU, "bfloat16")
     assert record.reason == "it is wrong" and record.source == str(hardware.own_path())
 
 
 def test_no_check_where_it_is_forbidden_or_would_be_captured(monkeypatch, self_checks):
     monkeypatch.setenv("GCI_SELF_CHECK", "0")
-    assert not hardware.proves("project")
+    assert not hardware.proves("project", HALF)
     monkeypatch.delenv("GCI_SELF_CHECK")
-    monkeypatch.setattr(records, "_capturing", lambda: True)
-    assert not hardware.proves("project")
+    monkeypatch.setattr(proving, "_capturing", lambda: True)
+    assert not hardware.proves("project", HALF)
     assert self_checks == [] and not hardware.own_path().exists()
-    monkeypatch.setattr(records, "_capturing", lambda: False)
-    assert hardware.proves("project") and self_checks == ["project"]
+    monkeypatch.setattr(proving, "_capturing", lambda: False)
+    assert hardware.proves("project", HALF) and self_checks == ["project"]
 
 
 def test_no_gpu_proves_nothing(monkeypatch, self_checks):
-    monkeypatch.setattr(records, "_current_index", lambda: None)
-    assert not hardware.proves("project") and self_checks == []
-
-
-@pytest.fixture
-def runnable(monkeypatch):
-    """The real _self_check, its device context left out."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(proving, "_current_index", lambda: None)
+    assert not hardware.proves("project", HALF) and self_checks == []
 
 
 def found(monkeypatch, *checks, raises: Exception | None = None) -> tuple[bool, str, bool]:
-    def check_kernel(kernel, device):
+    def check_kernel(kernel, device, **variants):
         yield from checks
         if raises is not None:
             raise raises
 
     monkeypatch.setattr(self_check, "check_kernel", check_kernel)
-    return records._self_check("gate", GPU)
+    return proving._self_check("gate", GPU, (HALF,), (False,))
 
 
-def test_what_the_self_check_says(monkeypatch, runnable):
+def test_what_the_self_check_says(monkeypatch):
     right, wrong = Check("gate T=1", "triton", "bfloat16", "u", 1e-3, 2e-3), Check("c", "triton", "d", "u", 1.0, 2e-3)
     assert found(monkeypatch, right) == (True, "", True)
     assert found(monkeypatch, right, wrong) == (False, "1 checks, first c d u: error 1.0e+00, allowed 2.0e-03", True)
@@ -224,16 +236,24 @@ def test_what_the_self_check_says(monkeypatch, runnable):
 
 
 def test_too_little_memory_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(records, "_self_check", lambda *_: (False, "no memory", False))
-    with pytest.warns(RuntimeWarning, match="no memory"):
-        assert not hardware.proves("gate")
-    assert not hardware.own_path().exists() and not hardware.proves("gate")
+    """Neither on the disk nor in the process: the kernel is left out for now, and asked again later."""
+    answers = iter([(False, "no memory", False), (True, "", True)])
+    monkeypatch.setattr(proving, "_self_check", lambda *_: next(answers))
+    with pytest.warns(
+        RuntimeWarning, match="'gate' could not be checked on Imagined 1000 and is left out for now: no m"
+    ):
+        assert not hardware.proves("gate", HALF)
+    assert not hardware.own_path().exists()
+    assert not hardware.proves("gate", HALF), "not tried at every call"
+    later = time.monotonic() + proving.RETRY_AFTER
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert hardware.proves("gate", HALF) and hardware.find("gate", GPU, "bfloat16").passed
 
 
-def test_the_check_runs_outside_everything_of_the_callers(monkeypatch, runnable):
+def test_the_check_runs_outside_everything_of_the_callers(monkeypatch):
     seen = {}
 
-    def check_kernel(kernel, device):
+    def check_kernel(kernel, device, **variants):
         seen.update(
             thread=threading.current_thread(), autocast=torch.is_autocast_enabled("cpu"),
             inference=torch.is_inference_mode_enabled(), device=torch.empty(0).device.type, kind=type(torch.empty(0)),
@@ -243,6 +263,133 @@ def test_the_check_runs_outside_everything_of_the_callers(monkeypatch, runnable)
     monkeypatch.setattr(self_check, "check_kernel", check_kernel)
     fake = torch._subclasses.FakeTensorMode()
     with torch.autocast("cpu"), torch.inference_mode(), torch.device("meta"), fake:
-        assert records._self_check("gate", GPU)[0]
+        assert proving._self_check("gate", GPU, (HALF,), (False,))[0]
     assert seen.pop("thread") is not threading.current_thread()
     assert seen == {"autocast": False, "inference": False, "device": "cpu", "kind": torch.Tensor}
+
+
+# Variants
+
+
+def test_variants_are_proved_one_by_one(monkeypatch):
+    """The dtype of x, with dropout or without where the kernel has two forms; each when it is first asked for."""
+    asked = []
+    monkeypatch.setattr(proving, "_self_check", lambda *variant: asked.append(variant) or (True, "", True))
+    assert hardware.proves("project", HALF) and hardware.proves("project", HALF, dropout=True)
+    assert hardware.proves("gate", HALF) and hardware.proves("gate", HALF, dropout=True)  # it has one form
+    assert hardware.proves("project", torch.float16)
+    assert [(kernel, dtypes, dropouts) for kernel, _, dtypes, dropouts in asked] == [
+        ("project", (HALF,), (False,)), ("project", (HALF,), (True,)), ("gate", (HALF,), (False,)),
+        ("project", (torch.float16,), (False,)),
+    ]  # fmt: skip
+    kept = {(record.kernel, record.variant) for record in hardware.own()}
+    assert kept == {("project", "bfloat16"), ("project", "bfloat16 with dropout"), ("project", "float16"),
+                    ("gate", "bfloat16")}  # fmt: skip
+
+
+def test_the_record_of_a_whole_kernel_counts_for_its_variants_and_replaces_theirs():
+    hardware.keep(hardware.make_record("project", GPU, True, variant="bfloat16"))
+    assert hardware.state("project", GPU) == "unproved" and hardware.find("project", GPU, "bfloat16").passed
+    hardware.keep(hardware.make_record("project", GPU, False, "wrong"), hardware.make_record("gate", GPU, True))
+    assert not hardware.find("project", GPU, "bfloat16").passed and not hardware.proves("project", HALF, dropout=True)
+    assert len(hardware.own()) == 2 and hardware.proves("gate", torch.float16)
+
+
+# Times
+
+
+def of(times: dict) -> int | None:
+    return hardware.make_record("gate", GPU, True, times=times).start
+
+
+def test_a_kernel_is_taken_from_the_fewest_tokens_from_which_it_is_no_slower():
+    assert of({}) is None and of(TIMES) == 1024
+    assert of({"a": [(1, 1.0, 1.0), (2, 1.0, 0.5)]}) == 1, "as fast counts"
+    assert of({"a": [(1, 1.0, 2.0), (2, 1.0, 3.0)]}) is None
+    assert of({"a": [(1, 1.0, 0.5), (2, 1.0, 2.0), (4, 1.0, 0.5)]}) == 4, "faster for a few tokens, slower for more"
+    assert of({"a": [(1, 1.0, 2.0), (2, 1.0, 2.0)], "b": [(1, 3.0, 2.0), (2, 3.0, 1.0)]}) == 1, "all stages together"
+
+
+def test_a_proved_kernel_is_timed_once_and_its_times_are_kept(self_checks, monkeypatch):
+    timed = []
+    monkeypatch.setattr(timing, "measure", lambda kernel, dtype, device: timed.append((kernel, dtype)) or TIMES)
+    assert hardware.start("project", HALF) == hardware.start("project", HALF) == 1024
+    assert timed == [("project", HALF)] and self_checks == ["project"]
+    assert hardware.find("project", GPU, "bfloat16").times == {"forward": [list(row) for row in TIMES["forward"]]}
+    forget()  # another process
+    assert hardware.start("project", HALF) == hardware.recorded("project", HALF, GPU) == 1024
+    # With dropout it is another variant to check, but the times are those without.
+    assert hardware.start("project", HALF, dropout=True) == 1024 and self_checks == ["project", "project"]
+    assert hardware.start("attention", HALF) == 16 and len(timed) == 1
+    with pytest.warns(RuntimeWarning, match="'expand' failed"):
+        assert hardware.start("expand", HALF) is None
+    assert len(timed) == 1, "a kernel that is wrong is not timed"
+
+
+def test_shipped_times_count_without_a_measurement(tmp_path, self_checks, monkeypatch):
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("nothing is to be measured"))
+    ship(tmp_path, hardware.make_record("project", GPU, True, times=TIMES))
+    assert hardware.start("project", HALF, dropout=True) == 1024 and self_checks == []
+
+
+def test_a_shipped_proof_without_times_is_timed_here(tmp_path, self_checks):
+    ship(tmp_path, hardware.make_record("project", GPU, True))
+    assert hardware.recorded("project", HALF, GPU) is None
+    assert hardware.start("project", HALF) == 1024 and self_checks == []
+    assert hardware.recorded("project", HALF, GPU) == 1024
+
+
+@pytest.mark.parametrize("forbidden", (True, False))
+def test_nothing_is_timed_where_it_is_forbidden_or_would_be_captured(tmp_path, monkeypatch, self_checks, forbidden):
+    ship(tmp_path, hardware.make_record("project", GPU, True))
+    if forbidden:
+        monkeypatch.setenv("GCI_SELF_CHECK", "0")
+    monkeypatch.setattr(proving, "_capturing", lambda: not forbidden)
+    assert hardware.start("project", HALF) is None and hardware.proves("project", HALF)
+    monkeypatch.delenv("GCI_SELF_CHECK", raising=False)
+    monkeypatch.setattr(proving, "_capturing", lambda: False)
+    assert hardware.start("project", HALF) == 1024
+
+
+def test_a_kernel_that_fails_while_it_is_timed_is_left_out(self_checks, monkeypatch):
+    def fails(kernel, dtype, device):
+        raise error
+
+    monkeypatch.setattr(timing, "measure", fails)
+    error = torch.OutOfMemoryError("full")
+    with pytest.warns(RuntimeWarning, match="could not be checked .* no memory for the check: full"):
+        assert hardware.start("project", HALF) is None
+    assert hardware.proves("project", HALF) and not hardware.find("project", GPU, "bfloat16").times
+    proving._not_before.clear()
+    error = RuntimeError("illegal address")
+    with pytest.warns(RuntimeWarning, match="failed its check .* RuntimeError: illegal address"):
+        assert hardware.start("project", HALF) is None
+    assert not hardware.proves("project", HALF)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """What is measured, in a size that a CPU has at once."""
+    monkeypatch.setattr(timing, "_SIZE", 256)
+
+
+def test_what_is_measured(small):
+    """Each stage of the kernel by the library and by the kernel, for each number of tokens; with the timer given."""
+    ran = []
+
+    def timer(library, kernel):
+        ran.append((library.args[0]["x"].shape, library.args[1]))
+        assert library.func is not kernel.func and library.args == kernel.args
+        return 1.23456e-5, 2e-5
+
+    times = timing.measure("reduce", HALF, torch.device("cpu"), timer)
+    assert list(times) == ["backward: dU, dB", "backward: dA"]
+    expected = [(tokens, 1.23e-5, 2e-5) for tokens in timing.TOKENS]
+    assert list(times.values()) == [expected] * 2 and len(json.dumps(times)) < 300
+    assert {(shape[0], dtype) for shape, dtype in ran} == {(tokens, HALF) for tokens in timing.TOKENS}
+
+
+@pytest.mark.parametrize("kernel", hardware.KERNELS)
+def test_every_triton_kernel_but_attention_has_stages_to_be_timed_by(kernel, small):
+    assert hardware.get(kernel).timed == (hardware.get(kernel).language == "triton" and kernel != "attention")
+    assert bool(timing._stages(kernel, 128, HALF, torch.device("cpu"))) == hardware.get(kernel).timed

@@ -3,11 +3,12 @@
 import argparse
 
 import pytest
-from toy_gpu import ALL, GPU, forget, ship, shown
+import torch
+from toy_gpu import ALL, GPU, TIMES, forget, ship, shown
 
 from gci_kernels import cli, hardware, native
 from gci_kernels.accuracy import Check
-from gci_kernels.hardware import records
+from gci_kernels.hardware import proving
 from gci_kernels.proof import verify
 
 pytestmark = pytest.mark.usefixtures("imagined_gpu")
@@ -25,7 +26,7 @@ def test_what_was_not_built_is_not_asked(monkeypatch, self_checks, tmp_path, cap
     """Neither run nor kept, whatever is shipped; and everything says why."""
     ship(tmp_path, *(hardware.make_record(kernel, GPU, True) for kernel in hardware.names("cuda")))
     leave_out_cuda(monkeypatch)
-    assert not any(hardware.proves(kernel) or hardware.proves(kernel) for kernel in hardware.names("cuda"))
+    assert not any(hardware.proves(kernel, torch.bfloat16) for kernel in hardware.names("cuda"))
     assert self_checks == [] and not hardware.own_path().exists()
     for gpus in (0, 1):
         rows = {line.split()[1]: line for line in shown(monkeypatch, gpus).splitlines() if line.startswith("│")}
@@ -53,9 +54,38 @@ def test_info_without_a_gpu_says_what_is_shipped(monkeypatch, tmp_path, self_che
     assert self_checks == []
 
 
+@pytest.mark.parametrize("counted", (0, 1))
+def test_info_says_in_a_sentence_why_no_gpu_can_be_used(monkeypatch, counted):
+    """No driver: nothing is counted. One that is too old: the GPU is counted, and fails when it is used."""
+
+    def fails(*_):
+        raise RuntimeError("The driver is too old (found version 11040).\nPlease update it. See https://example.org")
+
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    text = shown(monkeypatch, counted, get_device_name=fails)
+    assert "GPUs             none: The driver is too old (found version 11040)\n" in text
+
+
+def test_a_driver_that_is_too_old_for_the_extension_is_named(monkeypatch, self_checks):
+    version = [12080]
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version[0], raising=False)
+    said = "built by nvcc 13.0, which the driver of this machine, for CUDA 12.8, is too old for: install a driver for C"
+    assert native.driver_obstacle().startswith(said) and hardware.missing("decode_step").startswith(said)
+    assert f"CUDA kernels     {said}" in shown(monkeypatch, 0)
+    assert not hardware.proves("decode_step", torch.bfloat16) and self_checks == [] and not hardware.missing("gate")
+    assert not hardware.own_path().exists(), "another driver may come"
+    for version[0] in (13000, 14020, 0):
+        assert native.driver_obstacle() == ""
+
+
 def test_info_shows_the_state_of_each_gpu_and_checks_nothing(monkeypatch, self_checks):
-    hardware.keep(hardware.make_record("project", GPU, True), hardware.make_record("expand", GPU, False, "wrong"))
+    hardware.keep(
+        hardware.make_record("project", GPU, True, times=TIMES), hardware.make_record("expand", GPU, False, "wrong"),
+        hardware.make_record("reduce", GPU, True),
+        *(hardware.make_record("gate", GPU, True, variant=each) for each in ("bfloat16", "float16")),
+    )  # fmt: skip
     text = shown(monkeypatch, 2)
+    assert "proved, used from 1024 tokens" in text and "bfloat16: proved (" in text and "float16: proved (" in text
     assert text.count("Imagined 1000") == 3  # the GPUs, and one column for both
     assert "failed: wrong" in text and "hardware.json" in text
     assert "project=triton mix=aten expand=aten reduce=aten dropout=aten" in text and self_checks == []
@@ -63,7 +93,7 @@ def test_info_shows_the_state_of_each_gpu_and_checks_nothing(monkeypatch, self_c
 
 @pytest.mark.parametrize("fails", ("nothing", "aten", "triton"))
 def test_verify_renews_every_record(monkeypatch, capsys, self_checks, fails):
-    monkeypatch.setattr(records, "_self_check", lambda kernel, device: (self_checks.append(kernel) or True, "", True))
+    monkeypatch.setattr(proving, "_self_check", lambda kernel, *_: (self_checks.append(kernel) or True, "", True))
     made = [[Check("case", impl, "bfloat16", "dx", 2.0 if impl == fails else 0.0, 1.0)] for impl in ("aten", "triton")]
     monkeypatch.setattr(verify, "verify", lambda device: iter(made))
     hardware.keep(hardware.make_record("gate", GPU, False, "an earlier failure"))

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from toy_adapters import adapted, each_method, logits
+from toy_gpu import TIMES
 
 from gci_kernels import impl as implementations
-from gci_kernels.hardware import KERNELS, records
+from gci_kernels.hardware import KERNELS, proving, records
+from gci_kernels.ops.attention.plan import choose_attention
 from gci_kernels.ops.bottleneck import plan
+from gci_kernels.ops.decode import choose_decode, has_kernels
+from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.ops.upcast import HALVES
+
+HERE = dict(device=torch.device("cpu"), dropout=False)
 
 
 @pytest.fixture
@@ -15,9 +21,9 @@ def made(monkeypatch):
     """The numbers of tokens for which a plan was made."""
     calls, choose = [], plan.choose_plan
 
-    def counted(impl, tokens, *others):
+    def counted(impl, tokens, *others, **options):
         calls.append(tokens)
-        return choose(impl, tokens, *others)
+        return choose(impl, tokens, *others, **options)
 
     monkeypatch.setattr(plan, "choose_plan", counted)
     monkeypatch.setattr(plan, "_plans", {})
@@ -29,36 +35,62 @@ def made(monkeypatch):
 def test_what_is_remembered_is_what_would_be_chosen(made, dtype, impl):
     if impl == "upcast" and dtype not in HALVES or impl == "native" and dtype == torch.float16:
         with pytest.raises(ValueError, match="cannot run here"):
-            plan.plan_for(impl, 3, dtype, "cpu", "gate")
+            plan.plan_for(impl, 3, dtype, "cpu", "gate", **HERE)
         return
     for tokens in (*range(70), 255, 256, 257, 511, 512, 513, 10**6):
-        assert plan.plan_for(impl, tokens, dtype, "cpu", "gate") == plan.choose_plan(impl, tokens, dtype, "cpu", "gate")
+        remembered = plan.plan_for(impl, tokens, dtype, "cpu", "gate", **HERE)
+        assert remembered == plan.choose_plan(impl, tokens, dtype, "cpu", "gate")
     remembered = len(plan._plans)
     assert remembered <= len(plan._EDGES) + 1
-    plan.plan_for(impl, 300, dtype, "cpu", "gate")
+    plan.plan_for(impl, 300, dtype, "cpu", "gate", **HERE)
     assert len(plan._plans) == remembered
 
 
-def test_on_a_gpu_it_waits_for_lasting_answers_and_follows_them(made, monkeypatch):
+def test_on_a_gpu_it_waits_for_lasting_answers_and_follows_them(made, imagined_gpu, self_checks, monkeypatch):
     monkeypatch.setattr(implementations, "_HAS_TRITON", True)
-    monkeypatch.setattr(records, "_current_index", lambda: 0)
-    monkeypatch.setattr(records, "_answers", {})
-    monkeypatch.setattr(records, "_ask", lambda kernel, index: False)  # as while a graph is captured
 
-    def ask():
-        return plan.plan_for("auto", 4096, torch.bfloat16, "cuda", "gate")
+    def ask(tokens=4096, index=0, dropout=True):
+        where = dict(device=torch.device("cuda", index), dropout=dropout)
+        return plan.plan_for("auto", tokens, torch.bfloat16, "cuda", "gate", **where)
 
+    monkeypatch.setattr(proving, "_capturing", lambda: True)  # while a graph is captured, nothing can be found out
     assert set(ask()) == set(ask()) == {"aten"} and made == [4096, 4096]
+    monkeypatch.setattr(proving, "_capturing", lambda: False)
+    with pytest.warns(RuntimeWarning, match="'expand' failed"):
+        assert ask().key == "triton/triton/aten/triton/triton" and len(made) == 3
+    for _ in range(2):
+        assert ask().key == ask(1024).key == ask(10**6).key == "triton/triton/aten/triton/triton"
+        assert set(ask(1)) == set(ask(1023)) == {"aten"}
+    assert len(made) == 5, "one for each class of numbers of tokens"
+    records.starts["gate", torch.bfloat16, True, 0] = None
+    assert ask().key == "triton/aten/aten/triton/triton"
+    assert ask(index=1).key == "triton/triton/aten/triton/triton", "another GPU of the kind has its records"
+    assert ask(dropout=False).dropout == "aten" and self_checks.count("dropout") == 1
+
+
+def test_each_gpu_is_asked_for_its_own_tensors(imagined_gpu, monkeypatch):
+    """Two of different kinds; whichever is the current one."""
+    monkeypatch.setattr(implementations, "_HAS_TRITON", True)
+    monkeypatch.setattr(records, "gpu", lambda device: (f"Imagined {device.index}", "sm_90"))
+    monkeypatch.setattr(plan, "_plans", {})
     for kernel in KERNELS:
-        records._answers[kernel, 0] = True
-    assert set(ask()) == set(ask()) == {"triton"} and len(made) == 3
-    records._answers["gate", 0] = False
-    assert ask().mix == "triton"  # nobody has said that it changed
-    monkeypatch.setattr(records, "version", records.version + 1)
-    assert ask().mix == "aten" and ask().project == "triton" and len(made) == 4
-    records._answers.update({(kernel, 1): False for kernel in KERNELS})
-    monkeypatch.setattr(records, "_current_index", lambda: 1)
-    assert set(ask()) == {"aten"}
+        for index in (0, 1):
+            record = records.make_record(kernel, torch.device("cuda", index), index == 1, times=TIMES)
+            records.keep(record)
+    for current in (0, 1):
+        monkeypatch.setattr(proving, "_current_index", lambda current=current: current)
+        for index, expected in ((0, "aten"), (1, "triton"), (0, "aten")):
+            device, tokens, dtype = torch.device("cuda", index), 4096, torch.bfloat16
+            made = plan.plan_for("auto", tokens, dtype, "cuda", "gate", device=device, dropout=True)
+            assert (
+                set(made) == set(plan.choose_plan("auto", tokens, dtype, "cuda", "gate", device=device)) == {expected}
+            )
+            where = dict(tokens=tokens, dtype=dtype, device_type="cuda", device=device)
+            assert choose_attention("auto", **where) == expected
+            assert choose_form("auto", share=0.1, keep=False, **where) == ("triton" if index else "merge")
+            step = choose_decode(columns=8, experts=1, adapter_dtype=dtype, head=4, **where | {"tokens": 1})
+            assert (step is None) == (index == 0)
+            assert [has_kernels(dtype, "cuda", attends, device) for attends in (False, True)] == [index == 1] * 2
 
 
 @each_method

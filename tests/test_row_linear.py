@@ -298,18 +298,20 @@ def test_any_shape(tokens, in_features, out_features, dtype, bias, form, data):
 
 
 def test_the_form_follows_tokens_and_who_keeps_a_copy():
-    def form(tokens, *, keep=False, share=0.1, impl="auto", device_type="cpu", dtype=torch.float32, proved=frozenset()):
+    def form(tokens, *, keep=False, share=0.1, impl="auto", device_type="cpu", dtype=torch.float32, starts=None):
         return choose_form(
-            impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep, proved=proved
+            impl, tokens=tokens, share=share, dtype=dtype, device_type=device_type, keep=keep, starts=starts or {}
         )
 
     assert form(2048, keep=True) == "kept" and form(1, keep=True) == "overwrite"
     assert form(2048) == "merge" and form(256) == "overwrite"
     gpu = dict(device_type="cuda", dtype=torch.bfloat16)
-    assert form(8192, **gpu) == "merge" and form(8192, proved=frozenset({"row_linear"}), **gpu) == "triton"
-    assert form(8192, proved=frozenset({"row_linear"}), keep=True, **gpu) == "kept"
-    assert form(8192, proved=frozenset({"row_linear"}), impl="aten", **gpu) == "merge"
-    assert form(8192, proved=frozenset({"row_linear"}), device_type="cuda") == "merge"
+    assert form(8192, **gpu) == "merge" and form(8192, starts={"row_linear": 512}, **gpu) == "triton"
+    assert form(8192, starts={"row_linear": 512}, keep=True, **gpu) == "kept"
+    assert form(8192, starts={"row_linear": 512}, impl="aten", **gpu) == "merge"
+    assert form(511, starts={"row_linear": 512}, **gpu) == "overwrite"
+    assert form(8192, starts={"row_linear": None}, **gpu) == "merge"
+    assert form(8192, starts={"row_linear": 512}, device_type="cuda", dtype=torch.float64) == "merge"
 
 
 BAD = [

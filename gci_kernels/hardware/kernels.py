@@ -61,28 +61,48 @@ class LaunchConfig:
     candidates: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
+Check = Callable[[Shape, torch.dtype, torch.device], Comparison]
+Stages = Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]]
+
+
+def no_stages(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
+    """The stages of a kernel that is not timed."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, as far as code outside its op needs to know it. What is proved, is proved of a whole `Kernel`.
+    """One kernel, as far as code outside its op needs to know it.
+
+    It is proved by variant: the dtype of x, with or without dropout.
 
     Attributes:
         name: as users see it in `gci-kernels info`, and as plans ask for it.
         files: paths inside the package of all source files that its results depend on; a record of its proof counts
             as long as none has changed. What CUDA C++ was built from is added by the record itself.
         check: makes the inputs of one shape and dtype on a device, for the self check.
+        check_dropout: the same of what the kernel does with dropout; None: it has no such variant.
         launches: those with a launch configuration; none in CUDA C++.
         language: what it is written in.
         stages: the stages of a layer by which the kernel is timed, by name; those that such a layer has.
+        least: without stages, the fewest tokens for which "auto" takes the kernel.
         needs: kernels that run in the same call; tests prove this kernel only where theirs pass too.
     """
 
     name: str
     files: tuple[str, ...]
-    check: Callable[[Shape, torch.dtype, torch.device], Comparison]
+    check: Check
     launches: tuple[LaunchConfig, ...] = ()
     language: Language = "triton"
-    stages: Callable[[Shape, torch.dtype, torch.device], dict[str, Stage]] = lambda shape, dtype, device: {}
+    stages: Stages = no_stages
     needs: tuple[str, ...] = ()
+    check_dropout: Check | None = None
+    least: int = 1
+
+    @property
+    def timed(self) -> bool:
+        """Whether it has stages, by which it is compared with the library."""
+        return self.stages is not no_stages
 
 
 #: Every registered kernel by its name, in the order of registration. Only :func:`register` writes to it.

@@ -1,12 +1,13 @@
 """One GPU kernel at a time against float64, on a device: what a GPU without a record is asked before "auto" uses it.
 
-`Kernel.check` makes the inputs and names the outputs. Here the kernel runs twice, for the same bits, its outputs
-poisoned before, and its error is compared with the bound of accuracy.py. tests/test_gpu.py and, for CUDA C++,
-tests/test_gpu_decode.py check more shapes; Triton's kernels run on CPU tensors under TRITON_INTERPRET=1.
+`Kernel.check` and `Kernel.check_dropout` make the inputs and name the outputs. Here the kernel runs twice, for the same
+bits, its outputs poisoned before, and its error is compared with the bound of accuracy.py. tests/test_gpu.py and, for
+CUDA C++, tests/test_gpu_decode.py check more shapes; Triton's kernels run on CPU tensors under TRITON_INTERPRET=1.
 """
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: No size is a multiple of another, and activations lie in rows of a wider tensor.
 ODD = Shape(130, 67, 45, 40, 8, 2)
 #: Takes the largest tiles that the kernels have, on every chip, and reads dY once for two products.
-LARGE = Shape(2176, 192, 2304, 16, 4, 4)
+LARGE = Shape(4352, 192, 2304, 16, 4, 4)
+#: What a variant's first use is checked on: depth and width as layers have them, so that few kernels are compiled, but
+#: not whole tiles. It takes the tiles of LARGE, smaller ones for dX, and reads dY once for two products.
+USUAL = Shape(4350, 192, 2320, 16, 4, 4)
 # The bound for float32 sums of 16-bit operands: rounding them to float16 would err by 2e-4. Matrix units may truncate
 # the last bits of a sum at every step, which stays below this.
 _UNROUNDED = 2**-15
@@ -29,11 +33,11 @@ _UNROUNDED = 2**-15
 def drawing(shape: Shape, device: torch.device) -> Callable[..., Tensor]:
     """A function draw(rows, cols, dtype, scale=1.0) that makes matrices of normal numbers times `scale` on `device`.
 
-    Each check draws the same numbers in every run. Unless the depth is a multiple of 16, rows lie in a wider tensor
-    with NaN beside them: reading there shows in the result.
+    Each check draws the same numbers in every run. Rows lie in a wider tensor with NaN beside them: reading there shows
+    in the result. Where the depth is a multiple of 16, rows stay aligned.
     """
     generator = torch.Generator().manual_seed(0)
-    gap = 0 if shape.depth % 16 == 0 else 5
+    gap = 16 if shape.depth % 16 == 0 else 5
 
     def draw(rows: int, cols: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         wide = torch.full((rows, cols + gap), float("nan"), dtype=dtype)
@@ -56,13 +60,16 @@ def compare(
 
 
 def check_kernel(
-    name: str, device: torch.device, *, dtypes: Iterable[torch.dtype] = DTYPES, shapes: Iterable[Shape] = (ODD, LARGE)
-) -> Iterator[Check]:
-    """The checks of one registered kernel on `device`; what the kernel raises is raised."""
+    name: str, device: torch.device, *, dtypes: Iterable[torch.dtype] = DTYPES, shapes: Iterable[Shape] = (ODD, LARGE),
+    dropouts: Iterable[bool] = (False, True),
+) -> Iterator[Check]:  # fmt: skip
+    """The checks of variants of one registered kernel on `device`; what the kernel raises is raised."""
     kernel = get(name)
-    for shape in shapes:
+    # A kernel that has no variant with dropout runs the same with it.
+    makers = dict.fromkeys(kernel.check_dropout or kernel.check if dropout else kernel.check for dropout in dropouts)
+    for make, shape in itertools.product(makers, shapes):
         for dtype in dtypes:
-            compared = kernel.check(shape, dtype, device)
+            compared = make(shape, dtype, device)
             with poisoned():
                 actual, repeated = compared.kernel(), compared.kernel()
             for output, value in actual.items():

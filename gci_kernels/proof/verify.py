@@ -206,7 +206,7 @@ def step_obstacle(case: Case, impl: str, device: str, dtype: torch.dtype) -> str
     if impl != "native":
         return "steps are C++ and CUDA C++"
     group = _group(case, make_inputs(case, dtype, device))
-    if group is None or plan_groups((group,), case.tokens, dtype, torch.device(device).type) is None:
+    if group is None or plan_groups((group,), case.tokens, dtype, torch.device(device)) is None:
         return f"no kernel takes a step of {dtype} on {device}"
     return None
 

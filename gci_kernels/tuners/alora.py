@@ -173,7 +173,7 @@ def may_replay(batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     """
     if batch > MAX_DECODE_TOKENS or torch.is_autocast_enabled(device.type):
         return False
-    return has_kernels(dtype, device.type, attends=True)
+    return has_kernels(dtype, device.type, attends=True, device=device)
 
 
 class _Model(BottleneckModel):

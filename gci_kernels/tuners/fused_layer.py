@@ -81,7 +81,7 @@ class FusedLayer:
         """What a decoding step of one token launches for the first active adapter, None: the stages of training."""
         names = self.adapters()
         group = self._group(names[0], 1) if names and self.gci_impl in ("auto", "native") else None
-        return None if group is None else plan_groups((group,), 1, dtype, device_type)
+        return None if group is None else plan_groups((group,), 1, dtype, torch.device(device_type))
 
 
 def among(active: str | Sequence[str], present: Container[str]) -> Sequence[str]:

@@ -72,7 +72,11 @@ def takes_steps(impl: str, x: Tensor) -> bool:
     device = x.device.type
     if impl != "auto" and not (impl == "native" and device == "cpu"):
         return False
-    if x.dtype not in plan.BUILT.get(device, ()) or device != "cpu" and not plan.has_kernels(x.dtype, device):
+    if (
+        x.dtype not in plan.BUILT.get(device, ())
+        or device != "cpu"
+        and not plan.has_kernels(x.dtype, device, device=x.device)
+    ):
         return False
     return not torch.is_autocast_enabled(device) and not transformed()
 

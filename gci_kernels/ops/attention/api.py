@@ -50,7 +50,7 @@ def low_rank_attention(
     if impl == "reference" or transformed():
         return reference.forward(q, k, v, num_heads, segments)[0]
     tokens = q.shape[0] * q.shape[1]
-    chosen = choose_attention(impl, tokens=tokens, dtype=q.dtype, device_type=q.device.type)
+    chosen = choose_attention(impl, tokens=tokens, dtype=q.dtype, device_type=q.device.type, device=q.device)
     return attention(q, k, v, num_heads, segments, chosen)[0]
 
 

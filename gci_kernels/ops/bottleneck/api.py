@@ -196,7 +196,8 @@ def adapted_linear(
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
         return without_autocast(lambda _: reference.bottleneck(t, settings, mixer))(x)
     choose = choose_plan if compiling else plan_for
-    plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
+    tokens = x.numel() // x.shape[-1]
+    plan = choose(impl, tokens, x.dtype, device.type, mixer.name, device=device, dropout=dropout_p > 0)
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))

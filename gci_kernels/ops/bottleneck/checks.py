@@ -17,7 +17,7 @@ ATEN, TRITON = (Plan(*[impl] * len(Plan._fields)) for impl in ("aten", "triton")
 _SEED = 2**61 + 12345
 
 
-Stage = Callable[[Plan, dict[str, Tensor]], dict[str, Tensor]]
+Stage = Callable[[Plan, dict[str, Tensor], Dropout | None], dict[str, Tensor]]
 
 
 def make_operands(
@@ -34,45 +34,42 @@ def make_operands(
     }  # fmt: skip
 
 
-def check(stage: Stage, shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
-    """Compare `stage`, one of the functions below, by Triton and by the library."""
+def check(stage: Stage, dropout: bool, shape: Shape, dtype: torch.dtype, device: torch.device) -> Comparison:
+    """Compare `stage`, one of the functions below, by Triton and by the library, in a layer with dropout or without.
+
+    With p = 0.5 values are doubled, which rounds nothing, whenever a stage rounds.
+    """
     # The adapter in float32, PEFT's default: the stages round it.
     inputs = make_operands(drawing(shape, device), shape, dtype, torch.float32)
-    return compare(stage, TRITON, ATEN, inputs, rounded_to=dtype)
+    drop = Dropout(0.5, _SEED, shape.rank) if dropout else None
+
+    def outputs(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name + ", dropout" * dropout: made for name, made in stage(plan, t, drop).items()}
+
+    return compare(outputs, TRITON, ATEN, inputs, rounded_to=dtype)
 
 
-def _drop(t: dict[str, Tensor]) -> Dropout:
-    """Of A's rows. With p = 0.5 values are doubled, which rounds nothing, whenever a stage rounds."""
-    return Dropout(0.5, _SEED, t["u"].shape[1])
-
-
-def project(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In forward, with and without router and dropout, and of dY."""
-    return {
-        "projected": stages.project(plan, t["x"], t["stack"].t()),
-        "projected, dropout": stages.project(plan, t["x"], t["stack"].t(), _drop(t)),
-        "h, dropout": stages.project(plan, t["x"], t["stack"][: t["u"].shape[1]].t(), _drop(t)),
+def project(plan: Plan, t: dict[str, Tensor], drop: Dropout | None) -> dict[str, Tensor]:
+    """In forward, with dropout also without a router, and of dY."""
+    made = {
+        "projected": stages.project(plan, t["x"], t["stack"].t(), drop),
         "du": stages.project(plan, t["dy"], t["B"]),
     }
+    return made if drop is None else made | {"h": stages.project(plan, t["x"], t["stack"][: drop.columns].t(), drop)}
 
 
-def expand(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In forward, with and without the base product, and dX with and without dropout."""
+def expand(plan: Plan, t: dict[str, Tensor], drop: Dropout | None) -> dict[str, Tensor]:
+    """In forward, with and without the base product, and dX, the only one that dropout changes."""
     return {
         "y": stages.expand(plan, t["u"], t["B"].t(), t["x"], t["weight"].t(), t["bias"]),
         "update": stages.expand(plan, t["u"], t["B"].t(), t["x"], None, None),
-        "dx": stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None),
-        "dx, dropout": stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None, _drop(t)),
+        "dx": stages.expand(plan, t["dprojected"], t["stack"], t["dy"], t["weight"], None, drop),
     }
 
 
-def reduce(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """dA with and without dropout and dB; and dU and dB from one reading of dY, where Triton takes one."""
-    made = {
-        "dA": stages.reduce(plan, t["dprojected"], t["x"]),
-        "dA, dropout": stages.reduce(plan, t["dprojected"], t["x"], _drop(t)),
-        "dB": stages.reduce(plan, t["u"], t["dy"]),
-    }
+def reduce(plan: Plan, t: dict[str, Tensor], drop: Dropout | None) -> dict[str, Tensor]:
+    """dA, the only one that dropout changes, and dB; and dU and dB from one reading of dY, where Triton takes one."""
+    made = {"dA": stages.reduce(plan, t["dprojected"], t["x"], drop), "dB": stages.reduce(plan, t["u"], t["dy"])}
     if plan is ATEN:
         du, dB = stages.project(plan, t["dy"], t["B"]), made["dB"]
     elif stages.one_reading(plan, t["dy"], t["u"].shape[1]):
@@ -82,7 +79,7 @@ def reduce(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {"du, one reading": du, "dB, one reading": dB}
 
 
-def dropout(plan: Plan, t: dict[str, Tensor]) -> dict[str, Tensor]:
+def dropout(plan: Plan, t: dict[str, Tensor], drop: Dropout | None) -> dict[str, Tensor]:
     """A copy, in place, and the mask."""
     module, x = implementation("bottleneck", plan.dropout), t["x"]
     dropped, in_place = module.dropout(x, 0.3, _SEED), module.dropout_(x.clone(), 0.3, _SEED)

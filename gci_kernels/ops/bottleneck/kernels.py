@@ -68,7 +68,11 @@ def _stages(kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device)
 
 
 def _register(name: str, files: tuple[str, ...], check: checks.Stage, *launches: LaunchConfig) -> None:
-    register(Kernel(name, files, partial(checks.check, check), launches, stages=partial(_stages, name)))
+    # Dropout by itself is one kernel; of the products, each has a variant with the mask inside.
+    masked = None if name == "dropout" else partial(checks.check, check, True)
+    register(Kernel(
+        name, files, partial(checks.check, check, False), launches, stages=partial(_stages, name), check_dropout=masked
+    ))  # fmt: skip
 
 
 _register("project", (_FOLDER + "project.py", *_PRODUCT), checks.project, _PROJECT)

@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,76 +47,68 @@ _ANY = 2**62
 _FLOAT32 = {"project": (256, _ANY), "reduce": (64, _ANY)}
 _BFLOAT16 = {"project": (0, _ANY), "expand": (0, 32), "reduce": (0, _ANY)}
 
-# The same for the Triton kernels on GPUs: the least tokens at which a stage is taken. Nothing is measured yet: these
-# are predictions. A stage that is limited by memory gains once it takes longer than its launch; for fewer tokens the
-# library's products are used. `expand` saves one reading and writing of y, which counts only where the base product
-# fills the chip; in float32, without matrix units, the library is better tuned.
-_TRITON_FROM = dict.fromkeys((*HALVES, torch.float32), 16)
-_TRITON_EXPAND_FROM = dict.fromkeys(HALVES, 512)
-
 # The numbers of tokens at which a plan may change: between two of them all calls have the same one.
 _EDGES = sorted(
     {edge for wins in (_FLOAT32, _BFLOAT16) for low, high in wins.values() for edge in (low, high + 1)}
-    | {*_TRITON_FROM.values(), *_TRITON_EXPAND_FROM.values()}
     | {start for start in (upcast_from(dtype, native.ISA) for dtype in HALVES) if start}
 )
-
-
-def prefers_triton(stage: str, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a stage, a field of Plan, is expected to be faster in Triton than in the library, on a GPU."""
-    starts = _TRITON_EXPAND_FROM if stage == "expand" else _TRITON_FROM
-    return tokens >= starts.get(dtype, _ANY)
 
 
 # What plan_for has returned: every call of a layer asks it.
 _plans: dict[tuple, Plan] = {}
 
 
-def plan_for(impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str) -> Plan:
+def plan_for(
+    impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str, *, device: torch.device, dropout: bool
+) -> Plan:
     """:func:`choose_plan` on this machine, remembered for each class of numbers of tokens.
 
-    On a GPU "auto" is remembered once every kernel that it asks about has a lasting answer there: kernels prove
-    themselves as they are first used.
+    On a GPU "auto" is remembered by which kernels it takes, once each of them has a lasting answer there: kernels are
+    proved and timed as they are first used.
     """
-    state = None if device_type != "cuda" or impl != "auto" else _gpu_state(mixer)
-    key = impl, bisect.bisect(_EDGES, tokens), dtype, device_type, mixer
-    plan = _plans.get((key, state))
+    tokens_class: object = None
+    if device_type != "cuda" or impl != "auto" or triton_obstacle(device_type, dtype) is not None:
+        tokens_class = bisect.bisect(_EDGES, tokens)
+    else:
+        tokens_class = hardware.settled(_kernels_once(mixer, dropout), tokens, dtype, device, dropout)
+    key = impl, tokens_class, dtype, device_type, mixer, dropout
+    plan = _plans.get(key)
     if plan is None:
-        plan = choose_plan(impl, tokens, dtype, device_type, mixer)
-        if state == _UNSETTLED:  # choosing may have settled it
-            state = _gpu_state(mixer)
-        if state != _UNSETTLED:
-            _plans[key, state] = plan
+        plan = choose_plan(impl, tokens, dtype, device_type, mixer, device=device, dropout=dropout)
+        if tokens_class is not None:
+            _plans[key] = plan
     return plan
 
 
-_UNSETTLED = (-1, -1)
-_KERNELS = ("project", "expand", "reduce", "dropout")
+def _kernels(mixer: str, dropout: bool) -> tuple[str, ...]:
+    """The GPU kernels that a plan of "auto" asks about."""
+    made = ("project", "expand", "reduce", *(("dropout",) if dropout else ()), find(mixer).kernel)
+    return tuple(kernel for kernel in made if kernel in hardware.KERNELS)
 
 
-def _gpu_state(mixer: str) -> tuple[int, int]:
-    """What a plan of "auto" on a GPU depends on beside its arguments: the current GPU, and what is proved there."""
-    kernel = find(mixer).kernel
-    index = hardware.records.settled(_KERNELS if kernel is None else (*_KERNELS, kernel))
-    return _UNSETTLED if index is None else (index, hardware.records.version)
+_kernels_once = functools.cache(_kernels)  # not for choose_plan, which torch.compile traces
 
 
 def choose_plan(
     impl: str, tokens: int, dtype: torch.dtype, device_type: str, mixer: str = "identity", *,
-    isa: str | None = None, proved: frozenset[str] | None = None, library: bool | None = None,
+    device: torch.device | None = None, dropout: bool = True, isa: str | None = None,
+    starts: Mapping[str, int | None] | None = None, library: bool | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan for x [tokens, in] of `dtype` on `device_type`; a pure function, once isa, proved and library are given.
+    """The plan for x [tokens, in] of `dtype` on `device_type`; a pure function, once isa, starts and library are given.
 
     "native" takes every C++ kernel that there is for `dtype`, "triton" every Triton kernel, "auto" those that are no
-    slower than the library; of the Triton ones, those alone that have proved themselves on the GPU. A mixer that lacks
-    an implementation runs in its library form.
+    slower than the library; of the Triton ones, those alone that were proved and measured on the GPU. A mixer that
+    lacks an implementation runs in its library form.
 
     Args:
         mixer: the name of a registered one.
+        device: x's, on a GPU; None: the current GPU.
+        dropout: whether x is dropped out; without, no kernel for dropout is asked about on a GPU.
         isa: the CPU's instruction set; None: this one's.
+        starts: kernel, a key of hardware.KERNELS -> the fewest tokens from which it is no slower than the library on
+            the GPU, None: it is slower; for those that are proved. None: hardware.start is asked, which may check and
+            time a kernel at its first use.
         library: whether PyTorch has a fast product of `dtype` on this CPU; None: it is asked.
-        proved: the kernels, keys of hardware.KERNELS, that work on the GPU; None: hardware.proves is asked about the
-            current one, which may check a kernel at its first use.
 
     Raises:
         ValueError: an implementation is asked for that is unknown or cannot run.
@@ -127,7 +120,7 @@ def choose_plan(
     if impl == "triton":
         return Plan(impl, _mix(mixer, impl), impl, impl, impl)
     if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
-        return _gpu_plan(tokens, dtype, mixer, proved)
+        return _gpu_plan(tokens, dtype, mixer, device, dropout, starts)
     isa = native.ISA if isa is None else isa
     start = upcast_from(dtype, isa, library) if impl == "auto" and device_type == "cpu" else None
     other = "aten" if native_obstacle(device_type, dtype) else "native"
@@ -141,14 +134,16 @@ def _mix(mixer: str, impl: str) -> str:
     return impl if impl in find(mixer).implementations else "aten"
 
 
-def _gpu_plan(tokens: int, dtype: torch.dtype, mixer: str, proved: frozenset[str] | None) -> Plan:
-    def choice(stage: str, kernel: str | None) -> str:
-        if kernel not in hardware.KERNELS or not prefers_triton(stage, tokens, dtype):
-            return "aten"
-        return "triton" if (hardware.proves(kernel) if proved is None else kernel in proved) else "aten"
-
-    mix = choice("mix", find(mixer).kernel)
-    return Plan(choice("project", "project"), mix, *(choice(stage, stage) for stage in ("expand", "reduce", "dropout")))
+def _gpu_plan(
+    tokens: int, dtype: torch.dtype, mixer: str, device: torch.device | None, dropout: bool,
+    starts: Mapping[str, int | None] | None,
+) -> Plan:  # fmt: skip
+    taken = [
+        kernel for kernel in _kernels(mixer, dropout)
+        if hardware.takes(kernel, tokens, dtype, device, dropout=dropout, starts=starts)
+    ]  # fmt: skip
+    kernels = ("project", find(mixer).kernel, "expand", "reduce", "dropout")
+    return Plan(*("triton" if kernel in taken else "aten" for kernel in kernels))
 
 
 def _cpu_plan(impl: str, tokens: int, dtype: torch.dtype, isa: str, mixer: str) -> Plan:

@@ -31,14 +31,19 @@ _GPU = DecodePlan(("base product", "decode_project", "decode_expand"))
 _GPU_ATTENTION = DecodePlan(("base product", "decode_attend", "decode_expand"))
 
 
-def has_kernels(dtype: torch.dtype, device_type: str, attends: bool = False) -> bool:
+def has_kernels(
+    dtype: torch.dtype, device_type: str, attends: bool = False, device: torch.device | None = None
+) -> bool:
     """Whether "auto" may use kernels for steps of x in `dtype`; on a GPU the first call may check the kernels.
 
-    `attends`: whether the adapters have attention.
+    Args:
+        dtype, device_type: of x.
+        attends: whether the adapters have attention.
+        device: x's, on a GPU; None: the current GPU.
     """
     if dtype not in BUILT.get(device_type, ()):
         return False
-    return device_type == "cpu" or all(map(hardware.proves, _needed(attends)))
+    return device_type == "cpu" or all(hardware.proves(kernel, dtype, device) for kernel in _needed(attends))
 
 
 def _needed(attends: bool) -> tuple[str, ...]:
@@ -48,7 +53,7 @@ def _needed(attends: bool) -> tuple[str, ...]:
 
 def choose_decode(
     *, tokens: int, columns: int, experts: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device_type: str,
-    head: int | None = None, proved: frozenset[str] | None = None,
+    device: torch.device | None = None, head: int | None = None, proved: frozenset[str] | None = None,
 ) -> DecodePlan | None:  # fmt: skip
     """The plan of a step of `tokens` tokens; None: no kernel takes it, and the stages of training compute it.
 
@@ -57,8 +62,9 @@ def choose_decode(
         dtype, adapter_dtype: of x, and of the adapters.
         device_type: "cpu" or "cuda"; others have no kernels.
         head: the largest number of columns of one of ALoRA's heads, None for adapters without attention.
-        proved: names of the kernels that work on the GPU; None: hardware.proves is asked about the current GPU, which
-            may check a kernel at its first use.
+        device: x's, on a GPU; None: the current GPU.
+        proved: names of the kernels that work on the GPU; None: hardware.proves is asked, which may check a kernel at
+            its first use.
     """
     fits = 1 <= tokens <= MAX_DECODE_TOKENS and columns <= MAX_DECODE_COLUMNS and experts <= MAX_EXPERTS
     fits = fits and (head is None or head <= MAX_DECODE_HEAD_SIZE)
@@ -66,6 +72,7 @@ def choose_decode(
         return None
     if device_type == "cpu":
         return _CPU
-    if not all(hardware.proves(kernel) if proved is None else kernel in proved for kernel in _needed(head is not None)):
+    needed = _needed(head is not None)
+    if not all(hardware.proves(kernel, dtype, device) if proved is None else kernel in proved for kernel in needed):
         return None
     return _GPU if head is None else _GPU_ATTENTION

@@ -134,7 +134,7 @@ def plan_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: Seq
         return None
     if not all(t is None or _is_plain(t, x.dtype, x.device) for t in (weight, bias)):
         return None
-    return plan_groups(groups, x.numel() // x.shape[-1], x.dtype, x.device.type)
+    return plan_groups(groups, x.numel() // x.shape[-1], x.dtype, x.device)
 
 
 def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
@@ -142,11 +142,11 @@ def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     return type(t) in transforms.PLAIN and t.is_contiguous() and t.dtype == dtype and t.device == device
 
 
-def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device_type: str) -> DecodePlan | None:
-    """:func:`choose_decode` for x [tokens, in] in `dtype` and adapters of which each tensor is plain and contiguous."""
+def plan_groups(groups: Sequence[Group], tokens: int, dtype: torch.dtype, device: torch.device) -> DecodePlan | None:
+    """:func:`choose_decode` for x [tokens, in] on `device` and adapters whose tensors are plain and contiguous."""
     return choose_decode(
         tokens=tokens, columns=max(g.columns for g in groups), experts=max(g.experts for g in groups),
-        dtype=dtype, adapter_dtype=groups[0].A.dtype, device_type=device_type,
+        dtype=dtype, adapter_dtype=groups[0].A.dtype, device_type=device.type, device=device,
         head=None if groups[0].qkv is None else max(g.A.shape[0] // g.num_heads for g in groups),
     )  # fmt: skip
 

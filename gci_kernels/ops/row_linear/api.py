@@ -82,7 +82,7 @@ def adapted_row_linear(
     )  # fmt: skip
     form = choose_form(
         impl, tokens=x.numel() // x.shape[-1], share=positions.shape[0] / weight.shape[0], dtype=dtype,
-        device_type=device.type, keep=keep,
+        device_type=device.type, keep=keep, device=device,
     )  # fmt: skip
     if form == "kept" and merged is not None:
         weight = merged.renewed(weight, active_weight, positions, dtype)

@@ -1,5 +1,7 @@
 """How a linear layer with trained rows is computed: a pure function of sizes, dtype and device."""
 
+from collections.abc import Mapping
+
 import torch
 
 from gci_kernels import hardware, native
@@ -22,15 +24,14 @@ _KEPT_FROM = 16
 _MERGE_FROM = {"cpu": 80, "cuda": 300}
 # Columns to a multiple of which a GPU's matrices are widened; 8 would do for 16-bit dtypes, and 16 divide tiles evenly.
 _ALIGNED = 16
-# Tokens from which the Triton kernel is expected to be faster than the copy and the library's product; a prediction.
-_TRITON_FROM = 512
 
 
 def choose_form(
     impl: str, *, tokens: int, share: float, dtype: torch.dtype, device_type: str, keep: bool,
-    proved: frozenset[str] | None = None, isa: str | None = None, library: bool | None = None,
+    device: torch.device | None = None, starts: Mapping[str, int | None] | None = None, isa: str | None = None,
+    library: bool | None = None,
 ) -> str:  # fmt: skip
-    """One of :data:`FORMS`, or "reference"; a pure function once `proved`, `isa` and `library` are given.
+    """One of :data:`FORMS`, or "reference"; a pure function once `starts`, `isa` and `library` are given.
 
     Args:
         impl: one of gci_kernels.impl.IMPLS.
@@ -38,8 +39,9 @@ def choose_form(
         share: of the rows that are active, in (0, 1].
         dtype, device_type: of x.
         keep: whether the caller keeps a copy of W.
-        proved: names of the kernels that work on the GPU; None: hardware.proves is asked about the current GPU, which
-            may check the kernel at its first use.
+        device: x's, on a GPU; None: the current GPU.
+        starts: kernel -> the fewest tokens from which it is no slower than the copy and the library's product, for
+            those that are proved; None: hardware.start is asked, which may check and time the kernel at its first use.
         isa: the CPU's instruction set; None: this one's.
         library: whether PyTorch has a fast product of `dtype` on this CPU; None: PyTorch is asked.
 
@@ -58,8 +60,8 @@ def choose_form(
             return "upcast"
     if keep and tokens >= _KEPT_FROM:
         return "kept"
-    if impl == "auto" and device_type == "cuda" and _prefers_triton(tokens, dtype):
-        if hardware.proves("row_linear") if proved is None else "row_linear" in proved:
+    if impl == "auto" and device_type == "cuda" and triton_obstacle(device_type, dtype) is None:
+        if hardware.takes("row_linear", tokens, dtype, device, starts=starts):
             return "triton"
     return "merge" if tokens * share >= _MERGE_FROM.get(device_type, _MERGE_FROM["cuda"]) else "overwrite"
 
@@ -71,7 +73,3 @@ def padded(k: int, device_type: str) -> int:
     at a time, and it has slower ones for other rows. On a CPU k.
     """
     return k if device_type == "cpu" else -(-k // _ALIGNED) * _ALIGNED
-
-
-def _prefers_triton(tokens: int, dtype: torch.dtype) -> bool:
-    return tokens >= _TRITON_FROM and dtype != torch.float32 and triton_obstacle("cuda", dtype) is None
