@@ -13,11 +13,16 @@ from gci_kernels.hardware.chips import Chip, chip_of_device
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage, kernel or operation: the bytes it moves, and its operations in matrix products."""
+    """One stage, kernel or operation: the bytes it moves, and its operations in matrix products.
+
+    Attributes:
+        wide: of the bytes, those of matrices with no narrow side: activations and base weights, not A, B, h or u.
+    """
 
     name: str
     moved: float
     operations: float = 0.0
+    wide: float = 0.0
 
     def seconds(self, chip: Chip, dtype: torch.dtype) -> float:
         """The least time on `chip`, where reading and writing overlap the products of `dtype`."""

@@ -5,7 +5,7 @@ strides that are 1. resources.py compiles it, traffic.py counts its bytes.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.hardware import Shape, get, gpus, names
-from gci_kernels.ops.bottleneck import autograd
+from gci_kernels.ops.bottleneck import autograd, shared_input
 from gci_kernels.ops.bottleneck.checks import TRITON
 from gci_kernels.ops.bottleneck.mixer import Kept
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
@@ -117,6 +117,47 @@ def training_step(
 
     The op's functions are called without the dispatcher, which would ask meta tensors for shapes alone.
     """
+    operands, settings = _layer(shape, dtype, adapter_dtype, plan, dropout_p=dropout_p, bias=bias, top_k=top_k)
+    dy, experts = torch.empty(shape.tokens, shape.width, dtype=dtype, device="meta"), shape.experts
+    dgates = torch.empty(shape.tokens, experts, device="meta") if use_gates and experts else None
+    saved: list[Kept] = []
+
+    def forward() -> None:
+        saved.append(autograd.forward(operands, settings)[1])
+
+    def backward() -> None:
+        autograd.backward(dy, dgates, operands, saved[0], settings, [True, False, False, True, True, False])
+
+    return forward, backward
+
+
+def shared_step(
+    shapes: Sequence[Shape], dtype: torch.dtype, adapter_dtype: torch.dtype, *, plan: Plan = TRITON
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """:func:`training_step` of several layers that are given the same x, as one op."""
+    layers, settings = zip(*[_layer(shape, dtype, adapter_dtype, plan) for shape in shapes], strict=True)
+    layers = [t._replace(x=layers[0].x) for t in layers]
+    saved: list[Kept] = []
+
+    def forward() -> None:
+        saved.extend(kept for _, kept, _ in shared_input.forward(layers, settings))
+
+    def backward() -> None:
+        parts = []
+        for shape, t, kept, s in zip(shapes, layers, saved, settings, strict=True):
+            dy = torch.empty(shape.tokens, shape.width, dtype=dtype, device="meta")
+            needs = [False, False, True, True, t.weights is not None]
+            parts.append(shared_input.Part(dy, None, t, kept, s, needs))
+        shared_input.backward(parts, needs_x=True)
+
+    return forward, backward
+
+
+def _layer(
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, plan: Plan,
+    *, dropout_p: float = 0.0, bias: bool = False, top_k: int = 0,
+) -> tuple[Operands, Settings]:  # fmt: skip
+    """A layer's operands on the meta device, and its settings."""
     tensor, experts = partial(torch.empty, dtype=dtype, device="meta"), shape.experts
     operands = Operands(
         x=tensor(shape.tokens, shape.depth),
@@ -128,18 +169,7 @@ def training_step(
         seed=torch.tensor(2**61 + 1) if dropout_p else None,
     )
     mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
-    settings = Settings(mixer, numbers, 2.0, dropout_p, plan)
-    dy = tensor(shape.tokens, shape.width)
-    dgates = tensor(shape.tokens, experts, dtype=torch.float32) if use_gates and experts else None
-    saved: list[Kept] = []
-
-    def forward() -> None:
-        saved.append(autograd.forward(operands, settings)[1])
-
-    def backward() -> None:
-        autograd.backward(dy, dgates, operands, saved[0], settings, [True, False, False, True, True, False])
-
-    return forward, backward
+    return operands, Settings(mixer, numbers, 2.0, dropout_p, plan)
 
 
 def row_step(

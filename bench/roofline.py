@@ -13,7 +13,7 @@ from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CHIPS, Chip
 
 from .costs import Cost, bottleneck_floor, frozen_floor, total_seconds
-from .traffic import PLANS, count
+from .traffic import PLANS, count, count_decoder_layer, llama_8b
 
 
 def table(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip, plan: str) -> Table:
@@ -39,13 +39,30 @@ def table(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Ch
     return result
 
 
+def decoder_table(tokens: int, rank: int, experts: int, dtype: torch.dtype, chip: Chip, plan: str) -> Table:
+    """What the adapters of a decoder layer of Llama-3.1-8B move, each by itself and with one x shared by several."""
+    named = f"rank {rank}" + (f" in {experts} experts" if experts else "")
+    title = f"adapters of a decoder layer of Llama-3.1-8B, {tokens} tokens, {named}, on {chip.name.upper()}; MB"
+    result = Table(title=title, title_justify="left")
+    for column in ("", "apart", "sharing x"):
+        result.add_column(column, justify="left" if not column else "right")
+    groups, how = llama_8b(tokens, rank, experts), dict(plan=PLANS[plan])
+    apart, sharing = (
+        count_decoder_layer(groups, dtype, dtype, chip, shared=shared, **how) for shared in (False, True)
+    )  # fmt: skip
+    words = {"activations": "reading of x and dY", "narrow": "all that is narrow", "sums": "adding up dX"}
+    for name, text in words.items():
+        result.add_row(text, f"{apart[name] / 1e6:.0f}", f"{sharing[name] / 1e6:.0f}")
+    return result
+
+
 def _cells(costs: list[Cost], chip: Chip, dtype: torch.dtype) -> list[str]:
     moved, operations = sum(cost.moved for cost in costs), sum(cost.operations for cost in costs)
     return [f"{moved / 1e6:.1f}", f"{operations / 1e9:.1f}", f"{total_seconds(costs, chip, dtype) * 1e6:.1f}"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the tables of a LoRA and of a LoRAMoE layer."""
+    """Print the tables of a LoRA and of a LoRAMoE layer, and of a decoder layer with each."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="h200")
     parser.add_argument("--tokens", type=int, default=8192)
@@ -56,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for rank, experts in ((16, 0), (32, 8)):
         shape = Shape(args.tokens, *args.features, rank, experts, experts)
         console.print(table(shape, torch.bfloat16, torch.bfloat16, CHIPS[args.chip], args.plan))
+        console.print(decoder_table(args.tokens, rank, experts, torch.bfloat16, CHIPS[args.chip], args.plan))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ are small enough to stay in that cache, and count once.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.ops.bottleneck.plan import Plan
 
 from .costs import Cost
-from .launches import Call, record, training_step
+from .launches import Call, record, shared_step, training_step
 
+MAX_RANK = 256  # of the adapters in a group together
 PLANS = {"triton": TRITON, "aten": ATEN}
 
 
@@ -30,9 +31,62 @@ def count(
     dropout_p: float = 0.0,
 ) -> tuple[list[Cost], list[int]]:  # fmt: skip
     """What forward and backward under `plan` move on `chip`, in order; and the bytes of each tensor they allocate."""
+    return _count(training_step(shape, dtype, adapter_dtype, plan=plan, dropout_p=dropout_p), chip)
+
+
+def count_decoder_layer(
+    groups: Sequence[Sequence[Shape]], dtype: torch.dtype, adapter_dtype: torch.dtype, chip: Chip,
+    *, plan: Plan = TRITON, shared: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """The bytes that a training step of a decoder layer's adapted projections moves on `chip`.
+
+    Args:
+        groups: the projections; those of one group are given the same x.
+        shared: whether the projections of a group share their passes over x; else each has its own, and autograd adds
+            their dX.
+
+    Returns:
+        "activations": what the adapters read and write of x and dY beside the base products, for h, dA, dU and dB;
+        "narrow": what else they move: h, u, the adapters' weights and gradients, partial sums;
+        "sums": what adding up the dX of a group moves beside the base products;
+        "base": the base products, forward and dX, and what they read of the adapters. A library's is counted at the
+        least, each operand once; one of our own kernels with the tiles that it reads again.
+    """
+    found = dict.fromkeys(("activations", "narrow", "sums", "base"), 0.0)
+    for group in groups:
+        x = group[0].tokens * group[0].depth * dtype.itemsize
+        sums = (len(group) - 1) * x
+        if shared and len(group) > 1:
+            steps = [shared_step(group, dtype, adapter_dtype, plan=plan)]
+            found["base"] -= sums  # where a product reads dX to add onto it, _count has it as the product's
+        else:
+            steps = [training_step(shape, dtype, adapter_dtype, plan=plan) for shape in group]
+            sums *= 3  # autograd reads two, and writes one
+        found["sums"] += sums
+        for cost in (cost for step in steps for cost in _count(step, chip)[0]):
+            if cost.operations >= _base_operations(group):
+                found["base"] += cost.moved
+            else:
+                found["activations"] += cost.wide
+                found["narrow"] += cost.moved - cost.wide
+    return found
+
+
+def _base_operations(group: Sequence[Shape]) -> float:
+    """The operations of the smallest base product of a group: everything with fewer is the adapters' own."""
+    return min(2.0 * shape.tokens * shape.depth * shape.width for shape in group)
+
+
+def llama_8b(tokens: int, rank: int, experts: int = 0) -> list[list[Shape]]:
+    """The projections of a decoder layer of Llama-3.1-8B, in the groups that are given the same x."""
+    hidden, kv, mlp = 4096, 1024, 14336
+    sizes = [[(hidden, hidden), (hidden, kv), (hidden, kv)], [(hidden, hidden)], [(hidden, mlp)] * 2, [(mlp, hidden)]]
+    return [[Shape(tokens, *size, rank, experts, experts) for size in group] for group in sizes]
+
+
+def _count(directions: tuple[Callable[[], None], Callable[[], None]], chip: Chip) -> tuple[list[Cost], list[int]]:
     costs: list[Cost] = []
     allocated: list[int] = []
-    directions = training_step(shape, dtype, adapter_dtype, plan=plan, dropout_p=dropout_p)
     for name, direction in zip(("forward", "backward"), directions, strict=True):
         operations = _Operations(name)
 
@@ -74,8 +128,9 @@ class _Operations(TorchDispatchMode):
                 left = inputs[-2]
                 operations = 2 * left.shape[0] * left.shape[1] * result.shape[1]
             # What is added to in place is read as an input and written as the result.
-            moved = sum(tensor.nbytes for tensor in inputs) + result.nbytes
-            self.costs.append(Cost(f"{self.direction}: {name}", moved, operations))
+            tensors = [*inputs, result]
+            moved, wide = sum(tensor.nbytes for tensor in tensors), sum(map(_wide, tensors))
+            self.costs.append(Cost(f"{self.direction}: {name}", moved, operations, wide))
         return result
 
 
@@ -84,23 +139,28 @@ def _cost(name: str, call: Call, chip: Chip) -> Cost:
     kernel, given = call.launch.name, call.arguments
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
     size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
-    moved, operations = float(sum(size.values())), 0
+    moved, operations, wide = float(sum(size.values())), 0, float(sum(map(_wide, tensors.values())))
     if kernel == "expand_fwd":
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]
         moved += size["bias"] if given["HAS_BIAS"] else 0
         operations = 2 * given["tokens"] * given["width"] * (given["depth"] + given["rank"])
     elif kernel in ("project_fwd", "reduce_fwd"):
-        wide, narrow, columns = ("x", "m", "width") if kernel == "project_fwd" else ("y", "u", "rank")
-        readings = call.grid[1]  # each tile of the narrow side's columns reads the wide operand
-        moved = readings * size[wide] + size[narrow] + size["out"]
-        operations = 2 * tensors[f"{wide}_ptr"].numel() * given[columns]
+        large, small, columns = ("x", "m", "width") if kernel == "project_fwd" else ("y", "u", "rank")
+        wide *= call.grid[1]  # each tile of the narrow side's columns reads the wide operand
+        moved = call.grid[1] * size[large] + size[small] + size["out"]
+        operations = 2 * tensors[f"{large}_ptr"].numel() * given[columns]
     elif kernel == "project_reduce_fwd":
         operations = 4 * given["tokens"] * given["width"] * given["rank"]
     elif kernel == "gate_bwd":
         moved -= 0 if given["HAS_DGATES"] else size["dgates"]
     elif kernel not in ("gate_fwd", "sum_splits", "dropout_fwd"):
         raise ValueError(f"{kernel} has no count of its bytes in bench/traffic.py")
-    return Cost(name, moved, operations)
+    return Cost(name, moved, operations, wide)
+
+
+def _wide(tensor: Tensor) -> int:
+    """The bytes of a matrix without a narrow side, such as the tokens' rank values; 0 of any other tensor."""
+    return tensor.nbytes if tensor.dim() == 2 and min(tensor.shape) > MAX_RANK else 0
 
 
 def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:

@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor
 
 import gci_kernels
 from gci_kernels.ops.decode import native
-from gci_kernels.tuners import bottleneck, fusion, loki, lora
+from gci_kernels.tuners import alora, bottleneck, fusion, loki, lora, loramoe
 
 FUSED = {"lora": (lora, "adapted_linear"), "loki": (loki, "adapted_row_linear")}
-FUSED |= dict.fromkeys(("loramoe", "alora", "hydralora"), (bottleneck, "adapted_linear"))
+FUSED |= {"loramoe": (loramoe, "adapted_linear"), "alora": (alora, "adapted_linear")}
+FUSED["hydralora"] = (bottleneck, "adapted_linear")
 PROMPT = torch.tensor([[5, 6, 7], [9, 8, 40]])
 
 

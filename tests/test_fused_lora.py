@@ -52,7 +52,7 @@ def fused_calls(monkeypatch) -> list[dict]:
     calls, original = [], module.adapted_linear
 
     def spy(*args):
-        calls.append(dict(zip(("operands", "mixer", "numbers", "scaling", "dropout_p", "impl"), args, strict=True)))
+        calls.append(dict(zip(("operands", "mixer", "numbers", "scaling", "dropout_p", "impl"), args[:6], strict=True)))
         return original(*args)
 
     monkeypatch.setattr(module, "adapted_linear", spy)

@@ -4,6 +4,7 @@ The mark `kernel` says which kernel a test proves, or that it is about the whole
 """
 
 import pytest
+import shared_input_cases as shared
 import torch
 from gpu_params import kernel_params
 
@@ -191,6 +192,20 @@ def test_one_stage_among_others(kernel, others, monkeypatch):
         for key in truth:
             bound = error_bound(relative_error(plain[key], truth[key]), HALF)
             assert relative_error(actual[key], truth[key]) <= bound, (case, key)
+
+
+@pytest.mark.parametrize("method", ("lora", "loramoe", "alora"))
+@pytest.mark.kernel("whole op")
+def test_layers_that_are_given_the_same_x(method):
+    x, layers = shared.layers_of(method, (1, 130), HALF, in_features=96, outs=(64, 17, 272))
+    x, layers = x.to(DEVICE), [[None if t is None else t.to(DEVICE) for t in layer] for layer in layers]
+    wide = [[None if t is None else t.double() for t in layer] for layer in layers]
+    truth = shared.gradients(shared.run_apart, method, x.double(), wide, "reference")
+    plain = shared.gradients(shared.run_apart, method, x, layers, "reference")
+    actual = shared.gradients(shared.run, method, x, layers, "triton")
+    for key, value in truth.items():
+        if value is not None:
+            assert relative_error(actual[key], value) <= error_bound(relative_error(plain[key], value), HALF), key
 
 
 def leaves(case: Case) -> tuple[torch.Tensor, ...]:

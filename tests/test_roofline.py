@@ -114,6 +114,31 @@ def test_time_is_the_larger_of_memory_and_arithmetic():
     assert total_seconds(entries, H200, torch.float32) > 10
 
 
+def decoder_layer(rank, experts, plan="triton", **how):
+    groups = traffic.llama_8b(8192, rank, experts)
+    return traffic.count_decoder_layer(groups, torch.bfloat16, torch.bfloat16, H200, plan=PLANS[plan], **how)
+
+
+def test_a_decoder_layer_whose_projections_share_x():
+    """By hand, in units of 8192 x 4096 numbers: x for h and for dA, and dY once."""
+    unit, mlp = 8192 * 4096 * 2, 3.5
+    apart, sharing = decoder_layer(16, 0, shared=False), decoder_layer(16, 0)
+    dys = 1 + 0.25 + 0.25 + 1 + mlp + mlp + 1
+    assert apart["activations"] == unit * (2 * (3 + 1 + 2 + mlp) + dys)
+    assert sharing["activations"] == unit * (2 * (1 + 1 + 1 + mlp) + dys) <= 1.60e9
+    # q, k and v have two sums, gate and up one: two readings and a writing each, or one reading.
+    assert (apart["sums"], sharing["sums"]) == (unit * 9, unit * 3)
+    assert sharing["narrow"] < 1.1 * apart["narrow"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("rank", "experts"), [(16, 0), (32, 8)])
+def test_sharing_x_moves_less(plan, rank, experts):
+    apart, sharing = decoder_layer(rank, experts, plan, shared=False), decoder_layer(rank, experts, plan)
+    assert sum(sharing.values()) < sum(apart.values()) - 8 * 8192 * 4096 * 2
+    assert sharing["base"] <= apart["base"]
+
+
 def test_unknown_kernels_are_refused(monkeypatch):
     call = record(lambda: stages.dropout(torch.empty(4, 8, device="meta"), 0.5, 3), "sm_90")[0]
     monkeypatch.setattr(type(call.launch), "name", "unheard_of")
@@ -126,6 +151,7 @@ def test_table(capsys):
     out = capsys.readouterr().out
     assert "backward: project_reduce_fwd" in out or "backward: reduce_fwd" in out
     assert "of the floor's bytes" in " ".join(out.split())
+    assert "sharing x" in out and "adding up dX" in out
 
 
 def test_rows_floor_by_hand():

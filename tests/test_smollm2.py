@@ -10,6 +10,7 @@ from gci_kernels.accuracy import relative_error
 from gci_kernels.bench.models import load_model
 from gci_kernels.bench.timing import saved_bytes
 from gci_kernels.bench.variants import generate, make_prompt, model_variants, random_ids, training_loss
+from gci_kernels.tuners import shared_input
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -51,23 +52,34 @@ def test_decoding_in_bfloat16_is_as_near_to_the_truth_as_eagers(smollm2, batch):
     assert (made.argmax(-1) == answers).float().mean() > 0.9
 
 
+def losses_of(model, ids):
+    """Of five steps of training a copy of `model`."""
+    model = copy.deepcopy(model).train()  # the variants of LoRA share their adapters
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = training_loss(model, ids)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def test_same_losses_while_training(smollm2):
     _, variants, _ = smollm2
     ids = random_ids(variants["frozen"], 2, 64)
-    losses = {}
-    for name in ("eager", "gci"):
-        model = copy.deepcopy(variants[name]).train()  # the variants of LoRA share their adapters
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses[name] = []
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = training_loss(model, ids)
-            loss.backward()
-            optimizer.step()
-            losses[name].append(loss.detach())
-    eager, fused = (torch.stack(losses[name]) for name in ("eager", "gci"))
+    eager, fused = (losses_of(variants[name], ids) for name in ("eager", "gci"))
     assert fused[-1] < fused[0]
     assert torch.allclose(eager, fused, rtol=1e-3)
+
+
+def test_layers_that_share_their_input_train_as_separate_ones(smollm2, monkeypatch):
+    _, variants, _ = smollm2
+    ids = random_ids(variants["frozen"], 2, 64)
+    together = losses_of(variants["gci"], ids)
+    monkeypatch.setattr(shared_input, "_takes", lambda arguments, x: False)
+    assert torch.allclose(losses_of(variants["gci"], ids), together, rtol=1e-4)
 
 
 def test_adapters_keep_a_tenth_of_eagers_bytes(smollm2):

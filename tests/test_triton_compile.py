@@ -112,6 +112,9 @@ def test_one_reading_of_dy_where_it_moves_fewer_bytes():
         assert config.choose_project_reduce_config(8192, 4096, rank, torch.bfloat16, "sm_90") is not None
         assert config.choose_project_reduce_config(256, 4096, rank, torch.bfloat16, "sm_90") is None
     assert config.choose_project_reduce_config(8192, 4096, 16, torch.float32, "sm_90") is None
+    # k and v of a model with few of them: narrower blocks, so that there are programs enough.
+    narrow = config.choose_project_reduce_config(8192, 1024, 16, torch.bfloat16, "sm_90")
+    assert narrow is not None and narrow.block_n == 256
 
 
 def test_unknown_chips_count_as_small():

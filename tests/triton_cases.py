@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 
 import pytest
+import shared_input_cases as shared
 import torch
 
 from gci_kernels import hardware
@@ -213,6 +214,19 @@ def test_splits_cover_the_sum_once(monkeypatch, splits):
     check(kernels.project(x, m), x.double() @ m.double(), x @ m, torch.float32)
     u, y = torch.randn(70, 19), torch.randn(70, 33)
     check(kernels.reduce(u, y), u.double().t() @ y.double(), u.t() @ y, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ("lora", "loramoe", "alora"))
+def test_layers_that_are_given_the_same_x(method, dtype):
+    x, layers = shared.layers_of(method, (1, 70), dtype, in_features=96)
+    wide = [[None if t is None else t.double() for t in layer] for layer in layers]
+    truth = shared.gradients(shared.run_apart, method, x.double(), wide, "reference")
+    plain = shared.gradients(shared.run_apart, method, x, layers, "reference")
+    actual = shared.gradients(shared.run, method, x, layers, "triton")
+    for name, value in truth.items():
+        if value is not None:
+            check(actual[name], value, plain[name], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

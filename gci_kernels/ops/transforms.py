@@ -21,6 +21,9 @@ _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 #: How many modes see every operation as it runs (make_fx, FakeTensorMode, a counter of products); 0: none.
 dispatch_mode_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+#: In a backward: whether the graph is retained (retain_graph=True), so that the same backward may run again.
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
 #: Types of a tensor that a kernel may read at its address. A subclass, fake or in shards, need not have one.
 PLAIN = (Tensor, torch.nn.Parameter)
 

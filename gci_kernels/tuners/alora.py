@@ -15,13 +15,16 @@ from gci_kernels.limits import MAX_DECODE_TOKENS
 from gci_kernels.models import decoder_layers
 from gci_kernels.ops.arguments import autocast_dtype
 from gci_kernels.ops.attention.api import check_heads
+from gci_kernels.ops.bottleneck import adapted_linear
 from gci_kernels.ops.bottleneck.mixers import ATTENTION
+from gci_kernels.ops.bottleneck.shared_input import Arguments
 from gci_kernels.ops.decode import find_step, has_kernels
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import check_integer, uniform, zeros_or_uniform
 from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.registration import classes_of, register
+from gci_kernels.tuners.shared_input import share
 
 
 @dataclass
@@ -102,14 +105,23 @@ class _Layer(BottleneckLayer):
         context = sequence.required()
         rows = x if x.shape[:-1] == context.shape else self._rows(x, context)
         if not context.caches:
-            y, _ = self._compute(rows, name, weight, bias, context.sequence.segments)
+            arguments = self._arguments(rows, name, weight, bias, context.sequence.segments)
+            y, _ = adapted_linear(*arguments, share, self)
         else:
             key = self.key_in(context.layer, context.run)
             kept = rows.new_empty(rows.shape[0], 0, 2 * self.r[name], dtype=autocast_dtype(rows))
             past = context.past(key, name, kept)
-            y, kv = self._compute(rows, name, weight, bias, context.sequence.segments, past)
+            arguments = self._arguments(rows, name, weight, bias, context.sequence.segments, past)
+            y, kv = adapted_linear(*arguments)
             context.keep(key, name, kv)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
+    def shared_arguments(self, x: Tensor) -> Arguments | None:
+        """Those of a forward that keeps nothing for a cache."""
+        context, found = sequence.current(), super().shared_arguments(x)
+        if found is None or context is None or context.caches or x.shape[:-1] != context.shape:
+            return None
+        return (*found[0][:6], context.sequence.segments, None, None), *found[1:]
 
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         """Keys and values of all adapters share one entry of the cache, as wide as the widest of them."""
@@ -136,7 +148,8 @@ class _Layer(BottleneckLayer):
                 kept.extend((new, context.past(layer_key, key, new)))
             sub = context.sequence.select(samples)
             past = None if kept[1] is None else kept[1].index_select(0, samples)[..., : 2 * self.r[name]]
-            update, kv = self._compute(rows.index_select(0, samples), name, None, None, sub.segments, past)
+            own = rows.index_select(0, samples)
+            update, kv = adapted_linear(*self._arguments(own, name, None, None, sub.segments, past))
             kept[0][samples, :, : kv.shape[-1]] = kv
             return y.index_add(0, samples, update.to(y.dtype))
 

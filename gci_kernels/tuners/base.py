@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gci_kernels.models import experts, parents
 from gci_kernels.ops.decode import DecodePlan
-from gci_kernels.tuners import adapter_file, fusion, hooks, mixed, sharding
+from gci_kernels.tuners import adapter_file, fusion, hooks, mixed, sharding, shared_input
 from gci_kernels.tuners.fused_layer import among
 from gci_kernels.tuners.hooks import HOOK
 from gci_kernels.tuners.merging import Mergeable
@@ -302,7 +302,8 @@ class AdaptedModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Runs a forward or generate(), whose arguments it gets, as a mixed batch if there are adapter_names."""
         if kwargs.get("adapter_names") is None:
-            yield
+            with shared_input.forward():
+                yield
             return
         known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.r}
         names = mixed.checked_names(self, kwargs["adapter_names"], known)

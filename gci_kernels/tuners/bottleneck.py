@@ -14,12 +14,14 @@ from gci_kernels.models import experts, parents
 from gci_kernels.models.targets import is_all_linear, matched
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
+from gci_kernels.ops.bottleneck.shared_input import Arguments
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners import fusion, mixed
 from gci_kernels.tuners.base import AdaptedConfig, AdaptedLinear, AdaptedModel, check_integer, check_number
 from gci_kernels.tuners.fused_layer import FusedLayer
 from gci_kernels.tuners.methods import Method, new_tensors, settings_of
 from gci_kernels.tuners.scaling import applied, number
+from gci_kernels.tuners.shared_input import share
 
 
 @dataclass
@@ -92,21 +94,27 @@ class BottleneckLayer(FusedLayer, AdaptedLinear):
             found.append(self.parameter(container, name) if tensor is None or tensor.is_meta else tensor)
         return found if len(found) == 3 else (*found, None)
 
-    def _compute(
+    def _arguments(
         self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None,
         segments: Tensor | None = None, past: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The adapter's addition, with the base product where a weight is given; and the mixer's output."""
+    ) -> Arguments:  # fmt: skip
+        """The arguments of adapted_linear for the adapter's addition, with the base product where a weight is given."""
         A, B, weights = self.tensors(name)
         scaling = self.scaling[name]
         if type(scaling) is not float:
             scaling, B = applied(scaling, B)
         dropout_p = self.dropout_p[name] if self.training else 0.0
         operands = x, weight, bias, A, B, weights, segments, past, None
-        return adapted_linear(operands, self.method.mixer, self.settings[name], scaling, dropout_p, self.gci_impl)
+        return operands, self.method.mixer, self.settings[name], scaling, dropout_p, self.gci_impl
+
+    def shared_arguments(self, x: Tensor) -> Arguments | None:
+        """See :class:`FusedLayer`."""
+        names = () if self._disable_adapters or self.merged_adapters else self.adapters()
+        found = fusion.shared_operands(self.base_layer) if len(names) == 1 else None
+        return None if found is None else self._arguments(x, names[0], *found)
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return self._compute(x, name, weight, bias)[0]
+        return adapted_linear(*self._arguments(x, name, weight, bias), share, self)[0]
 
     def _mixed(self, x: Tensor, mix: mixed.MixedBatch) -> Tensor:
         mix.check(x, self)

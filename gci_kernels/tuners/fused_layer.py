@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gci_kernels.ops.bottleneck.shared_input import Arguments
 from gci_kernels.ops.decode import DecodePlan, Group, find_step, plan_groups
 from gci_kernels.tuners import fusion, hooks, mixed
 
@@ -19,6 +20,8 @@ class FusedLayer:
         _update: (x, name, weight, bias) -> the adapter's addition, with the base product where a weight is given.
         _group: (name, count, first) -> the adapter as a step takes it, for `count` tokens from its token `first` on;
             None where no step computes it as it is now.
+        shared_arguments: x -> the arguments of the layer's adapted_linear if it were called with x now, None where a
+            call would be more than that one product; see tuners/shared_input.py.
     """
 
     base_layer: Any
@@ -26,6 +29,7 @@ class FusedLayer:
     adapters: Callable[[], Sequence[str]]
     _update: Callable[[Tensor, str, Tensor | None, Tensor | None], Tensor]
     _group: Callable[..., Group | None]
+    shared_arguments: Callable[[Tensor], Arguments | None]
 
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """base(x) plus the updates of all named adapters; the first is fused with the base product if it may be."""
@@ -35,7 +39,11 @@ class FusedLayer:
         if hooks.HOOK in base.__dict__ and (moved := hooks.devices(base, x)) is not None:
             return self._adapted(x.to(moved[0]), names).to(moved[1])  # so that the base product is fused there
         steps = not torch.is_grad_enabled() and fusion.takes_steps(self.gci_impl, x)
-        weight, bias, y = fusion.base_operands(base, x)
+        y = None
+        if fusion.is_plain(base):
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+        else:
+            weight, bias, y = fusion.base_operands(base, x)
         owned = y is None  # whether y may be written to: a hook may have kept what it saw
         for name in names:
             made = None

@@ -64,6 +64,11 @@ def base_operands(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | N
     return None, None, product(base, x)
 
 
+def shared_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where a kernel may read them and compute the base product, else None. Nothing is computed."""
+    return operands(base) if is_plain(base) or obstacle(base) is None else None
+
+
 def takes_steps(impl: str, x: Tensor) -> bool:
     """Whether a layer that gives its op `impl` may take a decoding step for x: a few tokens, and no gradients."""
     # A subclass (a fake tensor, one in shards) need not have an address for a kernel.

@@ -14,8 +14,9 @@ from gci_kernels.class_swap import Swapped, add_mixin, subclass
 from gci_kernels.ops.arguments import new_record
 from gci_kernels.ops.bottleneck import adapted_linear, choose_plan
 from gci_kernels.ops.bottleneck.mixers import IDENTITY
+from gci_kernels.ops.bottleneck.shared_input import Arguments
 from gci_kernels.ops.decode import Group
-from gci_kernels.tuners import fusion, hooks, mixed
+from gci_kernels.tuners import fusion, hooks, mixed, shared_input
 from gci_kernels.tuners.fused_layer import FusedLayer, among
 from gci_kernels.tuners.merging import ExactMerge
 from gci_kernels.tuners.scaling import applied, number
@@ -110,18 +111,34 @@ class FusedLora(FusedLayer, ExactMerge):
         except KeyError:  # a replica of torch.nn.DataParallel, whose parameters are plain attributes
             return A.weight, B.weight, B.bias
 
-    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _arguments(
+        self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor
+    ) -> Arguments:
+        """The arguments of the adapter's adapted_linear."""
         dropout, scaling = self._modules["lora_dropout"]._modules[name], self.scaling[name]
-        A, B, extra = self._matrices(name)
-        if extra is not None:
-            extra = (extra * scaling).to(x.dtype)
-            if weight is not None:
-                bias, extra = extra if bias is None else bias + extra, None
         if type(scaling) is not float:
             scaling, B = applied(scaling, B)
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        y = adapted_linear((x, weight, bias, A, B, *_NOTHING), IDENTITY, (), scaling, p, self.gci_impl)[0]
+        return (x, weight, bias, A, B, *_NOTHING), IDENTITY, (), scaling, p, self.gci_impl
+
+    def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        A, B, extra = self._matrices(name)
+        if extra is None:
+            arguments = self._arguments(x, name, weight, bias, A, B)
+            return adapted_linear(*arguments, shared_input.share, self)[0]
+        extra = (extra * self.scaling[name]).to(x.dtype)
+        if weight is not None:
+            bias, extra = extra if bias is None else bias + extra, None
+        y = adapted_linear(*self._arguments(x, name, weight, bias, A, B))[0]
         return y if extra is None else y + extra.to(y.dtype)
+
+    def shared_arguments(self, x: Tensor) -> Arguments | None:
+        """See :class:`FusedLayer`."""
+        names = () if self._disable_adapters or self.merged_adapters else self.adapters()
+        if len(names) != 1 or lora_obstacle(self, names[0]) is not None:
+            return None
+        found, (A, B, extra) = fusion.shared_operands(self.base_layer), self._matrices(names[0])
+        return None if found is None or extra is not None else self._arguments(x, names[0], *found, A, B)
 
     def plan(self, tokens: int, dtype: torch.dtype, device_type: str) -> str:
         """What the layer runs for x [tokens, in]; ValueError where its `impl` cannot run."""
@@ -155,7 +172,8 @@ class FusedLoraModel(Swapped):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None or not self._takes(names):
-            with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):  # which raises
+            # Which raises where there are names.
+            with super()._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs), shared_input.forward():
                 yield
             return
         taking: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from gci_kernels.limits import MAX_EXPERTS
+from gci_kernels.ops.bottleneck import adapted_linear
 from gci_kernels.ops.bottleneck.mixers import GATE
 from gci_kernels.ops.decode import Group
 from gci_kernels.tuners.balance import BalanceCollector
@@ -13,6 +14,7 @@ from gci_kernels.tuners.base import check_integer, check_number, uniform, zeros_
 from gci_kernels.tuners.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from gci_kernels.tuners.methods import Method
 from gci_kernels.tuners.registration import classes_of, register
+from gci_kernels.tuners.shared_input import share
 
 
 @dataclass
@@ -75,7 +77,7 @@ class _Layer(BottleneckLayer):
     collector: BalanceCollector
 
     def _update(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y, gates = self._compute(x, name, weight, bias)
+        y, gates = adapted_linear(*self._arguments(x, name, weight, bias), share, self)
         config = self.configs[name]
         if config.balance_weight and self.collector.active:
             trained = self.tensors(name)[2].requires_grad

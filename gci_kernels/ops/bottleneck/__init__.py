@@ -6,8 +6,9 @@ from gci_kernels.ops.bottleneck.balance import balance_loss
 from gci_kernels.ops.bottleneck.mixer import Call, Mixer, Output
 from gci_kernels.ops.bottleneck.plan import choose_plan
 from gci_kernels.ops.bottleneck.registry import register
+from gci_kernels.ops.bottleneck.shared_input import adapted_linears
 
 __all__ = [
-    "Call", "Mixer", "Output", "adapted_linear", "alora_linear", "balance_loss", "bottleneck_linear", "choose_plan",
-    "lora_linear", "loramoe_linear", "register",
+    "Call", "Mixer", "Output", "adapted_linear", "adapted_linears", "alora_linear", "balance_loss", "bottleneck_linear",
+    "choose_plan", "lora_linear", "loramoe_linear", "register",
 ]  # fmt: skip

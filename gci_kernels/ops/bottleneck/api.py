@@ -1,6 +1,7 @@
 """The public bottleneck operations: what they take, what they check, and the one place that picks an implementation."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Numbers
 from typing import Any
 
@@ -17,6 +18,9 @@ from gci_kernels.ops.bottleneck.mixers import ATTENTION, GATE, IDENTITY
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
 from gci_kernels.ops.bottleneck.plan import Plan, choose_plan, plan_for
 from gci_kernels.ops.transforms import transformed
+
+#: See :func:`adapted_linear`.
+Share = Callable[[Any, Any], tuple[tuple[Tensor, Any] | None, Any]]
 
 _REFERENCE = Plan(*["reference"] * len(Plan._fields))
 
@@ -168,7 +172,7 @@ def _checked(
 
 def adapted_linear(
     operands: tuple[Tensor | None, ...], mixer: Mixer, numbers: tuple[int, ...], scaling: float, dropout_p: float,
-    impl: str,
+    impl: str, share: Share | None = None, layer: Any = None,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """The op for layers, whose parameters fit each other; x is checked in full only if a quick comparison fails.
 
@@ -176,19 +180,27 @@ def adapted_linear(
         operands: those of :class:`~gci_kernels.ops.bottleneck.operands.Operands`, the seed None; segments, if any, on
             x's device.
         mixer, numbers, scaling, dropout_p, impl: as in :func:`bottleneck_linear`.
+        share, layer: share(layer, (operands, mixer, numbers, scaling, dropout_p, impl)) is asked in eager mode with
+            gradients, where several layers may be computed together: it returns what this function is to return, or
+            None, and what the graph is to keep until its backward, or None.
 
     Returns:
         y, and the mixer's output, None or an empty tensor where it declares none.
     """
     t = new_record(Operands, operands)
     x, weight, bias, A, *_ = t
+    formula, compiling, kept = transformed(), torch.compiler.is_dynamo_compiling(), None
+    alone = formula or compiling or impl == "reference" or dropout_p or weight is None
+    if share is not None and not alone and torch.is_grad_enabled():
+        made, kept = share(layer, (operands, mixer, numbers, scaling, dropout_p, impl))
+        if made is not None:
+            return made
     device = x.device
     usual = x.dtype is (x if weight is None else weight).dtype and x.shape[-1:] == A.shape[1:] and device == A.device
     if not usual or device.type == "meta" or torch.is_autocast_enabled(device.type) or not x.is_floating_point():
         x, weight, bias = autocast(x, weight, bias)
         t = t._replace(x=x, weight=weight, bias=bias)
         _check_linear(t, scaling, dropout_p)
-    formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
         # A graph cannot depend on the seed's value: there, dropout is PyTorch's own.
         if dropout_p and not (formula or compiling):
@@ -201,7 +213,10 @@ def adapted_linear(
     if dropout_p:
         t = t._replace(seed=philox.draw_seed())
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
-    return autograd.run(t, settings, compiling)
+    y, output = autograd.run(t, settings, compiling)
+    if kept is not None:
+        autograd.keep_until_backward(y, kept)
+    return y, output
 
 
 def _check_linear(t: Operands, scaling: float, dropout_p: float) -> None:

@@ -21,7 +21,7 @@ from gci_kernels.ops.bottleneck.operands import Operands, Settings, dropout_of, 
 from gci_kernels.ops.bottleneck.plan import Plan
 from gci_kernels.ops.bottleneck.registry import MIXERS, STAGES
 from gci_kernels.ops.operators import define, no_derivative
-from gci_kernels.ops.transforms import PLAIN, differentiated_again, dispatch_mode_depth, plain_gradients
+from gci_kernels.ops.transforms import PLAIN, differentiated_again, dispatch_mode_depth, keeps_graph, plain_gradients
 
 _TENSORS = len(Operands._fields)
 _SAVED = _TENSORS - 1 + len(Kept._fields)
@@ -32,12 +32,13 @@ def _sum_dtype(stage: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stage != "aten" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def forward(t: Operands, s: Settings) -> tuple[Tensor, Kept, Tensor]:
-    """y [..., out], what the mixer keeps, and its output."""
+def forward(t: Operands, s: Settings, projected: Tensor | None = None) -> tuple[Tensor, Kept, Tensor]:
+    """y [..., out], what the mixer keeps, and its output; `projected`: of x, where it is known."""
     x, plan, A = rows(t.x), s.plan, t.A
-    stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
-    drop = None if t.seed is None else dropout_of(t, s)
-    projected = stages.project(plan, x, stack.t(), drop)
+    if projected is None:
+        stack = torch.cat((A, t.weights)) if MIXERS[s.mixer].joins else A
+        drop = None if t.seed is None else dropout_of(t, s)
+        projected = stages.project(plan, x, stack.t(), drop)
     lead, sums = tuple(t.x.shape[:-1]), projected.dtype
     call = new_record(
         Call, (s.numbers, s.scaling, lead, A.shape[0], x.dtype, sums, plan.mix, t.segments, t.past)
@@ -55,18 +56,10 @@ def backward(
     dstack is that of A and, behind it, of weights that join; dweights is needed only of weights that do not.
     """
     needs_x, needs_weight, needs_bias, needs_stack, needs_B, needs_weights = needs
-    x, dy, plan, mixer = rows(t.x), rows(dy), s.plan, STAGES[s.mixer]
-    call, drop, gradients = make_call(t, s, _sum_dtype(s.plan.project, t.x.dtype), plan.mix), dropout_of(t, s), []
-    dB: Any = None
-    dweights: Any = None
+    x, dy, plan, drop, gradients = rows(t.x), rows(dy), s.plan, dropout_of(t, s), []
+    dprojected: Any = None
     if needs_x or needs_stack or needs_B or needs_weights:
-        if needs_B and stages.one_reading(plan, dy, t.B.shape[1]):
-            du, dB = stages.project_reduce(plan, dy, t.B, mixer.recompute(t.weights, kept, call))
-        else:
-            du = stages.project(plan, dy, t.B)
-        dprojected, dweights, u = mixer.backward(du, doutput, t.weights, kept, call)
-        if needs_B and dB is None:
-            dB = stages.reduce(plan, u, dy)
+        dprojected, dB, dweights = through_mixer(dy, doutput, t, kept, s, needs_B)
     if needs_x:
         stack = torch.cat((t.A, t.weights)) if MIXERS[s.mixer].joins else t.A
         dx = stages.expand(plan, dprojected, stack, dy, t.weight, None, drop)
@@ -84,7 +77,24 @@ def backward(
     return gradients
 
 
-def _gradients(
+def through_mixer(
+    dy: Tensor, doutput: Tensor | None, t: Operands, kept: Kept, s: Settings, needs_B: bool
+) -> tuple[Tensor, Any, Any]:
+    """dprojected [tokens, rows of the stack], dB.T (None where it is not needed) and dweights, of dy [tokens, out]."""
+    plan, mixer = s.plan, STAGES[s.mixer]
+    call = make_call(t, s, _sum_dtype(plan.project, t.x.dtype), plan.mix)
+    dB: Any = None
+    if needs_B and stages.one_reading(plan, dy, t.B.shape[1]):
+        du, dB = stages.project_reduce(plan, dy, t.B, mixer.recompute(t.weights, kept, call))
+    else:
+        du = stages.project(plan, dy, t.B)
+    dprojected, dweights, u = mixer.backward(du, doutput, t.weights, kept, call)
+    if needs_B and dB is None:
+        dB = stages.reduce(plan, u, dy)
+    return dprojected, dB, dweights
+
+
+def gradients_of(
     dy: Tensor | None, doutput: Tensor | None, t: Operands, kept: Kept, s: Settings, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The needed ones of [dx, dweight, dbias, dA, dB, dweights] in their operands' dtypes, None for the others."""
@@ -115,7 +125,7 @@ def _gradients(
 def _formula_gradients(
     dy: Tensor, doutput: Tensor | None, t: Operands, s: Settings, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """:func:`_gradients` in PyTorch's own operations, differentiable again."""
+    """:func:`gradients_of` in PyTorch's own operations, differentiable again."""
     names, mixer = Operands._fields[:6], MIXERS[s.mixer]
     wanted = {name: tensor for name, tensor, needed in zip(names, t, needs, strict=False) if needed and name != "bias"}
     carries = mixer.output is Output.DIFFERENTIABLE
@@ -140,6 +150,19 @@ def _saved(tensors: Sequence[Any]) -> tuple[Operands, Kept]:
 _exact_backward = without_autocast(backward)
 
 
+def keep_until_backward(y: Tensor, kept: Any) -> None:
+    """Lets the graph of y, the result of one of our Functions, hold `kept` until its backward has run."""
+    node: Any = y.grad_fn
+    if node is not None:
+        node.kept_until_backward = kept
+
+
+def release(ctx: Any) -> None:
+    """Ends :func:`keep_until_backward`, unless the graph is retained, so that its backward may run again."""
+    if getattr(ctx, "kept_until_backward", None) is not None and not keeps_graph():
+        ctx.kept_until_backward = None
+
+
 class Bottleneck(torch.autograd.Function):
     """The op in eager mode: apply(*Operands, Settings) -> y, output."""
 
@@ -158,9 +181,10 @@ class Bottleneck(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the Function and of the operator: those of :func:`_gradients`, and None for the other inputs."""
+        """Gradients of the Function and of the operator: :func:`gradients_of`, and None for the other inputs."""
+        release(ctx)
         (t, kept), needs = _saved(ctx.saved_tensors), ctx.needs_input_grad
-        return *_gradients(dy, others[-1], t, kept, ctx.settings, needs[:6]), *[None] * (len(needs) - 6)
+        return *gradients_of(dy, others[-1], t, kept, ctx.settings, needs[:6]), *[None] * (len(needs) - 6)
 
 
 # Without torch.autograd.Function.apply's search for tensors of torch.func, under which the formula runs instead.

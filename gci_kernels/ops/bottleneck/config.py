@@ -105,11 +105,14 @@ def choose_project_reduce_config(
         return None
     if chip.shared <= 64 * 1024 and rank > 16:  # m stays in registers from the first step to the last
         return None
-    large = chip.async_products and block_r <= 32
     block_t = block_size(tokens, 16, 64 if chip.shared > 64 * 1024 else 32)
-    block_n = block_size(width, 16, 512 if large else 256 if block_r <= 64 else 128)
-    tiles = ceil_div(width, block_n)
-    splits = split_count(chip.processors, tiles, ceil_div(tokens, block_t))
+    # The widest blocks with which programs fill half the chip.
+    wide = (512, 256) if chip.async_products and block_r <= 32 else (256,) if block_r <= 64 else (128,)
+    for block_n in (block_size(width, 16, most) for most in wide):
+        tiles = ceil_div(width, block_n)
+        splits = split_count(chip.processors, tiles, ceil_div(tokens, block_t))
+        if 2 * tiles * splits >= chip.processors:
+            break
     # Partial sums are float32, written once and read once; y has two bytes a number.
     more_bytes = 8 * rank * (tiles * tokens + splits * width) >= 2 * tokens * width
     if more_bytes or 2 * tiles * splits < chip.processors:

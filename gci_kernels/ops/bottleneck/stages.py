@@ -43,6 +43,14 @@ def expand(
     return stage.expand_onto(y, u[:, drop.columns :], m[drop.columns :], x, w, bias)
 
 
+def add_product(plan: Plan, y: Tensor, x: Tensor, w: Tensor) -> None:
+    """y [tokens, width] += x [tokens, depth] @ w [depth, width], in place: the library's product, which sums onto y."""
+    if plan.expand == "upcast":
+        implementation("bottleneck", plan.expand).add_product(y, x, w)
+    else:
+        y.addmm_(x, w)
+
+
 def reduce(plan: Plan, u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
     """u.T @ y for u [tokens, rank] and y [tokens, width]; `drop` masks y for the first columns of u."""
     stage = implementation("bottleneck", plan.reduce).reduce

@@ -29,6 +29,13 @@ def expand_onto(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor | None, bi
     return y.add_(product(u, m)) if w is None else _accumulate(y, u, m, x, w, bias, add=True)
 
 
+def add_product(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """x [tokens, depth] @ w [depth, width] added to y [tokens, width] in place, which is returned."""
+    return large_product(
+        x, y, lambda columns: w[:, columns].float(), finish=lambda sums, rows, columns: sums.add_(y[rows, columns])
+    )
+
+
 def _accumulate(y: Tensor, u: Tensor, m: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, add: bool) -> Tensor:
     u, m = u.float(), m.float()
 
