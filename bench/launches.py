@@ -125,7 +125,7 @@ def training_step(
         A=tensor(shape.rank, shape.depth, dtype=adapter_dtype),
         B=tensor(shape.width, shape.rank, dtype=adapter_dtype),
         weights=tensor(experts, shape.depth, dtype=adapter_dtype) if experts else None,
-        seed=torch.tensor(2**61 + 1) if dropout_p else None,
+        seed=tensor((), dtype=torch.int64) if dropout_p else None,
     )
     mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
     settings = Settings(mixer, numbers, 2.0, dropout_p, plan)
@@ -184,14 +184,14 @@ class _Recorder:
                 types[name], constants[name] = "constexpr", value
                 continue
             types[name] = _type(value)
-            if isinstance(value, Tensor) or specialized and value % 16 == 0:
+            if isinstance(value, Tensor) and not parameter.do_not_specialize or specialized and value % 16 == 0:
                 aligned.append(name)
         options = {name: value for name, value in kwargs.items() if name not in names}
         frozen = (tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(options.items()))
         return Call(Launch(self.kernel, *frozen), grid, given)
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 def _type(value: Tensor | TensorDescriptor | int | float) -> str:

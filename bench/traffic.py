@@ -85,7 +85,7 @@ def _cost(name: str, call: Call, chip: Chip) -> Cost:
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
     size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
     moved, operations = float(sum(size.values())), 0
-    if kernel == "expand_fwd":
+    if kernel in ("expand_fwd", "expand_persistent"):
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]
         moved += size["bias"] if given["HAS_BIAS"] else 0
         operations = 2 * given["tokens"] * given["width"] * (given["depth"] + given["rank"])
@@ -110,7 +110,7 @@ def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:
     of x and its columns of w a slice at a time, and a slice is read from memory unless it is in the cache.
     """
     given = call.arguments
-    if not given["HAS_BASE"]:
+    if not given.get("HAS_BASE", True):  # the persistent kernel always has one
         return 0
     tiles_t, tiles_n = -(-given["tokens"] // given["BLOCK_T"]), -(-given["width"] // given["BLOCK_N"])
     slices = 16
@@ -133,7 +133,7 @@ def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:
 
 
 def _tile(pid: int, tiles_t: int, tiles_n: int, group: int) -> tuple[int, int]:
-    """Row and column of a program's tile, in the order of ops/bottleneck/triton/expand.py."""
+    """Row and column of a program's tile, in the order of ops/bottleneck/triton/tiles.py."""
     first = pid // (group * tiles_n) * group
     rows = min(tiles_t - first, group)
     return first + pid % (group * tiles_n) % rows, pid % (group * tiles_n) // rows

@@ -190,15 +190,15 @@ def adapted_linear(
         _check_linear(t, scaling, dropout_p)
     formula, compiling = transformed(), torch.compiler.is_dynamo_compiling()
     if formula or impl == "reference":
-        # A graph cannot depend on the seed's value: there, dropout is PyTorch's own.
+        # In a compiled graph or under a transform, dropout is PyTorch's own, which both know.
         if dropout_p and not (formula or compiling):
-            t = t._replace(seed=philox.draw_seed())
+            t = t._replace(seed=philox.draw_seed(device))
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
         return without_autocast(lambda _: reference.bottleneck(t, settings, mixer))(x)
     choose = choose_plan if compiling else plan_for
     plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
     if dropout_p:
-        t = t._replace(seed=philox.draw_seed())
+        t = t._replace(seed=philox.draw_seed(device))
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
     return autograd.run(t, settings, compiling)
 

@@ -3,7 +3,7 @@
 `capability` is the compiler's name of the architecture ("sm_90", "gfx942"); hardware/chips.py has its limits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class ExpandConfig(ProductConfig):
 
     block_r: int
     descriptors: bool = False  # whole tiles by the copy engine, where the layout allows
+    persistent: bool = False  # then by expand_persistent.py
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,13 @@ def choose_expand_config(
     product = choose_product_config(tokens, depth, width, dtype, capability, masked=dropout)
     matrix_units = dtype != torch.float32 and depth % 16 == width % 16 == 0
     descriptors = matrix_units and chip.async_products and product.block_t >= 64
+    # On Hopper alone: for Blackwell, Triton 3.7 does not compile the two loops of the persistent kernel into one. With
+    # wider ranks, whose steps are unrolled, and with a mask its products would run one by one.
+    persistent = descriptors and chip.capability == "sm_90" and not dropout and rank <= 128
+    if persistent:  # a stage of the largest tiles has 48 KiB; a quarter of a tile of y and a step of the rank, 28
+        product = replace(product, num_stages=4)
     # A step over the rank rounds its rows of m in registers, beside all the sums: 16 rows fit.
-    return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors)
+    return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors, persistent=persistent)
 
 
 def choose_reduce_config(
@@ -105,7 +111,7 @@ def choose_project_reduce_config(
         return None
     if chip.shared <= 64 * 1024 and rank > 16:  # m stays in registers from the first step to the last
         return None
-    large = chip.async_products and block_r <= 32
+    large = chip.async_products and block_r <= 16
     block_t = block_size(tokens, 16, 64 if chip.shared > 64 * 1024 else 32)
     block_n = block_size(width, 16, 512 if large else 256 if block_r <= 64 else 128)
     tiles = ceil_div(width, block_n)
@@ -114,7 +120,10 @@ def choose_project_reduce_config(
     more_bytes = 8 * rank * (tiles * tokens + splits * width) >= 2 * tokens * width
     if more_bytes or 2 * tiles * splits < chip.processors:
         return None
-    return ReduceConfig(block_t, block_r, block_n, splits, num_warps=8, num_stages=2)
+    # The fewer warps share a narrow product, the fewer read all of y for it. On Hopper a third stage is what lets the
+    # next tile be read during the products.
+    num_warps = 4 if large else 8
+    return ReduceConfig(block_t, block_r, block_n, splits, num_warps, num_stages=3 if chip.async_products else 2)
 
 
 def choose_dropout_config(tokens: int, width: int) -> DropoutConfig:

@@ -17,12 +17,13 @@ class Dropout(NamedTuple):
 
     Attributes:
         p: the probability in [0, 1) with which an element is dropped.
-        seed: of the generator; 64 bits.
+        seed: of the generator; 64 bits: a number, or an int64 scalar, which the kernels read when they run, so that a
+            captured CUDA graph has a new mask for each new seed. On the CPU, or for a GPU on it.
         columns: how many columns of the product are computed from the masked operand; the others are not.
     """
 
     p: float
-    seed: int
+    seed: int | Tensor
     columns: int
 
     @property
@@ -36,13 +37,26 @@ class Dropout(NamedTuple):
         return 1 / (1 - self.p)
 
     @staticmethod
-    def arguments(drop: "Dropout | None") -> tuple[int, int, int, float]:
-        """(columns, threshold, seed, scale) as kernels take them; (0, 0, 0, 1) where there is no dropout."""
-        return (0, 0, 0, 1.0) if drop is None else (drop.columns, drop.threshold, drop.seed, drop.scale)
+    def arguments(drop: "Dropout | None", x: Tensor) -> tuple[int, int, Tensor, float]:
+        """(columns, threshold, seed, scale) as kernels take them; without dropout (0, 0, x, 1), where x is not read.
+
+        The seed is an int64 scalar on x's device.
+        """
+        if drop is None:
+            return 0, 0, x, 1.0
+        return drop.columns, drop.threshold, on_device(drop.seed, x.device), drop.scale
 
 
-def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps."""
+def on_device(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as an int64 scalar on `device`; a copy only where it is elsewhere."""
+    return torch.as_tensor(seed, dtype=torch.int64, device=device)
+
+
+def keep_mask(rows: int, cols: int, p: float, seed: int | Tensor, device: torch.device) -> Tensor:
+    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps.
+
+    A seed that is a scalar on a GPU is not waited for.
+    """
     row = torch.arange(rows, device=device).unsqueeze(1)
     c0 = torch.arange((cols + 3) // 4, device=device).expand(rows, -1)
     c1, c2, c3 = (row & _WORD).expand_as(c0), (row >> 32).expand_as(c0), torch.zeros_like(c0)
@@ -56,9 +70,10 @@ def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -
     return words >= Dropout(p, seed, cols).threshold
 
 
-def draw_seed() -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """A seed, int64 [], from torch's default generator, so that torch.manual_seed and checkpointing reproduce it.
 
-    It is on the CPU for every device: reading it then never waits for a GPU.
+    For a GPU it is drawn and stays there: the kernels read it, nothing waits for it, and where a CUDA graph captures
+    the call every replay draws another. Elsewhere it is on the CPU.
     """
-    return torch.randint(2**62, (), dtype=torch.int64)
+    return torch.randint(2**62, (), dtype=torch.int64, device=device if device.type == "cuda" else "cpu")

@@ -22,9 +22,9 @@ def keep_tile(t, first_column, seed, threshold, BLOCK_C: tl.constexpr):
     return words >= tl.cast(threshold, tl.uint32)
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit(do_not_specialize=["threshold", "seed_ptr"])
 def _dropout_fwd_kernel(
-    x_ptr, out_ptr, tokens, width, stride_xt, stride_xc, stride_ot, stride_oc, threshold, seed, scale,
+    x_ptr, out_ptr, tokens, width, stride_xt, stride_xc, stride_ot, stride_oc, threshold, seed_ptr, scale,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = x * scale where philox.py keeps it, else 0; in place where out_ptr is x_ptr."""
@@ -34,11 +34,11 @@ def _dropout_fwd_kernel(
     row, col = t.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
     inside = (t[:, None] < tokens) & (c[None, :] < width)
     x = tl.load(x_ptr + row * stride_xt + col * stride_xc, inside, 0.0)
-    kept = tl.where(keep_tile(t, first, seed, threshold, BLOCK_C), x.to(tl.float32) * scale, 0.0)
+    kept = tl.where(keep_tile(t, first, tl.load(seed_ptr), threshold, BLOCK_C), x.to(tl.float32) * scale, 0.0)
     tl.store(out_ptr + row * stride_ot + col * stride_oc, kept.to(x.dtype), inside)
 
 
-def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
+def _dropout(x: Tensor, out: Tensor, p: float, seed: int | Tensor) -> Tensor:
     check_tensors(x=x)
     tokens, width = x.shape
     if x.numel() == 0:
@@ -46,17 +46,17 @@ def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
     c, drop = config.choose_dropout_config(tokens, width), Dropout(p, seed, width)
     with torch.cuda.device_of(x):
         _dropout_fwd_kernel[(triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_c))](
-            x, out, tokens, width, *x.stride(), *out.stride(), drop.threshold, seed, drop.scale,
+            x, out, tokens, width, *x.stride(), *out.stride(), *Dropout.arguments(drop, x)[1:],
             BLOCK_T=c.block_t, BLOCK_C=c.block_c, num_warps=c.num_warps,
         )  # fmt: skip
     return out
 
 
-def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout_(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """Drops elements of x [tokens, columns] in place, scales the others by 1 / (1 - p), and returns x."""
     return _dropout(x, x, p, seed)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """The same on a copy of x [tokens, columns], which is contiguous."""
     return _dropout(x, torch.empty_like(x, memory_format=torch.contiguous_format), p, seed)

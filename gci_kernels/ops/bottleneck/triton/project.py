@@ -12,10 +12,10 @@ from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
 from gci_kernels.ops.launching import check_tensors
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit(do_not_specialize=["threshold", "seed_ptr"])
 def _project_fwd_kernel(
     x_ptr, m_ptr, out_ptr, tokens, depth, width, share,
-    stride_xt, stride_xk, stride_mk, stride_mn, dropped, threshold, seed, scale,
+    stride_xt, stride_xk, stride_mk, stride_mn, dropped, threshold, seed_ptr, scale,
     DROPOUT: tl.constexpr, PLAIN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +34,8 @@ def _project_fwd_kernel(
     x_ptrs = x_ptr + row * stride_xt + at_k[None, :] * stride_xk
     m_ptrs = m_ptr + at_k[:, None] * stride_mk + n.to(tl.int64)[None, :] * stride_mn
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for at in range(start, stop, BLOCK_K):
         x = tl.load(x_ptrs, in_t & (k[None, :] < stop - at), 0.0)
         m = tl.load(m_ptrs, in_n & (k[:, None] < stop - at), 0.0).to(x.dtype)
@@ -64,7 +66,7 @@ def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
     grid = (triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_n), c.splits)
     with torch.cuda.device_of(x):
         _project_fwd_kernel[grid](
-            x, m, sums, tokens, depth, width, share, *x.stride(), *m.stride(), *Dropout.arguments(drop),
+            x, m, sums, tokens, depth, width, share, *x.stride(), *m.stride(), *Dropout.arguments(drop, x),
             DROPOUT=drop is not None, PLAIN=drop is not None and drop.columns < width,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
