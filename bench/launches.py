@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.hardware import Shape, get, gpus, names
 from gci_kernels.ops.bottleneck import autograd
+from gci_kernels.ops.bottleneck import triton as triton_stages
 from gci_kernels.ops.bottleneck.checks import TRITON
 from gci_kernels.ops.bottleneck.mixer import Kept
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
@@ -125,7 +126,6 @@ def training_step(
         A=tensor(shape.rank, shape.depth, dtype=adapter_dtype),
         B=tensor(shape.width, shape.rank, dtype=adapter_dtype),
         weights=tensor(experts, shape.depth, dtype=adapter_dtype) if experts else None,
-        seed=tensor((), dtype=torch.int64) if dropout_p else None,
     )
     mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
     settings = Settings(mixer, numbers, 2.0, dropout_p, plan)
@@ -134,12 +134,21 @@ def training_step(
     saved: list[Kept] = []
 
     def forward() -> None:
+        nonlocal operands
+        if dropout_p:
+            operands = operands._replace(seed=_seed_or_mask(operands.x, dropout_p, plan))
         saved.append(autograd.forward(operands, settings)[1])
 
     def backward() -> None:
         autograd.backward(dy, dgates, operands, saved[0], settings, [True, False, False, True, True, False])
 
     return forward, backward
+
+
+def _seed_or_mask(x: Tensor, p: float, plan: Plan) -> Tensor:
+    """As gci_kernels.ops.bottleneck.mask.draw, without the dispatcher."""
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    return triton_stages.dropout_bits(*x.shape, p, seed, x.device) if plan == TRITON else seed
 
 
 def row_step(

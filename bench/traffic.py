@@ -88,17 +88,19 @@ def _cost(name: str, call: Call, chip: Chip) -> Cost:
     if kernel in ("expand_fwd", "expand_persistent"):
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]
         moved += size["bias"] if given["HAS_BIAS"] else 0
+        moved += size["bits"] if given.get("DROPOUT") else 0
         operations = 2 * given["tokens"] * given["width"] * (given["depth"] + given["rank"])
     elif kernel in ("project_fwd", "reduce_fwd"):
         wide, narrow, columns = ("x", "m", "width") if kernel == "project_fwd" else ("y", "u", "rank")
         readings = call.grid[1]  # each tile of the narrow side's columns reads the wide operand
         moved = readings * size[wide] + size[narrow] + size["out"]
         operations = 2 * tensors[f"{wide}_ptr"].numel() * given[columns]
+        moved += size["bits"] if given["DROPOUT"] else 0
     elif kernel == "project_reduce_fwd":
         operations = 4 * given["tokens"] * given["width"] * given["rank"]
     elif kernel == "gate_bwd":
         moved -= 0 if given["HAS_DGATES"] else size["dgates"]
-    elif kernel not in ("gate_fwd", "sum_splits", "dropout_fwd"):
+    elif kernel not in ("gate_fwd", "sum_splits", "dropout_fwd", "dropout_bits"):
         raise ValueError(f"{kernel} has no count of its bytes in bench/traffic.py")
     return Cost(name, moved, operations)
 

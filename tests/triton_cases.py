@@ -183,7 +183,7 @@ def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows)
     monkeypatch.setattr(expand_module, "_descriptors", lambda *args: made.append("masked") or descriptors(*args))
     monkeypatch.setattr(expand_module, "expand_persistent", lambda *args: made.append("plain") or persistent(*args))
     monkeypatch.setattr(gpus, "processors", lambda device: 4)
-    small = config.ExpandConfig(64, 64, 32, 2, 4, 2, block_r=16, descriptors=True, persistent=True)
+    small = config.ExpandConfig(64, 64, 32, 2, 4, 2, block_r=64, descriptors=True, persistent=True)
     monkeypatch.setitem(tuned._trying, "expand", small)
     wide = torch.randn(tokens, depth + 24).half()
     x = wide[:, 8 : depth + 8]
@@ -257,6 +257,40 @@ def test_dropout_is_the_definition(dtype, rows, cols, seed, p):
     assert torch.equal(kernels.dropout(torch.stack((x, x), -1)[..., 0], p, seed), out)
     strided = x.t().contiguous().t()
     assert torch.equal(kernels.dropout_(strided, p, seed), out) and torch.equal(strided, out)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 67), (130, 256), (3, 1030), (0, 5), (5, 0)])
+@pytest.mark.parametrize(("seed", "p"), [(0, 0.05), (2**61 + 12345, 0.9)])
+def test_the_mask_in_bits_is_the_definition(rows, cols, seed, p):
+    keep = philox.keep_mask(rows, cols, p, seed, torch.device("cpu"))
+    bits = kernels.dropout_bits(rows, cols, p, seed, keep.device)
+    assert bits.shape == (rows, -(-cols // 32)) and bits.dtype == torch.int32
+    assert torch.equal(philox.keep_mask(rows, cols, p, bits, keep.device), keep)
+
+
+@pytest.mark.parametrize("impl", ("triton", "aten"))
+def test_a_mask_is_made_once_for_forward_and_backward(monkeypatch, impl):
+    """By Triton's products; also a second derivative, which is the formula's, sees the same one."""
+    made, make = [], kernels.dropout_bits
+    monkeypatch.setattr(kernels, "dropout_bits", lambda *args: made.append(1) or make(*args))
+    x, A, B = (torch.randn(s, requires_grad=True) for s in ((40, 48), (4, 48), (20, 4)))
+    weight = torch.randn(20, 48)
+
+    def gradients(impl):
+        torch.manual_seed(3)
+        y = ops.lora_linear(x, weight, None, A, B, scaling=1.0, dropout_p=0.5, impl=impl)
+        first = torch.autograd.grad(y.square().sum(), (x, A, B), create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].square().sum(), (A, B))]
+
+    actual = gradients(impl)
+    assert len(made) == (1 if impl == "triton" else 0)
+    for mine, formula in zip(actual, gradients("reference"), strict=True):
+        assert relative_error(mine, formula) < 1e-5
+
+
+def test_the_mask_s_operator():
+    arguments = (torch.tensor(5), 7, 67, 0.3)
+    torch.library.opcheck(torch.ops.gci_kernels.dropout_bits.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

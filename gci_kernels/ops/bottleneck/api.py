@@ -11,7 +11,7 @@ from gci_kernels.impl import check_impl
 from gci_kernels.ops.arguments import autocast, check_tensor, check_x, new_record, without_autocast
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.attention.api import check_sequence
-from gci_kernels.ops.bottleneck import autograd, philox, reference
+from gci_kernels.ops.bottleneck import autograd, mask, philox, reference
 from gci_kernels.ops.bottleneck.mixer import Mixer, Output
 from gci_kernels.ops.bottleneck.mixers import ATTENTION, GATE, IDENTITY
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
@@ -41,7 +41,8 @@ def lora_linear(
         scaling: a finite number; lora_alpha / r in the paper.
         dropout_p: probability in [0, 1) with which an element of the adapter's x is dropped, the rest being scaled by
             1 / (1 - dropout_p). Applied whenever it is not 0: pass 0 in evaluation. Drawn from a counter-based
-            generator whose seed comes from torch's; no mask is stored.
+            generator whose seed comes from torch's. The mask is made again in backward; where the products are
+            Triton's, a bit for each element of x is kept.
         impl: "auto", "reference", "aten", "native" (C++) or "triton"; an explicit one that cannot run raises.
 
     Returns:
@@ -198,7 +199,7 @@ def adapted_linear(
     choose = choose_plan if compiling else plan_for
     plan = choose(impl, x.numel() // x.shape[-1], x.dtype, device.type, mixer.name)
     if dropout_p:
-        t = t._replace(seed=philox.draw_seed(device))
+        t = t._replace(seed=mask.draw(x, dropout_p, plan))
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
     return autograd.run(t, settings, compiling)
 

@@ -53,9 +53,7 @@ class DropoutConfig:
     num_warps: int
 
 
-def choose_project_config(
-    tokens: int, depth: int, rank: int, dtype: torch.dtype, capability: str, dropout: bool = False
-) -> ProjectConfig:
+def choose_project_config(tokens: int, depth: int, rank: int, dtype: torch.dtype, capability: str) -> ProjectConfig:
     """For [tokens, depth] @ [depth, rank]. All of the rank in one tile, up to 128, so that x is read once."""
     half = dtype != torch.float32
     block_t, block_n = block_size(tokens, 16, 64 if half else 128), block_size(rank, 16, 128 if half else 64)
@@ -65,7 +63,7 @@ def choose_project_config(
     tiles = ceil_div(tokens, block_t) * ceil_div(rank, block_n)
     # With two programs on a multiprocessor, one computes while the other starts.
     splits = split_count(2 * chip_of_capability(capability).processors, tiles, ceil_div(depth, block_k))
-    num_warps, num_stages = 8 if block_n >= (64 if half else 32) or dropout else 4, 3 if half else 2
+    num_warps, num_stages = 8 if block_n >= (64 if half else 32) else 4, 3 if half else 2
     return ProjectConfig(block_t, block_n, block_k, splits, num_warps, num_stages)
 
 
@@ -74,21 +72,21 @@ def choose_expand_config(
 ) -> ExpandConfig:
     """For [tokens, depth] @ [depth, width] + [tokens, rank] @ [rank, width], `dropout` on the second product."""
     chip = chip_of_capability(capability)
-    product = choose_product_config(tokens, depth, width, dtype, capability, masked=dropout)
+    product = choose_product_config(tokens, depth, width, dtype, capability)
     matrix_units = dtype != torch.float32 and depth % 16 == width % 16 == 0
     descriptors = matrix_units and chip.async_products and product.block_t >= 64
-    # On Hopper alone: for Blackwell, Triton 3.7 does not compile the two loops of the persistent kernel into one. With
-    # wider ranks, whose steps are unrolled, and with a mask its products would run one by one.
-    persistent = descriptors and chip.capability == "sm_90" and not dropout and rank <= 128
-    if persistent:  # a stage of the largest tiles has 48 KiB; a quarter of a tile of y and a step of the rank, 28
-        product = replace(product, num_stages=4)
+    # On Hopper alone: for Blackwell, Triton 3.7 does not compile the two loops of the persistent kernel into one. Where
+    # the rank takes two steps, or with a mask, its products would run one by one.
+    if descriptors and chip.capability == "sm_90" and not dropout and rank <= 64:
+        # Of 227 KiB, a stage of the largest tiles takes 48, a quarter of a tile of y 16, and 16 of the rank 12.
+        block_r = block_size(rank, 16, 64)
+        product = replace(product, num_stages=4 if block_r == 16 else 3)
+        return ExpandConfig(**vars(product), block_r=block_r, descriptors=True, persistent=True)
     # A step over the rank rounds its rows of m in registers, beside all the sums: 16 rows fit.
-    return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors, persistent=persistent)
+    return ExpandConfig(**vars(product), block_r=16, descriptors=descriptors)
 
 
-def choose_reduce_config(
-    tokens: int, rank: int, width: int, dtype: torch.dtype, capability: str, dropout: bool = False
-) -> ReduceConfig:
+def choose_reduce_config(tokens: int, rank: int, width: int, dtype: torch.dtype, capability: str) -> ReduceConfig:
     """For [tokens, rank].T @ [tokens, width]. All of the rank in one tile, up to 128, so that y is read once."""
     chip, half = chip_of_capability(capability), dtype != torch.float32
     whole_rows = half and chip.async_products and width % 16 == 0
@@ -98,7 +96,7 @@ def choose_reduce_config(
     block_n = block_size(width, 16, 256 if whole_rows and block_r <= 64 else 128 if half else 64)
     tiles = ceil_div(width, block_n) * ceil_div(rank, block_r)
     splits = split_count((1 if block_n == 256 else 2) * chip.processors, tiles, ceil_div(tokens, block_t))
-    num_warps = 8 if block_r >= 64 or dropout else 4
+    num_warps = 8 if block_r >= 64 else 4
     return ReduceConfig(block_t, block_r, block_n, splits, num_warps, num_stages=3)
 
 

@@ -19,7 +19,7 @@ class Operands(NamedTuple):
         A: [rank, in]; B: [out, columns]; any floating dtype, used in x's.
         weights: the mixer's, or None.
         segments, past: what the mixer is told of the sequence, or None.
-        seed: int64 scalar, of dropout, as philox.draw_seed makes it; None: there is none.
+        seed: of dropout, or its mask, as mask.py makes them; None: there is none.
     """
 
     x: Tensor

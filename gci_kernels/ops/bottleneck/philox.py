@@ -18,7 +18,8 @@ class Dropout(NamedTuple):
     Attributes:
         p: the probability in [0, 1) with which an element is dropped.
         seed: of the generator; 64 bits: a number, or an int64 scalar, which the kernels read when they run, so that a
-            captured CUDA graph has a new mask for each new seed. On the CPU, or for a GPU on it.
+            captured CUDA graph has a new mask for each new seed. On the CPU, or for a GPU on it. Or the mask itself:
+            int32 [tokens, ceil(width / 32)], bit c % 32 of word c // 32 says whether column c is kept.
         columns: how many columns of the product are computed from the masked operand; the others are not.
     """
 
@@ -36,27 +37,19 @@ class Dropout(NamedTuple):
         """The factor of elements that are kept."""
         return 1 / (1 - self.p)
 
-    @staticmethod
-    def arguments(drop: "Dropout | None", x: Tensor) -> tuple[int, int, Tensor, float]:
-        """(columns, threshold, seed, scale) as kernels take them; without dropout (0, 0, x, 1), where x is not read.
-
-        The seed is an int64 scalar on x's device.
-        """
-        if drop is None:
-            return 0, 0, x, 1.0
-        return drop.columns, drop.threshold, on_device(drop.seed, x.device), drop.scale
-
-
-def on_device(seed: int | Tensor, device: torch.device) -> Tensor:
-    """A seed as an int64 scalar on `device`; a copy only where it is elsewhere."""
-    return torch.as_tensor(seed, dtype=torch.int64, device=device)
+    @property
+    def mask(self) -> Tensor | None:
+        """:attr:`seed` where that is the mask itself."""
+        return self.seed if isinstance(self.seed, Tensor) and self.seed.dim() == 2 else None
 
 
 def keep_mask(rows: int, cols: int, p: float, seed: int | Tensor, device: torch.device) -> Tensor:
     """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps.
 
-    A seed that is a scalar on a GPU is not waited for.
+    `seed` is anything that :attr:`Dropout.seed` may be; one that is on a GPU is not waited for.
     """
+    if isinstance(seed, Tensor) and seed.dim() == 2:
+        return (seed.unsqueeze(2) >> torch.arange(32, device=device) & 1).flatten(1)[:, :cols].bool()
     row = torch.arange(rows, device=device).unsqueeze(1)
     c0 = torch.arange((cols + 3) // 4, device=device).expand(rows, -1)
     c1, c2, c3 = (row & _WORD).expand_as(c0), (row >> 32).expand_as(c0), torch.zeros_like(c0)

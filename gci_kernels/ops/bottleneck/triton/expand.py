@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
-from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.dropout import kept, mask_arguments
 from gci_kernels.ops.bottleneck.triton.expand_persistent import can_describe, expand_persistent
 from gci_kernels.ops.bottleneck.triton.tiles import tile_of
 from gci_kernels.ops.launching import check_tensors
@@ -35,11 +35,11 @@ def _add_rank(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold", "seed_ptr"])
+@triton.jit
 def _expand_fwd_kernel(
     u_ptr, m_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, tokens, rank, depth, width,
     stride_ut, stride_ur, stride_mr, stride_mn, stride_xt, stride_xk, stride_wk, stride_wn,
-    dropped, threshold, seed_ptr, scale,
+    dropped, bits_ptr, words, scale,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
     W_BY_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -60,8 +60,7 @@ def _expand_fwd_kernel(
         acc = _add_rank(
             acc, u_ptr, m_ptr, row, col, in_t, in_n, 0, dropped, stride_ut, stride_ur, stride_mr, stride_mn, BLOCK_R
         )
-        keep = keep_tile(t, tile_n * BLOCK_N, tl.load(seed_ptr), threshold, BLOCK_N)
-        acc = tl.where(keep, acc * scale, 0.0)
+        acc = tl.where(kept(bits_ptr, t, tile_n * BLOCK_N, tokens, words, BLOCK_N), acc * scale, 0.0)
     if HAS_BASE:
         if DESCRIPTORS:
             for at in range(0, depth, BLOCK_K):
@@ -129,7 +128,7 @@ def expand(
     with torch.cuda.device_of(u):
         _expand_fwd_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
             u, m, operands[0], operands[1], added, operands[2], tokens, rank, depth, width,
-            *u.stride(), *m.stride(), *x.stride(), *w.stride(), *Dropout.arguments(drop, u),
+            *u.stride(), *m.stride(), *x.stride(), *w.stride(), *mask_arguments(drop, y),
             HAS_BASE=has_base, HAS_BIAS=has_bias, EVEN_K=depth % c.block_k == 0, DESCRIPTORS=descriptors,
             W_BY_ROWS=by_rows, DROPOUT=drop is not None,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, GROUP=c.group,

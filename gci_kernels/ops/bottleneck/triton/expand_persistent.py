@@ -29,10 +29,10 @@ def _store_quarter(acc, bias_ptr, y_ptr, first_t, first_n, width, HAS_BIAS: tl.c
 def _expand_persistent_kernel(
     u_ptr, m_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, tokens, rank, depth, width, programs,
     stride_ut, stride_ur, stride_mr, stride_mn,
-    HAS_BIAS: tl.constexpr, W_BY_ROWS: tl.constexpr, STEPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, W_BY_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = x @ w + u @ m + bias, y [tokens, width]; the rank takes STEPS blocks.
+    """y = x @ w + u @ m + bias, y [tokens, width]; the rank is at most BLOCK_R.
 
     x_ptr, w_ptr and y_ptr are tensor descriptors, w's of the transposed matrix unless W_BY_ROWS. The compiler makes one
     loop of the two, so that the next tile's operands are on their way while this tile is finished and stored.
@@ -55,14 +55,14 @@ def _expand_persistent_kernel(
         tile_t, tile_n = tile_of(finished, tiles_t, tiles_n, GROUP)
         first_t, first_n = tile_t * BLOCK_T, tile_n * BLOCK_N
         t, n = first_t + tl.arange(0, BLOCK_T), first_n + tl.arange(0, BLOCK_N)
-        u_row = u_ptr + t.to(tl.int64)[:, None] * stride_ut
-        m_col = m_ptr + n.to(tl.int64)[None, :] * stride_mn
-        for step in tl.static_range(STEPS):  # unrolled: a loop would be fused with the others
-            r = step * BLOCK_R + tl.arange(0, BLOCK_R)
-            at_r = r.to(tl.int64)
-            u = tl.load(u_row + at_r[None, :] * stride_ur, (t[:, None] < tokens) & (r[None, :] < rank), 0.0)
-            m = tl.load(m_col + at_r[:, None] * stride_mr, (n[None, :] < width) & (r[:, None] < rank), 0.0)
-            acc = tl.dot(u, m.to(u.dtype), acc, input_precision="ieee")
+        # The rank in one step: a loop would be fused with the others, and after a second product ptxas no longer lets
+        # the base product run ahead.
+        r = tl.arange(0, BLOCK_R)
+        u_ptrs = u_ptr + t.to(tl.int64)[:, None] * stride_ut + r.to(tl.int64)[None, :] * stride_ur
+        m_ptrs = m_ptr + r.to(tl.int64)[:, None] * stride_mr + n.to(tl.int64)[None, :] * stride_mn
+        u = tl.load(u_ptrs, (t[:, None] < tokens) & (r[None, :] < rank), 0.0)
+        m = tl.load(m_ptrs, (n[None, :] < width) & (r[:, None] < rank), 0.0)
+        acc = tl.dot(u, m.to(u.dtype), acc, input_precision="ieee")
         # By quarters: on its way out a whole tile would take the shared memory of more than one stage.
         QUARTER: tl.constexpr = BLOCK_N // 4
         left, right = _halves(acc, BLOCK_T, BLOCK_N)
@@ -88,7 +88,7 @@ def expand_persistent(
     Args:
         u, m, x, w: as in :func:`~gci_kernels.ops.bottleneck.triton.expand`.
         bias: [width] contiguous, or None.
-        c: with at least 64 columns in a tile of y.
+        c: with at least 64 columns in a tile of y, and a block for all of the rank.
     """
     (tokens, rank), (depth, width), by_rows = u.shape, w.shape, w.stride(1) == 1
     block_w = [c.block_k, c.block_n] if by_rows else [c.block_n, c.block_k]
@@ -100,7 +100,6 @@ def expand_persistent(
             TensorDescriptor.from_tensor(w if by_rows else w.t(), block_w), u if bias is None else bias,
             TensorDescriptor.from_tensor(y, [c.block_t, c.block_n // 4]), tokens, rank, depth, width, programs,
             *u.stride(), *m.stride(), HAS_BIAS=bias is not None, W_BY_ROWS=by_rows,
-            STEPS=triton.cdiv(rank, c.block_r),
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, GROUP=c.group,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
