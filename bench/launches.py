@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gci_kernels.hardware import Shape, get, gpus, names
 from gci_kernels.ops.bottleneck import autograd, shared_input
+from gci_kernels.ops.bottleneck import triton as triton_stages
 from gci_kernels.ops.bottleneck.checks import TRITON
 from gci_kernels.ops.bottleneck.mixer import Kept
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
@@ -123,6 +124,9 @@ def training_step(
     saved: list[Kept] = []
 
     def forward() -> None:
+        nonlocal operands
+        if dropout_p:
+            operands = operands._replace(seed=_seed_or_mask(operands.x, dropout_p, plan))
         saved.append(autograd.forward(operands, settings)[1])
 
     def backward() -> None:
@@ -166,10 +170,15 @@ def _layer(
         A=tensor(shape.rank, shape.depth, dtype=adapter_dtype),
         B=tensor(shape.width, shape.rank, dtype=adapter_dtype),
         weights=tensor(experts, shape.depth, dtype=adapter_dtype) if experts else None,
-        seed=torch.tensor(2**61 + 1) if dropout_p else None,
     )
     mixer, numbers = ("gate", (min(top_k or experts, experts),)) if experts else ("identity", ())
     return operands, Settings(mixer, numbers, 2.0, dropout_p, plan)
+
+
+def _seed_or_mask(x: Tensor, p: float, plan: Plan) -> Tensor:
+    """As gci_kernels.ops.bottleneck.mask.draw, without the dispatcher."""
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    return triton_stages.dropout_bits(*x.shape, p, seed, x.device) if plan == TRITON else seed
 
 
 def row_step(
@@ -214,14 +223,14 @@ class _Recorder:
                 types[name], constants[name] = "constexpr", value
                 continue
             types[name] = _type(value)
-            if isinstance(value, Tensor) or specialized and value % 16 == 0:
+            if isinstance(value, Tensor) and not parameter.do_not_specialize or specialized and value % 16 == 0:
                 aligned.append(name)
         options = {name: value for name, value in kwargs.items() if name not in names}
         frozen = (tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(options.items()))
         return Call(Launch(self.kernel, *frozen), grid, given)
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 def _type(value: Tensor | TensorDescriptor | int | float) -> str:

@@ -18,12 +18,15 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from gci_kernels.hardware import Shape
 from gci_kernels.hardware.chips import CAPABILITIES, Chip, chip_of_capability
 
 from .launches import ROW_SHAPES, SHAPES, Launch, launches
+
+#: Where Triton keeps NVIDIA's ptxas, cuobjdump and nvdisasm.
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,29 @@ def compile_kernel(launch: Launch, capability: str) -> tuple[Resources, str]:
 
     Raises what Triton raises where the kernel does not compile.
     """
-    names, chip = launch.kernel.arg_names, chip_of_capability(capability)
+    compiled = compile_launch(launch, capability)
+    return resources(compiled, capability), compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+
+
+def compile_launch(launch: Launch, capability: str) -> CompiledKernel:
+    """The kernel compiled for a GPU of `capability`; what Triton raises where it does not compile."""
+    names, target = launch.kernel.arg_names, GPUTarget(*chip_of_capability(capability).target)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), attributes)
-    compiled = triton.compile(source, target=GPUTarget(*chip.target), options=dict(launch.options))
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def resources(compiled: CompiledKernel, capability: str) -> Resources:
+    """What a kernel compiled for a GPU of `capability` takes of it."""
+    chip, shared, warps = chip_of_capability(capability), compiled.metadata.shared, compiled.metadata.num_warps
     if chip.target[0] == "hip":
         text = compiled.asm["amdgcn"]
         fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         registers, spilled_v, spilled_s, stack = (_number(rf"\.{field}:\s+(\d+)", text) for field in fields)
         spills = spilled_v + spilled_s
     else:
-        text = compiled.asm["ptx"]
         registers, stack, spills = _cubin_usage(compiled.asm["cubin"])
-    return Resources(registers, stack, shared, spills, _occupancy(chip, registers, shared, warps)), text
+    return Resources(registers, stack, shared, spills, _occupancy(chip, registers, shared, warps))
 
 
 def _number(pattern: str, text: str) -> int:
@@ -68,11 +80,11 @@ def _number(pattern: str, text: str) -> int:
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int, int]:
     """Registers, stack and local memory, as NVIDIA's own tool reads them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = (_number(rf"{field}:(\d+)", text) for field in ("REG", "STACK", "LOCAL"))
     return registers, stack, local
 

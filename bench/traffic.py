@@ -140,20 +140,22 @@ def _cost(name: str, call: Call, chip: Chip) -> Cost:
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
     size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
     moved, operations, wide = float(sum(size.values())), 0, float(sum(map(_wide, tensors.values())))
-    if kernel == "expand_fwd":
+    if kernel in ("expand_fwd", "expand_persistent"):
         moved = _product_reads(call, size, chip) + size["u"] + size["m"] + size["y"]
         moved += size["bias"] if given["HAS_BIAS"] else 0
+        moved += size["bits"] if given.get("DROPOUT") else 0
         operations = 2 * given["tokens"] * given["width"] * (given["depth"] + given["rank"])
     elif kernel in ("project_fwd", "reduce_fwd"):
         large, small, columns = ("x", "m", "width") if kernel == "project_fwd" else ("y", "u", "rank")
         wide *= call.grid[1]  # each tile of the narrow side's columns reads the wide operand
         moved = call.grid[1] * size[large] + size[small] + size["out"]
         operations = 2 * tensors[f"{large}_ptr"].numel() * given[columns]
+        moved += size["bits"] if given["DROPOUT"] else 0
     elif kernel == "project_reduce_fwd":
         operations = 4 * given["tokens"] * given["width"] * given["rank"]
     elif kernel == "gate_bwd":
         moved -= 0 if given["HAS_DGATES"] else size["dgates"]
-    elif kernel not in ("gate_fwd", "sum_splits", "dropout_fwd"):
+    elif kernel not in ("gate_fwd", "sum_splits", "dropout_fwd", "dropout_bits"):
         raise ValueError(f"{kernel} has no count of its bytes in bench/traffic.py")
     return Cost(name, moved, operations, wide)
 
@@ -170,7 +172,7 @@ def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:
     of x and its columns of w a slice at a time, and a slice is read from memory unless it is in the cache.
     """
     given = call.arguments
-    if not given["HAS_BASE"]:
+    if not given.get("HAS_BASE", True):  # the persistent kernel always has one
         return 0
     tiles_t, tiles_n = -(-given["tokens"] // given["BLOCK_T"]), -(-given["width"] // given["BLOCK_N"])
     slices = 16
@@ -193,7 +195,7 @@ def _product_reads(call: Call, size: dict[str, int], chip: Chip) -> float:
 
 
 def _tile(pid: int, tiles_t: int, tiles_n: int, group: int) -> tuple[int, int]:
-    """Row and column of a program's tile, in the order of ops/bottleneck/triton/expand.py."""
+    """Row and column of a program's tile, in the order of ops/bottleneck/triton/tiles.py."""
     first = pid // (group * tiles_n) * group
     rows = min(tiles_t - first, group)
     return first + pid % (group * tiles_n) % rows, pid % (group * tiles_n) // rows

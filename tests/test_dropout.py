@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gci_kernels import ops
 from gci_kernels.accuracy import relative_error
@@ -46,6 +47,19 @@ def test_native_equals_definition(threads, dtype, rows, cols, seed, count):
         assert torch.equal(x, before)
         assert stages.dropout_(x.clone(), 0.3, seed).equal(out)
         assert torch.equal(stages.dropout(torch.stack((x, x), -1)[..., 0], 0.3, seed), out)
+
+
+def test_a_seed_may_be_a_tensor():
+    x, seed = torch.randn(7, 30), 2**61 + 12345
+    for stages in (native, aten):
+        assert torch.equal(stages.dropout(x, 0.3, torch.tensor(seed)), aten.dropout(x, 0.3, seed))
+
+
+def test_the_seed_is_drawn_where_the_kernels_read_it():
+    """On a GPU it never passes the CPU: a captured CUDA graph draws anew in every replay."""
+    with FakeTensorMode():  # knows of a GPU without one
+        assert philox.draw_seed(torch.device("cuda")).device.type == "cuda"
+    assert philox.draw_seed(torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("p", (0.05, 0.5, 0.9))

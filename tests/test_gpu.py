@@ -3,6 +3,8 @@
 The mark `kernel` says which kernel a test proves, or that it is about the whole op in Triton or by the library.
 """
 
+from functools import partial
+
 import pytest
 import shared_input_cases as shared
 import torch
@@ -242,6 +244,32 @@ def test_op_replays_in_a_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, function())
+
+
+@only_gpu
+@pytest.mark.kernel("whole op")
+def test_a_cuda_graph_draws_a_mask_for_each_replay():
+    """In forward, and the same one again in backward."""
+    x, weight, A, B = (torch.randn(s, device=DEVICE).to(HALF) for s in ((600, 256), (320, 256), (4, 256), (320, 4)))
+    B.requires_grad_()
+    function = partial(ops.lora_linear, x, weight, None, A, B, scaling=2.0, dropout_p=0.5, impl="triton")
+
+    def step():
+        y = function()
+        return y.detach(), torch.autograd.grad(y.sum(), B)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiled, and warm
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dB = step()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen.append((y.clone(), dB.clone()))
+    assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
 
 
 def loki_leaves(tokens: int, depth: int, out: int, k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

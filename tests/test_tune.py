@@ -12,7 +12,7 @@ from gci_kernels.hardware import kernels, records, tuned
 from gci_kernels.ops.bottleneck.config import choose_project_config
 
 GPU = torch.device("cuda", 0)
-ARGUMENTS = (8192, 4096, 16, torch.bfloat16, "sm_90", False)
+ARGUMENTS = (8192, 4096, 16, torch.bfloat16, "sm_90")
 X, M = torch.randn(6, 5), torch.randn(5, 3)
 
 
@@ -139,7 +139,7 @@ def test_table():
     found = tune.tune(target(), GPU, seconds_of(lambda c: abs(c.block_t - 128) + 1.0))
     columns = tune.table([found], "NVIDIA H200").columns
     cells = {column.header: list(column.cells)[0] for column in columns}
-    assert cells["changed"] == "block_t=128" and cells["for"] == "8192 4096 16 bfloat16 sm_90 False"
+    assert cells["changed"] == "block_t=128" and cells["for"] == "8192 4096 16 bfloat16 sm_90"
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -10,10 +10,10 @@ import pytest
 import shared_input_cases as shared
 import torch
 
-from gci_kernels import hardware
+from gci_kernels import hardware, ops
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.bench import tune
-from gci_kernels.hardware import tuned
+from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops import launching
 from gci_kernels.ops.bottleneck import aten, config, philox, stages
 from gci_kernels.ops.bottleneck import triton as kernels
@@ -176,21 +176,36 @@ def test_project_reduce_is_part_of_backward(monkeypatch):
 @pytest.mark.parametrize("by_rows", (True, False))
 @pytest.mark.parametrize(("tokens", "depth", "width", "rank"), [(130, 96, 272, 3), (70, 208, 144, 40)])
 def test_expand_by_descriptors(monkeypatch, tokens, depth, width, rank, by_rows):
-    """Aligned rows go through tensor descriptors, forward (w by columns) and dX (by rows), within wider tensors too."""
-    made, descriptors = [], expand_module._descriptors
-    monkeypatch.setattr(expand_module, "_descriptors", lambda *args: made.append(1) or descriptors(*args))
+    """Aligned rows go through tensor descriptors, forward (w by columns) and dX (by rows), within wider tensors too.
+
+    By the persistent kernel, with fewer programs than tiles, and under dropout by the other one.
+    """
+    made, descriptors, persistent = [], expand_module._descriptors, expand_module.expand_persistent
+    monkeypatch.setattr(expand_module, "_descriptors", lambda *args: made.append("masked") or descriptors(*args))
+    monkeypatch.setattr(expand_module, "expand_persistent", lambda *args: made.append("plain") or persistent(*args))
+    monkeypatch.setattr(gpus, "processors", lambda device: 4)
+    small = config.ExpandConfig(64, 64, 32, 2, 4, 2, block_r=64, descriptors=True, persistent=True)
+    monkeypatch.setitem(tuned._trying, "expand", small)
     wide = torch.randn(tokens, depth + 24).half()
     x = wide[:, 8 : depth + 8]
     w = torch.randn(depth, width).half() if by_rows else torch.randn(width, depth).half().t()
     u, m, bias = torch.randn(tokens, rank).half(), torch.randn(rank, width), torch.randn(width).half()
     truth = u.double() @ m.half().double() + x.double() @ w.double() + bias.double()
-    assert config.choose_expand_config(tokens, depth, width, rank, x.dtype, "sm_90").descriptors
+    chosen = config.choose_expand_config(tokens, depth, width, rank, x.dtype, "sm_90")
+    assert chosen.descriptors and chosen.persistent
     check(kernels.expand(u, m, x, w, bias), truth, aten.expand(u, m, x, w, bias), torch.float16)
-    assert made == [1]
+    truth -= bias.double()
+    check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float16)
+    monkeypatch.setitem(tuned._trying, "expand", dataclasses.replace(small, persistent=False))
+    drop = philox.Dropout(0.5, 7, rank)
+    masked = (u.double() @ m.half().double() * 2).where(philox.keep_mask(tokens, width, 0.5, 7, x.device), 0)
+    plain = masked.half() + x @ w
+    check(kernels.expand(u, m, x, w, None, drop), masked + x.double() @ w.double(), plain, torch.float16)
+    assert made == ["plain", "plain", "masked"]
     x = wide[:, 7 : depth + 7]  # rows that begin between multiples of 16 bytes
     truth = u.double() @ m.half().double() + x.double() @ w.double()
     check(kernels.expand(u, m, x, w, None), truth, aten.expand(u, m, x, w, None), torch.float16)
-    assert made == [1]
+    assert made == ["plain", "plain", "masked"]
 
 
 @pytest.mark.parametrize("group", (1, 2, 8))
@@ -256,6 +271,74 @@ def test_dropout_is_the_definition(dtype, rows, cols, seed, p):
     assert torch.equal(kernels.dropout(torch.stack((x, x), -1)[..., 0], p, seed), out)
     strided = x.t().contiguous().t()
     assert torch.equal(kernels.dropout_(strided, p, seed), out) and torch.equal(strided, out)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 67), (130, 256), (3, 1030), (0, 5), (5, 0)])
+@pytest.mark.parametrize(("seed", "p"), [(0, 0.05), (2**61 + 12345, 0.9)])
+def test_the_mask_in_bits_is_the_definition(rows, cols, seed, p):
+    keep = philox.keep_mask(rows, cols, p, seed, torch.device("cpu"))
+    bits = kernels.dropout_bits(rows, cols, p, seed, keep.device)
+    assert bits.shape == (rows, -(-cols // 32)) and bits.dtype == torch.int32
+    assert torch.equal(philox.keep_mask(rows, cols, p, bits, keep.device), keep)
+
+
+@pytest.mark.parametrize("impl", ("triton", "aten"))
+def test_a_mask_is_made_once_for_forward_and_backward(monkeypatch, impl):
+    """By Triton's products; also a second derivative, which is the formula's, sees the same one."""
+    made, make = [], kernels.dropout_bits
+    monkeypatch.setattr(kernels, "dropout_bits", lambda *args: made.append(1) or make(*args))
+    x, A, B = (torch.randn(s, requires_grad=True) for s in ((40, 48), (4, 48), (20, 4)))
+    weight = torch.randn(20, 48)
+
+    def gradients(impl):
+        torch.manual_seed(3)
+        y = ops.lora_linear(x, weight, None, A, B, scaling=1.0, dropout_p=0.5, impl=impl)
+        first = torch.autograd.grad(y.square().sum(), (x, A, B), create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].square().sum(), (A, B))]
+
+    actual = gradients(impl)
+    assert len(made) == (1 if impl == "triton" else 0)
+    for mine, formula in zip(actual, gradients("reference"), strict=True):
+        assert relative_error(mine, formula) < 1e-5
+
+
+def test_the_mask_s_operator():
+    arguments = (torch.tensor(5), 7, 67, 0.3)
+    torch.library.opcheck(torch.ops.gci_kernels.dropout_bits.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_reads_its_seed_where_it_lies(dtype):
+    """The kernels have the seed's address: a value that is written there later counts, as in a replayed CUDA graph."""
+    x, m, u = torch.randn(33, 40).to(dtype), torch.randn(40, 3).to(dtype), torch.randn(33, 3).to(dtype)
+    n, w, seed = torch.randn(3, 24).to(dtype), torch.randn(40, 24).to(dtype), torch.tensor(0)
+
+    def results(seed):
+        drop = philox.Dropout(0.3, seed, 2)
+        yield kernels.dropout(x, 0.3, seed)
+        yield kernels.project(x, m, drop)
+        yield kernels.expand(u, n, x, w, None, drop)
+        yield kernels.reduce(u, x, drop)
+
+    before = list(results(seed))
+    seed.fill_(2**61 + 5)
+    for changed, number, old in zip(results(seed), results(2**61 + 5), before, strict=True):
+        assert torch.equal(changed, number) and not torch.equal(changed, old)
+
+
+def test_compiled_dropout_draws_a_mask_for_each_call():
+    x, A, B = torch.randn(40, 48), torch.randn(4, 48), torch.randn(20, 4, requires_grad=True)
+
+    def function(x):
+        return ops.lora_linear(x, None, None, A, B, scaling=1.0, dropout_p=0.5, impl="triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    expected = function(x), function(x)
+    torch.manual_seed(3)
+    actual = compiled(x), compiled(x)
+    assert not torch.equal(*expected)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_dropout_hides_what_it_drops():

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from gci_kernels.hardware.chips import chip_of_capability
+
 
 @functools.cache
 def device_capability(device: torch.device) -> str:
@@ -14,3 +16,10 @@ def device_capability(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; for any other device those of the chip that it is taken for."""
+    if device.type != "cuda":
+        return chip_of_capability(device_capability(device)).processors
+    return torch.cuda.get_device_properties(device).multi_processor_count

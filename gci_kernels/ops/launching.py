@@ -78,19 +78,16 @@ PRODUCT_CANDIDATES = dict(
 )  # fmt: skip
 
 
-def choose_product_config(
-    tokens: int, depth: int, width: int, dtype: torch.dtype, capability: str, masked: bool = False
-) -> ProductConfig:
-    """For [tokens, depth] @ [depth, width]; `masked`: the sums go through a mask that the kernel makes."""
+def choose_product_config(tokens: int, depth: int, width: int, dtype: torch.dtype, capability: str) -> ProductConfig:
+    """For [tokens, depth] @ [depth, width]."""
     chip = chip_of_capability(capability)
     if dtype == torch.float32:  # no matrix units
         return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 128), 16, 8, num_warps=8, num_stages=2)
     if depth % 16 or width % 16:  # loaded by element, with a pointer each: larger tiles would spill registers
         return ProductConfig(block_size(tokens, 16, 64), block_size(width, 16, 64), 32, 8, num_warps=4, num_stages=2)
-    # The larger tile reads the fewest bytes for a product, if there is one for every multiprocessor. Its sums leave no
-    # registers for a mask.
+    # The larger tile reads the fewest bytes for a product, if there is one for every multiprocessor.
     enough = ceil_div(tokens, 128) * ceil_div(width, 256) >= chip.processors
-    if chip.shared > 64 * 1024 and tokens > 64 and enough and not masked:
+    if chip.shared > 64 * 1024 and tokens > 64 and enough:
         block_k, num_stages = (64, 3) if chip.async_products else (32, 4)
         # If w fits in the cache beside a few rows of x, nothing is read twice. Else the tiles that are computed at the
         # same time should form a square.

@@ -12,7 +12,7 @@ from gci_kernels.impl import check_impl
 from gci_kernels.ops.arguments import autocast, check_tensor, check_x, new_record, without_autocast
 from gci_kernels.ops.attention import Sequence
 from gci_kernels.ops.attention.api import check_sequence
-from gci_kernels.ops.bottleneck import autograd, philox, reference
+from gci_kernels.ops.bottleneck import autograd, mask, philox, reference
 from gci_kernels.ops.bottleneck.mixer import Mixer, Output
 from gci_kernels.ops.bottleneck.mixers import ATTENTION, GATE, IDENTITY
 from gci_kernels.ops.bottleneck.operands import Operands, Settings
@@ -45,7 +45,8 @@ def lora_linear(
         scaling: a finite number; lora_alpha / r in the paper.
         dropout_p: probability in [0, 1) with which an element of the adapter's x is dropped, the rest being scaled by
             1 / (1 - dropout_p). Applied whenever it is not 0: pass 0 in evaluation. Drawn from a counter-based
-            generator whose seed comes from torch's; no mask is stored.
+            generator whose seed comes from torch's. The mask is made again in backward; where the products are
+            Triton's, a bit for each element of x is kept.
         impl: "auto", "reference", "aten", "native" (C++) or "triton"; an explicit one that cannot run raises.
 
     Returns:
@@ -202,16 +203,16 @@ def adapted_linear(
         t = t._replace(x=x, weight=weight, bias=bias)
         _check_linear(t, scaling, dropout_p)
     if formula or impl == "reference":
-        # A graph cannot depend on the seed's value: there, dropout is PyTorch's own.
+        # In a compiled graph or under a transform, dropout is PyTorch's own, which both know.
         if dropout_p and not (formula or compiling):
-            t = t._replace(seed=philox.draw_seed())
+            t = t._replace(seed=philox.draw_seed(device))
         settings = Settings(mixer.name, numbers, scaling, dropout_p, _REFERENCE)
         return without_autocast(lambda _: reference.bottleneck(t, settings, mixer))(x)
     choose = choose_plan if compiling else plan_for
     tokens = x.numel() // x.shape[-1]
     plan = choose(impl, tokens, x.dtype, device.type, mixer.name, device=device, dropout=dropout_p > 0)
     if dropout_p:
-        t = t._replace(seed=philox.draw_seed())
+        t = t._replace(seed=mask.draw(x, dropout_p, plan))
     settings = new_record(Settings, (mixer.name, numbers, scaling, dropout_p, plan))
     y, output = autograd.run(t, settings, compiling)
     if kept is not None:

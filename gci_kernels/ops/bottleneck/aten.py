@@ -44,12 +44,12 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     return torch.mm(u.t(), y)
 
 
-def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout_(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """Dropout of x [tokens, width] in place, as philox.py defines it."""
     keep = philox.keep_mask(x.shape[0], x.shape[1], p, seed, x.device)
     return x.mul_(1 / (1 - p)).masked_fill_(~keep, 0)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """:func:`dropout_` of a contiguous copy."""
     return dropout_(x.clone(memory_format=torch.contiguous_format), p, seed)

@@ -76,7 +76,8 @@ def _register(name: str, files: tuple[str, ...], check: checks.Stage, *launches:
 
 
 _register("project", (_FOLDER + "project.py", *_PRODUCT), checks.project, _PROJECT)
-_register("expand", (_FOLDER + "expand.py", *_PRODUCT), checks.expand, _EXPAND)
+_EXPAND_FILES = (_FOLDER + "expand.py", _FOLDER + "expand_persistent.py", _FOLDER + "tiles.py", *_PRODUCT)
+_register("expand", _EXPAND_FILES, checks.expand, _EXPAND)
 # project_reduce is a launch of reduce, which backward takes in its place: the two are proved together.
 _REDUCE_FILES = (_FOLDER + "reduce.py", _FOLDER + "project_reduce.py", *_PRODUCT)
 _register("reduce", _REDUCE_FILES, checks.reduce, _REDUCE, _PROJECT_REDUCE)

@@ -93,17 +93,19 @@ def reduce(u: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout_(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """Dropout of x [tokens, width] in place, as philox.py defines it; float32, bfloat16 or float64, contiguous."""
     return _dropout(x, x, p, seed)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """:func:`dropout_` of a copy."""
     x = x.contiguous()
     return _dropout(x, torch.empty_like(x), p, seed)
 
 
-def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
-    extension().dropout(x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, seed, torch.get_num_threads())
+def _dropout(x: Tensor, out: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    extension().dropout(
+        x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, p, int(seed), torch.get_num_threads()
+    )
     return out

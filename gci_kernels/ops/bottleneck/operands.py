@@ -19,7 +19,7 @@ class Operands(NamedTuple):
         A: [rank, in]; B: [out, columns]; any floating dtype, used in x's.
         weights: the mixer's, or None.
         segments, past: what the mixer is told of the sequence, or None.
-        seed: int64 scalar on the CPU, of dropout; None: there is none.
+        seed: of dropout, or its mask, as mask.py makes them; None: there is none.
     """
 
     x: Tensor
@@ -60,4 +60,4 @@ def dropout_of(operands: Operands, settings: Settings) -> Dropout | None:
     """Dropout of what A's rows see of x; weights that join see x itself."""
     if operands.seed is None:
         return None
-    return Dropout(settings.dropout_p, int(operands.seed), operands.A.shape[0])
+    return Dropout(settings.dropout_p, operands.seed, operands.A.shape[0])

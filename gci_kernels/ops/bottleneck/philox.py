@@ -17,12 +17,14 @@ class Dropout(NamedTuple):
 
     Attributes:
         p: the probability in [0, 1) with which an element is dropped.
-        seed: of the generator; 64 bits.
+        seed: of the generator; 64 bits: a number, or an int64 scalar, which the kernels read when they run, so that a
+            captured CUDA graph has a new mask for each new seed. On the CPU, or for a GPU on it. Or the mask itself:
+            int32 [tokens, ceil(width / 32)], bit c % 32 of word c // 32 says whether column c is kept.
         columns: how many columns of the product are computed from the masked operand; the others are not.
     """
 
     p: float
-    seed: int
+    seed: int | Tensor
     columns: int
 
     @property
@@ -35,14 +37,19 @@ class Dropout(NamedTuple):
         """The factor of elements that are kept."""
         return 1 / (1 - self.p)
 
-    @staticmethod
-    def arguments(drop: "Dropout | None") -> tuple[int, int, int, float]:
-        """(columns, threshold, seed, scale) as kernels take them; (0, 0, 0, 1) where there is no dropout."""
-        return (0, 0, 0, 1.0) if drop is None else (drop.columns, drop.threshold, drop.seed, drop.scale)
+    @property
+    def mask(self) -> Tensor | None:
+        """:attr:`seed` where that is the mask itself."""
+        return self.seed if isinstance(self.seed, Tensor) and self.seed.dim() == 2 else None
 
 
-def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps."""
+def keep_mask(rows: int, cols: int, p: float, seed: int | Tensor, device: torch.device) -> Tensor:
+    """Bool [rows, cols] on `device`: the elements that dropout with probability `p` and `seed` keeps.
+
+    `seed` is anything that :attr:`Dropout.seed` may be; one that is on a GPU is not waited for.
+    """
+    if isinstance(seed, Tensor) and seed.dim() == 2:
+        return (seed.unsqueeze(2) >> torch.arange(32, device=device) & 1).flatten(1)[:, :cols].bool()
     row = torch.arange(rows, device=device).unsqueeze(1)
     c0 = torch.arange((cols + 3) // 4, device=device).expand(rows, -1)
     c1, c2, c3 = (row & _WORD).expand_as(c0), (row >> 32).expand_as(c0), torch.zeros_like(c0)
@@ -56,9 +63,10 @@ def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -
     return words >= Dropout(p, seed, cols).threshold
 
 
-def draw_seed() -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """A seed, int64 [], from torch's default generator, so that torch.manual_seed and checkpointing reproduce it.
 
-    It is on the CPU for every device: reading it then never waits for a GPU.
+    For a GPU it is drawn and stays there: the kernels read it, nothing waits for it, and where a CUDA graph captures
+    the call every replay draws another. Elsewhere it is on the CPU.
     """
-    return torch.randint(2**62, (), dtype=torch.int64)
+    return torch.randint(2**62, (), dtype=torch.int64, device=device if device.type == "cuda" else "cpu")

@@ -32,5 +32,5 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return x
     if seed is None:  # transforms cannot see into an operator of ours
         return F.dropout(x, p)
-    keep = philox.keep_mask(x.numel() // x.shape[-1], x.shape[-1], p, int(seed), x.device)
+    keep = philox.keep_mask(x.numel() // x.shape[-1], x.shape[-1], p, seed, x.device)
     return x * keep.view(x.shape) / (1 - p)

@@ -51,7 +51,7 @@ def adapted_linears(calls: Sequence[Arguments]) -> list[tuple[Tensor, Any]]:
     settings: list[Settings] = []
     flat: list[Any] = []
     for (_, weight, bias, *others, _), mixer, numbers, scaling, _, impl in calls:
-        plan = plan_for(impl, x.numel() // x.shape[-1], x.dtype, x.device.type, mixer.name)
+        plan = plan_for(impl, tokens, x.dtype, x.device.type, mixer.name, device=x.device, dropout=False)
         settings.append(new_record(Settings, (mixer.name, numbers, scaling, 0.0, plan)))
         if cast:
             _, weight, bias = autocast(x, weight, bias)

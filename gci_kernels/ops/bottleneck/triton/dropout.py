@@ -1,4 +1,4 @@
-"""Dropout by itself, and the mask that the other kernels make while they read."""
+"""Dropout by itself, and the mask that the products read: a bit for each element (mask.py)."""
 
 import torch
 import triton
@@ -22,9 +22,35 @@ def keep_tile(t, first_column, seed, threshold, BLOCK_C: tl.constexpr):
     return words >= tl.cast(threshold, tl.uint32)
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit
+def kept(bits_ptr, t, first_column, tokens, words, COLUMNS: tl.constexpr):
+    """keep_tile of the mask at bits_ptr [tokens, words]; first_column is a multiple of COLUMNS, a power of two."""
+    WORDS: tl.constexpr = max(COLUMNS // 32, 1)
+    column = first_column // 32 + tl.arange(0, WORDS)
+    at = bits_ptr + t.to(tl.int64)[:, None] * words + column[None, :]
+    word = tl.load(at, (t[:, None] < tokens) & (column[None, :] < words), 0)
+    # Of a word, all 32 bits or, in a narrow tile, some.
+    bit = first_column % 32 + tl.arange(0, COLUMNS // WORDS)
+    return tl.reshape((word[:, :, None] >> bit[None, None, :]) & 1, (t.shape[0], COLUMNS)) != 0
+
+
+@triton.jit(do_not_specialize=["threshold", "seed_ptr"])
+def _dropout_bits_kernel(
+    bits_ptr, tokens, words, threshold, seed_ptr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """bits [tokens, words]: which elements philox.py keeps, BLOCK_C columns in a program."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) * BLOCK_C
+    keep = keep_tile(t, first, tl.load(seed_ptr), threshold, BLOCK_C)
+    bits = tl.reshape(keep, (BLOCK_T, BLOCK_C // 32, 32)).to(tl.int32) << tl.arange(0, 32)[None, None, :]
+    column = first // 32 + tl.arange(0, BLOCK_C // 32)
+    out = bits_ptr + t.to(tl.int64)[:, None] * words + column[None, :]
+    tl.store(out, tl.sum(bits, 2), (t[:, None] < tokens) & (column[None, :] < words))
+
+
+@triton.jit(do_not_specialize=["threshold", "seed_ptr"])
 def _dropout_fwd_kernel(
-    x_ptr, out_ptr, tokens, width, stride_xt, stride_xc, stride_ot, stride_oc, threshold, seed, scale,
+    x_ptr, out_ptr, tokens, width, stride_xt, stride_xc, stride_ot, stride_oc, threshold, seed_ptr, scale,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = x * scale where philox.py keeps it, else 0; in place where out_ptr is x_ptr."""
@@ -34,11 +60,44 @@ def _dropout_fwd_kernel(
     row, col = t.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
     inside = (t[:, None] < tokens) & (c[None, :] < width)
     x = tl.load(x_ptr + row * stride_xt + col * stride_xc, inside, 0.0)
-    kept = tl.where(keep_tile(t, first, seed, threshold, BLOCK_C), x.to(tl.float32) * scale, 0.0)
-    tl.store(out_ptr + row * stride_ot + col * stride_oc, kept.to(x.dtype), inside)
+    dropped = tl.where(keep_tile(t, first, tl.load(seed_ptr), threshold, BLOCK_C), x.to(tl.float32) * scale, 0.0)
+    tl.store(out_ptr + row * stride_ot + col * stride_oc, dropped.to(x.dtype), inside)
 
 
-def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
+def dropout_bits(tokens: int, width: int, p: float, seed: int | Tensor, device: torch.device) -> Tensor:
+    """The mask of x [tokens, width] as :attr:`.philox.Dropout.seed` describes it; `seed` a number or a scalar."""
+    words = triton.cdiv(width, 32)
+    bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
+    if bits.numel() == 0:
+        return bits
+    c, drop = config.choose_dropout_config(tokens, max(width, 32)), Dropout(p, seed, width)
+    with torch.cuda.device_of(bits):
+        _dropout_bits_kernel[(triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_c))](
+            bits, tokens, words, drop.threshold, _on_device(seed, device),
+            BLOCK_T=c.block_t, BLOCK_C=c.block_c, num_warps=c.num_warps,
+        )  # fmt: skip
+    return bits
+
+
+def mask_arguments(drop: Dropout | None, x: Tensor) -> tuple[int, Tensor, int, float]:
+    """(columns, bits, words, scale) as kernels take them, for the mask of x [tokens, width].
+
+    Without dropout (0, x, 0, 1), where x is not read.
+    """
+    if drop is None:
+        return 0, x, 0, 1.0
+    bits = drop.mask
+    if bits is None:
+        bits = dropout_bits(x.shape[0], x.shape[1], drop.p, drop.seed, x.device)
+    return drop.columns, bits, bits.shape[1], drop.scale
+
+
+def _on_device(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as an int64 scalar on `device`; a copy only where it is elsewhere."""
+    return torch.as_tensor(seed, dtype=torch.int64, device=device)
+
+
+def _dropout(x: Tensor, out: Tensor, p: float, seed: int | Tensor) -> Tensor:
     check_tensors(x=x)
     tokens, width = x.shape
     if x.numel() == 0:
@@ -46,17 +105,17 @@ def _dropout(x: Tensor, out: Tensor, p: float, seed: int) -> Tensor:
     c, drop = config.choose_dropout_config(tokens, width), Dropout(p, seed, width)
     with torch.cuda.device_of(x):
         _dropout_fwd_kernel[(triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_c))](
-            x, out, tokens, width, *x.stride(), *out.stride(), drop.threshold, seed, drop.scale,
+            x, out, tokens, width, *x.stride(), *out.stride(), drop.threshold, _on_device(seed, x.device), drop.scale,
             BLOCK_T=c.block_t, BLOCK_C=c.block_c, num_warps=c.num_warps,
         )  # fmt: skip
     return out
 
 
-def dropout_(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout_(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """Drops elements of x [tokens, columns] in place, scales the others by 1 / (1 - p), and returns x."""
     return _dropout(x, x, p, seed)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """The same on a copy of x [tokens, columns], which is contiguous."""
     return _dropout(x, torch.empty_like(x, memory_format=torch.contiguous_format), p, seed)

@@ -9,7 +9,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck import config
 from gci_kernels.ops.bottleneck.philox import Dropout
-from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.dropout import kept, mask_arguments
+from gci_kernels.ops.bottleneck.triton.expand_persistent import can_describe, expand_persistent
+from gci_kernels.ops.bottleneck.triton.tiles import tile_of
 from gci_kernels.ops.launching import check_tensors
 
 
@@ -33,11 +35,11 @@ def _add_rank(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit
 def _expand_fwd_kernel(
     u_ptr, m_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, tokens, rank, depth, width,
     stride_ut, stride_ur, stride_mr, stride_mn, stride_xt, stride_xk, stride_wk, stride_wn,
-    dropped, threshold, seed, scale,
+    dropped, bits_ptr, words, scale,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
     W_BY_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -48,12 +50,7 @@ def _expand_fwd_kernel(
     engine then reads whole tiles, and no thread holds a pointer. DROPOUT: what the first `dropped` of the rank add
     goes through the mask.
     """
-    # Programs that run side by side share GROUP rows of tiles: w's columns are read from L2, not again from memory.
-    tiles_t, tiles_n, pid = tl.cdiv(tokens, BLOCK_T), tl.cdiv(width, BLOCK_N), tl.program_id(0)
-    first_t = pid // (GROUP * tiles_n) * GROUP
-    rows = tl.minimum(tiles_t - first_t, GROUP)
-    tile_t = first_t + pid % (GROUP * tiles_n) % rows
-    tile_n = pid % (GROUP * tiles_n) // rows
+    tile_t, tile_n = tile_of(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(width, BLOCK_N), GROUP)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row, col = t.to(tl.int64)[:, None], n.to(tl.int64)[None, :]
@@ -63,7 +60,7 @@ def _expand_fwd_kernel(
         acc = _add_rank(
             acc, u_ptr, m_ptr, row, col, in_t, in_n, 0, dropped, stride_ut, stride_ur, stride_mr, stride_mn, BLOCK_R
         )
-        acc = tl.where(keep_tile(t, tile_n * BLOCK_N, seed, threshold, BLOCK_N), acc * scale, 0.0)
+        acc = tl.where(kept(bits_ptr, t, tile_n * BLOCK_N, tokens, words, BLOCK_N), acc * scale, 0.0)
     if HAS_BASE:
         if DESCRIPTORS:
             for at in range(0, depth, BLOCK_K):
@@ -116,30 +113,28 @@ def expand(
     y = u.new_empty(tokens, width)
     if y.numel() == 0:
         return y
-    has_base, has_bias = w is not None, w is not None and bias is not None
+    bias = None if w is None or bias is None else bias.contiguous()
+    has_base, has_bias = w is not None, bias is not None
     # Absent tensors need a placeholder, which is not read.
-    added = u if w is None or bias is None else bias.contiguous()
+    added = u if bias is None else bias
     x, w = (u, m) if w is None else (x, w)
     operands, by_rows = (x, w, y), w.stride(1) == 1
-    descriptors = c.descriptors and depth > 0 and all(map(_describable, (x, w if by_rows else w.t(), y)))
+    descriptors = c.descriptors and depth > 0 and all(map(can_describe, (x, w if by_rows else w.t(), y)))
+    if descriptors and c.persistent:
+        expand_persistent(u, m, x, w, bias, y, c)
+        return y
     if descriptors:
         operands = _descriptors(x, w, y, by_rows, c)
     with torch.cuda.device_of(u):
         _expand_fwd_kernel[(triton.cdiv(tokens, c.block_t) * triton.cdiv(width, c.block_n),)](
             u, m, operands[0], operands[1], added, operands[2], tokens, rank, depth, width,
-            *u.stride(), *m.stride(), *x.stride(), *w.stride(), *Dropout.arguments(drop),
+            *u.stride(), *m.stride(), *x.stride(), *w.stride(), *mask_arguments(drop, y),
             HAS_BASE=has_base, HAS_BIAS=has_bias, EVEN_K=depth % c.block_k == 0, DESCRIPTORS=descriptors,
             W_BY_ROWS=by_rows, DROPOUT=drop is not None,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, GROUP=c.group,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     return y
-
-
-def _describable(matrix: Tensor) -> bool:
-    """Whether the copy engine can read `matrix`: rows of adjacent numbers that begin at multiples of 16 bytes."""
-    bytes_apart = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and bytes_apart % 16 == 0 and bytes_apart > 0 and matrix.data_ptr() % 16 == 0
 
 
 def _descriptors(x: Tensor, w: Tensor, y: Tensor, by_rows: bool, c: config.ExpandConfig) -> tuple:

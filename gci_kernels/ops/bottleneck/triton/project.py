@@ -7,15 +7,15 @@ from torch import Tensor
 
 from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
-from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.dropout import kept, mask_arguments
 from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
 from gci_kernels.ops.launching import check_tensors
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit
 def _project_fwd_kernel(
     x_ptr, m_ptr, out_ptr, tokens, depth, width, share,
-    stride_xt, stride_xk, stride_mk, stride_mn, dropped, threshold, seed, scale,
+    stride_xt, stride_xk, stride_mk, stride_mn, dropped, bits_ptr, words, scale,
     DROPOUT: tl.constexpr, PLAIN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -42,11 +42,12 @@ def _project_fwd_kernel(
                 # Two products, each with a part of m zeroed, share the sum and one reading of x, which takes longer.
                 acc = tl.dot(x, tl.where(n[None, :] < dropped, 0.0, m).to(x.dtype), acc, input_precision="ieee")
                 m = tl.where(n[None, :] < dropped, m, 0.0).to(x.dtype)
-            keep = keep_tile(t, at, seed, threshold, BLOCK_K)
-            x = tl.where(keep, x.to(tl.float32) * scale, 0.0).to(x.dtype)
+            x = tl.where(kept(bits_ptr, t, at, tokens, words, BLOCK_K), x, 0.0).to(x.dtype)
         acc = tl.dot(x, m, acc, input_precision="ieee")
         x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
         m_ptrs += tl.cast(stride_mk, tl.int64) * BLOCK_K
+    if DROPOUT:
+        acc = tl.where(n[None, :] < dropped, acc * scale, acc)
     out_row = (tl.cast(split, tl.int64) * tokens + row) * width
     tl.store(out_ptr + out_row + n[None, :], acc, in_t & in_n)
 
@@ -56,7 +57,7 @@ def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
     check_tensors(x=x, m=m)
     (tokens, depth), width = x.shape, m.shape[1]
     capability = gpus.device_capability(x.device)
-    c = tuned.config("project", x.device, tokens, depth, width, x.dtype, capability, drop is not None)
+    c = tuned.config("project", x.device, tokens, depth, width, x.dtype, capability)
     sums = x.new_empty(c.splits, tokens, width, dtype=torch.float32)
     if sums.numel() == 0:
         return sums[0]
@@ -64,7 +65,7 @@ def project(x: Tensor, m: Tensor, drop: Dropout | None = None) -> Tensor:
     grid = (triton.cdiv(tokens, c.block_t), triton.cdiv(width, c.block_n), c.splits)
     with torch.cuda.device_of(x):
         _project_fwd_kernel[grid](
-            x, m, sums, tokens, depth, width, share, *x.stride(), *m.stride(), *Dropout.arguments(drop),
+            x, m, sums, tokens, depth, width, share, *x.stride(), *m.stride(), *mask_arguments(drop, x),
             DROPOUT=drop is not None, PLAIN=drop is not None and drop.columns < width,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip

@@ -39,8 +39,10 @@ def _project_reduce_fwd_kernel(
         in_t = t[:, None] < stop - at
         y = tl.load(y_ptrs, in_t & in_n[None, :], 0.0)
         u = tl.load(u_ptrs, in_t & in_r[None, :], 0.0)
-        tl.store(du_ptrs, tl.dot(y, m, input_precision="ieee"), in_t & in_r[None, :])
+        # dm first: the wait for du is then one for both. The other way round, dm's product would still be running when
+        # the next step starts du's, and ptxas then waits for every matrix instruction by itself.
         dm = tl.dot(tl.trans(y), u, dm, input_precision="ieee")
+        tl.store(du_ptrs, tl.dot(y, m, input_precision="ieee"), in_t & in_r[None, :])
         y_ptrs += tl.cast(stride_yt, tl.int64) * BLOCK_T
         u_ptrs += tl.cast(stride_ut, tl.int64) * BLOCK_T
         du_ptrs += tl.cast(rank, tl.int64) * BLOCK_T

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from gci_kernels.hardware import gpus, tuned
 from gci_kernels.ops.bottleneck.philox import Dropout
-from gci_kernels.ops.bottleneck.triton.dropout import keep_tile
+from gci_kernels.ops.bottleneck.triton.dropout import kept, mask_arguments
 from gci_kernels.ops.bottleneck.triton.partial_sums import sum_splits
 from gci_kernels.ops.launching import check_tensors
 
 
-@triton.jit(do_not_specialize=["threshold", "seed"])
+@triton.jit
 def _reduce_fwd_kernel(
     u_ptr, y_ptr, out_ptr, tokens, rank, width, share,
-    stride_ut, stride_ur, stride_yt, stride_yn, dropped, threshold, seed, scale,
+    stride_ut, stride_ur, stride_yt, stride_yn, dropped, bits_ptr, words, scale,
     DROPOUT: tl.constexpr, PLAIN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -44,10 +44,12 @@ def _reduce_fwd_kernel(
                 plain = tl.where(r[None, :] < dropped, 0.0, u).to(u.dtype)
                 acc = tl.dot(tl.trans(y), plain, acc, input_precision="ieee")
                 u = tl.where(r[None, :] < dropped, u, 0.0).to(u.dtype)
-            y = tl.where(keep_tile(at + t, first, seed, threshold, BLOCK_N), y.to(tl.float32) * scale, 0.0).to(y.dtype)
+            y = tl.where(kept(bits_ptr, at + t, first, tokens, words, BLOCK_N), y, 0.0).to(y.dtype)
         acc = tl.dot(tl.trans(y), u, acc, input_precision="ieee")
         u_ptrs += tl.cast(stride_ut, tl.int64) * BLOCK_T
         y_ptrs += tl.cast(stride_yt, tl.int64) * BLOCK_T
+    if DROPOUT:
+        acc = tl.where(r[None, :] < dropped, acc * scale, acc)
     out_row = (tl.cast(split, tl.int64) * rank + r.to(tl.int64)[None, :]) * width
     tl.store(out_ptr + out_row + n[:, None], acc, in_r & (n[:, None] < width))
 
@@ -61,7 +63,7 @@ def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
     check_tensors((y.dtype,), u=u)
     (tokens, rank), width = u.shape, y.shape[1]
     capability = gpus.device_capability(y.device)
-    c = tuned.config("reduce", y.device, tokens, rank, width, y.dtype, capability, drop is not None)
+    c = tuned.config("reduce", y.device, tokens, rank, width, y.dtype, capability)
     sums = y.new_empty(c.splits, rank, width, dtype=torch.float32)
     if sums.numel() == 0:
         return sums[0]
@@ -69,7 +71,7 @@ def reduce(u: Tensor, y: Tensor, drop: Dropout | None = None) -> Tensor:
     grid = (triton.cdiv(width, c.block_n), triton.cdiv(rank, c.block_r), c.splits)
     with torch.cuda.device_of(y):
         _reduce_fwd_kernel[grid](
-            u, y, sums, tokens, rank, width, share, *u.stride(), *y.stride(), *Dropout.arguments(drop),
+            u, y, sums, tokens, rank, width, share, *u.stride(), *y.stride(), *mask_arguments(drop, y),
             DROPOUT=drop is not None, PLAIN=drop is not None and drop.columns < rank,
             BLOCK_T=c.block_t, BLOCK_R=c.block_r, BLOCK_N=c.block_n, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
