@@ -98,7 +98,7 @@ def kernels(run: Run, limit: float) -> None:
         RuntimeError: a launch or a check failed.
     """
     until, on_gpu = time.monotonic() + limit, run.device.type == "cuda"
-    tried = {entry["kernel"] for entry in run.result["kernels"]}
+    tried = {_kernel(entry["name"]) for entry in run.result["kernels"]}
     names = [name for name in run.chosen() if name not in tried and not hardware.missing(name)]
     environment = {} if on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,14 +111,19 @@ def kernels(run: Run, limit: float) -> None:
         )  # fmt: skip
     for name, how in ended.items():
         if how.trouble:
-            begun = [case for case in run.begun["kernels"] if case.startswith(f"{name}, ")]
-            run.add("kernels", {"name": (begun or [f"{name}, one launch"])[-1], "kernel": name, "error": how.trouble})
-    entries = [entry for entry in run.result["kernels"] if entry["kernel"] in names]
+            begun = [case for case in run.begun["kernels"] if _kernel(case) == name]
+            run.add("kernels", {"name": (begun or [f"{name}, one launch"])[-1], "error": how.trouble})
+    entries = [entry for entry in run.result["kernels"] if _kernel(entry["name"]) in names]
     wrong = {entry["name"]: entry["error"] for entry in entries if "error" in entry}
     wrong |= {record["kernel"]: record["reason"] for record in run.result["proved"]
               if record["kernel"] in names and not record["passed"]}  # fmt: skip
     if wrong:
         raise RuntimeError(f"kernels: {wrong}")
+
+
+def _kernel(entry: str) -> str:
+    """The kernel that an entry of that name is about."""
+    return entry.partition(", ")[0]
 
 
 def _check(run: Run, name: str) -> list[str]:
@@ -181,7 +186,7 @@ def run_step(args: argparse.Namespace) -> int:
         method, stage = args.product
         gpu_profile.product(method, stage, _sizes(args), torch.device(args.device))
         return 0
-    device, log, parent = torch.device(args.device), Log(args.log), os.getppid()
+    device, log, parent = _current() if args.device == "cuda" else torch.device("cpu"), Log(args.log), os.getppid()
     deadline = time.monotonic() + args.limit_s
     if args.device == "cpu":
         torch.set_num_threads(1)  # the tiny shapes gain nothing from more
@@ -199,7 +204,8 @@ def run_step(args: argparse.Namespace) -> int:
 def _measurements(args: argparse.Namespace, device: torch.device) -> Iterator[Measurement]:
     """Those of a timed step; or of one kernel."""
     if args.step == "kernels":
-        return gpu_proof.kernel_cases(args.kernel[0], device, check=args.check)
+        shapes = gpu_cases.shapes(_sizes(args))
+        return gpu_proof.kernel_measurements(args.kernel[0], device, check=args.check, shapes=shapes)
     return STEPS[args.step](_sizes(args), device)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from gci_kernels.hardware import Shape
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.proof.verify import obstacle
@@ -76,6 +77,13 @@ QUICK = Sizes(
     features=64, wide=96, tokens=96, fewer_tokens=33, llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
     decode=_QUICK_DECODE, gate_seq=32, rounds=2, compiler="eager",
 )  # fmt: skip
+
+
+def shapes(sizes: Sizes) -> list[Shape]:
+    """The layers whose stages are timed, by themselves or in a layer."""
+    widths = (sizes.features, sizes.wide)
+    main = [layer_shape(method, sizes.tokens, sizes.features, width) for width in widths for method in MAIN_METHODS]
+    return [*main, layer_shape("loki", sizes.tokens, sizes.features, sizes.features)]
 
 
 def stages(sizes: Sizes, device: torch.device) -> Iterator[Measurement]:

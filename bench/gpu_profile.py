@@ -73,7 +73,8 @@ def _ncu(run: Run, table: Path) -> list[str]:
     sections = [option for section in _SECTIONS for option in ("--section", section)]
     return [
         tool, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(table), "--clock-control", "none",
-        "--profile-from-start", "off", "--nvtx", *sections, "--metrics", "dram__bytes_read.sum,dram__bytes_write.sum",
+        "--target-processes", "all", "--profile-from-start", "off", "--nvtx", *sections,
+        "--metrics", "dram__bytes_read.sum,dram__bytes_write.sum",
     ]  # fmt: skip
 
 

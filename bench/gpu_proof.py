@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from gci_kernels.hardware import Shape, self_check
 
 from .gpu_log import Line, Log
 from .gpu_processes import ROOT, Ended, run_all
-from .gpu_stages import Entry, Measurement
+from .gpu_stages import FORMS, Entry, Measurement, stages_in
 
 #: The groups of tests that are about no kernel alone.
 WHOLE, LIBRARY, LAYERS = "whole op", "library", "decoding layers"
@@ -43,7 +44,7 @@ def launch(name: str, device: torch.device) -> None:
 
     On a CPU, where kernels are interpreted, in float16.
     """
-    kernel, dtype = hardware.get(name), torch.bfloat16 if device.type == "cuda" else torch.float16
+    kernel, dtype = hardware.get(name), _dtype(device)
     shapes = self_check.ODD, Shape(130, 67, 45, 0, 0, 0, rows=9), Shape(130, 67, 45, 16, 0, 0)
     stages = [stage for shape in shapes for stage in kernel.stages(shape, dtype, device).values()]
     if stages:
@@ -54,27 +55,40 @@ def launch(name: str, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def kernel_cases(name: str, device: torch.device, *, check: bool) -> Iterator[Measurement]:
-    """One launch of a kernel, and with `check` its self check, whose entry has the record that follows from it."""
+def kernel_measurements(
+    name: str, device: torch.device, *, check: bool, shapes: Iterable[Shape]
+) -> Iterator[Measurement]:
+    """One launch of a kernel; with `check` its self check, whose entry has the record that follows; and its stages.
 
-    def launched() -> Entry:
+    The stages run once in every layer of `shapes`: what that compiles, the steps that time them find in Triton's cache.
+    """
+
+    def timed(work: Callable[[], Entry | None]) -> Entry:
         begun = time.monotonic()
-        launch(name, device)
-        return {"kernel": name, "seconds": round(time.monotonic() - begun, 1)}
+        found = work() or {}
+        return {"seconds": round(time.monotonic() - begun, 1), **found}
 
-    def checked() -> Entry:
-        begun = time.monotonic()
-        record = _self_check(name, device)
-        entry: Entry = {"kernel": name, "seconds": round(time.monotonic() - begun, 1)}
-        return entry if record is None else entry | {"record": record}
-
-    yield f"{name}, one launch", launched
+    yield f"{name}, one launch", partial(timed, partial(launch, name, device))
     if check:
-        yield f"{name}, self check", checked
+        yield f"{name}, self check", partial(timed, partial(_self_check, name, device))
+    if hardware.get(name).language == "triton":
+        yield f"{name}, stages compiled", partial(timed, partial(_compile_stages, name, device, shapes))
 
 
-def _self_check(name: str, device: torch.device) -> dict[str, str | bool] | None:
-    """The record, as JSON holds it; None on a CPU, where one small shape in float16 is interpreted.
+def _compile_stages(name: str, device: torch.device, shapes: Iterable[Shape]) -> None:
+    for shape in shapes:
+        for form in FORMS:
+            for stage in stages_in(form, hardware.get(name), shape, _dtype(device), device).values():
+                stage.implementations["triton"](stage.operands, _dtype(device))
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """Of activations: what is timed, or on a CPU what can be interpreted."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def _self_check(name: str, device: torch.device) -> Entry:
+    """The record, as JSON holds it, and what it says; no record on a CPU, where one small shape is interpreted.
 
     Raises:
         AssertionError: it failed on a CPU.
@@ -85,12 +99,12 @@ def _self_check(name: str, device: torch.device) -> dict[str, str | bool] | None
         kept = hardware.find(name, device)
         if kept is None:
             raise RuntimeError(answer.reason)
-        return kept.as_json()
-    checks = self_check.check_kernel(name, device, dtypes=(torch.float16,), shapes=(self_check.ODD,))
+        return {"record": kept.as_json(), "verdict": "proved" if kept.passed else kept.reason}
+    checks = self_check.check_kernel(name, device, dtypes=(_dtype(device),), shapes=(self_check.ODD,))
     failed = [str(check) for check in checks if not check.passed]
     if failed:
         raise AssertionError(f"{len(failed)} checks, first {failed[0]}")
-    return None
+    return {"verdict": "passed"}
 
 
 def read_records(paths: Iterable[Path], device: torch.device) -> tuple[list[hardware.Record], dict[str, str]]:

@@ -59,7 +59,7 @@ def line(entry: Entry) -> str:
         return f"{entry['name']}: {entry['error']}"
     seconds = entry.get("seconds", {})
     if not isinstance(seconds, dict):
-        return f"{entry['name']}: {seconds} s"
+        return f"{entry['name']}: {entry.get('verdict', 'done')} in {seconds} s"
     said = [f"{name} {timing['median'] * 1000:.3f} ms" for name, timing in seconds.items()]
     said += [f"{name} left out" for name in entry.get("left_out", {})]
     return f"{entry['name']}: {', '.join(said)}"
@@ -92,7 +92,9 @@ def _counters(entries: list[Entry]) -> Table:
 def _kernels(entries: list[Entry], title: str = "Kernels: one launch, and the self check") -> Table:
     table = _table(title, "", "seconds", "")
     for entry in entries:
-        table.add_row(entry["name"], str(entry.get("seconds", "")), escape(entry.get("error", "done")))
+        table.add_row(
+            entry["name"], str(entry.get("seconds", "")), escape(entry.get("error", entry.get("verdict", "done")))
+        )
     return table
 
 

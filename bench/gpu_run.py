@@ -27,7 +27,7 @@ SCHEMA = 2
 # A step stops between two cases when its time is up; its process is ended so many seconds later.
 GRACE = 15
 # A case from which nothing has come for so many seconds hangs: its process is ended, and another does the next cases.
-SILENCE = 75
+SILENCE = 90
 #: Exit statuses of a step's process: its time was up before its last case; a case left it without its GPU.
 TIME_UP, LOST = 3, 4
 
@@ -76,7 +76,9 @@ class Run:
         """Run `work` with the seconds that it may take; what it raises becomes part of the result."""
         begun = time.monotonic()
         limit = self.limit(name)
-        if limit <= 0:
+        if limit <= 0 and not self.seconds[name]:
+            self.result["left_out"][name] = "it is for time that the other steps leave, and they left none"
+        elif limit <= 0:
             self.fail(name, "left out: the time was up")
         else:
             self.log.write(step=name, limit=round(limit, 1))

@@ -92,9 +92,10 @@ def stage_measurements(
 def stages_in(form: str, kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Stage]:
     """A kernel's stages in one of FORMS; those that do not differ in that form are left out."""
     stages = kernel.stages(shape, dtype, device)
+    if form:
+        stages = {name: stage for name, stage in stages.items() if _ADAPTER[0] in stage.operands and name != "dropout"}
     if form == "float32 adapter":
-        stages = {name: _in_float32(stage) for name, stage in stages.items() if _ADAPTER[0] in stage.operands}
-        stages.pop("dropout", None)
+        stages = {name: _in_float32(stage) for name, stage in stages.items()}
     elif form == "dropout":
         stages = {name: _dropped(name, stage.operands) for name, stage in stages.items() if name in _DROPPED}
     if kernel.name != "expand" or form == "dropout":

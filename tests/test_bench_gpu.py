@@ -69,7 +69,8 @@ def test_rehearsal(checkout, tmp_path):
     assert all(result["steps"][name] > 0 for name in ("kernels", "layers", "stages", "decode", "tests", "slices"))
     assert result["proved"] == [] and not (tmp_path / "cache").exists()
     assert result["tests"]["dropout"]["passed"] > 5 and not result["tests"]["dropout"]["failed"]
-    names = [f"{kernel}, {what}" for kernel in ("dropout", "gate") for what in ("one launch", "self check")]
+    parts = ("one launch", "self check", "stages compiled")
+    names = [f"{kernel}, {what}" for kernel in ("dropout", "gate") for what in parts]
     assert sorted(entry["name"] for entry in result["kernels"]) == names
     check_rehearsed_stages(result["stages"])
     check_rehearsed_layers(result["layers"])
@@ -142,7 +143,9 @@ def test_killed_in_the_middle_all_that_was_found_is_there(checkout, tmp_path):
     lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     logged = [line["entry"] for line in lines if line.get("step") == "layers" and "entry" in line]
     assert len(result["layers"]) >= 3 and logged[: len(result["layers"])] == result["layers"]
-    assert [entry["name"] for entry in result["kernels"]] == ["dropout, one launch", "dropout, self check"]
+    assert [entry["name"] for entry in result["kernels"]] == [
+        "dropout, one launch", "dropout, self check", "dropout, stages compiled",
+    ]  # fmt: skip
     assert list(result["steps"]) == ["start", "kernels", "build"] and result["errors"] == {} == result["tests"]
     assert result["versions"]["torch"] and not result["stages"]
     assert not list(tmp_path.glob("*.partial"))
@@ -334,7 +337,8 @@ def test_what_is_proved_is_launched_and_not_checked_again(imagined, monkeypatch,
     a_run.records_path = a_run.path.with_name("proved.json")
     a_run.prove(hardware.make_record("gate", CPU, True))
     assert gpu._check(a_run, "gate") == [] and gpu._check(a_run, "dropout") == ["--check"]
-    assert [name for name, _ in gpu_proof.kernel_cases("gate", CPU, check=False)] == ["gate, one launch"]
+    measured = gpu_proof.kernel_measurements("gate", CPU, check=False, shapes=())
+    assert [name for name, _ in measured] == ["gate, one launch", "gate, stages compiled"]
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def test_stages_with_dropout_and_with_float32_adapters(monkeypatch):
     assert set(dropped) == {f"{name}, dropout" for name in ("forward: project", "backward: dX", "backward: dA")}
     wide = measured("loramoe", shape, dtype, "float32 adapter")
     assert len(wide) == 5 and all(entry["name"].endswith(", float32 adapter") for entry in wide)
+    assert not measured("loki", Shape(32, 64, 48, 0, 0, 0, rows=5), dtype, "dropout")
     for entry in (*dropped.values(), *wide):
         assert entry["seconds"]["aten"]["median"] > 0 and entry["form"] in entry["name"], entry
     project = hardware.get("project")

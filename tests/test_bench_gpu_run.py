@@ -36,6 +36,8 @@ def test_a_step_that_fails_is_reported_and_what_was_found_is_kept(a_run):
     result = read(a_run)
     assert result["errors"] == {"stages": "RuntimeError: out of order", "layers": "left out: the time was up"}
     assert result["stages"] == [{"name": "done before"}] and set(result["steps"]) == {"stages", "layers"}
+    a_run.step("slices", lambda limit: 1 / 0)
+    assert "slices" in read(a_run)["left_out"] and "slices" not in read(a_run)["errors"]
     console = Console(file=open(os.devnull, "w"), record=True)
     gpu.gpu_report.show(result, console)
     assert "stages: RuntimeError: out of order" in console.export_text()
@@ -121,6 +123,31 @@ def test_a_step_that_hangs_is_ended(told, monkeypatch):
 def test_a_process_that_never_begins_is_not_started_for_ever(told):
     with pytest.raises(RuntimeError, match=r"^its process ended with status 1: .*ImportError: no such thing$"):
         gpu.timed(told("raise ImportError('no such thing')"), "stages", 600.0)
+
+
+def test_a_kernel_that_fails_leaves_the_others(a_run, monkeypatch):
+    """One whose launch raises, one whose process ends in its self check, one that is right."""
+    say = """
+import json, os, sys
+name = sys.argv[sys.argv.index("--kernel") + 1]
+def line(**of): print(json.dumps({"step": "kernels", **of}), file=open(sys.argv[1], "a"))
+line(begin=f"{name}, one launch")
+line(entry={"name": f"{name}, one launch", **({"error": "wrong"} if name == "gate" else {"seconds": 1.0})})
+if name == "expand": line(begin="expand, self check"); os.kill(os.getpid(), 11)"""
+    monkeypatch.setattr(a_run, "child", lambda *options: [sys.executable, "-c", say, str(a_run.log.path), *options])
+    a_run.args.kernel = ["gate", "expand", "dropout", "decode_step"]
+    a_run.step("kernels", lambda limit: gpu.kernels(a_run, limit))
+    found = {entry["name"]: entry.get("error", "") for entry in read(a_run)["kernels"]}
+    ended = "its process ended with status -11: "
+    assert found == {
+        "gate, one launch": "wrong",
+        "expand, one launch": "",
+        "expand, self check": ended,
+        "dropout, one launch": "",
+    }
+    assert "'gate, one launch': 'wrong'" in read(a_run)["errors"]["kernels"]
+    monkeypatch.setattr(a_run, "child", lambda *options: pytest.fail("tried again"))
+    gpu.kernels(a_run, 60.0)
 
 
 def test_entries_that_failed_make_the_step_fail(a_run):
