@@ -15,6 +15,7 @@ itself.
 import argparse
 import importlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from gci_kernels import hardware, native
 from . import gpu_bundle, gpu_cases, gpu_decode, gpu_profile, gpu_proof, gpu_report
 from .gpu_log import Log
 from .gpu_processes import ROOT, end, run_all
-from .gpu_run import LOST, TIME_UP, Run, timed
+from .gpu_run import GRACE, LOST, TIME_UP, Run, timed
 from .gpu_stages import Measurement, guarded, lost
 
 #: The timed steps, each a generator of measurements.
@@ -101,10 +102,11 @@ def kernels(run: Run, limit: float) -> None:
     tried = {_kernel(entry["name"]) for entry in run.result["kernels"]}
     names = [name for name in run.chosen() if name not in tried and not hardware.missing(name)]
     environment = {} if on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    less = "--limit-s", f"{limit - GRACE:.0f}"
     with tempfile.TemporaryDirectory() as folder:
         # Records are kept by this process: each of those has a cache folder of its own.
         ended = run_all(
-            {name: run.child("--step", "kernels", "--kernel", name, *_check(run, name)) for name in names},
+            {name: run.child("--step", "kernels", "--kernel", name, *_check(run, name), *less) for name in names},
             at_once=run.result["machine"]["cores"], listen=run.listen, good=(0, LOST),
             environments={name: environment | {"GCI_CACHE": str(Path(folder, name))} for name in names},
             stop=lambda: f"still running after {limit:.0f} s" if time.monotonic() > until else "",
@@ -187,7 +189,7 @@ def run_step(args: argparse.Namespace) -> int:
         gpu_profile.product(method, stage, _sizes(args), torch.device(args.device))
         return 0
     device, log, parent = _current() if args.device == "cuda" else torch.device("cpu"), Log(args.log), os.getppid()
-    deadline = time.monotonic() + args.limit_s
+    deadline = time.monotonic() + args.limit_s if args.step in STEPS else math.inf  # a kernel's check is not left out
     if args.device == "cpu":
         torch.set_num_threads(1)  # the tiny shapes gain nothing from more
     for name, measure in itertools.islice(_measurements(args, device), args.skip, None):
@@ -205,7 +207,8 @@ def _measurements(args: argparse.Namespace, device: torch.device) -> Iterator[Me
     """Those of a timed step; or of one kernel."""
     if args.step == "kernels":
         shapes = gpu_cases.shapes(_sizes(args))
-        return gpu_proof.kernel_measurements(args.kernel[0], device, check=args.check, shapes=shapes)
+        until = time.monotonic() + args.limit_s
+        return gpu_proof.kernel_measurements(args.kernel[0], device, check=args.check, shapes=shapes, until=until)
     return STEPS[args.step](_sizes(args), device)
 
 
@@ -262,9 +265,13 @@ def measure(args: argparse.Namespace) -> Run:
     run = Run(args, SECONDS, ("kernels", *STEPS))
     with tempfile.TemporaryFile("w+") as log:
         building = start_build(run.device, log)
-        run.step("start", partial(start, run))
-        run.step("kernels", partial(kernels, run))
-        run.step("build", partial(build, run, building=building, log=log))
+        try:
+            run.step("start", partial(start, run))
+            run.step("kernels", partial(kernels, run))
+            run.step("build", partial(build, run, building=building, log=log))
+        finally:
+            if building is not None:
+                end(building)
     for name in list(SECONDS)[3:]:
         run.step(name, partial(tests, run) if name == "tests" else partial(timed, run, name))
     return run

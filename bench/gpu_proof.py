@@ -7,6 +7,7 @@ tests of the library's form on the GPU, and of layers that decode with the kerne
 be anything's fault.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -56,11 +57,12 @@ def launch(name: str, device: torch.device) -> None:
 
 
 def kernel_measurements(
-    name: str, device: torch.device, *, check: bool, shapes: Iterable[Shape]
+    name: str, device: torch.device, *, check: bool, shapes: Iterable[Shape], until: float
 ) -> Iterator[Measurement]:
     """One launch of a kernel; with `check` its self check, whose entry has the record that follows; and its stages.
 
     The stages run once in every layer of `shapes`: what that compiles, the steps that time them find in Triton's cache.
+    None begins after `until`, as time.monotonic() counts.
     """
 
     def timed(work: Callable[[], Entry | None]) -> Entry:
@@ -72,14 +74,19 @@ def kernel_measurements(
     if check:
         yield f"{name}, self check", partial(timed, partial(_self_check, name, device))
     if hardware.get(name).language == "triton":
-        yield f"{name}, stages compiled", partial(timed, partial(_compile_stages, name, device, shapes))
+        yield f"{name}, stages compiled", partial(timed, partial(_compile_stages, name, device, shapes, until))
 
 
-def _compile_stages(name: str, device: torch.device, shapes: Iterable[Shape]) -> None:
-    for shape in shapes:
-        for form in FORMS:
-            for stage in stages_in(form, hardware.get(name), shape, _dtype(device), device).values():
-                stage.implementations["triton"](stage.operands, _dtype(device))
+def _compile_stages(name: str, device: torch.device, shapes: Iterable[Shape], until: float) -> Entry:
+    """Run the stages; how many."""
+    done, dtype = 0, _dtype(device)
+    for form, shape in itertools.product(FORMS, shapes):
+        for stage in stages_in(form, hardware.get(name), shape, dtype, device).values():
+            if time.monotonic() > until:
+                return {"verdict": f"{done} stages, then the time was up"}
+            stage.implementations["triton"](stage.operands, dtype)
+            done += 1
+    return {"verdict": f"{done} stages"}
 
 
 def _dtype(device: torch.device) -> torch.dtype:

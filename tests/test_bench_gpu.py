@@ -72,6 +72,8 @@ def test_rehearsal(checkout, tmp_path):
     parts = ("one launch", "self check", "stages compiled")
     names = [f"{kernel}, {what}" for kernel in ("dropout", "gate") for what in parts]
     assert sorted(entry["name"] for entry in result["kernels"]) == names
+    stages = {entry["name"]: entry["verdict"] for entry in result["kernels"] if "compiled" in entry["name"]}
+    assert stages == {"dropout, stages compiled": "2 stages", "gate, stages compiled": "4 stages"}
     check_rehearsed_stages(result["stages"])
     check_rehearsed_layers(result["layers"])
     for entry in result["slices"]:
@@ -337,8 +339,13 @@ def test_what_is_proved_is_launched_and_not_checked_again(imagined, monkeypatch,
     a_run.records_path = a_run.path.with_name("proved.json")
     a_run.prove(hardware.make_record("gate", CPU, True))
     assert gpu._check(a_run, "gate") == [] and gpu._check(a_run, "dropout") == ["--check"]
-    measured = gpu_proof.kernel_measurements("gate", CPU, check=False, shapes=())
+    measured = gpu_proof.kernel_measurements("gate", CPU, check=False, shapes=(), until=0.0)
     assert [name for name, _ in measured] == ["gate, one launch", "gate, stages compiled"]
+
+
+def test_stages_are_compiled_while_there_is_time():
+    entry = gpu_proof._compile_stages("expand", CPU, gpu_cases.shapes(gpu_cases.QUICK), until=0.0)
+    assert entry == {"verdict": "0 stages, then the time was up"}
 
 
 @pytest.mark.slow
