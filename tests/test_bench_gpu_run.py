@@ -178,6 +178,18 @@ def test_processes_run_side_by_side_and_are_ended_together():
     assert ended["late"].trouble == "not started: no time" and ended["hangs"].trouble == "no time"
 
 
+def test_processes_end_with_the_run(monkeypatch):
+    """Which a signal ends, as `timeout` sends it."""
+    started, popen = [], subprocess.Popen
+    start = lambda *a, **k: started.append(popen(*a, **k)) or started[-1]  # noqa: E731
+    monkeypatch.setattr(gpu_processes.subprocess, "Popen", start)
+    with pytest.raises(SystemExit):
+        gpu_processes.run_all(
+            {"hangs": [sys.executable, "-c", "import time; time.sleep(1000)"]}, at_once=1, stop=lambda: sys.exit(143)
+        )
+    assert [process.poll() for process in started] == [-9]
+
+
 def test_the_log_is_read_as_it_comes(tmp_path):
     log = gpu_log.Log(tmp_path / "log.jsonl")
     assert log.new() == []
