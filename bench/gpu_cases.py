@@ -1,7 +1,8 @@
 """What `python -m bench.gpu` times: single stages, adapted layers, a few layers of a model; each is checked first.
 
-A step is a generator of entries, dictionaries that JSON can hold. An entry that failed has "error" in place of times;
-a variant that failed, or that cannot run here, is named with the reason in its entry's "left_out".
+A step is a generator of measurements: names, each with what measures its entry, a dictionary that JSON can hold. An
+entry that failed has "error" in place of times; a variant that failed, or that cannot run here, is named with the
+reason in its entry's "left_out".
 """
 
 from collections.abc import Callable, Iterator
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from gci_kernels.hardware import Shape
 from gci_kernels.ops.bottleneck import choose_plan
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.proof.verify import obstacle
 
-from . import gpu_decode
+from . import gpu_decode, gpu_plans
 from .baselines import shared_copy
 from .cases import (
     METHODS,
     LayerCase,
+    LayerInputs,
     LayerVariant,
     RowCase,
     eager_variant,
@@ -33,13 +36,12 @@ from .cases import (
     registered_methods,
 )
 from .correctness import check_layer, check_model
-from .gpu_stages import Entry, guarded, stage_entries
+from .gpu_stages import FORMS, Entry, Measurement, stage_measurements
 from .models import RANDOM_LLAMAS, random_llama
 from .timing import Timing, cold_cache, interleave, peak_memory
 from .variants import model_variants, random_ids, train_step, training_loss
 
-IMPLS = ("auto", "triton", "aten")
-MAIN_METHODS = ("lora", "loramoe")  # the others are timed as a layer, once, when these are done
+MAIN_METHODS = ("lora", "loramoe")  # of the others only the essential is timed
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Sizes:
     """What is measured; `compiler` is the torch.compile backend of the baseline."""
 
     features: int
-    stage_tokens: int
-    layer_tokens: tuple[int, ...]
+    wide: int  # out features of the second layer that is timed
+    tokens: int
+    fewer_tokens: int
     llama: dict[str, int]
     slices: tuple[tuple[int, int, int], ...]  # layers, batch, seq
     decode: gpu_decode.Sizes
@@ -63,7 +66,7 @@ _DECODE = gpu_decode.Sizes(
     compiled=("loramoe", "alora", "lora"), steps=8, rounds=15, compiler="inductor",
 )  # fmt: skip
 FULL = Sizes(
-    features=4096, stage_tokens=8192, layer_tokens=(8192, 2048), llama=_LLAMA,
+    features=4096, wide=14336, tokens=8192, fewer_tokens=2048, llama=_LLAMA,
     slices=((1, 1, 8192), (4, 4, 2048)), decode=_DECODE, gate_seq=640, rounds=15, compiler="inductor",
 )  # fmt: skip
 _QUICK_DECODE = gpu_decode.Sizes(
@@ -71,43 +74,79 @@ _QUICK_DECODE = gpu_decode.Sizes(
 )
 #: For testing the command: every line runs, the numbers mean nothing.
 QUICK = Sizes(
-    features=64, stage_tokens=96, layer_tokens=(96,), llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
+    features=64, wide=96, tokens=96, fewer_tokens=33, llama=RANDOM_LLAMAS["tiny"], slices=((2, 1, 32),),
     decode=_QUICK_DECODE, gate_seq=32, rounds=2, compiler="eager",
 )  # fmt: skip
 
 
-def stages(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
-    """Every stage by itself in bfloat16, Triton against the library."""
-    for method in (*MAIN_METHODS, "loki"):
-        shape = layer_shape(method, sizes.stage_tokens, sizes.features, sizes.features)
-        yield from stage_entries(method, shape, torch.bfloat16, device, sizes.rounds)
+def shapes(sizes: Sizes) -> list[Shape]:
+    """The layers whose stages are timed, by themselves or in a layer."""
+    widths = (sizes.features, sizes.wide)
+    main = [layer_shape(method, sizes.tokens, sizes.features, width) for width in widths for method in MAIN_METHODS]
+    return [*main, layer_shape("loki", sizes.tokens, sizes.features, sizes.features)]
 
 
-def _case(method: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> LayerCase:
-    return make_case(method, tokens, sizes.features, sizes.features, dtype)
+def stages(sizes: Sizes, device: torch.device) -> Iterator[Measurement]:
+    """Every stage by itself in bfloat16, Triton against the library; then with dropout, and with float32 adapters."""
+    for form in FORMS:
+        for method in (*MAIN_METHODS, *(() if form else ("loki",))):
+            shape = layer_shape(method, sizes.tokens, sizes.features, sizes.features)
+            yield from stage_measurements(method, shape, torch.bfloat16, device, sizes.rounds, form)
 
 
-def layers(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
-    """Forward and backward of one adapted layer: bfloat16 at every number of tokens, the other dtypes once."""
-    cases = [_case(method, tokens, sizes, torch.bfloat16) for tokens in sizes.layer_tokens for method in MAIN_METHODS]
-    cases += [_case("loramoe", sizes.layer_tokens[0], sizes, dtype) for dtype in (torch.float16, torch.float32)]
+def layers(sizes: Sizes, device: torch.device) -> Iterator[Measurement]:
+    """Forward and backward of one adapted layer. What is worth most comes first, and what torch compiles last."""
+    for case in _layer_cases(sizes):
+        adapter = "" if case.adapter_dtype == case.dtype else ", float32 adapter"
+        yield f"{case.name}{adapter}", partial(_layer, case, device, sizes.rounds, partial(_planned, device=device))
+    for case in _main_cases(sizes):
+        yield f"{case.name}, compiled", partial(_layer, case, device, sizes.rounds, partial(_compiled_layer, sizes))
+
+
+def _main_cases(sizes: Sizes) -> list[LayerCase]:
+    """In bfloat16, as attention's and the MLP's first projections have them."""
+    widths = (sizes.features, sizes.wide)
+    shapes = [(method, sizes.tokens, sizes.features, width) for width in widths for method in MAIN_METHODS]
+    return [make_case(*shape, torch.bfloat16) for shape in shapes]
+
+
+def _layer_cases(sizes: Sizes) -> list[LayerCase]:
+    """Then every other method; fewer tokens; adapters in float32; and other dtypes throughout."""
+    square, bfloat16 = (sizes.features, sizes.features), torch.bfloat16
     others = [method for method in METHODS if method not in MAIN_METHODS]
-    cases += [_case(method, sizes.layer_tokens[0], sizes, torch.bfloat16) for method in others]
-    for case in cases:
-        compiler = sizes.compiler if case.dtype == torch.bfloat16 else None
-        yield guarded(case.name, partial(_layer, case, device, sizes.rounds, compiler))
+    return [
+        *_main_cases(sizes),
+        *(make_case(method, sizes.tokens, *square, bfloat16) for method in others),
+        *(make_case(method, sizes.fewer_tokens, *square, bfloat16) for method in MAIN_METHODS),
+        make_case("lora", sizes.tokens, *square, bfloat16, torch.float32),
+        *(make_case("loramoe", sizes.tokens, *square, dtype) for dtype in (torch.float16, torch.float32)),
+    ]
 
 
-def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | None) -> Entry:
+Variants = dict[str, Callable[[], LayerVariant]]
+
+
+def _planned(inputs: LayerInputs, eager: LayerVariant, case: LayerCase, device: torch.device) -> Variants:
+    """What "auto" takes, and every plan that it might take."""
+    if isinstance(case, RowCase):
+        return {f"gci {impl}": partial(gci_variant, inputs, impl) for impl in ("auto", "aten", "triton")}
+    plans = gpu_plans.plans(case, device)
+    made: Variants = {"gci auto": partial(gci_variant, inputs)}
+    return made | {f"gci {name}": partial(gpu_plans.planned_variant, inputs, *how) for name, how in plans.items()}
+
+
+def _compiled_layer(sizes: Sizes, inputs: LayerInputs, eager: LayerVariant, case: LayerCase) -> Variants:
+    """The eager layer compiled by torch, and ours beside it."""
+    compiled = partial(torch.compile, eager.forward, backend=sizes.compiler)
+    return {"gci auto": partial(gci_variant, inputs), "compiled": lambda: replace(eager, forward=compiled())}
+
+
+def _layer(case: LayerCase, device: torch.device, rounds: int, make_all: Callable[..., Variants]) -> Entry:
     inputs = make_inputs(case, device)
     eager = eager_variant(inputs)
-    made: dict[str, Callable[[], LayerVariant]] = {}
-    if compiler:
-        made["compiled"] = lambda: replace(eager, forward=torch.compile(eager.forward, backend=compiler))
-    made |= {f"gci {impl}": partial(gci_variant, inputs, impl) for impl in IMPLS}
     variants, errors, left_out = {"frozen": frozen_variant(inputs), "eager": eager}, {}, {}
-    for name, make in made.items():
-        reason = obstacle(name.removeprefix("gci "), device.type, case.dtype)
+    for name, make in make_all(inputs, eager, case).items():
+        reason = obstacle("triton", device.type, case.dtype) if "triton" in name else None
         if reason is None:
             try:
                 variant = make()
@@ -123,7 +162,9 @@ def _layer(case: LayerCase, device: torch.device, rounds: int, compiler: str | N
     return {
         "method": case.method,
         "tokens": case.tokens,
+        "features": [case.in_features, case.out_features],
         "dtype": str(case.dtype).removeprefix("torch."),
+        "adapter_dtype": str(case.adapter_dtype).removeprefix("torch."),
         "plan": _plan(case, device),
         "floor_seconds": floor_of(case, device),
         "errors": errors,
@@ -149,13 +190,13 @@ def compare(seconds: dict[str, Timing]) -> Entry:
     return {"seconds": {name: asdict(timing) for name, timing in seconds.items()}, "tax": taxes}
 
 
-def slices(sizes: Sizes, device: torch.device) -> Iterator[Entry]:
+def slices(sizes: Sizes, device: torch.device) -> Iterator[Measurement]:
     """Train steps of a few layers of a Llama with random weights, bfloat16, adapters on gate, up and down."""
     for number, batch, seq in sizes.slices:
         for method in MAIN_METHODS:
             name = f"{method}, {number} layer{'s' if number > 1 else ''}, batch {batch}x{seq}"
             shape = sizes.llama | {"num_hidden_layers": number}
-            yield guarded(name, partial(_slice, shape, method, batch, seq, sizes, device))
+            yield name, partial(_slice, shape, method, batch, seq, sizes, device)
 
 
 def _slice(shape: dict[str, int], method: str, batch: int, seq: int, sizes: Sizes, device: torch.device) -> Entry:

@@ -21,14 +21,14 @@ from gci_kernels.ops.decode import choose_decode
 from .baselines import adapter_leaves
 from .cases import HEADS, ranks
 from .correctness import CorrectnessError
-from .gpu_stages import guarded
+from .gpu_stages import Measurement
 from .models import random_llama
 from .timing import Timing, interleave
 from .variants import model_variants, random_ids
 
 #: The least share of the frozen base's tokens a second that is asked for under CUDA graphs.
 REQUIRED = {"lora": 0.95, "loramoe": 0.95, "alora": 0.90}
-BATCHES = (1, 8)
+BATCHES = (1, 8, 16)
 CHECKED = 4  # steps whose logits a check compares, at every length
 SHORT = 3  # tokens: at this length one token too many or too few changes the logits clearly
 NO_GRAPHS = "CUDA graphs need a GPU"
@@ -123,13 +123,12 @@ class Decoding:
         return self
 
 
-def decode(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The entries of all cases. Plain calls and graphs come first: compiling may take all the time that is left."""
-    for compiled in (False, True):
-        for method in sizes.compiled if compiled else REQUIRED:
-            for batch in BATCHES[:1] if compiled else BATCHES:
-                case = f"{method}, batch {batch}, {sizes.past[method]} past{', compiled' if compiled else ''}"
-                yield guarded(case, partial(_measure, method, batch, compiled, sizes, device))
+def decode(sizes: Sizes, device: torch.device) -> Iterator[Measurement]:
+    """All cases, one sequence first. Compiling comes last: it may take all the time that is left."""
+    cases = [(method, batch, False) for batch in BATCHES for method in REQUIRED]
+    for method, batch, compiled in [*cases, *((method, BATCHES[0], True) for method in sizes.compiled)]:
+        name = f"{method}, batch {batch}, {sizes.past[method]} past{', compiled' if compiled else ''}"
+        yield name, partial(_measure, method, batch, compiled, sizes, device)
 
 
 def _measure(method: str, batch: int, compiled: bool, sizes: Sizes, device: torch.device) -> dict[str, Any]:

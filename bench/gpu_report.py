@@ -8,14 +8,28 @@ from rich.table import Table
 
 from .report import half_span
 
+#: What is shown of the counters that ncu reads: the metric's name, a title, and the unit that it is counted in.
+SHOWN = (
+    ("gpu__time_duration.sum", "us", 1e3),
+    ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "SM, %", 1),
+    ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "memory, %", 1),
+    ("dram__bytes_read.sum", "read, MB", 1e6),
+    ("dram__bytes_write.sum", "written, MB", 1e6),
+    ("sm__warps_active.avg.pct_of_peak_sustained_active", "warps, %", 1),
+    ("launch__registers_per_thread", "registers", 1),
+)
+
 Result = dict[str, Any]
 Entry = dict[str, Any]
 
 
 def show(result: Result, console: Console) -> None:
     """Print all tables, the steps' times, what was left out or failed, and on what it was measured."""
-    tables = (_stages, "stages"), (_layers, "layers"), (_decode, "decode"), (_slices, "slices")
-    for table in (_proved(result), *(make(result[step]) for make, step in tables)):
+    tables = {
+        "kernels": _kernels, "layers": _layers, "stages": _stages, "decode": _decode, "slices": _slices,
+        "counters": _counters, "memcheck": _memcheck,
+    }  # fmt: skip
+    for table in (*(make(result[step]) for step, make in tables.items() if step in result), _proved(result)):
         console.print(table)
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["steps"].items())
     console.print(f"Steps: {steps}.", highlight=False)
@@ -26,12 +40,29 @@ def show(result: Result, console: Console) -> None:
 
 def provenance(result: Result) -> str:
     """How and on what it was measured: two lines."""
+    return f"{result['timing']}.\n{where(result)}"
+
+
+def where(result: Result) -> str:
+    """The machine, the versions and the commit: one line."""
     machine, versions, commit = result["machine"], result["versions"], result["commit"]
     software = {name: machine[name] for name in ("driver", "cuda", "nvcc")}
     software |= {name: versions[name] for name in ("python", "torch", "triton", "transformers", "peft")}
     named = ", ".join(f"{name} {version}" for name, version in software.items() if version)
     changed = " with changes" if commit["changed"] else ""
-    return f"{result['timing']}.\n{machine['gpu'] or machine['cpu']}; {named}; commit {commit['sha'][:10]}{changed}"
+    return f"{machine['gpu'] or machine['cpu']}; {named}; commit {commit['sha'][:10]}{changed}"
+
+
+def line(entry: Entry) -> str:
+    """An entry in one line, as it is shown when it comes: the medians and what failed."""
+    if "error" in entry:
+        return f"{entry['name']}: {entry['error']}"
+    seconds = entry.get("seconds", {})
+    if not isinstance(seconds, dict):
+        return f"{entry['name']}: {entry.get('verdict', 'done')} in {seconds} s"
+    said = [f"{name} {timing['median'] * 1000:.3f} ms" for name, timing in seconds.items()]
+    said += [f"{name} left out" for name in entry.get("left_out", {})]
+    return f"{entry['name']}: {', '.join(said)}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -41,10 +72,40 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _memcheck(entries: list[Entry]) -> Table:
+    return _kernels(entries, "One launch of each kernel under memcheck")
+
+
+def _counters(entries: list[Entry]) -> Table:
+    """A row for each kernel that an implementation of a product launches."""
+    table = _table("Counters of the products", "product", "by", "kernel", *(title for _, title, _ in SHOWN))
+    for entry in entries:
+        if "error" in entry:
+            table.add_row(entry["name"], "", escape(entry["error"]))
+        for kernel in entry["kernels"]:
+            values = [(kernel["metrics"].get(metric), unit) for metric, _, unit in SHOWN]
+            cells = ("" if value is None else f"{value / unit:,.1f}" for value, unit in values)
+            table.add_row(entry["name"], kernel["by"], escape(kernel["kernel"][:40]), *cells)
+    return table
+
+
+def _kernels(entries: list[Entry], title: str = "Kernels: one launch, and the self check") -> Table:
+    table = _table(title, "", "seconds", "")
+    for entry in entries:
+        table.add_row(
+            entry["name"], str(entry.get("seconds", "")), escape(entry.get("error", entry.get("verdict", "done")))
+        )
+    return table
+
+
 def _proved(result: Result) -> Table:
-    table = _table("Tests, and what they prove", "tests", "passed", "skipped", "failed", "seconds", "verdict")
+    table = _table("Tests, and what is proved", "tests", "passed", "skipped", "failed", "seconds", "verdict")
     verdicts = {record["kernel"]: "proved" if record["passed"] else record["reason"] for record in result["proved"]}
-    for group, outcome in result["tests"].items():
+    tests = {kernel: None for kernel in verdicts} | result["tests"]
+    for group, outcome in tests.items():
+        if outcome is None:  # proved by its self check, or before
+            table.add_row(group, *[""] * 4, escape(verdicts[group]))
+            continue
         verdict = outcome["trouble"] or verdicts.get(group, "")
         counts = (outcome["passed"], outcome["skipped"], len(outcome["failed"]), outcome["seconds"])
         table.add_row(group, *map(str, counts), escape(verdict))
@@ -72,35 +133,30 @@ def _of_floor(entry: Entry, name: str, floor: float | None) -> str:
 
 
 def _stages(entries: list[Entry]) -> Table:
-    table = _table(
-        "Stages, ms, and per cent of the roofline", "method", "stage", "library", "%", "Triton", "%",
-        "library / Triton", "library, W' kept",
-    )  # fmt: skip
+    """A row for each implementation of each stage."""
+    table = _table("Stages in bfloat16", "stage", "by", "ms", "of the roofline", "library / it")
     for entry in entries:
         floor, seconds = entry.get("floor_seconds"), entry.get("seconds", {})
-        ratio = f"{seconds['aten']['median'] / seconds['triton']['median']:.2f}" if "triton" in seconds else ""
-        table.add_row(
-            entry.get("method", ""), entry["name"], _ms(entry, "aten"), _of_floor(entry, "aten", floor),
-            _ms(entry, "triton"), _of_floor(entry, "triton", floor), ratio,
-            _ms(entry, "kept"),
-        )  # fmt: skip
+        for name in seconds or [""]:
+            ratio = f"{seconds['aten']['median'] / seconds[name]['median']:.2f}" if "aten" in seconds else ""
+            by = "library" if name == "aten" else name
+            table.add_row(entry["name"], by, _ms(entry, name), _of_floor(entry, name, floor), ratio)
     return table
 
 
-LAYER_COLUMNS = ("frozen", "eager", "compiled", "gci auto", "gci triton", "gci aten")
 SLICE_COLUMNS = ("frozen", "eager", "compiled", "gci")
 
 
 def _layers(entries: list[Entry]) -> Table:
+    """A row for each variant of each layer."""
     table = _table("One adapted layer, forward and backward (eager: the published layer; for LoRA, PEFT's)", "",
-                   *LAYER_COLUMNS)  # fmt: skip
+                   "variant", "ms", "adapter tax", "of the roofline")  # fmt: skip
     for entry in entries:
-        table.add_row(f"{entry['name']}, ms", *(_ms(entry, name) for name in LAYER_COLUMNS))
-        table.add_row("  adapter tax", *(_median(entry, "tax", name, ".3f") for name in LAYER_COLUMNS))
-        floors = entry.get("floor_seconds")
-        if floors:
-            cells = (_of_floor(entry, name, floors["frozen" if name == "frozen" else "gci"]) for name in LAYER_COLUMNS)
-            table.add_row("  per cent of the roofline", *cells)
+        floors = entry.get("floor_seconds") or {}
+        for name in [*entry.get("seconds", {}), *entry.get("left_out", {})] or [""]:
+            floor = floors.get("frozen" if name == "frozen" else "gci")
+            cells = _ms(entry, name), _median(entry, "tax", name, ".3f"), _of_floor(entry, name, floor)
+            table.add_row(entry["name"] if name in ("frozen", "") else "", name, *cells)
     return table
 
 

@@ -1,9 +1,11 @@
 """The machine, the versions and the commit that a number was measured with, and the file that it is written to."""
 
+import glob
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +15,7 @@ import torch
 
 from gci_kernels.files import write_whole
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["gci_kernels", "torch", "transformers", "peft", "triton", "numpy"]
 
 
@@ -47,6 +50,23 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
 
 
+#: Where NVIDIA's tools are installed, beside the folders in PATH and that of CUDA_HOME.
+_TOOL_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda-*/bin", "/opt/nvidia/nsight-compute/*")
+
+
+def find_tool(name: str) -> str | None:
+    """The path of one of NVIDIA's programs; None where it is not here."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [Path(home, "bin")] if home else []
+    folders += [Path(folder) for pattern in _TOOL_FOLDERS for folder in sorted(glob.glob(pattern), reverse=True)]
+    return shutil.which(name) or next((found for folder in folders if (found := shutil.which(name, path=folder))), None)
+
+
+def tools() -> dict[str, str | None]:
+    """The paths of the programs that build and examine GPU code; None where one is not here."""
+    return {name: find_tool(name) for name in ("nvcc", "ncu", "compute-sanitizer")}
+
+
 def _output(*command: str) -> str | None:
     """What a command prints; None where it is not installed, fails or takes too long."""
     try:
@@ -66,9 +86,8 @@ def gpu_software() -> dict[str, str | None]:
     }
 
 
-def commit() -> dict | None:
-    """The commit of this file's checkout ("sha"), and whether files were "changed" since; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+def commit(root: Path = ROOT) -> dict | None:
+    """The commit of the checkout `root` ("sha"), and whether files were "changed" since; None where it is none."""
     git = partial(_output, "git", "-C", str(root))
     # An environment may be inside another project's checkout, whose commit is not this project's.
     toplevel = git("rev-parse", "--show-toplevel")

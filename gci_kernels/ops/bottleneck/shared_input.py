@@ -48,6 +48,7 @@ def adapted_linears(calls: Sequence[Arguments]) -> list[tuple[Tensor, Any]]:
     """
     x = calls[0][0][0]
     x, cast = autocast(x, None, None)[0], torch.is_autocast_enabled(x.device.type)
+    tokens = x.numel() // x.shape[-1]
     settings: list[Settings] = []
     flat: list[Any] = []
     for (_, weight, bias, *others, _), mixer, numbers, scaling, _, impl in calls:
