@@ -6,10 +6,14 @@ from toy_adapters import adapted, each_method, logits
 from toy_gpu import TIMES
 
 from gci_kernels import impl as implementations
+from gci_kernels import ops
 from gci_kernels.hardware import KERNELS, proving, records
+from gci_kernels.ops.attention import api as attention_api
 from gci_kernels.ops.attention.plan import choose_attention
+from gci_kernels.ops.bottleneck import api as bottleneck_api
 from gci_kernels.ops.bottleneck import plan
-from gci_kernels.ops.decode import choose_decode, has_kernels
+from gci_kernels.ops.decode import Group, choose_decode, has_kernels, step
+from gci_kernels.ops.row_linear import api as row_linear_api
 from gci_kernels.ops.row_linear import choose_form
 from gci_kernels.ops.upcast import HALVES
 
@@ -91,6 +95,28 @@ def test_each_gpu_is_asked_for_its_own_tensors(imagined_gpu, monkeypatch):
             step = choose_decode(columns=8, experts=1, adapter_dtype=dtype, head=4, **where | {"tokens": 1})
             assert (step is None) == (index == 0)
             assert [has_kernels(dtype, "cuda", attends, device) for attends in (False, True)] == [index == 1] * 2
+
+
+def test_calls_ask_about_the_device_of_x(monkeypatch):
+    asked = []
+
+    def spy(module, name):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **where: asked.append((name, where)) or own(*args, **where))
+
+    spy(bottleneck_api, "plan_for")
+    spy(row_linear_api, "choose_form")
+    spy(attention_api, "choose_attention")
+    spy(step, "choose_decode")
+    x, weight, A, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3)
+    for dropout_p in (0.0, 0.1):
+        ops.lora_linear(x, weight, None, A, B, scaling=1.0, dropout_p=dropout_p)
+    ops.loki_linear(x, weight, None, torch.randn(2, 8), torch.tensor([1, 4]), None)
+    ops.low_rank_attention(*[torch.randn(1, 5, 4)] * 3, num_heads=2)
+    step.plan_step(x, weight, None, [Group(A, B, 1.0, 0, 5)])
+    assert [name for name, _ in asked] == ["plan_for", "plan_for", "choose_form", "choose_attention", "choose_decode"]
+    assert all(where["device"] == x.device for _, where in asked)
+    assert [where["dropout"] for _, where in asked[:2]] == [False, True]
 
 
 @each_method
