@@ -22,8 +22,7 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     transformers' `tp_plan` and torch's `parallelize_module` make it so; FSDP makes the weight whole for a product.
     """
     has = vars(module)
-    # Marks of transformers: the parts of quantised weights, and before its version 5.15 of all, are plain tensors.
-    if has.get("_hf_quantized_needs_local_tp") or has.get("_hf_tp_plan"):
+    if has.get("_hf_tp_plan"):  # of transformers before 5.15, in which the parts are plain tensors
         return True
     by_fsdp = int(bool(has.get("_is_fsdp_managed_module")))  # in one dimension of its mesh
     return any(_split_dimensions(p) > by_fsdp for p in has["_parameters"].values())
