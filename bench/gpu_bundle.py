@@ -191,7 +191,7 @@ def headers(python: str, named: Path | None) -> Path:
     if folder is None:
         raise BundleError(
             f"the extension for Python {python} needs its headers: there is no python{python} in PATH that has them. "
-            "Install it with its headers, name their folder by --python-headers, name a built extension by --extension, "
+            "Install it with its headers, name their folder by --python-headers, or a built extension by --extension, "
             "or leave it out by --no-extension"
         )
     version = folder / "patchlevel.h"
