@@ -13,6 +13,7 @@ itself.
 """
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import math
@@ -36,7 +37,7 @@ from gci_kernels import hardware, native
 from . import gpu_bundle, gpu_cases, gpu_decode, gpu_profile, gpu_proof, gpu_report
 from .gpu_log import Log
 from .gpu_processes import ROOT, end, run_all
-from .gpu_run import GRACE, LOST, TIME_UP, Run, timed
+from .gpu_run import GRACE, LOST, TIME_UP, Run, extension, timed
 from .gpu_stages import Measurement, guarded, lost
 
 #: The timed steps, each a generator of measurements.
@@ -53,9 +54,9 @@ BESIDE = ROOT / "bench" / "results"
 
 def start(run: Run, limit: float) -> None:
     """Say what is here, and take over what earlier runs have proved. The result has the versions already."""
-    extension, tools = run.result["extension"], run.result["tools"]
+    loaded, tools = run.result["extension"], run.result["tools"]
     run.console.print(gpu_report.where(run.result), markup=False)
-    run.console.print(f"extension: {extension['why'] or 'loaded'}; CUDA kernels: {extension['cuda']}", markup=False)
+    run.console.print(f"extension: {loaded['why'] or 'loaded'}; CUDA kernels: {loaded['cuda']}", markup=False)
     run.console.print(", ".join(f"{name}: {path or 'not here'}" for name, path in tools.items()), markup=False)
     if run.device.type == "cuda":
         paths = sorted({*run.args.earlier.glob("*.json"), *run.args.out.glob("*.json")} - {run.path})
@@ -138,15 +139,33 @@ def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def build(run: Run, limit: float, building: subprocess.Popen[bytes] | None, log: TextIO) -> None:
+@contextlib.contextmanager
+def building(run: Run) -> Iterator[Callable[[float], None]]:
+    """csrc is built meanwhile, where it has to be; gives what waits for that, some seconds, and notes the outcome."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = start_build(run.device, log)
+
+        def finish(limit: float) -> None:
+            try:
+                finish_build(process, log, limit)
+            finally:
+                run.result["extension"] = extension()
+
+        try:
+            yield finish
+        finally:
+            if process is not None:
+                end(process)
+
+
+def build(run: Run, limit: float, finish: Callable[[float], None]) -> None:
     """Wait for what is built beside "kernels", and check the kernels in it.
 
     Raises:
         RuntimeError: nothing was built, or a kernel is missing, or failed.
     """
     until = time.monotonic() + limit
-    finish_build(building, log, limit)
-    run.result["extension"] = {"loaded": native.available(), "why": native.why_unavailable(), "cuda": native.CUDA_BUILD}
+    finish(limit)
     kernels(run, until - time.monotonic())
     missing = {name: hardware.missing(name) for name in run.chosen() if hardware.missing(name)}
     if missing:
@@ -263,15 +282,10 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> Run:
     """Prove and time: all steps of SECONDS."""
     run = Run(args, SECONDS, ("kernels", *STEPS))
-    with tempfile.TemporaryFile("w+") as log:
-        building = start_build(run.device, log)
-        try:
-            run.step("start", partial(start, run))
-            run.step("kernels", partial(kernels, run))
-            run.step("build", partial(build, run, building=building, log=log))
-        finally:
-            if building is not None:
-                end(building)
+    with building(run) as finish:
+        run.step("start", partial(start, run))
+        run.step("kernels", partial(kernels, run))
+        run.step("build", partial(build, run, finish=finish))
     for name in list(SECONDS)[3:]:
         run.step(name, partial(tests, run) if name == "tests" else partial(timed, run, name))
     return run
@@ -280,8 +294,10 @@ def measure(args: argparse.Namespace) -> Run:
 def profile(args: argparse.Namespace) -> Run:
     """Counters and memcheck: all steps of gpu_profile.SECONDS."""
     run = Run(args, gpu_profile.SECONDS, tuple(gpu_profile.TOOLS), "-profile")
-    run.step("start", partial(start, run))
-    run.step("counters", partial(gpu_profile.counters, run))
+    with building(run) as finish:
+        run.step("start", partial(start, run))
+        run.step("counters", partial(gpu_profile.counters, run))
+        run.step("build", finish)
     run.step("memcheck", partial(gpu_profile.memcheck, run))
     return run
 

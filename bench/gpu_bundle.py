@@ -25,8 +25,9 @@ LIMIT = 60_000_000
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-README = """gci_kernels at {commit}, for Python {python} and {arch}. Run in this folder; nothing is installed,
-and no network is needed. OUT is the folder whose files come back.
+README = """gci_kernels at {commit},
+for Python {python} and {arch}. Run in this folder; nothing is installed, and no network is needed. OUT is the folder
+whose files come back.{compiled}
 
 First, within nine minutes:
 
@@ -37,6 +38,8 @@ not proved again):
 
     {setup}GCI_COMMIT={commit} python -m bench.gpu --profile --earlier "$EARLIER" --out "$OUT"
 """
+_COMPILED = """ The extension is not here: each command compiles it while it does other work, which needs nvcc, g++,
+Python's headers, setuptools, pybind11 and ninja."""
 _INSTALL = "python -m pip install -q --no-index --no-deps --target packages wheels/*.whl && PYTHONPATH=packages "
 
 
@@ -52,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--arch", default="sm_90a", help="its GPU (default: %(default)s)")
     group.add_argument("--python-headers", type=Path, metavar="FOLDER", help="the folder of that Python's Python.h")
     group.add_argument("--extension", type=Path, metavar="FILE", help="an extension that is built already")
+    group.add_argument(
+        "--no-extension",
+        action="store_true",
+        help="leave it out: it is compiled there, while the Triton kernels are checked",
+    )
     group.add_argument("--wheels", nargs="+", default=[], metavar="PACKAGE==VERSION", help="what that machine lacks")
 
 
@@ -76,12 +84,8 @@ def pack(args: argparse.Namespace, root: Path, scratch: Path) -> int:
         FetchError: a wheel could not be fetched.
     """
     files = {name: root / name for name in sources(root)}
-    name = f"_native{suffix(args.python)}"
-    if args.extension and not args.extension.is_file():
-        raise BundleError(f"--extension {args.extension}: there is no such file")
-    if args.extension and args.extension.name != name:
-        raise BundleError(f"--extension {args.extension}: Python {args.python} loads {name}")
-    files[f"gci_kernels/{name}"] = args.extension or build(args, scratch)
+    if not args.no_extension:
+        files[f"gci_kernels/_native{suffix(args.python)}"] = _extension(args, scratch)
     for wheel in fetch_wheels(args.wheels, args.python, scratch):
         files[f"wheels/{wheel.name}"] = wheel
     (scratch / "README-first.txt").write_text(_readme(args, root))
@@ -107,8 +111,8 @@ def _sha(root: Path) -> str:
 
 
 def _readme(args: argparse.Namespace, root: Path) -> str:
-    setup = _INSTALL if args.wheels else ""
-    return README.format(commit=_sha(root), python=args.python, arch=args.arch, setup=setup)
+    setup, compiled = _INSTALL if args.wheels else "", _COMPILED if args.no_extension else ""
+    return README.format(commit=_sha(root), python=args.python, arch=args.arch, setup=setup, compiled=compiled)
 
 
 def sources(root: Path) -> list[str]:
@@ -133,6 +137,18 @@ def suffix(python: str) -> str:
     if python == _RUNNING:
         return str(sysconfig.get_config_var("EXT_SUFFIX"))
     return f".cpython-{python.replace('.', '')}-x86_64-linux-gnu.so"
+
+
+def _extension(args: argparse.Namespace, scratch: Path) -> Path:
+    """The one that is named, or a new one."""
+    named, name = args.extension, f"_native{suffix(args.python)}"
+    if named is None:
+        return build(args, scratch)
+    if not named.is_file():
+        raise BundleError(f"--extension {named}: there is no such file")
+    if named.name != name:
+        raise BundleError(f"--extension {named}: Python {args.python} loads {name}")
+    return named
 
 
 def build(args: argparse.Namespace, scratch: Path) -> Path:
@@ -175,7 +191,8 @@ def headers(python: str, named: Path | None) -> Path:
     if folder is None:
         raise BundleError(
             f"the extension for Python {python} needs its headers: there is no python{python} in PATH that has them. "
-            "Install it with its headers, name their folder by --python-headers, or a built extension by --extension"
+            "Install it with its headers, name their folder by --python-headers, or a built extension by --extension, "
+            "or leave it out by --no-extension"
         )
     version = folder / "patchlevel.h"
     if not (folder / "Python.h").exists() or not (folder / "pyconfig.h").exists() or not version.exists():

@@ -55,7 +55,7 @@ class Run:
             "machine": machine(self.device) | gpu_software(),
             "versions": versions(),
             "tools": tools(),
-            "extension": {"loaded": native.available(), "why": native.why_unavailable(), "cuda": native.CUDA_BUILD},
+            "extension": extension(),
             "commit": commit() or {"sha": os.environ.get("GCI_COMMIT", "unknown"), "changed": None},
             "quick": args.quick,
             "left_out": ({"triton": no_triton} if no_triton else {}) | gpu_decode.reasons(self.device),
@@ -165,6 +165,11 @@ class Run:
         self.records_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.records_path, {"proved": self.result["proved"]})
         hardware.keep(*records)
+
+
+def extension() -> dict[str, bool | str]:
+    """Whether the compiled extension is "loaded", "why" not, and what of CUDA is in it."""
+    return {"loaded": native.available(), "why": native.why_unavailable(), "cuda": native.CUDA_BUILD}
 
 
 def _unused(folder: Path, name: str) -> Path:

@@ -73,6 +73,13 @@ def test_what_is_packed(tree, extension, tmp_path, monkeypatch, capsys):
     assert "--profile" in readme and "wheels/*.whl" in readme and readme in said
 
 
+def test_an_extension_may_be_left_out(tree, capsys):
+    status, file = bundle(tree, "--python", "9.9", "--no-extension")
+    with tarfile.open(file) as archive:
+        assert status == 0 and not [name for name in archive.getnames() if "_native" in name]
+    assert "each command compiles it" in capsys.readouterr().out
+
+
 def test_too_large_a_bundle_names_its_largest_parts(tree, extension, monkeypatch, capsys):
     (tree / "large.bin").write_bytes(os.urandom(300_000))
     monkeypatch.setattr(gpu_bundle, "LIMIT", 200_000)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 from rich.console import Console
 from toy_gpu_run import quick_run
 
@@ -148,6 +149,37 @@ if name == "expand": line(begin="expand, self check"); os.kill(os.getpid(), 11)"
     assert "'gate, one launch': 'wrong'" in read(a_run)["errors"]["kernels"]
     monkeypatch.setattr(a_run, "child", lambda *options: pytest.fail("tried again"))
     gpu.kernels(a_run, 60.0)
+
+
+def test_a_build_ends_with_its_run(a_run, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    monkeypatch.setattr(gpu, "start_build", lambda device, log: process)
+    with pytest.raises(subprocess.TimeoutExpired), gpu.building(a_run) as finish:
+        finish(0.1)
+    assert process.poll() == -9
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    with pytest.raises(SystemExit), gpu.building(a_run):
+        sys.exit(143)
+    assert process.poll() == -9
+
+
+def test_what_is_missing_is_built(a_run, monkeypatch):
+    """An extension that does not load, and on a GPU one without CUDA; what then loads is in the result."""
+    started = []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **how: started.append((command[1:3], how["cwd"])))
+    for available, digest, device, built in (
+        (True, "of csrc", "cuda", False), (True, "", "cuda", True), (True, "", "cpu", False), (False, "", "cpu", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(gpu.native, "available", lambda value=available: value)
+        monkeypatch.setattr(gpu.native, "CUDA_DIGEST", digest)
+        gpu.start_build(torch.device(device), None)
+        assert len(started) == built and started in ([], [(["setup.py", "-q"], gpu.ROOT)])
+        started.clear()
+    monkeypatch.setattr(gpu, "start_build", lambda device, log: None)
+    monkeypatch.setattr(gpu.native, "CUDA_BUILD", "sm_90a, by nvcc 13.0")
+    with gpu.building(a_run) as finish:
+        finish(1.0)
+    assert a_run.result["extension"]["cuda"] == "sm_90a, by nvcc 13.0"
 
 
 def test_entries_that_failed_make_the_step_fail(a_run):
