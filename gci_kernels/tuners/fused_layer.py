@@ -40,7 +40,7 @@ class FusedLayer:
             return self._adapted(x.to(moved[0]), names).to(moved[1])  # so that the base product is fused there
         steps = not torch.is_grad_enabled() and fusion.takes_steps(self.gci_impl, x)
         y = None
-        if fusion.is_plain(base):
+        if fusion.is_plain(base):  # nearly every layer: asked here, it saves each call another
             weight, bias = base._parameters["weight"], base._parameters["bias"]
         else:
             weight, bias, y = fusion.base_operands(base, x)
