@@ -138,6 +138,8 @@ def _cost(name: str, call: Call, chip: Chip) -> Cost:
     """Bytes and operations of one Triton launch; ValueError for a kernel that is not counted here."""
     kernel, given = call.launch.name, call.arguments
     tensors = {key: getattr(value, "base", value) for key, value in given.items() if key.endswith("_ptr")}
+    if given.get("DROPOUT") is False:
+        del tensors["bits_ptr"]  # x, which is not read there
     size = {key.removesuffix("_ptr"): tensor.nbytes for key, tensor in tensors.items()}
     moved, operations, wide = float(sum(size.values())), 0, float(sum(map(_wide, tensors.values())))
     if kernel in ("expand_fwd", "expand_persistent"):

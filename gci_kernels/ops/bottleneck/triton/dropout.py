@@ -11,13 +11,18 @@ from gci_kernels.ops.launching import check_tensors
 
 
 @triton.jit
-def keep_tile(t, first_column, seed, threshold, BLOCK_C: tl.constexpr):
-    """Which of the elements [t, first_column + 0..BLOCK_C-1] philox.py keeps; first_column is a multiple of 4."""
+def _quads(t, first_column, seed, BLOCK_C: tl.constexpr):
+    """The words of rows t and columns first_column + 0..BLOCK_C-1: four [t, BLOCK_C / 4], for four adjacent columns."""
     quad = first_column // 4 + tl.arange(0, BLOCK_C // 4)
     c0 = quad[None, :] + tl.zeros_like(t)[:, None]
     c1, zero = t[:, None] + tl.zeros_like(c0), tl.zeros_like(c0)  # the row fits 32 bits: its high word is 0
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero)
-    # Four words, for four adjacent columns.
+    return tl.philox(seed, c0, c1, zero, zero)
+
+
+@triton.jit
+def keep_tile(t, first_column, seed, threshold, BLOCK_C: tl.constexpr):
+    """Which of the elements [t, first_column + 0..BLOCK_C-1] philox.py keeps; first_column is a multiple of 4."""
+    w0, w1, w2, w3 = _quads(t, first_column, seed, BLOCK_C)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (t.shape[0], BLOCK_C))
     return words >= tl.cast(threshold, tl.uint32)
 
@@ -41,8 +46,11 @@ def _dropout_bits_kernel(
     """bits [tokens, words]: which elements philox.py keeps, BLOCK_C columns in a program."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(1) * BLOCK_C
-    keep = keep_tile(t, first, tl.load(seed_ptr), threshold, BLOCK_C)
-    bits = tl.reshape(keep, (BLOCK_T, BLOCK_C // 32, 32)).to(tl.int32) << tl.arange(0, 32)[None, None, :]
+    w0, w1, w2, w3 = _quads(t, first, tl.load(seed_ptr), BLOCK_C)
+    least = tl.cast(threshold, tl.uint32)
+    low = (w0 >= least).to(tl.int32) | ((w1 >= least).to(tl.int32) << 1)
+    four = low | ((w2 >= least).to(tl.int32) << 2) | ((w3 >= least).to(tl.int32) << 3)
+    bits = tl.reshape(four, (BLOCK_T, BLOCK_C // 32, 8)) << (4 * tl.arange(0, 8))[None, None, :]
     column = first // 32 + tl.arange(0, BLOCK_C // 32)
     out = bits_ptr + t.to(tl.int64)[:, None] * words + column[None, :]
     tl.store(out, tl.sum(bits, 2), (t[:, None] < tokens) & (column[None, :] < words))

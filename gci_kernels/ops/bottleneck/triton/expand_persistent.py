@@ -10,6 +10,9 @@ from gci_kernels.hardware import gpus
 from gci_kernels.ops.bottleneck.config import ExpandConfig
 from gci_kernels.ops.bottleneck.triton.tiles import tile_of
 
+# Of what Triton 3.6 makes of the fused loops, its ptxas runs one product after another.
+_FUSED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
 
 @triton.jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -29,19 +32,19 @@ def _store_quarter(acc, bias_ptr, y_ptr, first_t, first_n, width, HAS_BIAS: tl.c
 def _expand_persistent_kernel(
     u_ptr, m_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, tokens, rank, depth, width, programs,
     stride_ut, stride_ur, stride_mr, stride_mn,
-    HAS_BIAS: tl.constexpr, W_BY_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, W_BY_ROWS: tl.constexpr, FUSED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y = x @ w + u @ m + bias, y [tokens, width]; the rank is at most BLOCK_R.
 
-    x_ptr, w_ptr and y_ptr are tensor descriptors, w's of the transposed matrix unless W_BY_ROWS. The compiler makes one
-    loop of the two, so that the next tile's operands are on their way while this tile is finished and stored.
+    x_ptr, w_ptr and y_ptr are tensor descriptors, w's of the transposed matrix unless W_BY_ROWS. FUSED: the compiler
+    makes one loop of the two, so that the next tile's operands are on their way while this tile is finished and stored.
     """
     tl.assume(depth > 0)  # else there is a copy of all the code for tiles without a base product
     tiles_t, tiles_n = tl.cdiv(tokens, BLOCK_T), tl.cdiv(width, BLOCK_N)
     # The tile that is finished, counted apart from the one whose operands are being read, which runs ahead.
     finished = tl.program_id(0) - programs
-    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, programs, flatten=FUSED):
         tile_t, tile_n = tile_of(tile, tiles_t, tiles_n, GROUP)
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for at in range(0, depth, BLOCK_K):
@@ -99,7 +102,7 @@ def expand_persistent(
             u, m, TensorDescriptor.from_tensor(x, [c.block_t, c.block_k]),
             TensorDescriptor.from_tensor(w if by_rows else w.t(), block_w), u if bias is None else bias,
             TensorDescriptor.from_tensor(y, [c.block_t, c.block_n // 4]), tokens, rank, depth, width, programs,
-            *u.stride(), *m.stride(), HAS_BIAS=bias is not None, W_BY_ROWS=by_rows,
+            *u.stride(), *m.stride(), HAS_BIAS=bias is not None, W_BY_ROWS=by_rows, FUSED=_FUSED,
             BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=c.block_r, GROUP=c.group,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
