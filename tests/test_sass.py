@@ -91,7 +91,6 @@ def test_cycles():
     assert registers.shared == 32 * 8 / 128 and registers.cycles == registers.matrix == 4
 
 
-@pytest.mark.smoke
 def test_a_compiled_kernel(capsys):
     """The base product on Hopper, and what the command prints of a training step."""
     arguments = ["--tokens", "512", "--features", "896", "896", "--rank", "16"]

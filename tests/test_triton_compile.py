@@ -17,8 +17,6 @@ from gci_kernels.ops.bottleneck import triton as stages
 
 KERNELS = {"project_fwd", "expand_fwd", "reduce_fwd", "project_reduce_fwd", "sum_splits", "gate_fwd", "gate_bwd"}
 PERSISTENT = {"expand_persistent"}
-# In bfloat16 with PEFT's float32 adapters and with adapters in the model's dtype.
-ADAPTERS = (torch.float32, torch.bfloat16)
 ODD_SHAPES = [Shape(tokens, 4096, 4096, 160, 0, 0) for tokens in (1, 16, 100)] + [Shape(8192, 4097, 4099, 17, 0, 0)]
 # Triton makes a constant of an argument that is 1.
 ONES = [Shape(1, 1, 1, 1, 0, 0), Shape(1, 16, 1, 1, 1, 1), Shape(1, 1, 16, 2, 2, 2)]
@@ -34,12 +32,23 @@ def check(cases, chip, dtype, adapter_dtype, **dropout):
     return {launch.name for launch in seen}
 
 
-@pytest.mark.parametrize("adapter_dtype", ADAPTERS, ids=str)
+def launched(chip):
+    """The kernels of a step without dropout."""
+    return KERNELS - {"expand_fwd"} | PERSISTENT if chip == "sm_90" else KERNELS
+
+
 @pytest.mark.parametrize("chip", ARCHITECTURES)
-def test_training_in_bfloat16(chip, adapter_dtype):
-    expand = {"expand_fwd"}
-    expected = KERNELS - expand | PERSISTENT if chip == "sm_90" else KERNELS
-    assert check(SHAPES, chip, torch.bfloat16, adapter_dtype) == expected
+def test_training_in_bfloat16(chip):
+    """With adapters in float32, PEFT's default."""
+    assert check(SHAPES, chip, torch.bfloat16, torch.float32) == launched(chip)
+
+
+# One chip shows it every time: the launches differ from those above in how a narrow operand is loaded.
+@pytest.mark.parametrize(
+    "chip", [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.slow) for name in CAPABILITIES]
+)
+def test_adapters_in_the_models_dtype(chip):
+    assert check(SHAPES, chip, torch.bfloat16, torch.bfloat16) == launched(chip)
 
 
 @pytest.mark.parametrize("chip", ARCHITECTURES)
@@ -109,13 +118,14 @@ def test_odd_sizes_and_other_dtypes(chip, dtype):
 @pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
 def test_choices_are_pure_and_within_bounds(capability, dtype):
     for tokens in (1, 15, 64, 513, 8192, launching.MAX_SIZE):
-        for depth, width, rank in ((1, 1, 1), (896, 4864, 16), (4097, 33, 40), (14336, 4096, 513)):
+        for depth, width, rank in ((1, 1, 1), (64, 16, 16), (896, 4864, 16), (4097, 33, 40), (14336, 4096, 513)):
             arguments = (tokens, depth, width, rank, dtype, capability)
             expand = config.choose_expand_config(*arguments)
             assert expand == config.choose_expand_config(*arguments)
             assert hash(expand) == hash(config.choose_expand_config(*arguments))
             for block in (expand.block_t, expand.block_n, expand.block_k, expand.block_r):
                 assert 16 <= block <= 256 and block & (block - 1) == 0
+            assert not expand.persistent or rank <= expand.block_r and expand.block_n >= 64
             project = config.choose_project_config(tokens, depth, rank, dtype, capability)
             reduce = config.choose_reduce_config(tokens, rank, width, dtype, capability)
             if dtype != torch.float32:  # tiles of both operands for all stages but one fit shared memory

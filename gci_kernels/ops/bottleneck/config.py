@@ -76,8 +76,9 @@ def choose_expand_config(
     matrix_units = dtype != torch.float32 and depth % 16 == width % 16 == 0
     descriptors = matrix_units and chip.async_products and product.block_t >= 64
     # On Hopper alone: for Blackwell, Triton 3.7 does not compile the two loops of the persistent kernel into one. Where
-    # the rank takes two steps, or with a mask, its products would run one by one.
-    if descriptors and chip.capability == "sm_90" and not dropout and rank <= 64:
+    # the rank takes two steps, or with a mask, its products would run one by one. It stores quarters of a tile, whose
+    # rows have to be 16 bytes at least.
+    if descriptors and chip.capability == "sm_90" and not dropout and rank <= 64 and product.block_n >= 64:
         # Of 227 KiB, a stage of the largest tiles takes 48, a quarter of a tile of y 16, and 16 of the rank 12.
         block_r = block_size(rank, 16, 64)
         product = replace(product, num_stages=4 if block_r == 16 else 3)
