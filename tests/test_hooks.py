@@ -19,7 +19,7 @@ from toy_decoding import IDS, adapted, config, settings, tiny_llama
 
 from gci_kernels import LoKIConfig, patch, report, unpatch
 from gci_kernels.accuracy import relative_error
-from gci_kernels.tuners import alora, bottleneck, hooks, loki, lora
+from gci_kernels.tuners import alora, bottleneck, hooks, loki, lora, loramoe
 from gci_kernels.tuners.lora import FusedLora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -332,7 +332,7 @@ def fused_on(monkeypatch):
         devices.append(None if weight is None else weight.device.type)
         return op(*args)
 
-    named = [(module, "adapted_linear") for module in (alora, bottleneck, lora, loki)]
+    named = [(module, "adapted_linear") for module in (alora, bottleneck, lora, loramoe, loki)]
     for module, name in (*named, (loki, "adapted_row_linear")):
         monkeypatch.setattr(module, name, functools.partial(counted, getattr(module, name)))
     return devices
