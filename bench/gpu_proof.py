@@ -115,8 +115,8 @@ def _self_check(name: str, device: torch.device) -> Entry:
 
 
 def read_records(paths: Iterable[Path], device: torch.device) -> tuple[list[hardware.Record], dict[str, str]]:
-    """The records of earlier results that count here, each kernel's latest that passed; and which could not be read."""
-    found, unread = dict[str, hardware.Record](), dict[str, str]()
+    """The records of earlier results that count here, each variant's latest that passed; and what could not be read."""
+    found, unread = dict[tuple[str, str], hardware.Record](), dict[str, str]()
     for path in paths:
         try:
             entries = [hardware.Record(**entry) for entry in json.loads(path.read_text()).get("proved", ())]
@@ -125,7 +125,8 @@ def read_records(paths: Iterable[Path], device: torch.device) -> tuple[list[hard
             continue
         for record in entries:
             if record.passed and _counts(record, device):
-                found[record.kernel] = max(record, found.get(record.kernel, record), key=lambda each: each.when)
+                key = record.kernel, record.variant
+                found[key] = max(record, found.get(key, record), key=lambda each: each.when)
     return list(found.values()), unread
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gci_kernels import hardware, native
+from gci_kernels.hardware import records
 from gci_kernels.proof.verify import obstacle
 
 from . import gpu_decode, gpu_report
@@ -87,6 +88,8 @@ class Run:
                 work(limit)
             except Exception as error:  # reported, and the next step runs
                 self.fail(name, f"{type(error).__name__}: {error}")
+        if self.device.type == "cuda":
+            self.ship_times()
         self.result["steps"][name] = took = round(time.monotonic() - begun, 1)
         self.log.write(step=name, took=took)
         self.write()
@@ -153,18 +156,30 @@ class Run:
         self.listen()
 
     def prove(self, *records: hardware.Record) -> None:
-        """Keep records, each in place of an earlier one of its kernel: in the result, beside it, and on this machine.
+        """Keep records, each in place of an earlier one of its variant: in the result, beside it, and on this machine.
 
         The steps that follow then take the proved kernels by impl="auto".
         """
-        if not records:
-            return
-        made = {record["kernel"]: record for record in self.result["proved"]}
-        made |= {record.kernel: record.as_json() for record in records}
+        if records:
+            hardware.keep(*records)
+            self._ship(*records)
+
+    def ship_times(self) -> None:
+        """Add to the result what the processes of timed steps have measured for "auto", which this machine keeps."""
+        records.reread()
+        device = torch.device("cuda", torch.cuda.current_device())
+        own = (record for name in self.chosen() for record in hardware.counting(name, device, hardware.own()))
+        self._ship(*(record for record in own if record.times))
+
+    def _ship(self, *found: hardware.Record) -> None:
+        made = {(record["kernel"], record["variant"]): record for record in self.result["proved"]}
+        for record in found:
+            if not record.passed:  # then none of its variants is proved
+                made = {key: each for key, each in made.items() if key[0] != record.kernel or record.variant}
+            made[record.kernel, record.variant] = record.as_json()
         self.result["proved"] = list(made.values())
         self.records_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.records_path, {"proved": self.result["proved"]})
-        hardware.keep(*records)
 
 
 def extension() -> dict[str, bool | str]:

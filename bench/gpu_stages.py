@@ -4,6 +4,7 @@ Which stages there are, and their operands, each registered kernel says itself (
 the bottleneck's products are also timed with dropout and with the adapter's weights in float32, PEFT's default.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from torch import Tensor
 from gci_kernels.accuracy import error_bound, relative_error
 from gci_kernels.hardware import KERNELS, Kernel, Shape
 from gci_kernels.hardware.stages import Operands, Results, Stage
+from gci_kernels.impl import implementation
 from gci_kernels.ops.bottleneck import stages as bottleneck
 from gci_kernels.ops.bottleneck.checks import ATEN, TRITON
 from gci_kernels.ops.bottleneck.philox import Dropout
@@ -131,10 +133,17 @@ _DROPPED: dict[str, Callable[[Plan, Operands, Dropout], Tensor]] = {
 
 def _dropped(name: str, operands: Operands) -> Stage:
     """The stage with dropout for the columns of A; a router's are computed of x itself."""
-    drop = Dropout(_P, _SEED, operands["u"].shape[1])
+    x, columns = operands["x"], operands["u"].shape[1]
+    seed = torch.tensor(_SEED, device=x.device)
+
+    @functools.cache
+    def drop(plan: Plan) -> Dropout:
+        """As a call has it: its mask is made once for the Triton products, which share it."""
+        masks = implementation("bottleneck", "triton") if plan is TRITON else None
+        return Dropout(_P, masks.dropout_bits(*x.shape, _P, seed, x.device) if masks else seed, columns)
 
     def by(plan: Plan, operands: Operands, dtype: torch.dtype) -> Results:
-        return (_DROPPED[name](plan, operands, drop),)
+        return (_DROPPED[name](plan, operands, drop(plan)),)
 
     return Stage(operands, {"aten": partial(by, ATEN), "triton": partial(by, TRITON)})
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,8 +100,10 @@ def test_a_wrong_mask_gets_no_time(monkeypatch):
     right = gpu_stages.bottleneck.project
 
     def wrong(plan, x, m, drop):
-        return right(gpu_stages.ATEN, x, m, drop if plan is gpu_stages.ATEN else drop._replace(seed=drop.seed + 1))
+        return right(gpu_stages.ATEN, x, m, drop)
 
+    masks = SimpleNamespace(dropout_bits=lambda tokens, width, p, seed, device: seed + 1)
+    monkeypatch.setattr(gpu_stages, "implementation", lambda op, impl: masks)
     monkeypatch.setattr(gpu_stages, "obstacle", lambda *_: None)
     monkeypatch.setattr(gpu_stages.bottleneck, "project", wrong)
     (entry, *_) = measured("lora", SMALL, torch.float32, "dropout")

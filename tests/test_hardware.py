@@ -293,3 +293,13 @@ def test_the_record_of_a_whole_kernel_counts_for_its_variants_and_replaces_their
     hardware.keep(hardware.make_record("project", GPU, False, "wrong"), hardware.make_record("gate", GPU, True))
     assert not hardware.find("project", GPU, "bfloat16").passed and not hardware.proves("project", HALF, dropout=True)
     assert len(hardware.own()) == 2 and hardware.proves("gate", torch.float16)
+
+
+def test_the_record_of_a_whole_kernel_leaves_times_that_count():
+    """Its tests do not time it, and "auto" would have to time it again."""
+    times = {"forward": [(128, 2e-3, 1e-3)]}
+    hardware.keep(hardware.make_record("project", GPU, True, variant="bfloat16", times=times))
+    hardware.keep(hardware.make_record("project", GPU, True))
+    assert hardware.recorded("project", HALF, GPU) == 128 and hardware.state("project", GPU) == "proved"
+    hardware.keep(hardware.make_record("project", GPU, False, "wrong"))
+    assert hardware.recorded("project", HALF, GPU) is None and len(hardware.own()) == 1

@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[Record, ...]:
 def keep(*records: Record) -> None:
     """Write this machine's records, each in place of what was kept of its variant on its GPU; a warning on failure.
 
-    A record of a whole kernel takes the place of those of its variants.
+    A record of a whole kernel takes the place of those of its variants, except for times that still count.
     """
     path = own_path()
     with alone(path.with_suffix(".lock")):  # nothing of what another process writes at the same time is lost
@@ -206,7 +206,10 @@ def keep(*records: Record) -> None:
 
 def _replaces(record: Record, old: Record) -> bool:
     same = (record.kernel, record.gpu, record.capability) == (old.kernel, old.gpu, old.capability)
-    return same and record.variant in ("", old.variant)
+    if record.variant or not same:
+        return same and record.variant == old.variant
+    still_counts = record.passed and old.passed and (record.digest, record.compiler) == (old.digest, old.compiler)
+    return not (old.times and old.variant and still_counts)
 
 
 def find(kernel: str, device: torch.device, variant: str = "") -> Record | None:
