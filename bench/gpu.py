@@ -288,6 +288,8 @@ def measure(args: argparse.Namespace) -> Run:
         run.step("build", partial(build, run, finish=finish))
     for name in list(SECONDS)[3:]:
         run.step(name, partial(tests, run) if name == "tests" else partial(timed, run, name))
+        if run.device.type == "cuda":
+            run.ship_times()
     return run
 
 

@@ -88,8 +88,6 @@ class Run:
                 work(limit)
             except Exception as error:  # reported, and the next step runs
                 self.fail(name, f"{type(error).__name__}: {error}")
-        if self.device.type == "cuda":
-            self.ship_times()
         self.result["steps"][name] = took = round(time.monotonic() - begun, 1)
         self.log.write(step=name, took=took)
         self.write()

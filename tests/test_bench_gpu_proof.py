@@ -240,11 +240,8 @@ def test_tests_make_records(on_a_gpu, monkeypatch):
 def test_times_that_a_step_has_measured_are_shipped(on_a_gpu):
     """By its own process, which keeps them on this machine, as any use of "auto" does; not those of a failed kernel."""
     times = {"forward": [[128, 2e-3, 1e-3]]}
-
-    def measure(limit):
-        hardware.keep(*(hardware.make_record(name, CPU, True, "", "bfloat16", times) for name in ("gate", "expand")))
-
-    on_a_gpu.step("layers", measure)
+    hardware.keep(*(hardware.make_record(name, CPU, True, "", "bfloat16", times) for name in ("gate", "expand")))
+    on_a_gpu.ship_times()
     on_a_gpu.prove(hardware.make_record("gate", CPU, True), hardware.make_record("expand", CPU, False, "it is wrong"))
     shipped = json.loads(on_a_gpu.records_path.read_text())["proved"]
     assert {(each["kernel"], each["variant"]): each["times"] for each in shipped} == {

@@ -14,9 +14,10 @@ from gci_kernels.ops.gate import kernels as gate
 from gci_kernels.ops.row_linear import kernels as row_linear
 
 HALF = torch.bfloat16
-# Kernel -> kernels compiled to check it without dropout and with it, and kernels compiled to time it. Some are of both.
+# Kernel -> kernels compiled to check it without dropout and with it, and kernels compiled to time it. Some are of both;
+# with dropout, one makes the mask.
 COMPILED = {
-    "attention": (6, 6, 0), "gate": (6, 6, 2), "project": (3, 4, 2), "expand": (3, 3, 4), "reduce": (6, 6, 4),
+    "attention": (6, 6, 0), "gate": (6, 6, 2), "project": (3, 5, 2), "expand": (3, 4, 4), "reduce": (6, 7, 6),
     "dropout": (1, 1, 1), "row_linear": (3, 3, 4),
 }  # fmt: skip
 
@@ -64,7 +65,9 @@ def test_every_launch_is_checked(shape, capability):
 def test_the_largest_tiles_are_checked_and_no_whole_number_of_them():
     """In forward those that layers of thousands of tokens take; for dX smaller ones; sizes end within a tile."""
     usual = self_check.USUAL
-    y, update, dx = (dict(launch.constants) for launch in checked("expand", usual))
+    launches = checked("expand", usual)
+    y, update, dx = (dict(launch.constants) for launch in launches)
     assert (y["BLOCK_T"], y["BLOCK_N"], dx["BLOCK_T"], dx["BLOCK_N"]) == (128, 256, 128, 128)
-    assert y["DESCRIPTORS"] and dx["DESCRIPTORS"] and y["EVEN_K"] and not dx["EVEN_K"]
+    assert [launch.name for launch in launches] == ["expand_persistent", "expand_fwd", "expand_persistent"]
     assert usual.tokens % 128 and usual.width % 256 and usual.depth % 128
+    assert usual.depth % y["BLOCK_K"] == 0 and usual.width % dx["BLOCK_K"]  # a whole last step, and one that is not
