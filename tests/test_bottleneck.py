@@ -261,7 +261,7 @@ def test_autocast_runs_in_its_dtype_and_keeps_parameter_dtypes(impl):
 )  # fmt: skip
 def test_native_equals_reference_for_any_shape(tokens, in_features, out_features, r, experts, dtype, bias, data):
     arguments = make((tokens,), in_features, out_features, r, experts, dtype, bias)
-    # In bfloat16 the library rounds the router's logits, and so may route a token elsewhere: there, no expert is left out.
+    # In bfloat16 the library rounds the router's logits, and so may choose other experts: there, it chooses all.
     options = {"top_k": data.draw(st.none() | st.integers(1, experts))} if experts and dtype != torch.bfloat16 else {}
     function = ops.loramoe_linear if experts else ops.lora_linear
     actual = gradients(function, arguments, impl="native", **options)
