@@ -209,7 +209,49 @@ def test_hooks_see_every_layers_own_call():
         assert_steps(fused, plain, X)
     for (x, y), (x2, y2) in zip(*seen, strict=True):
         assert torch.equal(x, x2) and relative_error(y, y2) <= 1e-12
-    assert len(groups_of(fused)) == 1
+    assert len(groups_of(fused)) == 1  # which shares when the hooks are gone
+
+
+def scale_weight(module, factor):
+    module.lora_A["default"].weight.data.mul_(factor)
+
+
+def clip_weight(module, factor):
+    with torch.no_grad():
+        module.lora_A["default"].weight.clamp_(-0.05 * factor, 0.05 * factor)
+
+
+@pytest.mark.parametrize("change", [scale_weight, clip_weight])
+@pytest.mark.parametrize("grouped_before", [True, False])
+def test_hooks_that_change_a_weight_see_their_own_layers_call(change, grouped_before):
+    """As fake quantisation and clipping do; the first leaves no trace that autograd knows of."""
+    fused, plain = block()
+    for _ in range(2 if grouped_before else 0):
+        assert_steps(fused, plain, X)
+    for model in (fused, plain):
+        layer = model.base_model.model.second
+        layer.register_forward_pre_hook(lambda module, args: change(module, 0.5))
+        if change is scale_weight:
+            layer.register_forward_hook(lambda module, args, y: change(module, 2.0))
+    for _ in range(3):
+        assert_steps(fused, plain, X)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_hooks_that_change_x_behind_autograds_back(everywhere):
+    def double(module, args, y):
+        if module in layers:
+            args[0].data.mul_(2)
+
+    fused, plain = block()
+    layers = {model.base_model.model.first for model in (fused, plain)}
+    assert_steps(fused, plain, X)
+    register = torch.nn.modules.module.register_module_forward_hook
+    handles = [register(double)] if everywhere else [layer.register_forward_hook(double) for layer in layers]
+    for _ in range(3):
+        assert_steps(fused, plain, X)
+    for handle in handles:
+        handle.remove()
 
 
 def test_full_backward_hooks_keep_the_layer_apart():

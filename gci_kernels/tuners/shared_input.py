@@ -31,6 +31,8 @@ from gci_kernels.ops.bottleneck.shared_input import Arguments
 from gci_kernels.ops.transforms import PLAIN, dispatch_mode_depth
 
 _graph_task = torch._C._current_graph_task_id  # of the backward that runs in this thread; -1: none runs
+_hooks_before_all = torch.nn.modules.module._global_forward_pre_hooks
+_hooks_after_all = torch.nn.modules.module._global_forward_hooks
 _saving_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 
@@ -133,6 +135,11 @@ def share(layer: Any, arguments: Arguments) -> tuple[tuple[Tensor, Any] | None, 
     return None, None if hooks is None else _token(state)
 
 
+def _is_hooked(layer: Any) -> bool:
+    """Whether hooks run beside the layer's call: they may change parameters or x, by `.data` even without a trace."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or _hooks_before_all or _hooks_after_all)
+
+
 def _takes(arguments: Arguments, x: Tensor) -> bool:
     """Whether the op for several layers takes a call with x."""
     (own, weight, bias, A, B, weights, segments, past, _), _, _, _, dropout_p, impl = arguments
@@ -180,11 +187,11 @@ def _lead(state: _State, group: _Group, arguments: Arguments, conditions: tuple)
     """The output of the group's first layer, and those of the others kept ready; None where it is alone now."""
     x = arguments[0][0]
     _give_up(state)
-    if not _takes(arguments, x):
+    layers = [reference() for reference in group.layers]
+    if not _takes(arguments, x) or any(layer is not None and _is_hooked(layer) for layer in layers):
         return None
     calls, members = [arguments], []
-    for reference in group.layers[1:]:
-        member = reference()
+    for member in layers[1:]:
         find = getattr(member, "shared_arguments", None)  # None of a layer that was unpatched
         found = None if find is None else find(x)
         if found is not None and found[5] == arguments[5] and _takes(found, x):
