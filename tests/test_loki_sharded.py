@@ -1,7 +1,6 @@
 """LoKI under torch's fully_shard, two processes: nothing whole is kept of a weight that is divided."""
 
-import subprocess
-import sys
+from ranks import run_two_ranks
 
 PROGRAM = """
 import gc, sys, torch, torch.distributed as dist
@@ -100,13 +99,4 @@ dist.destroy_process_group()
 
 
 def test_sharded_training_is_training_and_keeps_nothing_whole(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0 and output.endswith("same\n"), output
+    run_two_ranks(PROGRAM, tmp_path, "same")

@@ -1,10 +1,9 @@
 """Two processes with tensor parallelism: patch refuses, and the model and PEFT's own LoRA compute as before."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from ranks import run_two_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PROGRAM = """
@@ -108,13 +107,4 @@ def test_tensor_parallel_models_are_refused_and_left_as_they_were(tmp_path: Path
         num_key_value_heads=2, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0 and output.endswith("refused\n"), output
+    run_two_ranks(PROGRAM, tmp_path, "refused")
